@@ -1,0 +1,1 @@
+"""See docs/editors: nothing here yet."""

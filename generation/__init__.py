@@ -1,0 +1,6 @@
+"""Speculative cascades: https://huggingface.co/papers/2405.19261."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

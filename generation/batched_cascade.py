@@ -1,0 +1,371 @@
+"""The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput, logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from .cached_decoder import CachedDecoder
+from .cascade_statistics import CascadeStatistics
+from .deferral_rules import cascade_target, total_variation
+
+
+# Processors that look at the scores alone can run on all rows and positions at once.
+_SCORES_ONLY = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+_MAX_HOLE_SHARE = 0.25
+
+
+class CascadeOptions(NamedTuple):
+    """What a cascade needs beyond a generation config; `num_assistant_tokens` is the draft length γ."""
+
+    rule: str
+    alpha: float
+    strict_prefix: int
+    num_assistant_tokens: int
+    schedule: str
+    confidence_threshold: float
+
+
+class _Distributions(NamedTuple):
+    """Next-token probabilities of shape `(batch, length, vocab)`."""
+
+    probs: torch.Tensor  # processed; one-hot in greedy decoding
+    unscaled: torch.Tensor  # at temperature 1, unprocessed
+
+    @classmethod
+    def cat(cls, parts: list["_Distributions"]) -> "_Distributions":
+        probs = torch.cat([part.probs for part in parts], 1)
+        if all(part.unscaled is part.probs for part in parts):
+            return cls(probs, probs)
+        return cls(probs, torch.cat([part.unscaled for part in parts], 1))
+
+
+def sample(probs: torch.Tensor) -> torch.Tensor:
+    """Draws token ids of shape `(...)` from probabilities of shape `(..., vocab)` by inverting the cumulative sum."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    draw = torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total
+    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last token
+    return torch.searchsorted(cumulative, draw, right=True)[..., 0]
+
+
+def _one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+
+class BatchedCascade:
+    """
+    Draft, verify, accept, for several rows that move at their own pace. One object is one `generate` call.
+
+    Each round the small model drafts up to γ tokens for every row, the large model scores them in one forward, and a
+    drafted token x is kept with probability min(1, π(x) / q(x)); the first token that is not kept is replaced by a sample
+    of norm(max(0, π - q)), and a row that kept all its drafts gets one more sample of π. Every emitted token follows π.
+    """
+
+    def __init__(self, model, assistant, input_ids, attention_mask, logits_processor, stopping_criteria, config, options):
+        batch_size, prompt_length = input_ids.shape
+        device = model.device
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self.config, self.options = config, options
+        self.greedy = not config.do_sample
+        self.processors = logits_processor
+        self.scores_only = all(type(processor) in _SCORES_ONLY for processor in logits_processor)
+        self.criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
+        self.large, self.small = CachedDecoder(model, batch_size), CachedDecoder(assistant, batch_size)
+        self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
+        self.gamma = options.num_assistant_tokens
+
+        pad = config._pad_token_tensor if config._pad_token_tensor is not None else torch.tensor(0)
+        self.sequences = torch.full((batch_size, config.max_length), int(pad.flatten()[0]), device=device)
+        self.sequences[:, :prompt_length] = input_ids
+        self.prompt_length = prompt_length
+        self.budget = config.max_length - prompt_length
+        self.produced = [0] * batch_size  # new tokens of each row
+        self.outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch_size)]
+        self.keep_outputs = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+
+        positions = attention_mask.to(device).long().cumsum(1) - 1
+        positions = positions.masked_fill(attention_mask.to(device) == 0, -1)
+        self.rows = torch.arange(batch_size, device=device)  # unfinished rows, as indices of the call's rows
+        self.last_position = positions[:, -1]  # position of the newest token
+        # What each model has yet to read, newest token last: token ids and positions of shape (active rows, width).
+        self.large_pending = self.small_pending = (input_ids.to(device), positions)
+
+    @torch.no_grad()
+    def run(self, streamer=None) -> torch.Tensor:
+        """Generates until every row is finished and returns `(batch, length)` token ids, padded on the right."""
+        start = time.perf_counter()
+        while len(self.rows):
+            emitted = self._round()
+            if streamer is not None:
+                streamer.put(torch.tensor(emitted[0]))
+        if streamer is not None:
+            streamer.end()
+        stats = self.statistics
+        stats.large_forwards, stats.large_tokens = self.large.forwards, self.large.tokens
+        stats.small_forwards, stats.small_tokens = self.small.forwards, self.small.tokens
+        stats.verify_seconds, stats.draft_seconds = self.large.seconds, self.small.seconds
+        stats.total_seconds = time.perf_counter() - start
+        return self.sequences[:, : self.prompt_length + max(self.produced)]
+
+    def output(self) -> GenerateDecoderOnlyOutput:
+        """What `generate` returns with `return_dict_in_generate`; scores of a finished row are 0."""
+        length = max(self.produced)
+        outputs = {}
+        for name, which in (("scores", 0), ("logits", 1)):
+            if getattr(self.config, f"output_{name}"):
+                empty = torch.zeros_like(self.outputs[0][0][which])
+                outputs[name] = tuple(
+                    torch.stack([row[step][which] if step < len(row) else empty for row in self.outputs])
+                    for step in range(length)
+                )
+        return GenerateDecoderOnlyOutput(sequences=self.sequences[:, : self.prompt_length + length], **outputs)
+
+    def _round(self) -> list[list[int]]:
+        rows = self.rows.tolist()
+        remaining = self.rows.new_tensor([self.budget - self.produced[row] for row in rows])
+        gamma = min(int(self.gamma), int(remaining.max()) - 1)
+
+        # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
+        drafts, q, draft_lengths = self._draft(gamma, (remaining - 1).clamp(max=gamma))
+        gamma = drafts.shape[1]
+
+        # 2. The large model scores all drafts and the position after them in one forward.
+        ids, positions = self.large_pending
+        columns = torch.arange(gamma, device=drafts.device)
+        draft_positions = torch.where(
+            columns < draft_lengths[:, None], self.last_position[:, None] + 1 + columns, -1
+        )
+        logits = self.large(
+            torch.cat([ids, drafts], 1), torch.cat([positions, draft_positions], 1), logits_to_keep=gamma + 1
+        )
+        if torch.isnan(logits).any():
+            raise ValueError(
+                f"The large model gave NaN logits after {max(self.produced)} new tokens. Expected finite numbers: check "
+                "its weights, or load it with `dtype=torch.bfloat16` or `torch.float32` instead of float16."
+            )
+        scores = self._process(logits, drafts, first=0)
+        p = self._distributions(logits, scores)
+
+        # 3. Accept drafts from the left.
+        accepted, pi, deferred, drift = self._accept(drafts, q, p, draft_lengths)
+
+        # 4. One more token a row: a correction where a draft was rejected, a sample of π where all were kept.
+        used_last_draft = False
+        bonus = accepted == draft_lengths
+        if q is not None and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
+            # π at the position after the last draft needs q there; the small model must read that draft anyway.
+            position = torch.where(bonus & (draft_lengths == gamma), draft_positions[:, -1], -1)
+            q = _Distributions.cat([q, self._small_step(drafts[:, -1:], position[:, None], drafts, first=gamma)])
+            used_last_draft = True
+        next_token = self._next_token(accepted, bonus, q, p, pi, deferred, drift)
+
+        # 5. Book-keeping: sequences, statistics, caches.
+        emitted = self._emit(rows, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
+        self._update_caches(drafts, accepted, next_token, used_last_draft)
+        if self.options.schedule != "constant":
+            # as transformers does: two tokens more after a round without rejection, else one fewer
+            all_kept = bool(bonus.all())
+            self.gamma = self.gamma + 2 if all_kept else max(1, self.gamma - 1)
+        return emitted
+
+    def _draft(self, gamma: int, lengths: torch.Tensor) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
+        ids, positions = self.small_pending
+        drafts = ids.new_empty(len(self.rows), 0)
+        if gamma == 0:
+            # a last token: only a rule that reads q needs the small model
+            if self.options.rule == "spec":
+                return drafts, None, lengths
+            return drafts, self._small_step(ids, positions, drafts, first=0), lengths
+        parts = []
+        for step in range(gamma):
+            parts.append(self._small_step(ids, positions, drafts, first=step))
+            probs = parts[-1].probs[:, 0]
+            token = probs.argmax(-1) if self.greedy else sample(probs)
+            drafts = torch.cat([drafts, token[:, None]], 1)
+            if self.options.confidence_threshold > 0:
+                # The token that lowers the confidence is still verified; only later ones are not drafted, so whether a
+                # position has a draft depends on accepted tokens alone and the law stays exact.
+                unsure = parts[-1].unscaled[:, 0].gather(1, token[:, None])[:, 0] < self.options.confidence_threshold
+                lengths = torch.where(unsure, lengths.clamp(max=step + 1), lengths)
+                if bool((lengths <= step + 1).all()):
+                    break
+            ids = token[:, None]
+            positions = torch.where(step < lengths, self.last_position + 1 + step, -1)[:, None]
+        return drafts, _Distributions.cat(parts), lengths
+
+    def _small_step(self, ids, positions, drafts, first: int) -> _Distributions:
+        logits = self.small(ids, positions, logits_to_keep=1)
+        vocab_size = self.large.model.config.get_text_config(decoder=True).vocab_size
+        if logits.shape[-1] > vocab_size:  # embeddings padded to different sizes, same tokenizer
+            logits = logits[..., :vocab_size]
+        elif logits.shape[-1] < vocab_size:
+            missing = logits.new_full((*logits.shape[:-1], vocab_size - logits.shape[-1]), -torch.inf)
+            logits = torch.cat([logits, missing], -1)
+        return self._distributions(logits, self._process(logits, drafts, first))
+
+    def _distributions(self, logits: torch.Tensor, scores: torch.Tensor) -> _Distributions:
+        unscaled = logits.softmax(-1)
+        if self.greedy and self.options.rule != "ensemble":  # there, the mixture of both distributions is what has an argmax
+            return _Distributions(_one_hot_of_largest(scores), unscaled)
+        return _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
+
+    def _process(self, logits: torch.Tensor, drafts: torch.Tensor, first: int) -> torch.Tensor:
+        """Runs the logits processors on logits that stand after `first`, `first + 1`, ... drafted tokens."""
+        if len(self.processors) == 0:
+            return logits
+        batch_size, length, vocab_size = logits.shape
+        if self.scores_only:
+            return self.processors(None, logits.reshape(-1, vocab_size)).view(batch_size, length, vocab_size)
+        scores = torch.empty_like(logits)
+        for index, row in enumerate(self.rows.tolist()):
+            context = self.sequences[row, : self.prompt_length + self.produced[row]]
+            context = torch.cat([context, drafts[index]])
+            end = len(context) - drafts.shape[1] + first
+            for step in range(length):
+                scores[index, step] = self.processors(context[None, : end + step], logits[index, step][None].clone())[0]
+        return scores
+
+    def _target(self, q: _Distributions, p: _Distributions, start: int, stop: int):
+        """π, deferred mass and TV(π, p) of the positions `start` to `stop` after the round's first token."""
+        p_part, q_part = p.probs[:, start:stop], q.probs[:, start:stop]
+        pi, deferred = cascade_target(
+            self.options.rule,
+            self.options.alpha,
+            q_part,
+            p_part,
+            q.unscaled[:, start:stop],
+            p.unscaled[:, start:stop],
+        )
+        if self.options.strict_prefix:
+            produced = self.rows.new_tensor([self.produced[row] for row in self.rows.tolist()])
+            index = produced[:, None] + torch.arange(start, stop, device=pi.device)
+            strict = index < self.options.strict_prefix
+            pi = torch.where(strict[..., None], p_part, pi)
+            deferred = torch.where(strict, 1.0, deferred)
+        if self.greedy and self.options.rule == "ensemble":
+            pi = _one_hot_of_largest(pi)
+        return pi, deferred, total_variation(pi, p_part)
+
+    def _accept(self, drafts, q, p, draft_lengths):
+        batch_size, gamma = drafts.shape
+        # one column more, for the position after the last draft
+        deferred = torch.ones(batch_size, gamma + 1, device=drafts.device)
+        drift = torch.zeros(batch_size, gamma + 1, device=drafts.device)
+        if gamma == 0:
+            return torch.zeros_like(draft_lengths), None, deferred, drift
+        pi, deferred[:, :gamma], drift[:, :gamma] = self._target(q, p, 0, gamma)
+        pi_draft = pi.gather(-1, drafts[..., None])[..., 0]
+        if self.greedy:
+            kept = pi_draft > 0.5
+        else:
+            q_draft = q.probs.gather(-1, drafts[..., None])[..., 0]
+            kept = torch.rand_like(pi_draft) * q_draft < pi_draft
+        drafted = torch.arange(gamma, device=drafts.device) < draft_lengths[:, None]
+        accepted = (kept & drafted).long().cumprod(1).sum(1)
+        return accepted, pi, deferred, drift
+
+    def _next_token(self, accepted, bonus, q, p, pi, deferred, drift):
+        """Samples the token after the accepted drafts and fills the last column of `deferred` and `drift`."""
+        index = torch.arange(len(accepted), device=accepted.device)
+        gamma = p.probs.shape[1] - 1
+        if pi is None or q.probs.shape[1] == gamma + 1:
+            if q is None:
+                after = p.probs[:, gamma:]
+            else:
+                after, deferred[:, gamma:], drift[:, gamma:] = self._target(q, p, gamma, gamma + 1)
+        else:
+            after = p.probs[:, gamma:]
+        targets = after if pi is None else torch.cat([pi, after], 1)
+        target = targets[index, accepted]
+        if self.greedy:
+            return target.argmax(-1)
+        if pi is not None:
+            residual = (target - q.probs[index, accepted.clamp(max=q.probs.shape[1] - 1)]).clamp(min=0)
+            # A residual of mass 0 means π = q up to rounding: then a rejection is rounding too, and π serves.
+            usable = ~bonus & (residual.sum(-1) > 0)
+            target = torch.where(usable[:, None], residual, target)
+        return sample(target)
+
+    def _emit(self, rows, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits):
+        emitted, unfinished = [], []
+        drafts, lengths, counts = drafts.tolist(), draft_lengths.tolist(), accepted.tolist()
+        for index, (row, token) in enumerate(zip(rows, next_token.tolist(), strict=True)):
+            tokens = drafts[index][: counts[index]] + [token]
+            begin = self.prompt_length + self.produced[row]
+            end, finished = self._first_stop(row, begin, tokens)
+            tokens = tokens[:end]
+            self.sequences[row, begin : begin + len(tokens)] = self.sequences.new_tensor(tokens)
+            self.statistics.record(
+                row, lengths[index], min(counts[index], len(tokens)), deferred[index, :end], drift[index, :end]
+            )
+            if self.keep_outputs:
+                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(len(tokens))]
+            self.produced[row] += len(tokens)
+            emitted.append(tokens)
+            if not finished and self.produced[row] < self.budget:
+                unfinished.append(index)
+        self._unfinished = unfinished
+        return emitted
+
+    def _first_stop(self, row: int, begin: int, tokens: list[int]) -> tuple[int, bool]:
+        """How many of the tokens to emit, and whether the row ends there: end of text, or any other criterion."""
+        for count, token in enumerate(tokens, start=1):
+            if self.criteria:
+                self.sequences[row, begin + count - 1] = token
+                so_far = self.sequences[row : row + 1, : begin + count]
+                if any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in self.criteria):
+                    return count, True
+            if token in self.eos:
+                return count, True
+        return len(tokens), False
+
+    def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool) -> None:
+        gamma = drafts.shape[1]
+        columns = torch.arange(gamma, device=drafts.device)
+        if gamma:
+            self.large.keep(columns < accepted[:, None])
+            in_small = gamma if used_last_draft else gamma - 1
+            if in_small:
+                self.small.keep(columns[:in_small] < accepted[:, None])
+        last_draft = self.last_position + gamma
+        self.last_position = self.last_position + accepted + 1
+        newest = (next_token[:, None], self.last_position[:, None])
+        self.large_pending = self.small_pending = newest
+        owes_last_draft = accepted == gamma
+        if gamma and not used_last_draft and bool(owes_last_draft.any()):
+            position = torch.where(owes_last_draft, last_draft, -1)[:, None]
+            self.small_pending = (
+                torch.cat([drafts[:, -1:], newest[0]], 1),
+                torch.cat([position, newest[1]], 1),
+            )
+        if len(self._unfinished) < len(self.rows) or (
+            len(self.rows) > 1 and max(self.large.hole_share(), self.small.hole_share()) > _MAX_HOLE_SHARE
+        ):
+            self._compact()
+
+    def _compact(self) -> None:
+        select = self.rows.new_tensor(self._unfinished)
+        self.rows = self.rows[select]
+        if len(select) == 0:
+            return
+        self.last_position = self.last_position[select]
+        self.large_pending = tuple(tensor[select] for tensor in self.large_pending)
+        self.small_pending = tuple(tensor[select] for tensor in self.small_pending)
+        self.large.compact(select)
+        self.small.compact(select)

@@ -1,0 +1,68 @@
+"""Configuration of a composite model: a large and a small model in one repository, or references to two."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_draft import DraftConfig
+from .deferral_rules import check_rule
+
+
+class SpeculativeCascadeConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`SpeculativeCascadeForCausalLM`].
+
+    Args:
+        large ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the large model.
+        small ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the small model.
+        cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
+            One of [`DEFERRAL_RULES`].
+        cascade_alpha (`float`, *optional*, defaults to 0.3):
+            Parameter of the rule.
+        large_name_or_path, small_name_or_path (`str`, *optional*):
+            When set, the model holds no weights of its own: it loads them from these repositories or folders.
+        large_revision, small_revision (`str`, *optional*):
+            Revisions of those repositories.
+
+    Raises:
+        ValueError: if one half is missing or the rule does not fit.
+    """
+
+    model_type = "speculative-cascade"
+    sub_configs_defaults = {
+        "large": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "small": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    _auto_class = "AutoConfig"
+
+    large: PreTrainedConfig | dict | None = None
+    small: PreTrainedConfig | dict | None = None
+    cascade_rule: str = "token_v3"
+    cascade_alpha: float = 0.3
+    large_name_or_path: str | None = None
+    small_name_or_path: str | None = None
+    large_revision: str | None = None
+    small_revision: str | None = None
+
+    def __post_init__(self, **kwargs):
+        check_rule(self.cascade_rule, self.cascade_alpha)
+        if (self.large is None) != (self.small is None):
+            missing = "large" if self.large is None else "small"
+            raise ValueError(
+                f"A cascade needs a large and a small model, the configuration of `{missing}` is missing. Build it with "
+                "`SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)` and save that."
+            )
+        for name in ("large", "small"):
+            half = getattr(self, name)
+            if isinstance(half, dict) and half.get("model_type") == DraftConfig.model_type:
+                setattr(self, name, DraftConfig(**half))  # known here even where nothing registered it
+        super().__post_init__(**kwargs)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the weights live in two other repositories."""
+        return self.large_name_or_path is not None
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.large.get_text_config(decoder=decoder, encoder=encoder)

@@ -1,0 +1,178 @@
+"""Target distributions of speculative cascades: https://huggingface.co/papers/2405.19261, section 4."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class DeferralRule(NamedTuple):
+    """What a rule keeps of the draft, the range of its `alpha`, and what both ends of the range give."""
+
+    keeps: str
+    minimum: float
+    maximum: float
+    at_minimum: str
+    at_maximum: str
+    reads_draft: bool = True  # False: the rule reads only the large model and the drafted token
+
+
+# q and p are the next-token probabilities of the small and the large model; q0 and p0 the same at temperature 1 and
+# before any logits processor; H is entropy in nats; TV is the total variation distance of the processed q and p.
+DEFERRAL_RULES: dict[str, DeferralRule] = {
+    "spec": DeferralRule("nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False),
+    "chow": DeferralRule("q if max q0 >= 1 - alpha", -1.0, 1.0, "large model", "small model"),
+    "chow_log": DeferralRule("q if H(q0) <= alpha", -math.inf, math.inf, "large model", "small model"),
+    "diff": DeferralRule("q if max q0 >= max p0 - alpha", -1.0, 1.0, "large model", "small model"),
+    "opt": DeferralRule("q if max q0 >= max p0 - alpha TV(p, q)", -math.inf, math.inf, "large model", "small model"),
+    "opt_log": DeferralRule("q if H(q0) <= H(p0) + alpha TV(p, q)", -math.inf, math.inf, "large model", "small model"),
+    "token_v1": DeferralRule("tokens with q0(v) >= max p0 - alpha", -1.0, 1.0, "large model", "small model"),
+    "token_v2": DeferralRule("tokens with p0(v) >= max p0 - alpha", -1.0, 1.0, "large model", "small model", False),
+    "token_v3": DeferralRule(
+        "tokens with p0(v) >= (1 - alpha) max p0", 0.0, 1.0, "large model, its top token kept", "small model", False
+    ),
+    "lossy": DeferralRule("max(min(q, p / (1 - alpha)), p / beta)", 0.0, 1.0, "large model", "small model (alpha < 1)"),
+    "ensemble": DeferralRule("the share alpha of q", 0.0, 1.0, "large model", "small model"),
+}
+
+
+def check_rule(rule: str, alpha: float) -> None:
+    """Raises `ValueError` when `rule` is unknown or `alpha` lies outside the rule's range."""
+    if rule not in DEFERRAL_RULES:
+        raise ValueError(f"Unknown cascade_rule {rule!r}. Choose one of {', '.join(DEFERRAL_RULES)}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or math.isnan(alpha):
+        raise ValueError(f"cascade_alpha must be a number, got {alpha!r}. For example `cascade_alpha=0.3`.")
+    low, high = DEFERRAL_RULES[rule].minimum, DEFERRAL_RULES[rule].maximum
+    if not low <= alpha <= high or (rule == "lossy" and alpha == 1):
+        closing = ")" if rule == "lossy" else "]"
+        raise ValueError(f"cascade_alpha for rule {rule!r} must lie in [{low:g}, {high:g}{closing}, got {alpha:g}.")
+
+
+def target_distribution(
+    rule: str,
+    alpha: float,
+    q: torch.Tensor,
+    p: torch.Tensor,
+    q_unscaled: torch.Tensor | None = None,
+    p_unscaled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The distribution π(q, p) that a speculative cascade samples from, instead of p as speculative decoding does.
+
+    With deferral indicator r, `π(v) = q(v) (1 - r(v)) + p(v) Σ_u r(u) q(u)` (equation 12 of the paper); a rule that looks
+    at no single token gives `π = (1 - r) q + r p`. Rules read the probabilities at temperature 1, the mixture is made of
+    the processed ones, as in the authors' code.
+
+    | rule | keeps of the draft | paper |
+    |---|---|---|
+    | `spec` | nothing, π = p | speculative decoding |
+    | `chow` | q if max q0 ≥ 1 - α | Chow's rule |
+    | `chow_log` | q if H(q0) ≤ α | Chow's rule for the log loss |
+    | `diff` | q if max q0 ≥ max p0 - α | confidence difference |
+    | `opt` | q if max q0 ≥ max p0 - α TV(p, q) | optimal deferral, plug-in of lemma 4 |
+    | `opt_log` | q if H(q0) ≤ H(p0) + α TV(p, q) | the same for the log loss |
+    | `token_v1` | tokens with q0(v) ≥ max p0 - α | equation 13 |
+    | `token_v2` | tokens with p0(v) ≥ max p0 - α | equation 14 |
+    | `token_v3` | tokens with p0(v) ≥ (1 - α) max p0 | equation 15 |
+    | `lossy` | max(min(q, p/(1-α)), p/β), β such that the mass is 1 | lossy speculative decoding, lemma 2 |
+    | `ensemble` | the share α: π = α q + (1 - α) p | `assistant_ensemble_weight = 1 - α` of transformers |
+
+    Args:
+        rule (`str`):
+            One of [`DEFERRAL_RULES`], which also holds the range of alpha and what both limits give.
+        alpha (`float`):
+            How much is left to the small model. Probability units; nats for `chow_log`; a price for `opt`, `opt_log`.
+        q (`torch.Tensor` of shape `(..., vocab_size)`):
+            Next-token probabilities of the small model, after temperature, top-k, top-p and other processors.
+        p (`torch.Tensor` of shape `(..., vocab_size)`):
+            The same of the large model.
+        q_unscaled (`torch.Tensor` of shape `(..., vocab_size)`, *optional*, defaults to `q`):
+            Probabilities of the small model at temperature 1, unprocessed.
+        p_unscaled (`torch.Tensor` of shape `(..., vocab_size)`, *optional*, defaults to `p`):
+            The same of the large model.
+
+    Returns:
+        `torch.Tensor` of shape `(..., vocab_size)`: probabilities that sum to 1.
+
+    Raises:
+        ValueError: if the rule is unknown or alpha lies outside its range.
+    """
+    check_rule(rule, alpha)
+    return cascade_target(rule, alpha, q, p, q_unscaled, p_unscaled)[0]
+
+
+def cascade_target(
+    rule: str,
+    alpha: float,
+    q: torch.Tensor,
+    p: torch.Tensor,
+    q_unscaled: torch.Tensor | None = None,
+    p_unscaled: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    [`target_distribution`] together with the deferred mass Σ_u r(u) q(u), a tensor of shape `(...)`: the probability that
+    the large model decides. Deferral is not rejection: a draft is rejected with probability TV(π, q).
+    """
+    q0 = q if q_unscaled is None else q_unscaled
+    p0 = p if p_unscaled is None else p_unscaled
+    if rule == "spec":
+        return p, torch.ones_like(p[..., 0])
+    if rule == "ensemble":
+        return alpha * q + (1 - alpha) * p, torch.full_like(p[..., 0], 1 - alpha)
+    if rule == "lossy":
+        pi = _lossy_target(alpha, q, p)
+        return pi, 1 - torch.minimum(q, pi).sum(-1)
+
+    if rule == "chow":
+        kept = _top(q0) >= 1 - alpha
+    elif rule == "chow_log":
+        kept = _entropy(q0) <= alpha
+    elif rule == "diff":
+        kept = _top(q0) >= _top(p0) - alpha
+    elif rule == "opt":
+        kept = _top(q0) >= _top(p0) - alpha * total_variation(p, q)[..., None]
+    elif rule == "opt_log":
+        kept = _entropy(q0) <= _entropy(p0) + alpha * total_variation(p, q)[..., None]
+    elif rule == "token_v1":
+        kept = q0 >= _top(p0) - alpha
+    elif rule == "token_v2":
+        kept = p0 >= _top(p0) - alpha
+    else:
+        kept = p0 >= _top(p0) * (1 - alpha)
+
+    if kept.shape[-1] == 1:  # all tokens or none
+        return torch.where(kept, q, p), (~kept[..., 0]).to(p.dtype)
+    kept_q = q * kept
+    deferred = (1 - kept_q.sum(-1, keepdim=True)).clamp(min=0)
+    return kept_q + deferred * p, deferred[..., 0]
+
+
+def total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Total variation distance Σ_v max(0, p(v) - q(v)) of distributions of shape `(..., vocab_size)`."""
+    return (p - q).clamp(min=0).sum(-1)
+
+
+def _top(probs: torch.Tensor) -> torch.Tensor:
+    return probs.amax(-1, keepdim=True)
+
+
+def _entropy(probs: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(probs).sum(-1, keepdim=True)
+
+
+def _lossy_target(alpha: float, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """
+    max(min(q, p / (1 - α)), t p) with t = 1/β in [0, 1] chosen so that the mass is 1. The mass is convex and piecewise
+    linear in t and at least 1 at t = 1, so Newton's method from there reaches the root in finitely many steps.
+    """
+    lenient = torch.minimum(q, p / (1 - alpha))
+    t = torch.ones_like(_top(p))
+    for _ in range(64):
+        below = lenient <= t * p
+        slope = (p * below).sum(-1, keepdim=True)
+        root = (1 - (lenient * ~below).sum(-1, keepdim=True)) / slope.clamp(min=torch.finfo(p.dtype).tiny)
+        new_t = torch.where(slope > 0, root.clamp(0, 1), t)
+        if torch.equal(new_t, t):
+            break
+        t = new_t
+    return torch.maximum(lenient, t * p)

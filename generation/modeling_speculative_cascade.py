@@ -1,0 +1,218 @@
+"""A large and a small model as one: saved, loaded and pushed as one repository, cascaded by plain `generate`."""
+
+import copy
+
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from .cascade_generation import SpeculativeCascadeGenerationMixin
+from .configuration_draft import DraftConfig
+from .configuration_speculative_cascade import SpeculativeCascadeConfig
+from .modeling_draft import DraftForCausalLM
+
+
+class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin):
+    """
+    A causal language model that behaves as its large half everywhere but in `generate`, which cascades with the small half.
+
+    Args:
+        config ([`SpeculativeCascadeConfig`]):
+            Both configurations and the default rule.
+        large, small ([`~transformers.PreTrainedModel`], *optional*):
+            The models themselves; built from the configuration when left out.
+
+    Example:
+
+    ```python
+    >>> model = SpeculativeCascadeForCausalLM.from_cascade_pretrained("large", "small", cascade_rule="opt", cascade_alpha=0.2)
+    >>> model.save_pretrained("cascade")
+    >>> AutoModelForCausalLM.from_pretrained("cascade").generate(**inputs)
+    ```
+    """
+
+    config_class = SpeculativeCascadeConfig
+    base_model_prefix = "large"
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModelForCausalLM"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SpeculativeCascadeConfig, large=None, small=None):
+        super().__init__(config)
+        self.large = large if large is not None else _from_config(config.large)
+        self.small = small if small is not None else _from_config(config.small)
+        self.config.large, self.config.small = self.large.config, self.small.config
+        self.generation_config = copy.deepcopy(self.large.generation_config)
+        self.generation_config.cascade_rule = config.cascade_rule
+        self.generation_config.cascade_alpha = config.cascade_alpha
+        self.post_init()
+
+    @property
+    def _cascade_assistant(self) -> tuple:
+        return (self.small,)
+
+    @classmethod
+    def from_cascade_pretrained(
+        cls,
+        large,
+        small,
+        *,
+        cascade_rule: str = "token_v3",
+        cascade_alpha: float = 0.3,
+        as_reference: bool = False,
+        large_revision: str | None = None,
+        small_revision: str | None = None,
+        **kwargs,
+    ) -> "SpeculativeCascadeForCausalLM":
+        """
+        Builds a composite of two models.
+
+        Args:
+            large, small (`str` or [`~transformers.PreTrainedModel`]):
+                Repository, folder or model. Both must have the same vocabulary size.
+            cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
+                Default rule of `generate`.
+            cascade_alpha (`float`, *optional*, defaults to 0.3):
+                Its parameter.
+            as_reference (`bool`, *optional*, defaults to `False`):
+                `save_pretrained` then writes the two names and no weights. Needs names, not models.
+            large_revision, small_revision (`str`, *optional*):
+                Revisions to load.
+            kwargs (*optional*):
+                Passed to both `from_pretrained` calls, such as `dtype=torch.bfloat16, device_map="auto"`.
+
+        Raises:
+            TypeError: if `as_reference` is asked for models instead of names.
+            ValueError: if the vocabularies differ, a model is an encoder-decoder, or the rule does not fit.
+        """
+        if as_reference and not (isinstance(large, str) and isinstance(small, str)):
+            raise TypeError(
+                f"`as_reference=True` stores names, got a {type(large).__name__} and a {type(small).__name__}. Pass two "
+                "repository names or folders."
+            )
+        references = {}
+        if as_reference:
+            references = {
+                "large_name_or_path": large,
+                "small_name_or_path": small,
+                "large_revision": large_revision,
+                "small_revision": small_revision,
+            }
+        halves = [
+            AutoModelForCausalLM.from_pretrained(half, revision=revision or "main", **kwargs)
+            if isinstance(half, str)
+            else half
+            for half, revision in ((large, large_revision), (small, small_revision))
+        ]
+        sizes = [half.config.get_text_config(decoder=True).vocab_size for half in halves]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"A composite model needs one vocabulary, got {sizes[0]} entries (large) and {sizes[1]} (small). Use "
+                "`enable_cascade(large, small)` and pass both tokenizers to `generate`."
+            )
+        if any(half.config.is_encoder_decoder for half in halves):
+            raise ValueError(
+                "A composite model is decoder-only, got an encoder-decoder. Use `enable_cascade(large, small)`."
+            )
+        config = cls.config_class(
+            large=halves[0].config,
+            small=halves[1].config,
+            cascade_rule=cascade_rule,
+            cascade_alpha=cascade_alpha,
+            dtype=halves[0].dtype,
+            **references,
+        )
+        return cls(config, *halves).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        Same as [`~transformers.PreTrainedModel.from_pretrained`]; a configuration of references loads both repositories.
+
+        Raises:
+            ValueError: if the weights of one half are missing.
+        """
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        if config.is_reference:
+            for name in ("adapter_kwargs", "state_dict", "output_loading_info", "_from_auto"):
+                kwargs.pop(name, None)
+            return cls.from_cascade_pretrained(
+                config.large_name_or_path,
+                config.small_name_or_path,
+                cascade_rule=config.cascade_rule,
+                cascade_alpha=config.cascade_alpha,
+                as_reference=True,
+                large_revision=config.large_revision,
+                small_revision=config.small_revision,
+                **kwargs,
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the cascade, the first is {missing[0]!r}. "
+                "Save both models again with `SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)"
+                ".save_pretrained(folder)`."
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """Same as [`~transformers.PreTrainedModel.save_pretrained`]; a model of references saves no weights."""
+        if self.config.is_reference:
+            state_dict = {}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _init_weights(self, module):
+        # Both halves initialise themselves; a composite adds no weight.
+        pass
+
+    def get_input_embeddings(self):
+        return self.large.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.large.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.large.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.large.set_output_embeddings(new_embeddings)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.large.prepare_inputs_for_generation(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """The large model's forward, arguments unchanged."""
+        return self.large(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+
+def _from_config(config):
+    if isinstance(config, DraftConfig):  # known here even where nothing registered it
+        return DraftForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)

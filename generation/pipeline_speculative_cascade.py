@@ -1,0 +1,65 @@
+"""`pipeline("speculative-cascade")`."""
+
+import numpy as np
+from transformers import TextGenerationPipeline
+
+from .cascade_generation import SpeculativeCascadeGenerationMixin, enable_cascade
+
+
+class SpeculativeCascadePipeline(TextGenerationPipeline):
+    """
+    [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or `model`
+    alone is a composite one. Every record gets a key `"cascade"` with that prompt's statistics.
+
+    Any argument of the cascading `generate` may be passed, such as `cascade_rule`, `cascade_alpha`, `num_assistant_tokens`.
+
+    Raises:
+        ValueError: if the model is no composite and no `assistant_model` is given, or a prompt is empty.
+
+    Example:
+
+    ```python
+    >>> import hf_iclr
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("speculative-cascade", model="large", assistant_model="small")
+    >>> out = pipe("Explain rain.", cascade_rule="token_v3", cascade_alpha=0.3, max_new_tokens=64)
+    >>> out[0]["generated_text"], out[0]["cascade"]["acceptance_rate"]
+    ```
+    """
+
+    def __init__(self, model, *args, **kwargs):
+        if not isinstance(model, SpeculativeCascadeGenerationMixin):
+            if kwargs.get("assistant_model") is None:
+                raise ValueError(
+                    f"A cascade needs a small model beside {type(model).__name__}. Pass `assistant_model=...`, or a composite "
+                    "model made by `SpeculativeCascadeForCausalLM.from_cascade_pretrained`."
+                )
+            model = enable_cascade(model)
+        super().__init__(model, *args, **kwargs)
+
+    def check_model_type(self, supported_models):
+        # A composite's class is in no list of transformers; what matters was checked above.
+        pass
+
+    def preprocess(self, prompt_text, *args, **kwargs):
+        inputs = super().preprocess(prompt_text, *args, **kwargs)
+        if inputs["input_ids"].shape[-1] == 0:
+            raise ValueError("Expected a prompt of at least one token, got an empty one.")
+        return inputs
+
+    def _forward(self, model_inputs, **generate_kwargs):
+        outputs = super()._forward(model_inputs, **generate_kwargs)
+        prompts, sequences = outputs["generated_sequence"].shape[:2]
+        # An object array is split by prompt as a tensor would be.
+        outputs["cascade"] = np.empty((prompts, sequences), dtype=object)
+        for row in range(prompts * sequences):
+            outputs["cascade"].flat[row] = self.model.cascade_statistics.row(row)
+        return outputs
+
+    def postprocess(self, model_outputs, *args, **kwargs):
+        statistics = model_outputs.pop("cascade")[0]
+        records = super().postprocess(model_outputs, *args, **kwargs)
+        for record, row in zip(records, statistics, strict=True):
+            record["cascade"] = row
+        return records

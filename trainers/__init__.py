@@ -1,0 +1,1 @@
+"""See docs/trainers: nothing here yet."""

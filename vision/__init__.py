@@ -1,0 +1,1 @@
+"""See docs/vision: nothing here yet."""
