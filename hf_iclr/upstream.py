@@ -1,0 +1,106 @@
+"""The upstream functions we override or lean on beyond their documented use, and the parameters we wrote against."""
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+# Where it stands -> its parameters without annotations, which read differently from one Python to the next.
+# Written against transformers 5.23.
+SEAMS = {
+    "transformers.generation.utils:GenerationMixin._assisted_decoding": (
+        "(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, "
+        "inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs)"
+    ),
+    "transformers.generation.utils:GenerationMixin._extract_generation_mode_kwargs": (
+        "(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)"
+    ),
+    "transformers.generation.utils:GenerationMixin._get_candidate_generator": (
+        "(self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, "
+        "target_tokenizer=None, assistant_tokenizer=None)"
+    ),
+    "transformers.generation.utils:GenerationMixin._validate_generation_mode": (
+        "(self, generation_mode, generation_config, generation_mode_kwargs)"
+    ),
+    "transformers.generation.utils:_speculative_sampling": (
+        "(candidate_input_ids, candidate_logits, candidate_length, new_logits, assistant_ensemble_weight=None)"
+    ),
+    "transformers.generation.candidate_generator:AssistedCandidateGenerator.__init__": (
+        "(self, input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor=None, "
+        "logits_processor=None)"
+    ),
+    "transformers.generation.candidate_generator:AssistedCandidateGenerator._generate_candidates": (
+        "(self, generation_args)"
+    ),
+    "transformers.generation.candidate_generator:AssistedCandidateGenerator.get_candidates": (
+        "(self, input_ids, **kwargs)"
+    ),
+    "transformers.generation.candidate_generator:AssistedCandidateGenerator.update_candidate_strategy": (
+        "(self, input_ids, scores, num_matches)"
+    ),
+    "transformers.generation.candidate_generator:UniversalSpeculativeDecodingGenerator.get_candidates": (
+        "(self, input_ids, **kwargs)"
+    ),
+    "transformers.cache_utils:DynamicCache.crop": "(self, tokens_to_remove)",
+    "transformers.cache_utils:DynamicLayer.crop": "(self, tokens_to_remove)",
+    "transformers.pipelines.base:Pipeline._sanitize_parameters": "(self, **pipeline_parameters)",
+    "transformers.pipelines.base:PipelineRegistry.register_pipeline": (
+        "(self, task, pipeline_class, pt_model=None, default=None, type=None)"
+    ),
+    "transformers.pipelines.text_generation:TextGenerationPipeline._forward": (
+        "(self, model_inputs, **generate_kwargs)"
+    ),
+    "transformers.pipelines.text_generation:TextGenerationPipeline._sanitize_parameters": (
+        "(self, return_full_text=None, return_tensors=None, return_text=None, return_type=None, "
+        "clean_up_tokenization_spaces=None, prefix=None, handle_long_generation=None, stop_sequence=None, "
+        "truncation=None, max_length=None, continue_final_message=None, skip_special_tokens=None, "
+        "tokenizer_encode_kwargs=None, tools=None, documents=None, **generate_kwargs)"
+    ),
+    "transformers.pipelines.text_generation:TextGenerationPipeline.postprocess": (
+        "(self, model_outputs, return_type=<ReturnType.FULL_TEXT: 2>, clean_up_tokenization_spaces=None, "
+        "continue_final_message=None, skip_special_tokens=None, tools=None)"
+    ),
+    "transformers.dynamic_module_utils:custom_object_save": "(obj, folder, config=None)",
+}
+
+
+@dataclass(frozen=True)
+class SeamCheck:
+    """A seam, the parameters we wrote against and those found now (`None` when it is gone)."""
+
+    seam: str
+    expected: str
+    found: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.found == self.expected
+
+
+def check_seams(seams: dict[str, str] = SEAMS) -> list[SeamCheck]:
+    """
+    Compare every seam with the installed packages.
+
+    Args:
+        seams (`dict[str, str]`, *optional*, defaults to `SEAMS`):
+            Parameters we wrote against, by `"module:qualified.name"`.
+
+    Returns:
+        `list[SeamCheck]`: one row per seam, in the order given.
+    """
+    return [SeamCheck(seam, expected, _find_parameters(seam)) for seam, expected in seams.items()]
+
+
+def _find_parameters(seam: str) -> str | None:
+    try:
+        return parameters(pkgutil.resolve_name(seam))
+    except (ImportError, AttributeError):
+        return None
+
+
+def parameters(function: Callable) -> str:
+    """The signature of `function` without annotations."""
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))

@@ -1,0 +1,40 @@
+"""Which upstream seams we lean on, in the exact shape we wrote against. A failure names the change: read it first."""
+
+import inspect
+import pkgutil
+
+import pytest
+
+from hf_iclr.upstream import SEAMS, check_seams
+
+
+# Each of our classes -> the private methods of its parents that it overrides.
+PRIVATE_OVERRIDES: dict[str, set[str]] = {}
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_seam_has_the_shape_we_wrote_against(seam):
+    (check,) = check_seams({seam: SEAMS[seam]})
+    assert check.found == check.expected
+
+
+def test_a_changed_and_a_vanished_seam_are_reported():
+    changed, vanished = check_seams({"shutil:copyfile": "(src, dst)", "shutil:copy_elsewhere": "(src)"})
+    assert not changed.ok and changed.found == "(src, dst, *, follow_symlinks=True)"
+    assert not vanished.ok and vanished.found is None
+
+
+@pytest.mark.parametrize("path", PRIVATE_OVERRIDES)
+def test_private_overrides_are_declared(path):
+    assert private_overrides(pkgutil.resolve_name(path)) == PRIVATE_OVERRIDES[path]
+
+
+def private_overrides(cls: type) -> set[str]:
+    """Methods with one leading underscore that a class redefines from a parent outside of this project."""
+    parents = [parent for parent in cls.__mro__[1:] if not parent.__module__.startswith("hf_iclr.")]
+    return {
+        name
+        for name, value in vars(cls).items()
+        if name.startswith("_") and not name.startswith("__") and inspect.isroutine(value)
+        if any(name in vars(parent) for parent in parents)
+    }
