@@ -13,12 +13,9 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_import_takes_less_than_150_ms():
-    def cumulative_seconds() -> float:
-        *_, last = run("-X", "importtime", "-c", "import hf_iclr").stderr.splitlines()
-        assert last.split("|")[2].strip() == "hf_iclr"
-        return int(last.split("|")[1]) / 1e6
-
-    assert min(cumulative_seconds() for _ in range(5)) < 0.15
+    """Processor time, and one good run of ten is enough: other processes may keep the cores busy."""
+    code = "import time; start = time.process_time(); import hf_iclr; print(time.process_time() - start)"
+    assert any(float(run("-c", code).stdout) < 0.15 for _ in range(10))
 
 
 def test_import_loads_neither_torch_nor_transformers():
@@ -39,9 +36,19 @@ def test_unknown_name():
 
 @pytest.mark.parametrize(
     "imports",
-    ["import hf_iclr; from transformers import pipeline", "from transformers import pipeline; import hf_iclr"],
-    ids=["hf_iclr first", "transformers first"],
+    [
+        "import hf_iclr; from transformers import pipeline",
+        "from transformers import pipeline; import hf_iclr",
+        "from hf_iclr import SpeculativeCascadeForCausalLM; from transformers import pipeline",
+        "from hf_iclr import SpeculativeCascadePipeline",
+    ],
 )
-def test_task_is_registered(imports):
-    show = "from transformers.pipelines import PIPELINE_REGISTRY; print(*PIPELINE_REGISTRY.get_supported_tasks())"
-    assert "speculative-cascade" in run("-c", f"{imports}; {show}").stdout.split()
+def test_registered_in_any_order_of_imports(imports):
+    show = """
+from transformers import AutoModelForCausalLM
+from transformers.pipelines import PIPELINE_REGISTRY
+print(*PIPELINE_REGISTRY.get_supported_tasks(), *(c.__name__ for c in AutoModelForCausalLM._model_mapping))
+"""
+    done = run("-c", f"{imports}\n{show}")
+    assert {"speculative-cascade", "SpeculativeCascadeConfig"} <= set(done.stdout.split())
+    assert "could not register" not in done.stderr
