@@ -1,0 +1,35 @@
+"""Configuration of a draft model: a truncated decoder, an affine map and a trimmed vocabulary."""
+
+from typing import ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class DraftConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DraftForCausalLM`].
+
+    Args:
+        body ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the decoder without head: that of the large model with fewer layers.
+        draft_vocab_size (`int`, *optional*, defaults to 8192):
+            Number of tokens the draft can write. All tokens of the large model can be read.
+    """
+
+    model_type = "affine-draft"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "body": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+    _auto_class = "AutoConfig"
+
+    body: PreTrainedConfig | dict | None = None
+    draft_vocab_size: int = 8192
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the draft reads, and the width of its logits: that of the large model."""
+        return self.body.vocab_size
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.body.get_text_config(decoder=decoder, encoder=encoder)
