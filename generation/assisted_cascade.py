@@ -18,7 +18,8 @@ class ForwardMeter:
     """Counts forwards, tokens and seconds of both models by hooks while the block runs."""
 
     def __init__(self, large, small, statistics: CascadeStatistics):
-        self.models = {large, small}
+        # a shallow copy shares its hooks with the original, and must not be counted twice
+        self.models = {id(model._forward_hooks): model for model in (large, small)}.values()
         self.statistics = statistics
         self.drafting = False  # tells the two apart when an early exit makes one model play both parts
 
@@ -54,8 +55,8 @@ class ForwardMeter:
 
 class DraftRecorder:
     """
-    Mixin for a candidate generator of transformers: it keeps the raw logits of the drafts, and counts what is accepted.
-    Mixed in by [`record_drafts`], which also mends what would change q (see there).
+    Mixin for a candidate generator of transformers: it keeps the raw logits of the drafts, and counts what is
+    accepted. Mixed in by [`record_drafts`], which also mends what would change q (see there).
     """
 
     def get_candidates(self, input_ids, **kwargs):
@@ -73,7 +74,9 @@ class DraftRecorder:
     def _generate_candidates(self, generation_args):
         # Generation arguments go into the config: beside one, transformers calls them deprecated.
         config = generation_args.pop("generation_config")
-        config.update(**{key: generation_args.pop(key) for key in ("min_new_tokens", "max_new_tokens")}, use_cache=True)
+        config.update(
+            **{key: generation_args.pop(key) for key in ("min_new_tokens", "max_new_tokens")}, use_cache=True
+        )
         inputs = {key: value for key, value in self.assistant_kwargs.items() if key != "use_cache"}
         output = self.assistant_model.generate(generation_config=config, **generation_args, **inputs)
         self.assistant_kwargs["past_key_values"] = output.past_key_values
@@ -116,8 +119,8 @@ class RawScores(LogitsProcessor):
 
 class CascadeScores(LogitsProcessor):
     """
-    Last in the list: replaces the large model's processed logits at a drafted position by log π. The position after the
-    last draft has no q here and stays the large model's, as in transformers.
+    Last in the list: replaces the large model's processed logits at a drafted position by log π. The position after
+    the last draft has no q here and stays the large model's, as in transformers.
     """
 
     def __init__(self, generator, raw: RawScores, options, do_sample: bool, prompt_length: int):
@@ -152,8 +155,8 @@ def _one_hot(index: torch.Tensor, size: int) -> torch.Tensor:
 
 def without_warpers(processors):
     """
-    The processors the drafter must be given. Its own `generate` appends temperature, top-k and the like again: with the
-    whole list drafts would be sampled at the square of the temperature.
+    The processors the drafter must be given. Its own `generate` appends temperature, top-k and the like again: with
+    the whole list drafts would be sampled at the square of the temperature.
     """
     return type(processors)(p for p in processors if not isinstance(p, _WARPERS))
 
@@ -163,6 +166,6 @@ def check_rule_needs_no_q(rule: str) -> None:
     if DEFERRAL_RULES[rule].reads_draft:
         able = ", ".join(name for name, entry in DEFERRAL_RULES.items() if not entry.reads_draft)
         raise ValueError(
-            f"Rule {rule!r} reads the small model's probabilities, which greedy drafting in another vocabulary doesn't "
-            f"give. Choose one of {able}, or pass `do_sample=True`."
+            f"Rule {rule!r} reads the small model's probabilities, which greedy drafting in another vocabulary "
+            f"doesn't give. Choose one of {able}, or pass `do_sample=True`."
         )

@@ -1,5 +1,6 @@
 """The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
 
+import copy
 import time
 from typing import NamedTuple
 
@@ -24,6 +25,12 @@ _SCORES_ONLY = (
     logits_process.SuppressTokensLogitsProcessor,
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
+)
+# These keep state from call to call, or of another stream, that can't follow rows which roll back.
+STATEFUL_PROCESSORS = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 _MAX_HOLE_SHARE = 0.25
 
@@ -66,16 +73,34 @@ def _one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
 
+def _for_row(processors, row: int):
+    """The processors as one row sees them: some hold a value, or call the user's function, for each row."""
+    processors = type(processors)(copy.copy(processor) for processor in processors)
+    for processor in processors:
+        if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+            if isinstance(processor.prompt_ignore_length, torch.Tensor):
+                processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+        elif isinstance(processor, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
+            processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
+        elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
+            allowed = processor._prefix_allowed_tokens_fn
+            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+    return processors
+
+
 class BatchedCascade:
     """
     Draft, verify, accept, for several rows that move at their own pace. One object is one `generate` call.
 
     Each round the small model drafts up to γ tokens for every row, the large model scores them in one forward, and a
-    drafted token x is kept with probability min(1, π(x) / q(x)); the first token that is not kept is replaced by a sample
-    of norm(max(0, π - q)), and a row that kept all its drafts gets one more sample of π. Every emitted token follows π.
+    drafted token x is kept with probability min(1, π(x) / q(x)); the first token that is not kept is replaced by a
+    sample of norm(max(0, π - q)), and a row that kept all its drafts gets one more sample of π. Every emitted token
+    follows π.
     """
 
-    def __init__(self, model, assistant, input_ids, attention_mask, logits_processor, stopping_criteria, config, options):
+    def __init__(
+        self, model, assistant, input_ids, attention_mask, logits_processor, stopping_criteria, config, options
+    ):
         batch_size, prompt_length = input_ids.shape
         device = model.device
         if attention_mask is None:
@@ -83,19 +108,26 @@ class BatchedCascade:
         self.config, self.options = config, options
         self.greedy = not config.do_sample
         self.processors = logits_processor
+        self.row_processors = [_for_row(logits_processor, row) for row in range(batch_size)]
         self.scores_only = all(type(processor) in _SCORES_ONLY for processor in logits_processor)
         self.criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
-        self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
+        self.eos = None if config._eos_token_tensor is None else config._eos_token_tensor.to(device)
         self.large, self.small = CachedDecoder(model, batch_size), CachedDecoder(assistant, batch_size)
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
+        self.vocab_size, self.small_vocab_size = (
+            half.config.get_text_config(decoder=True).vocab_size for half in (model, assistant)
+        )
         self.gamma = options.num_assistant_tokens
 
-        pad = config._pad_token_tensor if config._pad_token_tensor is not None else torch.tensor(0)
-        self.sequences = torch.full((batch_size, config.max_length), int(pad.flatten()[0]), device=device)
+        self.pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        self.sequences = torch.full((batch_size, config.max_length), self.pad, device=device)
         self.sequences[:, :prompt_length] = input_ids
         self.prompt_length = prompt_length
         self.budget = config.max_length - prompt_length
-        self.produced = [0] * batch_size  # new tokens of each row
+        self.produced = torch.zeros(batch_size, dtype=torch.long, device=device)  # new tokens of each row
+        self.totals = torch.zeros(
+            6, batch_size, dtype=torch.float64, device=device
+        )  # in the order of CascadeStatistics
         self.outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch_size)]
         self.keep_outputs = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
@@ -111,21 +143,24 @@ class BatchedCascade:
         """Generates until every row is finished and returns `(batch, length)` token ids, padded on the right."""
         start = time.perf_counter()
         while len(self.rows):
-            emitted = self._round()
+            self._round()
             if streamer is not None:
-                streamer.put(torch.tensor(emitted[0]))
+                streamer.put(self.emitted.cpu())
         if streamer is not None:
             streamer.end()
         stats = self.statistics
+        counts = self.totals[:4].long().tolist()
+        stats.rounds, stats.drafted, stats.accepted, stats.new_tokens = counts
+        stats.deferred, stats.drift = self.totals[4:].tolist()
         stats.large_forwards, stats.large_tokens = self.large.forwards, self.large.tokens
         stats.small_forwards, stats.small_tokens = self.small.forwards, self.small.tokens
         stats.verify_seconds, stats.draft_seconds = self.large.seconds, self.small.seconds
         stats.total_seconds = time.perf_counter() - start
-        return self.sequences[:, : self.prompt_length + max(self.produced)]
+        return self.sequences[:, : self.prompt_length + int(self.produced.max())]
 
     def output(self) -> GenerateDecoderOnlyOutput:
         """What `generate` returns with `return_dict_in_generate`; scores of a finished row are 0."""
-        length = max(self.produced)
+        length = int(self.produced.max())
         outputs = {}
         for name, which in (("scores", 0), ("logits", 1)):
             if getattr(self.config, f"output_{name}"):
@@ -136,9 +171,8 @@ class BatchedCascade:
                 )
         return GenerateDecoderOnlyOutput(sequences=self.sequences[:, : self.prompt_length + length], **outputs)
 
-    def _round(self) -> list[list[int]]:
-        rows = self.rows.tolist()
-        remaining = self.rows.new_tensor([self.budget - self.produced[row] for row in rows])
+    def _round(self) -> None:
+        remaining = self.budget - self.produced[self.rows]
         gamma = min(int(self.gamma), int(remaining.max()) - 1)
 
         # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
@@ -148,16 +182,14 @@ class BatchedCascade:
         # 2. The large model scores all drafts and the position after them in one forward.
         ids, positions = self.large_pending
         columns = torch.arange(gamma, device=drafts.device)
-        draft_positions = torch.where(
-            columns < draft_lengths[:, None], self.last_position[:, None] + 1 + columns, -1
-        )
+        draft_positions = torch.where(columns < draft_lengths[:, None], self.last_position[:, None] + 1 + columns, -1)
         logits = self.large(
             torch.cat([ids, drafts], 1), torch.cat([positions, draft_positions], 1), logits_to_keep=gamma + 1
         )
         if torch.isnan(logits).any():
             raise ValueError(
-                f"The large model gave NaN logits after {max(self.produced)} new tokens. Expected finite numbers: check "
-                "its weights, or load it with `dtype=torch.bfloat16` or `torch.float32` instead of float16."
+                f"The large model gave NaN logits after {int(self.produced.max())} new tokens. Expected finite "
+                "numbers: check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
             )
         scores = self._process(logits, drafts, first=0)
         p = self._distributions(logits, scores)
@@ -168,7 +200,7 @@ class BatchedCascade:
         # 4. One more token a row: a correction where a draft was rejected, a sample of π where all were kept.
         used_last_draft = False
         bonus = accepted == draft_lengths
-        if q is not None and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
+        if gamma and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
             # π at the position after the last draft needs q there; the small model must read that draft anyway.
             position = torch.where(bonus & (draft_lengths == gamma), draft_positions[:, -1], -1)
             q = _Distributions.cat([q, self._small_step(drafts[:, -1:], position[:, None], drafts, first=gamma)])
@@ -176,13 +208,13 @@ class BatchedCascade:
         next_token = self._next_token(accepted, bonus, q, p, pi, deferred, drift)
 
         # 5. Book-keeping: sequences, statistics, caches.
-        emitted = self._emit(rows, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
+        unfinished = self._emit(drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
         self._update_caches(drafts, accepted, next_token, used_last_draft)
+        self._compact(unfinished)
         if self.options.schedule != "constant":
             # as transformers does: two tokens more after a round without rejection, else one fewer
             all_kept = bool(bonus.all())
             self.gamma = self.gamma + 2 if all_kept else max(1, self.gamma - 1)
-        return emitted
 
     def _draft(self, gamma: int, lengths: torch.Tensor) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
         ids, positions = self.small_pending
@@ -210,9 +242,10 @@ class BatchedCascade:
         return drafts, _Distributions.cat(parts), lengths
 
     def _small_step(self, ids, positions, drafts, first: int) -> _Distributions:
-        logits = self.small(ids, positions, logits_to_keep=1)
-        vocab_size = self.large.model.config.get_text_config(decoder=True).vocab_size
-        if logits.shape[-1] > vocab_size:  # embeddings padded to different sizes, same tokenizer
+        # Where one tokenizer's embeddings are padded to two sizes, ids beyond the smaller are no tokens.
+        logits = self.small(ids.clamp(max=self.small_vocab_size - 1), positions, logits_to_keep=1)
+        vocab_size = self.vocab_size
+        if logits.shape[-1] > vocab_size:
             logits = logits[..., :vocab_size]
         elif logits.shape[-1] < vocab_size:
             missing = logits.new_full((*logits.shape[:-1], vocab_size - logits.shape[-1]), -torch.inf)
@@ -221,7 +254,9 @@ class BatchedCascade:
 
     def _distributions(self, logits: torch.Tensor, scores: torch.Tensor) -> _Distributions:
         unscaled = logits.softmax(-1)
-        if self.greedy and self.options.rule != "ensemble":  # there, the mixture of both distributions is what has an argmax
+        if (
+            self.greedy and self.options.rule != "ensemble"
+        ):  # there, the mixture of both distributions is what has an argmax
             return _Distributions(_one_hot_of_largest(scores), unscaled)
         return _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
 
@@ -236,9 +271,10 @@ class BatchedCascade:
         for index, row in enumerate(self.rows.tolist()):
             context = self.sequences[row, : self.prompt_length + self.produced[row]]
             context = torch.cat([context, drafts[index]])
+            processors = self.row_processors[row]
             end = len(context) - drafts.shape[1] + first
             for step in range(length):
-                scores[index, step] = self.processors(context[None, : end + step], logits[index, step][None].clone())[0]
+                scores[index, step] = processors(context[None, : end + step], logits[index, step][None].clone())[0]
         return scores
 
     def _target(self, q: _Distributions, p: _Distributions, start: int, stop: int):
@@ -253,8 +289,7 @@ class BatchedCascade:
             p.unscaled[:, start:stop],
         )
         if self.options.strict_prefix:
-            produced = self.rows.new_tensor([self.produced[row] for row in self.rows.tolist()])
-            index = produced[:, None] + torch.arange(start, stop, device=pi.device)
+            index = self.produced[self.rows][:, None] + torch.arange(start, stop, device=pi.device)
             strict = index < self.options.strict_prefix
             pi = torch.where(strict[..., None], p_part, pi)
             deferred = torch.where(strict, 1.0, deferred)
@@ -302,38 +337,53 @@ class BatchedCascade:
             target = torch.where(usable[:, None], residual, target)
         return sample(target)
 
-    def _emit(self, rows, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits):
-        emitted, unfinished = [], []
-        drafts, lengths, counts = drafts.tolist(), draft_lengths.tolist(), accepted.tolist()
-        for index, (row, token) in enumerate(zip(rows, next_token.tolist(), strict=True)):
-            tokens = drafts[index][: counts[index]] + [token]
-            begin = self.prompt_length + self.produced[row]
-            end, finished = self._first_stop(row, begin, tokens)
-            tokens = tokens[:end]
-            self.sequences[row, begin : begin + len(tokens)] = self.sequences.new_tensor(tokens)
-            self.statistics.record(
-                row, lengths[index], min(counts[index], len(tokens)), deferred[index, :end], drift[index, :end]
-            )
-            if self.keep_outputs:
-                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(len(tokens))]
-            self.produced[row] += len(tokens)
-            emitted.append(tokens)
-            if not finished and self.produced[row] < self.budget:
-                unfinished.append(index)
-        self._unfinished = unfinished
-        return emitted
+    def _emit(self, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits) -> torch.Tensor:
+        """Writes the round's tokens; returns how many each active row got (it may stop inside its accepted drafts)."""
+        columns = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+        tokens = torch.cat([drafts, next_token[:, None]], 1).scatter(1, accepted[:, None], next_token[:, None])
+        counts, finished = accepted + 1, torch.zeros_like(accepted, dtype=torch.bool)
+        if self.eos is not None:
+            is_eos = torch.isin(tokens, self.eos) & (columns < counts[:, None])
+            finished = is_eos.any(1)
+            counts = torch.where(finished, is_eos.to(torch.int8).argmax(1) + 1, counts)
 
-    def _first_stop(self, row: int, begin: int, tokens: list[int]) -> tuple[int, bool]:
-        """How many of the tokens to emit, and whether the row ends there: end of text, or any other criterion."""
-        for count, token in enumerate(tokens, start=1):
-            if self.criteria:
-                self.sequences[row, begin + count - 1] = token
-                so_far = self.sequences[row : row + 1, : begin + count]
+        begin = self.prompt_length + self.produced[self.rows]
+        written = columns < counts[:, None]
+        slots = begin[:, None] + columns
+        self.sequences[self.rows[:, None].expand_as(slots)[written], slots[written]] = tokens[written]
+        if self.criteria:
+            counts, finished = self._stop_early(begin, counts, finished)
+            written = columns < counts[:, None]
+
+        values = (written * part.double() for part in (deferred, drift))
+        self.totals[:, self.rows] += torch.stack(
+            [
+                torch.ones_like(counts),
+                draft_lengths,
+                torch.minimum(accepted, counts),
+                counts,
+                *(value.sum(1) for value in values),
+            ]
+        ).double()
+        if self.keep_outputs:
+            for index, (row, count) in enumerate(zip(self.rows.tolist(), counts.tolist(), strict=True)):
+                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(count)]
+        self.emitted = tokens[0, : int(counts[0])]
+        self.produced[self.rows] += counts
+        return ~finished & (self.produced[self.rows] < self.budget)
+
+    def _stop_early(self, begin, counts, finished):
+        """Checks stop strings, time and other criteria after every single token, as plain `generate` does."""
+        counts = counts.clone()
+        for index, row in enumerate(self.rows.tolist()):
+            first, total = int(begin[index]), int(counts[index])
+            for count in range(1, total + 1):
+                so_far = self.sequences[row : row + 1, : first + count]
                 if any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in self.criteria):
-                    return count, True
-            if token in self.eos:
-                return count, True
-        return len(tokens), False
+                    self.sequences[row, first + count : first + total] = self.pad
+                    counts[index], finished[index] = count, True
+                    break
+        return counts, finished
 
     def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool) -> None:
         gamma = drafts.shape[1]
@@ -354,13 +404,14 @@ class BatchedCascade:
                 torch.cat([drafts[:, -1:], newest[0]], 1),
                 torch.cat([position, newest[1]], 1),
             )
-        if len(self._unfinished) < len(self.rows) or (
-            len(self.rows) > 1 and max(self.large.hole_share(), self.small.hole_share()) > _MAX_HOLE_SHARE
-        ):
-            self._compact()
 
-    def _compact(self) -> None:
-        select = self.rows.new_tensor(self._unfinished)
+    def _compact(self, unfinished: torch.Tensor) -> None:
+        """Drops finished rows, and cache slots once too many are holes."""
+        finished = not bool(unfinished.all())
+        holes = len(self.rows) > 1 and max(self.large.hole_share(), self.small.hole_share()) > _MAX_HOLE_SHARE
+        if not (finished or holes):
+            return
+        select = unfinished.nonzero()[:, 0]
         self.rows = self.rows[select]
         if len(select) == 0:
             return

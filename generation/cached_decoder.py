@@ -13,9 +13,9 @@ _checked_models: "weakref.WeakKeyDictionary[torch.nn.Module, str | None]" = weak
 
 class CachedDecoder:
     """
-    Runs a decoder-only model on rows whose lengths differ. A cache slot belongs to the position of its token, or to none
-    (-1): padding, or a draft that was rejected. Attention is masked by position, so rows need no realignment and sliding
-    windows see true distances.
+    Runs a decoder-only model on rows whose lengths differ. A cache slot belongs to the position of its token, or to
+    none (-1): padding, or a draft that was rejected. Attention is masked by position, so rows need no realignment and
+    sliding windows see true distances.
     """
 
     def __init__(self, model, batch_size: int):
@@ -81,7 +81,7 @@ class CachedDecoder:
         )
 
     def keep(self, kept: torch.Tensor) -> None:
-        """Turns the last slots into holes where `kept` (`(batch, n)`, boolean) is false; drops those that no row needs."""
+        """Turns the last slots into holes where `kept` (`(batch, n)`, boolean) is false; drops what no row needs."""
         width = kept.shape[1]
         self.positions[:, -width:] = torch.where(kept, self.positions[:, -width:], -1)
         unused = width - int((kept.any(0) * torch.arange(1, width + 1, device=kept.device)).max())
@@ -91,8 +91,8 @@ class CachedDecoder:
 
     def hole_share(self) -> float:
         """Share of slots that no token uses, beyond what the longest row needs."""
-        used = int((self.positions >= 0).sum(1).max())
-        return 1 - used / self.positions.shape[1]
+        slots = self.positions.shape[1]
+        return 1 - int((self.positions >= 0).sum(1).max()) / slots if slots else 0.0
 
     def compact(self, rows: torch.Tensor) -> None:
         """Keeps only `rows` (indices) and gathers their used slots, order unchanged, to the right end."""

@@ -14,13 +14,14 @@ from .assisted_cascade import (
     record_drafts,
     without_warpers,
 )
-from .batched_cascade import BatchedCascade, CascadeOptions
+from .batched_cascade import STATEFUL_PROCESSORS, BatchedCascade, CascadeOptions
 from .cached_decoder import why_not_batched
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import check_rule
 
 
-# `generate` arguments that a cascade adds, or whose default differs from transformers' (20 drafts, cut at confidence 0.4).
+# `generate` arguments that a cascade adds, or whose default differs from transformers' (20 drafts, cut at confidence
+# 0.4).
 CASCADE_DEFAULTS = {
     "cascade_rule": "token_v3",
     "cascade_alpha": 0.3,
@@ -38,8 +39,8 @@ _PLAIN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache
 
 class SpeculativeCascadeGenerationMixin(GenerationMixin):
     """
-    [`~transformers.GenerationMixin`] whose `generate` lets a small model draft and a deferral rule decide which drafts the
-    large model (`self`) may overrule. Everything else of `generate` is inherited.
+    [`~transformers.GenerationMixin`] whose `generate` lets a small model draft and a deferral rule decide which drafts
+    the large model (`self`) may overrule. Everything else of `generate` is inherited.
 
     Source: "Faster Cascades via Speculative Decoding", https://huggingface.co/papers/2405.19261.
 
@@ -48,6 +49,10 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
 
     cascade_statistics: CascadeStatistics | None = None
     _cascade_assistant: tuple = ()  # (small model,); in a tuple, so that it is no submodule and isn't saved with self
+
+    @property
+    def _cascade_large(self):
+        return self
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *, assistant_model=None, **kwargs):
@@ -77,8 +82,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 Both, when the two models have different vocabularies.
 
         Raises:
-            ValueError: before anything is generated, if a rule, its alpha, the draft length, a cache or the pair of models
-            does not fit; and when a model gives NaN logits.
+            ValueError: before anything is generated, if a rule, its alpha, the draft length, a cache or the pair of
+            models does not fit; and when a model gives NaN logits.
         """
         config = generation_config if generation_config is not None else self.generation_config
         if getattr(config, "is_assistant", False):  # an early exit drafts with the model itself
@@ -88,10 +93,13 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         if assistant_model is None and self._cascade_assistant:
             (assistant_model,) = self._cascade_assistant
 
+        sources = [generation_config, self.generation_config, self.config]
+        if assistant_model is not None:
+            sources.append(assistant_model.generation_config)
         for name, default in CASCADE_DEFAULTS.items():
             value = kwargs.pop(name, None)
-            for source in (generation_config, self.generation_config, assistant_model and assistant_model.generation_config):
-                if value is None and source is not None:
+            for source in sources:
+                if value is None:
                     value = getattr(source, name, None)
             value = default if value is None else value
             if generation_config is not None:
@@ -126,8 +134,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             )
         if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
-                f"A cascade rolls its cache back after rejected drafts, which {setting('cache_implementation')!r} caches "
-                "can't do. Leave `cache_implementation` out."
+                f"A cascade rolls its cache back after rejected drafts, a {setting('cache_implementation')!r} one "
+                "can't. Leave `cache_implementation` out."
             )
         if setting("use_cache") is False:
             raise ValueError("A cascade needs the key-value cache, got use_cache=False. Leave it out.")
@@ -137,8 +145,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not self.config.is_encoder_decoder and not mask.any(1).all():
             raise ValueError(
-                f"Row {int((~mask.bool().any(1)).nonzero()[0])} of `attention_mask` is all zero: expected a prompt of at "
-                "least one token in each row."
+                f"Row {int((~mask.bool().any(1)).nonzero()[0])} of `attention_mask` is all zero: expected a prompt of "
+                "at least one token in each row."
             )
         if assistant_model is None:
             return
@@ -149,14 +157,14 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             )
         if assistant_model._is_stateful:
             raise ValueError(
-                f"{type(assistant_model).__name__} keeps a recurrent state that can't be rolled back to an earlier token, so "
-                "it can't draft. Choose a small model with attention layers."
+                f"{type(assistant_model).__name__} keeps a recurrent state that can't be rolled back to an earlier "
+                "token, so it can't draft. Choose a small model with attention layers."
             )
         tokenizers = kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer")
         if _vocab_size(self) != _vocab_size(assistant_model) and None in tokenizers:
             raise ValueError(
-                f"The vocabularies differ: {_vocab_size(self)} entries (large) and {_vocab_size(assistant_model)} (small). "
-                "Pass `tokenizer=` and `assistant_tokenizer=` to bridge them."
+                f"The vocabularies differ: {_vocab_size(self)} entries (large) and {_vocab_size(assistant_model)} "
+                "(small). Pass `tokenizer=` and `assistant_tokenizer=` to bridge them."
             )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -191,13 +199,18 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             confidence_threshold=generation_config.assistant_confidence_threshold,
         )
         obstacle = self._batched_obstacle(
-            assistant_model, (tokenizer, assistant_tokenizer), generation_config, synced_gpus, model_kwargs
+            assistant_model,
+            (tokenizer, assistant_tokenizer),
+            logits_processor,
+            generation_config,
+            synced_gpus,
+            model_kwargs,
         )
         backend, batch_size = generation_config.cascade_backend, input_ids.shape[0]
         if obstacle is not None and (backend == "batched" or batch_size > 1):
             raise ValueError(
-                f"A batch of {batch_size} can't be served by the batched cascade: {obstacle}. Pass one prompt at a time "
-                'and `cascade_backend="assisted"` (for a pipeline: `batch_size=1`).'
+                f"A batch of {batch_size} can't be served by the batched cascade: {obstacle}. Pass one prompt at a "
+                'time and `cascade_backend="assisted"` (for a pipeline: `batch_size=1`).'
             )
         if backend == "assisted" and batch_size > 1:
             raise ValueError(
@@ -208,7 +221,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             if streamer is not None and batch_size > 1:
                 raise ValueError(f"A streamer follows one sequence, got a batch of {batch_size}.")
             loop = BatchedCascade(
-                self, assistant_model, input_ids, model_kwargs.get("attention_mask"), logits_processor,
+                self._cascade_large, assistant_model, input_ids, model_kwargs.get("attention_mask"), logits_processor,
                 stopping_criteria, generation_config, options,
             )  # fmt: skip
             self.cascade_statistics = loop.statistics
@@ -227,7 +240,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             finally:
                 del self._cascade_call
 
-    def _batched_obstacle(self, assistant_model, tokenizers, generation_config, synced_gpus, model_kwargs) -> str | None:
+    def _batched_obstacle(
+        self, assistant_model, tokenizers, logits_processor, generation_config, synced_gpus, model_kwargs
+    ) -> str | None:
         """Why the batched loop can't serve a call, as one clause; `None` if it can."""
         if assistant_model is None:
             return "an early exit has no small model of its own"
@@ -235,6 +250,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             target, assistant = (tokenizer.get_vocab() for tokenizer in tokenizers)
             if target != assistant:
                 return "the two tokenizers have different vocabularies"
+        reason = why_not_batched(self._cascade_large) or why_not_batched(assistant_model)
+        if reason is not None:
+            return reason
         if synced_gpus:
             return "ranks that hold shards of one model (FSDP, ZeRO-3) must run the same number of forwards"
         others = sorted(
@@ -247,9 +265,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             return "it starts from an empty cache, not from the `past_key_values` given"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it keeps no attentions or hidden states"
-        if generation_config.guidance_scale not in (None, 1):
-            return "classifier-free guidance needs a second stream of its own"
-        return why_not_batched(self) or why_not_batched(assistant_model)
+        stateful = [
+            type(processor).__name__ for processor in logits_processor if isinstance(processor, STATEFUL_PROCESSORS)
+        ]
+        if stateful:
+            return f"{stateful[0]} keeps a state that can't follow rows which roll back"
+        return None
 
     def _get_candidate_generator(
         self,
@@ -314,10 +335,11 @@ def _vocab_size(model) -> int:
 
 def enable_cascade(model, assistant_model=None, **defaults):
     """
-    Gives a model that can `generate` the cascading `generate`, whatever its class: causal, encoder-decoder or multimodal.
+    Gives a model that can `generate` the cascading `generate`, whatever its class: causal, encoder-decoder or
+    multimodal.
 
-    The result shares the weights of `model`, which itself stays as it was. Its class is a subclass, of the same name, of
-    [`SpeculativeCascadeGenerationMixin`] and the class of `model`; `save_pretrained` saves the large model alone.
+    The result shares the weights of `model`, which itself stays as it was. Its class is a subclass, of the same name,
+    of [`SpeculativeCascadeGenerationMixin`] and the class of `model`; `save_pretrained` saves the large model alone.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -337,12 +359,15 @@ def enable_cascade(model, assistant_model=None, **defaults):
     Example:
 
     ```python
-    >>> model = enable_cascade(AutoModelForSeq2SeqLM.from_pretrained("large"), AutoModelForSeq2SeqLM.from_pretrained("small"))
+    >>> large, small = (AutoModelForSeq2SeqLM.from_pretrained(name) for name in ("large", "small"))
+    >>> model = enable_cascade(large, small)
     >>> model.generate(**inputs, cascade_rule="opt", cascade_alpha=0.2)
     ```
     """
     if not isinstance(model, GenerationMixin):
-        raise TypeError(f"Expected a model with `generate`, got {type(model).__name__}. Load it with AutoModelForCausalLM.")
+        raise TypeError(
+            f"Expected a model with `generate`, got {type(model).__name__}. Load it with AutoModelForCausalLM."
+        )
     unknown = sorted(set(defaults) - set(CASCADE_DEFAULTS))
     if unknown:
         raise TypeError(f"Unknown defaults {unknown}. Choose from {', '.join(CASCADE_DEFAULTS)}.")

@@ -1,5 +1,7 @@
 """Configuration of a composite model: a large and a small model in one repository, or references to two."""
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -30,7 +32,7 @@ class SpeculativeCascadeConfig(PreTrainedConfig):
     """
 
     model_type = "speculative-cascade"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict] = {
         "large": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "small": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
@@ -50,8 +52,8 @@ class SpeculativeCascadeConfig(PreTrainedConfig):
         if (self.large is None) != (self.small is None):
             missing = "large" if self.large is None else "small"
             raise ValueError(
-                f"A cascade needs a large and a small model, the configuration of `{missing}` is missing. Build it with "
-                "`SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)` and save that."
+                f"A cascade needs a large and a small model, the configuration of `{missing}` is missing. Build it "
+                "with `SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)` and save that."
             )
         for name in ("large", "small"):
             half = getattr(self, name)

@@ -20,7 +20,9 @@ class DeferralRule(NamedTuple):
 # q and p are the next-token probabilities of the small and the large model; q0 and p0 the same at temperature 1 and
 # before any logits processor; H is entropy in nats; TV is the total variation distance of the processed q and p.
 DEFERRAL_RULES: dict[str, DeferralRule] = {
-    "spec": DeferralRule("nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False),
+    "spec": DeferralRule(
+        "nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False
+    ),
     "chow": DeferralRule("q if max q0 >= 1 - alpha", -1.0, 1.0, "large model", "small model"),
     "chow_log": DeferralRule("q if H(q0) <= alpha", -math.inf, math.inf, "large model", "small model"),
     "diff": DeferralRule("q if max q0 >= max p0 - alpha", -1.0, 1.0, "large model", "small model"),
@@ -31,7 +33,9 @@ DEFERRAL_RULES: dict[str, DeferralRule] = {
     "token_v3": DeferralRule(
         "tokens with p0(v) >= (1 - alpha) max p0", 0.0, 1.0, "large model, its top token kept", "small model", False
     ),
-    "lossy": DeferralRule("max(min(q, p / (1 - alpha)), p / beta)", 0.0, 1.0, "large model", "small model (alpha < 1)"),
+    "lossy": DeferralRule(
+        "max(min(q, p / (1 - alpha)), p / beta)", 0.0, 1.0, "large model", "small model (alpha < 1)"
+    ),
     "ensemble": DeferralRule("the share alpha of q", 0.0, 1.0, "large model", "small model"),
 }
 
@@ -59,9 +63,9 @@ def target_distribution(
     """
     The distribution π(q, p) that a speculative cascade samples from, instead of p as speculative decoding does.
 
-    With deferral indicator r, `π(v) = q(v) (1 - r(v)) + p(v) Σ_u r(u) q(u)` (equation 12 of the paper); a rule that looks
-    at no single token gives `π = (1 - r) q + r p`. Rules read the probabilities at temperature 1, the mixture is made of
-    the processed ones, as in the authors' code.
+    With deferral indicator r, `π(v) = q(v) (1 - r(v)) + p(v) Σ_u r(u) q(u)` (equation 12 of the paper); a rule that
+    looks at no single token gives `π = (1 - r) q + r p`. Rules read the probabilities at temperature 1, the mixture is
+    made of the processed ones, as in the authors' code.
 
     | rule | keeps of the draft | paper |
     |---|---|---|
@@ -110,8 +114,8 @@ def cascade_target(
     p_unscaled: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`target_distribution`] together with the deferred mass Σ_u r(u) q(u), a tensor of shape `(...)`: the probability that
-    the large model decides. Deferral is not rejection: a draft is rejected with probability TV(π, q).
+    [`target_distribution`] together with the deferred mass Σ_u r(u) q(u), a tensor of shape `(...)`: the probability
+    that the large model decides. Deferral is not rejection: a draft is rejected with probability TV(π, q).
     """
     q0 = q if q_unscaled is None else q_unscaled
     p0 = p if p_unscaled is None else p_unscaled

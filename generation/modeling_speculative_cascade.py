@@ -12,7 +12,8 @@ from .modeling_draft import DraftForCausalLM
 
 class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin):
     """
-    A causal language model that behaves as its large half everywhere but in `generate`, which cascades with the small half.
+    A causal language model that behaves as its large half everywhere but in `generate`, which cascades with the small
+    half.
 
     Args:
         config ([`SpeculativeCascadeConfig`]):
@@ -23,7 +24,7 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
     Example:
 
     ```python
-    >>> model = SpeculativeCascadeForCausalLM.from_cascade_pretrained("large", "small", cascade_rule="opt", cascade_alpha=0.2)
+    >>> model = SpeculativeCascadeForCausalLM.from_cascade_pretrained("large", "small", cascade_rule="opt")
     >>> model.save_pretrained("cascade")
     >>> AutoModelForCausalLM.from_pretrained("cascade").generate(**inputs)
     ```
@@ -44,13 +45,15 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         self.small = small if small is not None else _from_config(config.small)
         self.config.large, self.config.small = self.large.config, self.small.config
         self.generation_config = copy.deepcopy(self.large.generation_config)
-        self.generation_config.cascade_rule = config.cascade_rule
-        self.generation_config.cascade_alpha = config.cascade_alpha
         self.post_init()
 
     @property
     def _cascade_assistant(self) -> tuple:
         return (self.small,)
+
+    @property
+    def _cascade_large(self):
+        return self.large
 
     @classmethod
     def from_cascade_pretrained(
@@ -88,8 +91,8 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         """
         if as_reference and not (isinstance(large, str) and isinstance(small, str)):
             raise TypeError(
-                f"`as_reference=True` stores names, got a {type(large).__name__} and a {type(small).__name__}. Pass two "
-                "repository names or folders."
+                f"`as_reference=True` stores names, got a {type(large).__name__} and a {type(small).__name__}. Pass "
+                "two repository names or folders."
             )
         references = {}
         if as_reference:
@@ -116,8 +119,8 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
                 "A composite model is decoder-only, got an encoder-decoder. Use `enable_cascade(large, small)`."
             )
         config = cls.config_class(
-            large=halves[0].config,
-            small=halves[1].config,
+            large=copy.deepcopy(halves[0].config),
+            small=copy.deepcopy(halves[1].config),
             cascade_rule=cascade_rule,
             cascade_alpha=cascade_alpha,
             dtype=halves[0].dtype,
@@ -128,7 +131,8 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
-        Same as [`~transformers.PreTrainedModel.from_pretrained`]; a configuration of references loads both repositories.
+        Same as [`~transformers.PreTrainedModel.from_pretrained`]; a configuration of references loads both
+        repositories.
 
         Raises:
             ValueError: if the weights of one half are missing.
@@ -136,7 +140,7 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
         if config.is_reference:
-            for name in ("adapter_kwargs", "state_dict", "output_loading_info", "_from_auto"):
+            for name in ("adapter_kwargs", "output_loading_info", "revision", "state_dict", "_from_auto"):
                 kwargs.pop(name, None)
             return cls.from_cascade_pretrained(
                 config.large_name_or_path,
@@ -155,9 +159,8 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the cascade, the first is {missing[0]!r}. "
-                "Save both models again with `SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)"
-                ".save_pretrained(folder)`."
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the cascade, the first is "
+                f"{missing[0]!r}. Build it again with `{cls.__name__}.from_cascade_pretrained(large, small)`."
             )
         return (model, info) if wants_info else model
 

@@ -2,16 +2,26 @@
 
 import numpy as np
 from transformers import TextGenerationPipeline
+from transformers.utils.chat_template_utils import Chat
 
-from .cascade_generation import SpeculativeCascadeGenerationMixin, enable_cascade
+from .cascade_generation import enable_cascade
+
+
+class CascadeRecords(list):
+    """The records of one prompt, one a returned sequence. `records["key"]` is short for `records[0]["key"]`."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(0)[key] if isinstance(key, str) else super().__getitem__(key)
 
 
 class SpeculativeCascadePipeline(TextGenerationPipeline):
     """
-    [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or `model`
-    alone is a composite one. Every record gets a key `"cascade"` with that prompt's statistics.
+    [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or
+    `model` alone is a composite one. Every record gets a key `"cascade"` with that prompt's
+    statistics; prompts and chats may be mixed.
 
-    Any argument of the cascading `generate` may be passed, such as `cascade_rule`, `cascade_alpha`, `num_assistant_tokens`.
+    Any argument of the cascading `generate` may be passed, such as `cascade_rule`, `cascade_alpha`,
+    `num_assistant_tokens`.
 
     Raises:
         ValueError: if the model is no composite and no `assistant_model` is given, or a prompt is empty.
@@ -23,17 +33,17 @@ class SpeculativeCascadePipeline(TextGenerationPipeline):
     >>> from transformers import pipeline
 
     >>> pipe = pipeline("speculative-cascade", model="large", assistant_model="small")
-    >>> out = pipe("Explain rain.", cascade_rule="token_v3", cascade_alpha=0.3, max_new_tokens=64)
+    >>> out = pipe(["Explain rain.", messages], cascade_rule="token_v3", cascade_alpha=0.3, batch_size=2)
     >>> out[0]["generated_text"], out[0]["cascade"]["acceptance_rate"]
     ```
     """
 
     def __init__(self, model, *args, **kwargs):
-        if not isinstance(model, SpeculativeCascadeGenerationMixin):
+        if not hasattr(model, "cascade_statistics"):  # by name: in code from the Hub the mixin is another object
             if kwargs.get("assistant_model") is None:
                 raise ValueError(
-                    f"A cascade needs a small model beside {type(model).__name__}. Pass `assistant_model=...`, or a composite "
-                    "model made by `SpeculativeCascadeForCausalLM.from_cascade_pretrained`."
+                    f"A cascade needs a small model beside {type(model).__name__}. Pass `assistant_model=...`, or a "
+                    "composite model made by `SpeculativeCascadeForCausalLM.from_cascade_pretrained`."
                 )
             model = enable_cascade(model)
         super().__init__(model, *args, **kwargs)
@@ -43,6 +53,8 @@ class SpeculativeCascadePipeline(TextGenerationPipeline):
         pass
 
     def preprocess(self, prompt_text, *args, **kwargs):
+        if isinstance(prompt_text, list):  # a chat among plain prompts; the parent takes lists of one kind only
+            prompt_text = Chat(prompt_text)
         inputs = super().preprocess(prompt_text, *args, **kwargs)
         if inputs["input_ids"].shape[-1] == 0:
             raise ValueError("Expected a prompt of at least one token, got an empty one.")
@@ -59,7 +71,7 @@ class SpeculativeCascadePipeline(TextGenerationPipeline):
 
     def postprocess(self, model_outputs, *args, **kwargs):
         statistics = model_outputs.pop("cascade")[0]
-        records = super().postprocess(model_outputs, *args, **kwargs)
+        records = CascadeRecords(super().postprocess(model_outputs, *args, **kwargs))
         for record, row in zip(records, statistics, strict=True):
             record["cascade"] = row
         return records

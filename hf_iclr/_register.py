@@ -1,4 +1,4 @@
-"""Registers our classes with the registries of transformers once those are imported, so `import hf_iclr` stays quick."""
+"""Registers our classes with transformers once its registries are imported, so `import hf_iclr` stays quick."""
 
 import logging
 

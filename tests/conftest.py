@@ -13,6 +13,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
 from tests import hub_server
 
@@ -46,3 +50,23 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         yield server
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """50 words w0 .. w49, split at spaces."""
+    vocabulary = {f"w{index}": index for index in range(50)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w49", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """256 tokens, one a byte; unlike `word_tokenizer` it can tell where a string ends inside a token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    backend = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="!", padding_side="left")
