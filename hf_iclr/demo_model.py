@@ -90,7 +90,7 @@ def _convert(gguf: Path, path: Path) -> None:
     logger.info("Converting %s to safetensors in %s (once, under a minute).", gguf.name, path)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 by now; with these flags left on, `save_pretrained` and Trainer refuse the model.
-    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
+    vars(model).update(hf_quantizer=None, quantization_method=None, is_quantized=False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 
