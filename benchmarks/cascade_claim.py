@@ -194,7 +194,7 @@ def answer_all(large, small, prompts: torch.Tensor, answers: torch.Tensor, do_sa
     if do_sample:  # in greedy decoding there is no tail to cut
         runs += [("spec_top_p", f"top_p={top_p}", "spec", 0.0, GAMMA, {"top_p": top_p}) for top_p in TOP_PS[::thin]]
     for rule, alphas in ALPHAS.items():
-        if do_sample or rule != "lossy":  # greedy lossy decoding by p's ratio to its maximum is greedy token_v3
+        if do_sample or rule != "lossy":  # of one-hot p and q, lossy makes what spec does
             runs += [(rule, f"alpha={alpha}", rule, alpha, GAMMA, {}) for alpha in alphas[::thin]]
     for method, setting, rule, alpha, gamma, extra in runs:
         tokens, rounds, small_forwards, kept = speculative(cascade, prompts, rule, alpha, gamma, {**sampling, **extra})
