@@ -1,6 +1,7 @@
 """Which upstream seams we lean on, in the exact shape we wrote against. A failure names the change: read it first."""
 
 import inspect
+import logging
 import pkgutil
 
 import pytest
@@ -27,6 +28,11 @@ def test_a_changed_and_a_vanished_seam_are_reported():
 @pytest.mark.parametrize("path", PRIVATE_OVERRIDES)
 def test_private_overrides_are_declared(path):
     assert private_overrides(pkgutil.resolve_name(path)) == PRIVATE_OVERRIDES[path]
+
+
+def test_an_announced_removal_is_an_error():
+    with pytest.raises(FutureWarning, match="deprecated"):
+        logging.getLogger("transformers.generation").warning("`x` is deprecated")
 
 
 def private_overrides(cls: type) -> set[str]:
