@@ -74,7 +74,7 @@ class CachedDecoder:
         return masks if len(self.layer_types) > 1 else masks[self.layer_types[0]]
 
     def _for_kernel(self, mask: torch.Tensor) -> torch.Tensor:
-        if self.model.config._attn_implementation != "eager":
+        if self.model.config.get_text_config(decoder=True)._attn_implementation != "eager":
             return mask
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(self.model.dtype).min

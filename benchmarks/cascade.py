@@ -1,0 +1,273 @@
+"""
+Speed of speculative cascades on SmolLM2 (bfloat16) with its built draft, against transformers in the same process.
+
+    python benchmarks/cascade.py --out cascade.json
+
+Four claims, each a table: the loop's overhead per round against the assisted loop of transformers; exact speculative
+sampling against plain sampling; every rule's speed beside the likelihood its text has under the large model; eight
+ragged prompts against plain batched `generate`. Methods take turns, prompt by prompt, and medians over rounds are
+compared, so that a machine that slows down slows down all of them. A last table holds what bounds the speed: the cost
+of one round, and acceptance.
+"""
+
+import argparse
+import json
+import statistics as stat
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from hf_iclr import enable_cascade
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.generation.assisted_cascade import ForwardMeter
+from hf_iclr.generation.cascade_statistics import CascadeStatistics
+from hf_iclr.generation.demo_draft import load_demo_draft
+
+
+# None of these is among the prompts that the draft is made from.
+PROMPTS = (
+    "How do bees find their way back to the hive?",
+    "Write a polite note to a neighbour whose dog barks at night.",
+    "Summarize the plot of a film about a lost umbrella.",
+    "What should I pack for a week of hiking in the Alps?",
+    "Explain why the sky turns red in the evening.",
+    "Write a limerick about a forgetful clockmaker.",
+    "Describe how a library decides which books to lend.",
+    "Give me a recipe for a soup with lentils and lemon.",
+)
+RULES = {
+    "spec": [0.0],
+    "chow": [0.3, 0.5, 0.7],
+    "diff": [0.0, 0.1, 0.2],
+    "opt": [0.1, 0.3, 0.5],
+    "token_v1": [0.1, 0.3],
+    "token_v2": [0.05, 0.1, 0.3],
+    "token_v3": [0.3, 0.5, 0.7, 0.9],
+    "lossy": [0.2, 0.4, 0.6],
+    "ensemble": [0.2, 0.4],
+}
+SAMPLING = {
+    "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
+    "pipeline default (T=0.7, top-k 50)": {"do_sample": True, "temperature": 0.7, "top_k": 50},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--draft", help="folder of a draft model (default: built once by load_demo_draft)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="times every prompt is run")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    large, tokenizer = load_demo_model()
+    small = (
+        AutoModelForCausalLM.from_pretrained(args.draft, dtype=torch.bfloat16).eval()
+        if args.draft
+        else load_demo_draft("full")
+    )
+    bench = Bench(large, small, tokenizer, args.tokens, args.rounds)
+    results = {"threads": args.threads, "torch": torch.__version__}
+    show(results, "Cost of the parts", bench.parts())
+    for name, sampling in SAMPLING.items():
+        show(results, f"Loop overhead per round, {name}", bench.overhead(sampling))
+        show(results, f"Exact speculative sampling, {name}", bench.exact(sampling))
+        show(results, f"Rules, {name}", bench.rules(sampling))
+        show(results, f"Eight ragged prompts, {name}", bench.ragged(sampling))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+
+
+def show(results: dict, title: str, table: pd.DataFrame) -> None:
+    print(f"\n{title}\n{table.to_string(index=False, float_format=lambda value: f'{value:.3f}')}", flush=True)
+    results[title] = json.loads(table.to_json(orient="records"))
+
+
+class Bench:
+    def __init__(self, large, small, tokenizer, tokens, rounds):
+        self.large, self.small, self.tokens, self.rounds = large, small, tokens, rounds
+        self.cascade = enable_cascade(large, small)
+        chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        template = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        self.prompts = [tokenizer.apply_chat_template(chat, **template) for chat in chats]
+        self.batch = tokenizer.apply_chat_template(chats, padding=True, **template)
+
+    def generate(self, inputs, sampling, rule=None, alpha=0.0, gamma=2):
+        """One timed call; all rows run to full length, so that methods do the same work."""
+        length = {"max_new_tokens": self.tokens, "eos_token_id": None, "pad_token_id": 2}
+        begin = time.perf_counter()
+        if rule is None:
+            output = self.large.generate(**inputs, **sampling, **length)
+        else:
+            output = self.cascade.generate(
+                **inputs, **sampling, **length, cascade_rule=rule, cascade_alpha=alpha, num_assistant_tokens=gamma
+            )
+        return output, time.perf_counter() - begin
+
+    def parts(self) -> pd.DataFrame:
+        """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""
+        rows = []
+        with torch.no_grad():
+            for name, model in (("large", self.large), ("small", self.small)):
+                for length in (1, 2, 3, 5, 9):
+                    times = []
+                    for _ in range(15):
+                        cache = model(torch.randint(3, 999, (1, 128)), use_cache=True).past_key_values
+                        ids = torch.randint(3, 999, (1, length))
+                        begin = time.perf_counter()
+                        model(ids, past_key_values=cache, logits_to_keep=length)
+                        times.append(time.perf_counter() - begin)
+                    rows.append({"model": name, "new tokens": length, "ms": 1000 * min(times)})
+        return pd.DataFrame(rows)
+
+    def overhead(self, sampling) -> pd.DataFrame:
+        """Time outside the two models' forwards, per round: ours, and the assisted loop of transformers as it comes."""
+        rows = []
+        for gamma in (2, 4):
+            config = self.small.generation_config
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = gamma, "constant"
+            config.assistant_confidence_threshold = 0.0
+            ours, theirs = [], []
+            for seed in range(self.rounds):
+                for inputs in self.prompts[:4]:
+                    torch.manual_seed(seed)
+                    self.generate(inputs, sampling, "spec", gamma=gamma)
+                    stats = self.cascade.cascade_statistics
+                    ours.append(1000 * stats.overhead_seconds / stats.rounds[0])
+                    torch.manual_seed(seed)
+                    theirs.append(self._stock_overhead(inputs, sampling))
+            ours_ms, theirs_ms = stat.median(ours), stat.median(theirs)
+            rows.append(
+                {
+                    "gamma": gamma,
+                    "ours ms": ours_ms,
+                    "transformers ms": theirs_ms,
+                    "ratio": ours_ms / theirs_ms,
+                    "bar": 0.5,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _stock_overhead(self, inputs, sampling) -> float:
+        meter = ForwardMeter(self.large, self.small, CascadeStatistics.for_rows("transformers", "spec", 0.0, 1))
+        large_forwards = 0
+
+        def count(*_):
+            nonlocal large_forwards
+            large_forwards += 1
+
+        handle = self.large.register_forward_hook(count)
+        with meter:
+            self.large.generate(
+                **inputs, **sampling, assistant_model=self.small, max_new_tokens=self.tokens, eos_token_id=None,
+                pad_token_id=2,
+            )  # fmt: skip
+        handle.remove()
+        return 1000 * meter.statistics.overhead_seconds / large_forwards
+
+    def exact(self, sampling) -> pd.DataFrame:
+        """Plain sampling and exact speculative sampling at several draft lengths."""
+        gammas = (1, 2, 3, 4)
+        times = {gamma: [] for gamma in (0, *gammas)}
+        acceptance = {gamma: [] for gamma in gammas}
+        for seed in tqdm(range(self.rounds), desc="exact", leave=False):
+            for inputs in self.prompts:
+                for gamma in times:
+                    torch.manual_seed(seed)
+                    times[gamma].append(self.generate(inputs, sampling, "spec" if gamma else None, gamma=gamma)[1])
+                    if gamma:
+                        acceptance[gamma].append(self.cascade.cascade_statistics.to_dict())
+        plain = stat.median(times[0])
+        rows = [{"gamma": "plain", "ms per token": 1000 * plain / self.tokens, "speed-up": 1.0}]
+        for gamma in gammas:
+            calls = acceptance[gamma]
+            rows.append(
+                {
+                    "gamma": gamma,
+                    "ms per token": 1000 * stat.median(times[gamma]) / self.tokens,
+                    "speed-up": plain / stat.median(times[gamma]),
+                    "acceptance": stat.mean(call["acceptance_rate"] for call in calls),
+                    "tokens per large forward": stat.mean(call["tokens_per_large_forward"] for call in calls),
+                    "ms per round": stat.median(1000 * call["total_seconds"] / call["rounds"] for call in calls),
+                    "draft share": stat.mean(call["draft_seconds"] / call["total_seconds"] for call in calls),
+                    "overhead share": stat.mean(call["overhead_seconds"] / call["total_seconds"] for call in calls),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def rules(self, sampling) -> pd.DataFrame:
+        """
+        Every rule at γ = 3: speed, and negative log-likelihood under the large model (nats a token, temperature as in
+        sampling, before top-k), with its standard error over calls.
+        """
+        methods = [(None, 0.0)] + [(rule, alpha) for rule, alphas in RULES.items() for alpha in alphas]
+        times, nlls, calls = ({method: [] for method in methods} for _ in range(3))
+        for seed in tqdm(range(self.rounds), desc="rules", leave=False):
+            for inputs in self.prompts:
+                for method in methods:
+                    torch.manual_seed(seed)
+                    output, seconds = self.generate(inputs, sampling, *method, gamma=3)
+                    times[method].append(seconds)
+                    nlls[method].append(self._nll(output, sampling["temperature"]))
+                    if method[0]:
+                        calls[method].append(self.cascade.cascade_statistics.to_dict())
+        plain, plain_nll = stat.median(times[methods[0]]), stat.mean(nlls[methods[0]])
+        rows = []
+        for method in methods:
+            nll = nlls[method]
+            row = {
+                "rule": method[0] or "plain",
+                "alpha": method[1],
+                "speed-up": plain / stat.median(times[method]),
+                "NLL": stat.mean(nll),
+                "NLL se": stat.stdev(nll) / len(nll) ** 0.5,
+                "NLL change %": 100 * (stat.mean(nll) / plain_nll - 1),
+            }
+            if method[0]:
+                row["acceptance"] = stat.mean(call["acceptance_rate"] for call in calls[method])
+                row["deferral"] = stat.mean(call["deferral_rate"] for call in calls[method])
+                row["TV from large"] = stat.mean(call["drift"] / call["new_tokens"] for call in calls[method])
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    @torch.no_grad()
+    def _nll(self, output, temperature) -> float:
+        log_probs = (self.large(output[:, :-1]).logits[0, -self.tokens :].float() / temperature).log_softmax(-1)
+        return -log_probs.gather(1, output[0, -self.tokens :, None]).mean().item()
+
+    def ragged(self, sampling) -> pd.DataFrame:
+        """Eight prompts of different lengths in one batch."""
+        methods = [(None, 0.0, 0)] + [
+            (rule, alpha, gamma)
+            for rule, alpha in (("spec", 0.0), ("token_v3", 0.5), ("opt", 0.3))
+            for gamma in (1, 2, 3)
+        ]
+        times, forwards = ({method: [] for method in methods} for _ in range(2))
+        for seed in tqdm(range(2 * self.rounds), desc="ragged", leave=False):
+            for method in methods:
+                torch.manual_seed(seed)
+                times[method].append(self.generate(self.batch, sampling, *method)[1])
+                if method[0]:
+                    forwards[method].append(self.cascade.cascade_statistics.large_forwards)
+        plain = stat.median(times[methods[0]])
+        return pd.DataFrame(
+            {
+                "rule": method[0] or "plain",
+                "alpha": method[1],
+                "gamma": method[2],
+                "tokens per second": 8 * self.tokens / stat.median(times[method]),
+                "speed-up": plain / stat.median(times[method]),
+                "large forwards": stat.median(forwards[method]) if method[0] else self.tokens,
+            }
+            for method in methods
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The cascade's section of `hf-iclr tour`: SmolLM2 and a draft made of its own first layers."""
+
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from transformers import set_seed
+
+from hf_iclr.generation.demo_draft import load_demo_draft
+from hf_iclr.generation.pipeline_speculative_cascade import SpeculativeCascadePipeline
+
+
+PROMPTS = (
+    "Explain rain to a child.",
+    "Write two sentences about the sea at night.",
+    "Give me three tips for a good night's sleep.",
+    "What is a good name for a small bakery, and why?",
+)
+# (label, rule, alpha); the large model alone comes first
+METHODS = (
+    ("speculative decoding", "spec", 0.0),
+    ("cascade token_v3", "token_v3", 0.3),
+    ("cascade token_v3", "token_v3", 0.8),
+    ("cascade opt", "opt", 0.2),
+    ("small model's word", "chow", 1.0),
+)
+
+
+def section(out_dir: Path, quick: bool, progress):
+    """
+    Runs four prompts through plain sampling, speculative decoding and three cascades.
+
+    Args:
+        out_dir (`pathlib.Path`):
+            Where figures go.
+        quick (`bool`):
+            Fewer tokens.
+        progress (`Callable`):
+            A tqdm.
+
+    Returns:
+        [`~hf_iclr.tour.TourSection`]
+    """
+    from hf_iclr.demo_model import load_demo_model
+    from hf_iclr.tour import TourSection
+
+    max_new_tokens = 24 if quick else 64
+    model, tokenizer = load_demo_model()
+    draft = load_demo_draft("quick")
+    pipe = SpeculativeCascadePipeline(model=model, tokenizer=tokenizer, assistant_model=draft)
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": max_new_tokens}
+
+    rows, examples, statistics = [], [], []
+    for label, rule, alpha in progress((("large model alone", None, None), *METHODS), desc="cascade"):
+        texts, new_tokens, seconds = [], 0, 0.0
+        forwards = drafted = accepted = deferred = drift = 0
+        for seed, chat in enumerate(chats):
+            set_seed(seed)
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            begin = time.perf_counter()
+            if rule is None:
+                output = model.generate(**inputs, **sampling)
+                count = forwards_of_call = output.shape[1] - inputs["input_ids"].shape[1]
+                texts.append(tokenizer.decode(output[0, -count:], skip_special_tokens=True))
+            else:
+                record = pipe(chat, cascade_rule=rule, cascade_alpha=alpha, num_assistant_tokens=2, **sampling)[0]
+                texts.append(record["generated_text"][-1]["content"])
+                stats = record["cascade"]
+                statistics.append(stats | {"prompt": PROMPTS[seed]})
+                count, forwards_of_call = stats["new_tokens"], stats["call"]["large_forwards"]
+                drafted, accepted = drafted + stats["drafted"], accepted + stats["accepted"]
+                deferred, drift = deferred + stats["deferred"], drift + stats["drift"]
+            seconds += time.perf_counter() - begin
+            new_tokens, forwards = new_tokens + count, forwards + forwards_of_call
+        rows.append(
+            {
+                "method": label,
+                "alpha": alpha if rule not in (None, "spec") else None,
+                "ms per token": 1000 * seconds / new_tokens,
+                "tokens per large forward": new_tokens / forwards,
+                "accepted %": 100 * accepted / drafted if drafted else None,
+                "deferred %": 100 * deferred / new_tokens if rule else None,
+                "TV from large": drift / new_tokens if rule else None,
+                "NLL under large": _nll(model, tokenizer, chats, texts),
+            }
+        )
+        examples.append(f"{label}{f' (alpha {alpha})' if rule else ''}: {texts[0]}")
+
+    table = pd.DataFrame(rows)
+    best = table["ms per token"][1:].idxmin()
+    return TourSection(
+        title="Speculative cascades",
+        summary=[
+            (
+                "SmolLM2-135M-Instruct answers four prompts at temperature 0.7; a two-layer draft made of its own first "
+                f"layers proposes two tokens at a time ({draft.num_parameters() / 1e6:.0f} M parameters, of which "
+                f"{draft.get_input_embeddings().weight.numel() / 1e6:.0f} M are the embeddings)."
+            ),
+            (
+                f"Plain sampling took {table['ms per token'][0]:.1f} ms a token; the quickest cascade here "
+                f"({table['method'][best]}, alpha {table['alpha'][best]}) {table['ms per token'][best]:.1f} ms. Speculative "
+                "decoding keeps the large model's law; a cascade trades some of it: 'TV from large' says how much."
+            ),
+            (
+                "NLL is that of the texts under the large model, nats a token; with so few tokens it is a rough figure. "
+                "benchmarks/cascade.py measures both properly."
+            ),
+        ],
+        table=table,
+        figures=[_figure(table, out_dir / "cascade.png")],
+        examples=examples,
+        data={"statistics": statistics},
+    )
+
+
+@torch.no_grad()
+def _nll(model, tokenizer, chats, texts) -> float:
+    """Mean negative log-likelihood (nats a token) of the answers under the large model at temperature 1."""
+    total, count = 0.0, 0
+    for chat, text in zip(chats, texts, strict=True):
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+        length = ids.shape[1] - len(tokenizer(prompt)["input_ids"])
+        if length > 0:
+            log_probs = model(ids[:, :-1]).logits[0, -length:].float().log_softmax(-1)
+            total -= log_probs.gather(1, ids[0, -length:, None]).sum().item()
+            count += length
+    return total / max(count, 1)
+
+
+def _figure(table: pd.DataFrame, path: Path) -> Path:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(table["ms per token"], table["NLL under large"], color=["C3", "C2", *["C0"] * (len(table) - 2)])
+    for _, row in table.iterrows():
+        label = row["method"] + ("" if pd.isna(row["alpha"]) else f", α = {row['alpha']}")
+        axes.annotate(
+            label, (row["ms per token"], row["NLL under large"]), fontsize=8, xytext=(4, 4), textcoords="offset points"
+        )
+    axes.set_xlabel("ms per token (lower is quicker)")
+    axes.set_ylabel("NLL under the large model, nats per token")
+    axes.margins(0.2)
+    figure.savefig(path, dpi=130)
+    return path
