@@ -127,7 +127,7 @@ class Bench:
         return pd.DataFrame(rows)
 
     def overhead(self, sampling) -> pd.DataFrame:
-        """Time outside the two models' forwards, per round: ours, and the assisted loop of transformers as it comes."""
+        """Time outside both models' forwards, per round: our loop, and the assisted loop of transformers as it comes."""
         rows = []
         for gamma in (2, 4):
             config = self.small.generation_config
@@ -178,9 +178,9 @@ class Bench:
         acceptance = {gamma: [] for gamma in gammas}
         for seed in tqdm(range(self.rounds), desc="exact", leave=False):
             for inputs in self.prompts:
-                for gamma in times:
+                for gamma, measured in times.items():
                     torch.manual_seed(seed)
-                    times[gamma].append(self.generate(inputs, sampling, "spec" if gamma else None, gamma=gamma)[1])
+                    measured.append(self.generate(inputs, sampling, "spec" if gamma else None, gamma=gamma)[1])
                     if gamma:
                         acceptance[gamma].append(self.cascade.cascade_statistics.to_dict())
         plain = stat.median(times[0])

@@ -93,24 +93,23 @@ def section(out_dir: Path, quick: bool, progress):
 
     table = pd.DataFrame(rows)
     best = table["ms per token"][1:].idxmin()
+    quickest = f"{table['method'][best]}, alpha {table['alpha'][best]:g}"
+    about = (
+        f"SmolLM2-135M-Instruct answers {len(PROMPTS)} prompts at temperature 0.7; a two-layer draft made of its own "
+        "first layers proposes two tokens at a time."
+    )
+    speed = (
+        f"Plain sampling took {table['ms per token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "
+        f"{table['ms per token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade trades some of "
+        "it, 'TV from large' says how much."
+    )
+    caution = (
+        "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "
+        "benchmarks/cascade.py measures speed and likelihood properly."
+    )
     return TourSection(
         title="Speculative cascades",
-        summary=[
-            (
-                "SmolLM2-135M-Instruct answers four prompts at temperature 0.7; a two-layer draft made of its own first "
-                f"layers proposes two tokens at a time ({draft.num_parameters() / 1e6:.0f} M parameters, of which "
-                f"{draft.get_input_embeddings().weight.numel() / 1e6:.0f} M are the embeddings)."
-            ),
-            (
-                f"Plain sampling took {table['ms per token'][0]:.1f} ms a token; the quickest cascade here "
-                f"({table['method'][best]}, alpha {table['alpha'][best]}) {table['ms per token'][best]:.1f} ms. Speculative "
-                "decoding keeps the large model's law; a cascade trades some of it: 'TV from large' says how much."
-            ),
-            (
-                "NLL is that of the texts under the large model, nats a token; with so few tokens it is a rough figure. "
-                "benchmarks/cascade.py measures both properly."
-            ),
-        ],
+        summary=[about, speed, caution],
         table=table,
         figures=[_figure(table, out_dir / "cascade.png")],
         examples=examples,
