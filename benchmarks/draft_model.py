@@ -22,7 +22,8 @@ import torch
 
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.demo_draft import SETTINGS, demo_prompts, docstrings
-from hf_iclr.generation.draft_model import build_draft_model, read_teacher, sample_texts
+from hf_iclr.generation.draft_model import build_draft_model
+from hf_iclr.generation.draft_teacher import read_teacher, sample_texts
 
 
 TEMPERATURES = (1.0, 0.7)

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_iclr.demo_model import demo_model_path, load_demo_model
-from hf_iclr.generation.draft_model import build_draft_model, sample_texts
+from hf_iclr.generation.draft_model import build_draft_model
+from hf_iclr.generation.draft_teacher import sample_texts
 from hf_iclr.generation.modeling_draft import DraftForCausalLM
 
 

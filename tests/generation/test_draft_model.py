@@ -16,16 +16,15 @@ from transformers import (
 )
 
 import hf_iclr  # noqa: F401  (registers the draft with the auto classes)
+from hf_iclr.generation.draft_distillation import distillation_loss
 from hf_iclr.generation.draft_model import (
     build_draft_model,
-    distillation_loss,
     distribution_overlap,
     fit_affine,
     frequent_tokens,
-    read_teacher,
-    sample_texts,
     truncate,
 )
+from hf_iclr.generation.draft_teacher import read_teacher, sample_texts
 
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
