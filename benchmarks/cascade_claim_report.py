@@ -141,6 +141,7 @@ class Report:
             "grid": grid,
             "at_quality_of_large": self.at_quality_of_large(),
             "claim_shown": beats(at_spec_cost, ("spec", "token_cascade")),
+            "budgets_that_no_cascade_fits": [b for b in grid if "best_cascade" not in grid[b]["methods"]],
             "budgets_where_it_beats_spec_and_sequential": [b for b in grid if beats(grid[b], ("spec", *SEQUENTIAL))],
             "budgets_where_it_beats_every_baseline": [b for b in grid if beats(grid[b], _fitting(grid[b]))],
         }
@@ -198,7 +199,7 @@ def verdict(mode: str, comparison: dict[str, Any], by_small_cost: dict[float, di
         f"  Claim (above speculative decoding and the sequential token cascade, at that cost): "
         f"{'SHOWN' if comparison['claim_shown'] else 'NOT SHOWN'} for {mode}."
     )
-    for key in ("budgets_where_it_beats_spec_and_sequential", "budgets_where_it_beats_every_baseline"):
+    for key in (name for name in comparison if name.startswith("budgets_")):
         budgets = ", ".join(f"{budget:g}" for budget in comparison[key]) or "none"
         lines.append(f"  {key.replace('_', ' ')}: {budgets}.")
     for cost, other in by_small_cost.items():
@@ -239,17 +240,18 @@ def plot(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
     import matplotlib.pyplot as plt
 
     labels = {"large_forwards": "forwards of the large model per token", "cost": "cost per token (large forwards)"}
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True)
+    colors = dict(zip(("large", "small", *BASELINES, *CASCADES), plt.get_cmap("tab20").colors, strict=False))
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharey=True, layout="constrained")
     for row, (key, label) in zip(axes, labels.items(), strict=True):
         for axis, (mode, by_method) in zip(row, curves.items(), strict=True):
             for method, points in by_method.items():
                 points = sorted(points, key=lambda point: point[key]["mean"])
                 x, y = ([point[name]["mean"] for point in points] for name in (key, "exact_match"))
                 style = "-o" if method in CASCADES else "--s" if method in BASELINES else "*"
-                axis.plot(x, y, style, label=method, markersize=12 if style == "*" else 4)
+                axis.plot(x, y, style, color=colors[method], label=method, markersize=12 if style == "*" else 4)
             axis.set(title=mode, xlabel=label, ylabel="exact match")
             axis.grid(alpha=0.3)
-    axes[0][1].legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels_shown = axes[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels_shown, loc="outside right center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
