@@ -1,0 +1,140 @@
+"""
+Calibration of a cascade to three targets, and the curve of quality against cost, on SmolLM2-135M and a draft of it.
+
+    python benchmarks/cascade_calibration.py --draft DIR --out results
+
+Texts are samples of SmolLM2 from short openings; held-out prompts are those of texts the calibration never sees.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_iclr import build_draft_model, enable_cascade
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.generation.cascade_calibration import calibrate_cascade, large_alone
+from hf_iclr.generation.cascade_sweep import sweep_cascade
+from hf_iclr.generation.cascade_texts import left_padded
+
+
+OPENINGS = [
+    "The",
+    "When",
+    "A",
+    "In",
+    "Once",
+    "My",
+    "How",
+    "Water",
+    "People",
+    "To",
+    "This",
+    "Every",
+    "Most",
+    "If",
+    "She",
+    "We",
+]
+TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.7}, {"speedup": 1.3})
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def sample_texts(model, tokenizer, count: int, tokens: int) -> list[str]:
+    """Texts that the large model writes by itself."""
+    texts: list[str] = []
+    for start in range(0, count, 32):
+        prompts = [tokenizer(OPENINGS[i % len(OPENINGS)])["input_ids"] for i in range(start, min(count, start + 32))]
+        output = model.generate(**left_padded(prompts, model.device), max_new_tokens=tokens, **SAMPLING)
+        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts
+
+
+def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> float:
+    """Seconds a token of the large model alone over those of the cascade, prompt by prompt in turn."""
+    plain = cascade = plain_tokens = cascade_tokens = 0.0
+    for text in texts:
+        inputs = left_padded([tokenizer(text)["input_ids"][:32]], model.device)
+        _, tokens, seconds = large_alone(model, inputs, **SAMPLING, max_new_tokens=max_new_tokens)
+        plain, plain_tokens = plain + seconds, plain_tokens + tokens
+        begin = time.perf_counter()
+        output = model.generate(**inputs, **SAMPLING, max_new_tokens=max_new_tokens)
+        cascade += time.perf_counter() - begin
+        cascade_tokens += output.shape[1] - inputs["input_ids"].shape[1]
+    return (plain / plain_tokens) / (cascade / cascade_tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--draft", help="folder of a draft model; without it, one is built from the texts (closed form)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/cascade_calibration"), help="folder for the results")
+    parser.add_argument("--rule", default="token_v3")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="tokens read, and generated in each check")
+    parser.add_argument("--sweep-prompts", type=int, default=4)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(0)
+
+    large, tokenizer = load_demo_model()
+    begin = time.perf_counter()
+    texts = sample_texts(large, tokenizer, count=96, tokens=96)
+    if arguments.draft:
+        small = AutoModelForCausalLM.from_pretrained(arguments.draft, dtype=large.dtype).eval()
+    else:
+        small = build_draft_model(large, tokenizer, sample_texts(large, tokenizer, count=96, tokens=96))
+    print(f"texts and draft: {time.perf_counter() - begin:.0f} s")
+    model = enable_cascade(large, small, cascade_rule=arguments.rule)
+
+    results = []
+    for target in TARGETS:
+        begin = time.perf_counter()
+        # a speed-up is measured one prompt at a time, which takes longer
+        max_tokens = arguments.max_tokens // (4 if "speedup" in target else 1)
+        result = calibrate_cascade(
+            model, texts, target, tokenizer=tokenizer, max_tokens=max_tokens, batch_size=16, **SAMPLING
+        )
+        row = {
+            "target": result.target,
+            "value": result.value,
+            "alpha": result.alpha,
+            "teacher_forced_alpha": result.teacher_forced_alpha,
+            "predicted": result.predicted,
+            "measured": result.measured,
+            "standard_error": result.standard_error,
+            "relative_error": result.relative_error,
+            "seconds": time.perf_counter() - begin,
+            "costs": result.costs._asdict(),
+        }
+        if result.target == "speedup":
+            row["wall_speedup"] = wall_speedup(model, tokenizer, texts[:6], max_new_tokens=64)
+        results.append(row)
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+
+    prompts = [" ".join(text.split()[:12]) for text in texts[: arguments.sweep_prompts]]
+    rules = {"token_v3": [0.3, 0.6, 0.9], "opt": [0.0, 0.3], "chow": [0.4, 0.7]}
+    sweep = sweep_cascade(model, prompts, tokenizer=tokenizer, rules=rules, max_new_tokens=40, **SAMPLING)
+    print(sweep.table.round(3).to_string())
+    sweep.save(arguments.out)
+    record = {
+        "rule": arguments.rule,
+        "targets": results,
+        "conditions": {
+            "models": "SmolLM2-135M-Instruct, " + (arguments.draft or "closed-form draft of 2 layers"),
+            "dtype": str(large.dtype),
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+        },
+    }
+    (arguments.out / "targets.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
