@@ -127,7 +127,7 @@ class Bench:
         return pd.DataFrame(rows)
 
     def overhead(self, sampling) -> pd.DataFrame:
-        """Time outside both models' forwards, per round: our loop, and the assisted loop of transformers as it comes."""
+        """Time outside both models' forwards, per round: our loop, and the assisted loop of transformers as it is."""
         rows = []
         for gamma in (2, 4):
             config = self.small.generation_config

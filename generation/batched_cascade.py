@@ -200,7 +200,7 @@ class BatchedCascade:
         # 4. One more token a row: a correction where a draft was rejected, a sample of π where all were kept.
         used_last_draft = False
         bonus = accepted == draft_lengths
-        if gamma and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
+        if q is not None and gamma and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
             # π at the position after the last draft needs q there; the small model must read that draft anyway.
             position = torch.where(bonus & (draft_lengths == gamma), draft_positions[:, -1], -1)
             q = _Distributions.cat([q, self._small_step(drafts[:, -1:], position[:, None], drafts, first=gamma)])

@@ -48,11 +48,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
     """
 
     cascade_statistics: CascadeStatistics | None = None
-    _cascade_assistant: tuple = ()  # (small model,); in a tuple, so that it is no submodule and isn't saved with self
+    _own_assistant: tuple = ()  # (small model,); in a tuple, so that it is no submodule and isn't saved with self
 
     @property
-    def _cascade_large(self):
-        return self
+    def cascade_pair(self) -> tuple:
+        """The large and the small model; the latter is `None` when each `generate` call must bring it."""
+        return self, self._own_assistant[0] if self._own_assistant else None
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *, assistant_model=None, **kwargs):
@@ -90,8 +91,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config, **kwargs)
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
-        if assistant_model is None and self._cascade_assistant:
-            (assistant_model,) = self._cascade_assistant
+        if assistant_model is None:
+            _, assistant_model = self.cascade_pair
 
         sources = [generation_config, self.generation_config, self.config]
         if assistant_model is not None:
@@ -221,7 +222,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             if streamer is not None and batch_size > 1:
                 raise ValueError(f"A streamer follows one sequence, got a batch of {batch_size}.")
             loop = BatchedCascade(
-                self._cascade_large, assistant_model, input_ids, model_kwargs.get("attention_mask"), logits_processor,
+                self.cascade_pair[0], assistant_model, input_ids, model_kwargs.get("attention_mask"), logits_processor,
                 stopping_criteria, generation_config, options,
             )  # fmt: skip
             self.cascade_statistics = loop.statistics
@@ -250,7 +251,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             target, assistant = (tokenizer.get_vocab() for tokenizer in tokenizers)
             if target != assistant:
                 return "the two tokenizers have different vocabularies"
-        reason = why_not_batched(self._cascade_large) or why_not_batched(assistant_model)
+        reason = why_not_batched(self.cascade_pair[0]) or why_not_batched(assistant_model)
         if reason is not None:
             return reason
         if synced_gpus:
@@ -380,5 +381,5 @@ def enable_cascade(model, assistant_model=None, **defaults):
     for name, value in defaults.items():
         setattr(cascade.generation_config, name, value)
     if assistant_model is not None:
-        cascade._cascade_assistant = (assistant_model,)
+        cascade._own_assistant = (assistant_model,)
     return cascade

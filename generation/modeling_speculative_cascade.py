@@ -48,12 +48,9 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         self.post_init()
 
     @property
-    def _cascade_assistant(self) -> tuple:
-        return (self.small,)
-
-    @property
-    def _cascade_large(self):
-        return self.large
+    def cascade_pair(self) -> tuple:
+        """Both halves."""
+        return self.large, self.small
 
     @classmethod
     def from_cascade_pretrained(

@@ -100,8 +100,8 @@ def section(out_dir: Path, quick: bool, progress):
     )
     speed = (
         f"Plain sampling took {table['ms per token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "
-        f"{table['ms per token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade trades some of "
-        "it, 'TV from large' says how much."
+        f"{table['ms per token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up "
+        "some of it, 'TV from large' says how much."
     )
     caution = (
         "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "

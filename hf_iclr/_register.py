@@ -1,6 +1,8 @@
-"""Registers our classes with transformers once its registries are imported, so `import hf_iclr` stays quick."""
+"""Registers our classes with transformers' registries once those are imported, so `import hf_iclr` stays quick."""
 
+import importlib
 import logging
+import sys
 
 import wrapt
 
@@ -8,50 +10,75 @@ import wrapt
 logger = logging.getLogger(__name__)
 
 
-def _register_configs(module) -> None:
-    from hf_iclr.generation.configuration_draft import DraftConfig
-    from hf_iclr.generation.configuration_speculative_cascade import SpeculativeCascadeConfig
-
-    for config_class in (DraftConfig, SpeculativeCascadeConfig):
-        module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+def _register_config(upstream, config_class) -> None:
+    upstream.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
-def _register_models(module) -> None:
-    from hf_iclr.generation.modeling_draft import DraftForCausalLM
-    from hf_iclr.generation.modeling_speculative_cascade import SpeculativeCascadeForCausalLM
-
-    for model_class in (DraftForCausalLM, SpeculativeCascadeForCausalLM):
-        module.AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+def _register_model(upstream, model_class) -> None:
+    upstream.AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
 
 
-def _register_pipelines(module) -> None:
+def _register_cascade_pipeline(upstream, pipeline_class) -> None:
     from transformers import AutoModelForCausalLM
 
-    from hf_iclr.generation.pipeline_speculative_cascade import SpeculativeCascadePipeline
-
-    module.PIPELINE_REGISTRY.register_pipeline(
-        "speculative-cascade", SpeculativeCascadePipeline, AutoModelForCausalLM, type="text"
+    upstream.PIPELINE_REGISTRY.register_pipeline(
+        "speculative-cascade", pipeline_class, AutoModelForCausalLM, type="text"
     )
 
 
-_HOOKS = {
-    "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.pipelines": _register_pipelines,
-}
+# upstream module, our module, its class, how to register it
+_TABLE = [
+    (
+        "transformers.models.auto.configuration_auto",
+        "hf_iclr.generation.configuration_draft",
+        "DraftConfig",
+        _register_config,
+    ),
+    (
+        "transformers.models.auto.configuration_auto",
+        "hf_iclr.generation.configuration_speculative_cascade",
+        "SpeculativeCascadeConfig",
+        _register_config,
+    ),
+    (
+        "transformers.models.auto.modeling_auto",
+        "hf_iclr.generation.modeling_draft",
+        "DraftForCausalLM",
+        _register_model,
+    ),
+    (
+        "transformers.models.auto.modeling_auto",
+        "hf_iclr.generation.modeling_speculative_cascade",
+        "SpeculativeCascadeForCausalLM",
+        _register_model,
+    ),
+    (
+        "transformers.pipelines",
+        "hf_iclr.generation.pipeline_speculative_cascade",
+        "SpeculativeCascadePipeline",
+        _register_cascade_pipeline,
+    ),
+]
+_complete: set[str] = set()  # the modules of the table whose import has ended
+_registered: set[str] = set()
 
 
-def _guarded(name, register):
-    def run(module):
+def _register_ready(module) -> None:
+    """Registers each class whose registry is imported; runs at the end of the import of each module of the table."""
+    _complete.add(module.__name__)
+    if any(ours in sys.modules and ours not in _complete for _, ours, _, _ in _TABLE):
+        return  # one of ours is importing this registry: we come back when that one is complete
+    for upstream, ours, name, register in _TABLE:
+        if upstream not in _complete or name in _registered:
+            continue
+        _registered.add(name)
         try:
-            register(module)
+            register(sys.modules[upstream], getattr(importlib.import_module(ours), name))
         except Exception:  # transformers must stay usable without us
-            logger.warning("hf_iclr could not register its classes with %s.", name, exc_info=True)
-
-    return run
+            logger.warning("hf_iclr could not register %s with %s.", name, upstream, exc_info=True)
 
 
 def install() -> None:
-    """Runs the registrations of modules that are imported, and arms the others."""
-    for name, register in _HOOKS.items():
-        wrapt.register_post_import_hook(_guarded(name, register), name)
+    """Registers with what is imported already, and arms the rest."""
+    for module in sorted({module for upstream, ours, _, _ in _TABLE for module in (upstream, ours)}):
+        wrapt.register_post_import_hook(_register_ready, module)

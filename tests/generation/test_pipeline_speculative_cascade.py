@@ -147,7 +147,7 @@ def test_datasets_and_defaults_at_construction(folders):
 
 def test_saved_pipeline_runs_without_us(pipe, hub, tmp_path):
     """`save_pretrained` of a pipeline with a composite holds all code it needs."""
-    model = SpeculativeCascadeForCausalLM.from_cascade_pretrained(pipe.model._cascade_large, pipe.assistant_model)
+    model = SpeculativeCascadeForCausalLM.from_cascade_pretrained(pipe.model, pipe.assistant_model)
     SpeculativeCascadePipeline(model=model, tokenizer=pipe.tokenizer).save_pretrained(tmp_path)
     printed = hub.run(f"""
         import sys
