@@ -71,14 +71,15 @@ class DraftRecorder:
         self.positions = []
         return candidate_ids, candidate_scores
 
-    def _generate_candidates(self, generation_args):
+    def _prepare_generation_args(self, input_ids, min_new_tokens, max_new_tokens):
         # Generation arguments go into the config: beside one, transformers calls them deprecated.
-        config = generation_args.pop("generation_config")
-        config.update(
-            **{key: generation_args.pop(key) for key in ("min_new_tokens", "max_new_tokens")}, use_cache=True
-        )
-        inputs = {key: value for key, value in self.assistant_kwargs.items() if key != "use_cache"}
-        output = self.assistant_model.generate(generation_config=config, **generation_args, **inputs)
+        self.generation_config.update(min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, use_cache=True)
+        self.assistant_kwargs.pop("use_cache", None)
+        arguments = super()._prepare_generation_args(input_ids, min_new_tokens, max_new_tokens)
+        return {key: arguments[key] for key in arguments.keys() - {"min_new_tokens", "max_new_tokens"}}
+
+    def _generate_candidates(self, generation_args):
+        output = self.assistant_model.generate(**generation_args, **self.assistant_kwargs)
         self.assistant_kwargs["past_key_values"] = output.past_key_values
         self.raw_logits = torch.stack(output.logits, dim=1)
         return output.sequences, torch.stack(output.scores, dim=1)

@@ -4,13 +4,19 @@ import copy
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     T5Config,
 )
@@ -374,6 +380,59 @@ def test_padded_vocabularies_of_one_tokenizer(models, word_tokenizer):
         assert torch.equal(output, pair[0].generate(**inputs, **GREEDY))
         model.generate(**inputs, do_sample=True, max_new_tokens=9, pad_token_id=0, **tokenizers)
         assert model.cascade_statistics.backend == "batched"
+
+
+def other_vocabulary():
+    """40 of the 50 words of `word_tokenizer` with other ids, and five words it lacks."""
+    vocabulary = {"w0": 0} | {f"w{50 - index}": index for index in range(1, 40)}
+    vocabulary |= {f"x{index}": index for index in range(40, 45)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", padding_side="left")
+
+
+def test_different_tokenizers_take_the_assisted_loop(models, word_tokenizer):
+    large, prompt = models[0], {"input_ids": torch.tensor([[21, 22, 23]]), "attention_mask": torch.ones(1, 3).long()}
+    tokenizers = {"tokenizer": word_tokenizer, "assistant_tokenizer": other_vocabulary()}
+    model = enable_cascade(large, tiny_llama(4, vocab_size=45))
+    output = model.generate(**prompt, **GREEDY, **tokenizers, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**prompt, **GREEDY))
+    assert model.cascade_statistics.backend == "assisted"
+    with pytest.raises(ValueError, match="Choose one of spec, token_v2, token_v3"):
+        model.generate(**prompt, **GREEDY, **tokenizers, cascade_rule="opt")
+    model.generate(**prompt, do_sample=True, max_new_tokens=16, **tokenizers, cascade_rule="diff", cascade_alpha=1.0)
+    assert model.cascade_statistics.new_tokens == [16]
+    with pytest.raises(ValueError, match="different vocabularies"):
+        model.generate(torch.tensor([[21, 22], [23, 24]]), **GREEDY, **tokenizers)
+
+
+def test_vision_language_model_with_a_text_only_draft(models):
+    """Pixels reach the large model; the small one reads the tokens alone."""
+    text = {
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.4, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    large = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=49, image_seq_length=4)
+    ).eval()
+    model = enable_cascade(large, models[1])
+    inputs = {
+        "input_ids": torch.tensor([[1, 49, 49, 49, 49, 2, 3]]),
+        "attention_mask": torch.ones(1, 7).long(),
+        "pixel_values": torch.randn(1, 3, 8, 8),
+    }
+    kwargs = {**GREEDY, "suppress_tokens": [49]}
+    output = model.generate(**inputs, **kwargs, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**inputs, **kwargs))
+    assert model.cascade_statistics.backend == "assisted"
+    other = model.generate(**{**inputs, "pixel_values": torch.randn(1, 3, 8, 8)}, **kwargs, cascade_rule="spec")
+    assert not torch.equal(output, other)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
