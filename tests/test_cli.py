@@ -46,3 +46,37 @@ def test_tour_exit_code(run, monkeypatch, tmp_path, failed):
     results = [tour.FailedSection("part", "ValueError: no", "", 0.0)] if failed else []
     monkeypatch.setattr(tour, "run_tour", lambda out, quick: results)
     assert run("tour", "--out", str(tmp_path), "--quick").exit_code == int(failed)
+
+
+@pytest.fixture
+def composite(tmp_path, byte_tokenizer):
+    """A folder with a composite of two tiny models."""
+    from hf_iclr import SpeculativeCascadeForCausalLM
+    from tests.generation.toy import tiny_llama
+
+    pair = (tiny_llama(seed, vocab_size=256) for seed in (1, 2))
+    SpeculativeCascadeForCausalLM.from_cascade_pretrained(*pair).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_cascade_prints_text_and_statistics(run, composite):
+    result = run("cascade", "hello", "--model", composite, "--max-new-tokens", "9", "--rule", "opt", "--alpha", "0.1")
+    assert result.exit_code == 0, result.output
+    lines = {
+        line.split("│")[1].strip(): line.split("│")[2].strip() for line in result.output.splitlines() if "│" in line
+    }
+    assert lines["new tokens"] == "9" and lines["rule"] == "opt" and lines["alpha"] == "0.100"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rule", "best"], "Choose one of spec"),
+        (["--alpha", "7"], "must lie in"),
+        (["--num-assistant-tokens", "0"], "at least 1"),
+    ],
+)
+def test_cascade_says_what_is_wrong(run, composite, options, words):
+    result = run("cascade", "hello", "--model", composite, *options)
+    assert result.exit_code == 2 and words in result.output
