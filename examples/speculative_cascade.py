@@ -11,7 +11,7 @@ import tempfile
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
 from hf_iclr import SpeculativeCascadeForCausalLM
-from hf_iclr.demo_model import load_demo_model
+from hf_iclr.demo_model import load_demo_model, quicker_dtype
 from hf_iclr.generation.demo_draft import load_demo_draft
 
 
@@ -19,8 +19,8 @@ if len(sys.argv) == 3:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     large, small = (AutoModelForCausalLM.from_pretrained(name, dtype="auto") for name in sys.argv[1:])
 else:
-    large, tokenizer = load_demo_model()
-    small = load_demo_draft("quick")
+    large, tokenizer = load_demo_model(quicker_dtype())
+    small = load_demo_draft("quick", large.dtype)
 
 pipe = pipeline("speculative-cascade", model=large, assistant_model=small, tokenizer=tokenizer)
 chat = [{"role": "user", "content": "Explain rain."}]
@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
     )
     composite.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     text = tokenizer.decode(reloaded.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True)
     print(f"\n--- reloaded composite, rule {reloaded.config.cascade_rule}\n{text}")

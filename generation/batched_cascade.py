@@ -1,37 +1,18 @@
 """The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
 
-import copy
 import time
 from typing import NamedTuple
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput, logits_process
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .cached_decoder import CachedDecoder
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import cascade_target, total_variation
+from .row_processors import RowProcessors
 
 
-# Processors that look at the scores alone can run on all rows and positions at once.
-_SCORES_ONLY = (
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-)
-# These keep state from call to call, or of another stream, that can't follow rows which roll back.
-STATEFUL_PROCESSORS = (
-    logits_process.EncoderNoRepeatNGramLogitsProcessor,
-    logits_process.SynthIDTextWatermarkLogitsProcessor,
-    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 _MAX_HOLE_SHARE = 0.25
 
 
@@ -73,21 +54,6 @@ def _one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
 
-def _for_row(processors, row: int):
-    """The processors as one row sees them: some hold a value, or call the user's function, for each row."""
-    processors = type(processors)(copy.copy(processor) for processor in processors)
-    for processor in processors:
-        if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
-            if isinstance(processor.prompt_ignore_length, torch.Tensor):
-                processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
-        elif isinstance(processor, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
-            processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
-        elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
-    return processors
-
-
 class BatchedCascade:
     """
     Draft, verify, accept, for several rows that move at their own pace. One object is one `generate` call.
@@ -107,9 +73,7 @@ class BatchedCascade:
             attention_mask = torch.ones_like(input_ids)
         self.config, self.options = config, options
         self.greedy = not config.do_sample
-        self.processors = logits_processor
-        self.row_processors = [_for_row(logits_processor, row) for row in range(batch_size)]
-        self.scores_only = all(type(processor) in _SCORES_ONLY for processor in logits_processor)
+        self.processors = RowProcessors(logits_processor, batch_size)
         self.criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
         self.eos = None if config._eos_token_tensor is None else config._eos_token_tensor.to(device)
         self.large, self.small = CachedDecoder(model, batch_size), CachedDecoder(assistant, batch_size)
@@ -125,9 +89,8 @@ class BatchedCascade:
         self.prompt_length = prompt_length
         self.budget = config.max_length - prompt_length
         self.produced = torch.zeros(batch_size, dtype=torch.long, device=device)  # new tokens of each row
-        self.totals = torch.zeros(
-            6, batch_size, dtype=torch.float64, device=device
-        )  # in the order of CascadeStatistics
+        # rounds, drafted, accepted, new tokens, deferred, drift of each row
+        self.totals = torch.zeros(6, batch_size, dtype=torch.float64, device=device)
         self.outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch_size)]
         self.keep_outputs = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
@@ -254,28 +217,19 @@ class BatchedCascade:
 
     def _distributions(self, logits: torch.Tensor, scores: torch.Tensor) -> _Distributions:
         unscaled = logits.softmax(-1)
-        if (
-            self.greedy and self.options.rule != "ensemble"
-        ):  # there, the mixture of both distributions is what has an argmax
+        if self.greedy and self.options.rule != "ensemble":  # an ensemble takes the argmax of the mixture instead
             return _Distributions(_one_hot_of_largest(scores), unscaled)
         return _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
 
     def _process(self, logits: torch.Tensor, drafts: torch.Tensor, first: int) -> torch.Tensor:
         """Runs the logits processors on logits that stand after `first`, `first + 1`, ... drafted tokens."""
-        if len(self.processors) == 0:
-            return logits
-        batch_size, length, vocab_size = logits.shape
-        if self.scores_only:
-            return self.processors(None, logits.reshape(-1, vocab_size)).view(batch_size, length, vocab_size)
-        scores = torch.empty_like(logits)
-        for index, row in enumerate(self.rows.tolist()):
-            context = self.sequences[row, : self.prompt_length + self.produced[row]]
-            context = torch.cat([context, drafts[index]])
-            processors = self.row_processors[row]
-            end = len(context) - drafts.shape[1] + first
-            for step in range(length):
-                scores[index, step] = processors(context[None, : end + step], logits[index, step][None].clone())[0]
-        return scores
+
+        def context(index: int, step: int) -> torch.Tensor:
+            row = self.rows[index]
+            produced = self.sequences[row, : self.prompt_length + self.produced[row]]
+            return torch.cat([produced, drafts[index, : first + step]])[None]
+
+        return self.processors(logits, self.rows, context)
 
     def _target(self, q: _Distributions, p: _Distributions, start: int, stop: int):
         """π, deferred mass and TV(π, p) of the positions `start` to `stop` after the round's first token."""
@@ -319,12 +273,9 @@ class BatchedCascade:
         """Samples the token after the accepted drafts and fills the last column of `deferred` and `drift`."""
         index = torch.arange(len(accepted), device=accepted.device)
         gamma = p.probs.shape[1] - 1
-        if pi is None or q.probs.shape[1] == gamma + 1:
-            if q is None:
-                after = p.probs[:, gamma:]
-            else:
-                after, deferred[:, gamma:], drift[:, gamma:] = self._target(q, p, gamma, gamma + 1)
-        else:
+        if q is not None and q.probs.shape[1] == gamma + 1:
+            after, deferred[:, gamma:], drift[:, gamma:] = self._target(q, p, gamma, gamma + 1)
+        else:  # no row needs q there
             after = p.probs[:, gamma:]
         targets = after if pi is None else torch.cat([pi, after], 1)
         target = targets[index, accepted]

@@ -14,10 +14,11 @@ from .assisted_cascade import (
     record_drafts,
     without_warpers,
 )
-from .batched_cascade import STATEFUL_PROCESSORS, BatchedCascade, CascadeOptions
+from .batched_cascade import BatchedCascade, CascadeOptions
 from .cached_decoder import why_not_batched
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import check_rule
+from .row_processors import STATEFUL_PROCESSORS
 
 
 # `generate` arguments that a cascade adds, or whose default differs from transformers' (20 drafts, cut at confidence

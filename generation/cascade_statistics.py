@@ -26,7 +26,8 @@ class CascadeStatistics:
         large_forwards, small_forwards, large_tokens, small_tokens (`int`):
             Forward passes of each model and the tokens (batch x length) they processed.
         draft_seconds, verify_seconds, total_seconds (`float`):
-            Wall time inside the small model's forwards, the large model's, and of the whole loop.
+            Wall time inside the small model's forwards, the large model's, and of the whole loop. On a GPU, which runs
+            behind the host, the split shows where the host waited.
     """
 
     backend: str

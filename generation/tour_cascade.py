@@ -43,12 +43,13 @@ def section(out_dir: Path, quick: bool, progress):
     Returns:
         [`~hf_iclr.tour.TourSection`]
     """
-    from hf_iclr.demo_model import load_demo_model
+    from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
     max_new_tokens = 24 if quick else 64
-    model, tokenizer = load_demo_model()
-    draft = load_demo_draft("quick")
+    dtype = quicker_dtype()
+    model, tokenizer = load_demo_model(dtype)
+    draft = load_demo_draft("quick", dtype)
     pipe = SpeculativeCascadePipeline(model=model, tokenizer=tokenizer, assistant_model=draft)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": max_new_tokens}
@@ -95,8 +96,8 @@ def section(out_dir: Path, quick: bool, progress):
     best = table["ms per token"][1:].idxmin()
     quickest = f"{table['method'][best]}, alpha {table['alpha'][best]:g}"
     about = (
-        f"SmolLM2-135M-Instruct answers {len(PROMPTS)} prompts at temperature 0.7; a two-layer draft made of its own "
-        "first layers proposes two tokens at a time."
+        f"SmolLM2-135M-Instruct ({str(dtype).removeprefix('torch.')}) answers {len(PROMPTS)} prompts at temperature 0.7; "
+        "a two-layer draft made of its own first layers proposes two tokens at a time."
     )
     speed = (
         f"Plain sampling took {table['ms per token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "

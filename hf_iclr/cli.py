@@ -52,12 +52,15 @@ def cascade(
         if model is not None:
             pipe = pipeline("speculative-cascade", model=model, assistant_model=assistant_model)
         else:
-            from hf_iclr.demo_model import load_demo_model
+            from hf_iclr.demo_model import load_demo_model, quicker_dtype
             from hf_iclr.generation.demo_draft import load_demo_draft
 
-            large, tokenizer = load_demo_model()
+            large, tokenizer = load_demo_model(quicker_dtype())
             pipe = pipeline(
-                "speculative-cascade", model=large, tokenizer=tokenizer, assistant_model=load_demo_draft("quick")
+                "speculative-cascade",
+                model=large,
+                tokenizer=tokenizer,
+                assistant_model=load_demo_draft("quick", large.dtype),
             )
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -89,13 +89,13 @@ def test_hits_the_target_on_held_out_prompts(model, dataset, word_tokenizer, rul
 
 def test_hits_a_speedup(model, dataset, word_tokenizer):
     """With the costs above; the rates of draft and verification are counted, one prompt at a time."""
-    result = calibrate(model, dataset, {"speedup": 1.5}, word_tokenizer, max_tokens=480)
+    result = calibrate(model, dataset, {"speedup": 1.5}, word_tokenizer, max_tokens=320)
     assert abs(result.relative_error) < 0.1
 
 
 def test_times_both_models(model, dataset, word_tokenizer, monkeypatch):
     monkeypatch.undo()
-    costs = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, max_tokens=120, check=False).costs
+    costs = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, max_tokens=40, check=False).costs
     assert all(0 < seconds < 1 for seconds in costs)
     assert costs.draft < costs.plain  # a token of `generate` is a forward and more
 
@@ -155,7 +155,7 @@ def test_alpha_of_a_threshold_rule_is_a_quantile(model, dataset, word_tokenizer,
 def test_expected_rounds_by_hand():
     """
     Three tokens, drafts of one, acceptance 0.5 everywhere. From 0: kept (1/2) emits 2 tokens, next round at 2;
-    rejected, next at 1. From 1: one draft; kept, the text ends; rejected, the next round is at 2, which drafts nothing.
+    rejected, next at 1. From 1: one draft; kept, the text ends; rejected, the next is at 2, where nothing is drafted.
     Rounds at 0: 1; at 1: 1/2; at 2: 1/2 (kept at 0) + 1/4 (rejected at 1). So 2.25 rounds, 1.5 drafts, 0.75 kept, and
     small forwards: 1.5 drafts + 0.75 after a kept one + 0.75 in the round without a draft.
     """
@@ -236,6 +236,7 @@ def test_needs_a_cascade(pair, dataset, word_tokenizer):
         calibrate(pair[0], dataset, {"deferral_rate": 0.3}, word_tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no {STORIES}")
 def test_hits_the_target_with_a_trained_model():
     """A trained Llama, the drafts of its noisy copy, and stories it writes itself."""
@@ -256,7 +257,7 @@ def test_pareto_front_by_hand():
 def test_sweep(model, pair, tmp_path, word_tokenizer):
     prompts = ["w1 w2 w3", "w9"]
     sweep = sweep_cascade(
-        model, prompts, tokenizer=word_tokenizer, rules={"token_v3": [0.0, 0.6, 1.0]}, max_new_tokens=6,
+        model, prompts, tokenizer=word_tokenizer, rules={"token_v3": [0.0, 0.6, 1.0]}, max_new_tokens=4,
         do_sample=False, cost="large_forwards_per_token",
     )  # fmt: skip
     table = sweep.table

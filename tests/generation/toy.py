@@ -1,5 +1,6 @@
 """Two tiny random Llamas over 7 tokens, and the exact law of what a cascade of them must emit."""
 
+import copy
 import math
 from collections import Counter
 
@@ -24,6 +25,7 @@ RULES = [
     ("lossy", 0.4),
     ("ensemble", 0.5),
 ]
+GREEDY = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
 RAGGED_PROMPTS = [[1, 2, 3], [4], [5, 6, 0, 2, 1], [3, 3]]
 
 
@@ -43,6 +45,15 @@ def tiny_llama(seed: int, layers: int = 1, vocab_size: int = VOCAB, **kwargs) ->
         **kwargs,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def perturbed_copy(model):
+    """A model so like another that its drafts are often, but not always, accepted."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    return other
 
 
 def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:

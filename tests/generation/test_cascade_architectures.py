@@ -1,0 +1,175 @@
+"""Twelve decoders on ragged rows, and what takes the assisted loop: encoder-decoders, images, other tokenizers."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_iclr import enable_cascade
+from tests.generation.toy import GREEDY, RAGGED_PROMPTS, left_padded, perturbed_copy, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def models():
+    large = tiny_llama(1, layers=2, vocab_size=50)
+    return large, perturbed_copy(large)
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"sliding_window": 6, "head_dim": 8},
+    "gemma3_text": {"sliding_window": 6, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 32},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    "phi": {},
+    "phi3": {"sliding_window": 6, "pad_token_id": None},
+    "falcon": {"num_kv_heads": 1, "alibi": False, "new_decoder_architecture": False},
+}
+
+
+def tiny(model_type, seed, **kwargs):
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "initializer_range": 0.4,
+    }
+    if model_type in ("gpt_neox", "opt", "falcon", "phi"):
+        common.pop("num_key_value_heads")
+    if model_type == "gpt2":
+        common = {key: value for key, value in common.items() if key in ("vocab_size", "initializer_range")}
+        common.update(bos_token_id=None, eos_token_id=None)
+    config = CONFIG_MAPPING[model_type](**{**common, **kwargs})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_ragged_batches_of_every_architecture(model_type, attention):
+    """Greedy `spec` on ragged rows equals each prompt alone, past the sliding window."""
+    if model_type == "gemma2" and attention == "sdpa":
+        pytest.skip("Gemma 2 caps attention logits, which sdpa does not")
+    large = tiny(model_type, 1, **ARCHITECTURES[model_type], attn_implementation=attention)
+    small = perturbed_copy(large)
+    prompts = [*RAGGED_PROMPTS, [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    model = enable_cascade(large, small)
+    output = model.generate(**left_padded(prompts), **GREEDY, cascade_rule="spec", cascade_backend="batched")
+    assert model.cascade_statistics.backend == "batched"
+    for prompt, row in zip(prompts, output, strict=True):
+        alone = large.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), **GREEDY)
+        assert row[-16:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_encoder_decoder_takes_the_assisted_loop():
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        eos_token_id=None, pad_token_id=0, initializer_factor=20.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    large, small = (AutoModelForSeq2SeqLM.from_config(config).eval() for _ in range(2))
+    model = enable_cascade(large, small)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=12, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**inputs, do_sample=False, max_new_tokens=12))
+    assert model.cascade_statistics.backend == "assisted"
+    model.generate(**inputs, do_sample=True, max_new_tokens=12, cascade_rule="token_v2", cascade_alpha=1.0)
+    assert model.cascade_statistics.deferred[0] < 12
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        model.generate(input_ids=torch.ones(2, 4).long(), max_new_tokens=4)
+
+
+def test_early_exit_drafts_with_the_model_itself(models):
+    large = models[0]
+    model = enable_cascade(large)
+    output = model.generate(torch.tensor([[1, 2, 3]]), **GREEDY, assistant_early_exit=1, cascade_rule="spec")
+    assert torch.equal(output, large.generate(torch.tensor([[1, 2, 3]]), **GREEDY))
+    stats = model.cascade_statistics
+    assert stats.backend == "assisted" and stats.small_forwards > stats.large_forwards > 0
+
+
+def test_padded_vocabularies_of_one_tokenizer(models, word_tokenizer):
+    """Embeddings padded to other sizes (as Qwen's are): the batched loop aligns them when the tokenizers agree."""
+    torch.manual_seed(3)
+    small = tiny_llama(4, vocab_size=58)
+    inputs = left_padded(RAGGED_PROMPTS)
+    tokenizers = {"tokenizer": word_tokenizer, "assistant_tokenizer": word_tokenizer}
+    for pair in ((models[0], small), (small, models[0])):
+        model = enable_cascade(*pair)
+        output = model.generate(**inputs, **GREEDY, **tokenizers, cascade_rule="spec")
+        assert torch.equal(output, pair[0].generate(**inputs, **GREEDY))
+        model.generate(**inputs, do_sample=True, max_new_tokens=9, pad_token_id=0, **tokenizers)
+        assert model.cascade_statistics.backend == "batched"
+
+
+def other_vocabulary():
+    """40 of the 50 words of `word_tokenizer` with other ids, and five words it lacks."""
+    vocabulary = {"w0": 0} | {f"w{50 - index}": index for index in range(1, 40)}
+    vocabulary |= {f"x{index}": index for index in range(40, 45)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", padding_side="left")
+
+
+def test_different_tokenizers_take_the_assisted_loop(models, word_tokenizer):
+    large, prompt = models[0], {"input_ids": torch.tensor([[21, 22, 23]]), "attention_mask": torch.ones(1, 3).long()}
+    tokenizers = {"tokenizer": word_tokenizer, "assistant_tokenizer": other_vocabulary()}
+    model = enable_cascade(large, tiny_llama(4, vocab_size=45))
+    output = model.generate(**prompt, **GREEDY, **tokenizers, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**prompt, **GREEDY))
+    assert model.cascade_statistics.backend == "assisted"
+    with pytest.raises(ValueError, match="Choose one of spec, token_v2, token_v3"):
+        model.generate(**prompt, **GREEDY, **tokenizers, cascade_rule="opt")
+    model.generate(**prompt, do_sample=True, max_new_tokens=16, **tokenizers, cascade_rule="diff", cascade_alpha=1.0)
+    assert model.cascade_statistics.new_tokens == [16]
+    with pytest.raises(ValueError, match="different vocabularies"):
+        model.generate(torch.tensor([[21, 22], [23, 24]]), **GREEDY, **tokenizers)
+
+
+def test_vision_language_model_with_a_text_only_draft(models):
+    """Pixels reach the large model; the small one reads the tokens alone."""
+    text = {
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.4, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    large = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=49, image_seq_length=4)
+    ).eval()
+    model = enable_cascade(large, models[1])
+    inputs = {
+        "input_ids": torch.tensor([[1, 49, 49, 49, 49, 2, 3]]),
+        "attention_mask": torch.ones(1, 7).long(),
+        "pixel_values": torch.randn(1, 3, 8, 8),
+    }
+    kwargs = {**GREEDY, "suppress_tokens": [49]}
+    output = model.generate(**inputs, **kwargs, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**inputs, **kwargs))
+    assert model.cascade_statistics.backend == "assisted"
+    other = model.generate(**{**inputs, "pixel_values": torch.randn(1, 3, 8, 8)}, **kwargs, cascade_rule="spec")
+    assert not torch.equal(output, other)
