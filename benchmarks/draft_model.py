@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/")
     parser.add_argument("--setting", choices=SETTINGS, default="full")
     parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
-    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--num-layers", type=int, help="instead of the setting's")
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
@@ -108,7 +108,7 @@ def main() -> None:
                 model,
                 tokenizer,
                 texts,
-                num_layers=args.num_layers,
+                num_layers=args.num_layers or setting["num_layers"],
                 draft_vocab_size=args.draft_vocab_size,
                 distill_minutes=distill_minutes,
             )

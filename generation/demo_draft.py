@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 # What to build a draft from and for how long: seconds for the tour, under ten minutes on two quiet cores for the rest.
 SETTINGS = {
-    "quick": {"num_docstrings": 60, "num_samples": 0, "distill_minutes": 0.75},
-    "full": {"num_docstrings": 240, "num_samples": 240, "distill_minutes": 5.5},
+    "quick": {"num_layers": 2, "num_docstrings": 16, "num_samples": 0, "distill_minutes": 0.5},
+    "full": {"num_layers": 3, "num_docstrings": 60, "num_samples": 160, "distill_minutes": 5.0},
 }
 
 # fmt: off
@@ -97,7 +97,9 @@ def build_demo_draft(setting: str = "full") -> DraftForCausalLM:
     texts = docstrings()[: chosen["num_docstrings"]]
     if chosen["num_samples"]:
         texts += sample_texts(model, tokenizer, demo_prompts()[: chosen["num_samples"]])
-    return build_draft_model(model, tokenizer, texts, distill_minutes=chosen["distill_minutes"])
+    return build_draft_model(
+        model, tokenizer, texts, num_layers=chosen["num_layers"], distill_minutes=chosen["distill_minutes"]
+    )
 
 
 def demo_prompts() -> list[str]:

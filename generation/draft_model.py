@@ -29,7 +29,7 @@ def build_draft_model(
     distill_minutes: float = 0.0,
     distill_steps: int | None = None,
     learning_rate: float = 1e-3,
-    batch_size: int = 8,
+    batch_size: int = 4,
     max_length: int = 256,
     ridge: float = 0.005,
     seed: int = 0,
@@ -60,8 +60,8 @@ def build_draft_model(
             Optimizer steps of distillation instead of minutes: the same result on each run.
         learning_rate (`float`, *optional*, defaults to 1e-3):
             Peak learning rate of the distillation, decayed along a cosine.
-        batch_size (`int`, *optional*, defaults to 8):
-            Texts in one step.
+        batch_size (`int`, *optional*, defaults to 4):
+            Texts in one step of distillation. With minutes to spend, many small steps go further than few large ones.
         max_length (`int`, *optional*, defaults to 256):
             Longer texts are cut into pieces of this many tokens.
         ridge (`float`, *optional*, defaults to 0.005):
@@ -84,7 +84,7 @@ def build_draft_model(
     ```
     """
     _check_arguments(model, num_layers, draft_vocab_size)
-    rows = read_teacher(model, tokenizer, texts, max_length=max_length, batch_size=batch_size)
+    rows = read_teacher(model, tokenizer, texts, max_length=max_length)
     hidden_size = model.get_output_embeddings().weight.shape[1]
     num_positions = sum(int(row.mask.sum()) for row in rows)
     if num_positions < 2 * hidden_size:
@@ -95,7 +95,7 @@ def build_draft_model(
     logger.info("The large model has read %d positions of %d texts.", num_positions, len(rows))
 
     draft = truncate(model, num_layers, frequent_tokens(model, rows, draft_vocab_size))
-    fit_closed_form(draft, rows, ridge=ridge, batch_size=batch_size)
+    fit_closed_form(draft, rows, ridge=ridge)
     if distill_minutes or distill_steps:
         distill(
             draft,
@@ -214,7 +214,7 @@ def fit_affine(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> tup
 
 
 @torch.no_grad()
-def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], *, ridge: float, batch_size: int) -> None:
+def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], ridge: float) -> None:
     """
     Set the affine map of a draft to the best one in closed form.
 
@@ -225,11 +225,9 @@ def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], *, ridge: f
             What [`read_teacher`] returned.
         ridge (`float`):
             Penalty, see [`fit_affine`].
-        batch_size (`int`):
-            Texts in one forward pass.
     """
     inputs, targets = [], []
-    for batch in batches(rows, batch_size):
+    for batch in batches(rows, 8):
         states = draft.body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         inputs.append(states[batch["mask"]])
         targets.append(batch["hidden_states"][batch["mask"]])
