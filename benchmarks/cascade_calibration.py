@@ -3,16 +3,23 @@ Calibration of a cascade to three targets, and the curve of quality against cost
 
     python benchmarks/cascade_calibration.py --draft DIR --out results
 
-Texts are samples of SmolLM2 from short openings; held-out prompts are those of texts the calibration never sees.
+Texts are docstrings of installed packages; held-out prompts are those of texts the calibration never sees.
 """
 
 import argparse
+import inspect
 import json
 import logging
 import platform
+import random
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import scipy.signal
+import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -23,36 +30,22 @@ from hf_iclr.generation.cascade_sweep import sweep_cascade
 from hf_iclr.generation.cascade_texts import left_padded
 
 
-OPENINGS = [
-    "The",
-    "When",
-    "A",
-    "In",
-    "Once",
-    "My",
-    "How",
-    "Water",
-    "People",
-    "To",
-    "This",
-    "Every",
-    "Most",
-    "If",
-    "She",
-    "We",
-]
 TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.7}, {"speedup": 1.3})
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-def sample_texts(model, tokenizer, count: int, tokens: int) -> list[str]:
-    """Texts that the large model writes by itself."""
-    texts: list[str] = []
-    for start in range(0, count, 32):
-        prompts = [tokenizer(OPENINGS[i % len(OPENINGS)])["input_ids"] for i in range(start, min(count, start + 32))]
-        output = model.generate(**left_padded(prompts, model.device), max_new_tokens=tokens, **SAMPLING)
-        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
-    return texts
+def docstrings(count: int) -> list[str]:
+    """English prose that every machine with our dependencies has: long docstrings, each once, in a fixed order."""
+    modules = (torch, torch.nn, torch.nn.functional, np, pd, pd.DataFrame, pd.Series, scipy.stats, scipy.signal)
+    found = {
+        inspect.getdoc(getattr(module, name)) or ""
+        for module in modules
+        for name in dir(module)
+        if not name.startswith("_") and callable(getattr(module, name))
+    }
+    texts = sorted(text for text in found if len(text) > 600)
+    random.Random(0).shuffle(texts)
+    return texts[:count]
 
 
 def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> float:
@@ -79,17 +72,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens read, and generated in each check")
     parser.add_argument("--sweep-prompts", type=int, default=4)
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # of deprecated names met while looking for docstrings
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
 
     large, tokenizer = load_demo_model()
-    begin = time.perf_counter()
-    texts = sample_texts(large, tokenizer, count=96, tokens=96)
+    texts = docstrings(400)
+    texts, for_draft = texts[:128], texts[128:]
     if arguments.draft:
         small = AutoModelForCausalLM.from_pretrained(arguments.draft, dtype=large.dtype).eval()
     else:
-        small = build_draft_model(large, tokenizer, sample_texts(large, tokenizer, count=96, tokens=96))
-    print(f"texts and draft: {time.perf_counter() - begin:.0f} s")
+        small = build_draft_model(large, tokenizer, for_draft)
     model = enable_cascade(large, small, cascade_rule=arguments.rule)
 
     results = []

@@ -217,33 +217,46 @@ def read_texts(
     grid_alphas = np.array([] if by_threshold else ALPHA_GRIDS[rule] if alphas is None else alphas)
     lengths = np.array([len(text.continuation) for text in texts])
     stored = np.zeros((2 if by_threshold else 3 * len(grid_alphas), len(texts), lengths.max()), dtype=np.float32)
-    for index, text in enumerate(tqdm(texts, desc="reading texts", unit="text")):
-        ids = torch.tensor([text.prompt + text.continuation], device=model.device)
-        length = len(text.continuation)
-        logits = [
-            half(input_ids=ids[:, :-1], use_cache=False).logits[0, -length:] for half in (assistant_model, model)
-        ]
-        if any(torch.isnan(half).any() for half in logits):
-            raise ValueError(f"A model gave NaN logits on text {index}. Expected finite numbers: check its weights.")
-        processors = logits_processors(model, config, len(text.prompt))
-        step = max(1, _CHUNK // logits[0].shape[-1])
-        for start in range(0, length, step):
-            parts = []
-            for half in logits:
-                raw = half[start : start + step].float()
-                end = len(text.prompt) + start
-                parts.append((processed_probs(raw, ids[0], end, processors, config.do_sample), raw.softmax(-1)))
-            (q, q0), (p, p0) = parts
-            if by_threshold:
-                variation = total_variation(p, q)
-                values = [keeping_alpha(rule, q0, p0, variation), variation]
-            else:
-                values = _grid_values(rule, grid_alphas, q, p, q0, p0, greedy=not config.do_sample)
-            stored[:, index, start : start + len(q)] = torch.stack(values).cpu().numpy()
+    group_size = max(1, _CHUNK // int(lengths.max() * model.config.get_text_config().vocab_size))
+    with tqdm(total=len(texts), desc="reading texts", unit="text") as progress:
+        for start in range(0, len(texts), group_size):
+            group = texts[start : start + group_size]
+            q, q0 = _next_token_probs(assistant_model, model, group, config)
+            p, p0 = _next_token_probs(model, model, group, config)
+            values = []
+            for part in zip(*(probs.split(max(1, _CHUNK // q.shape[-1])) for probs in (q, p, q0, p0)), strict=True):
+                if by_threshold:
+                    variation = total_variation(part[1], part[0])
+                    values.append(torch.stack([keeping_alpha(rule, part[2], part[3], variation), variation]))
+                else:
+                    values.append(torch.stack(_grid_values(rule, grid_alphas, not config.do_sample, *part)))
+            rows = torch.cat(values, 1).split([len(text.continuation) for text in group], 1)
+            for index, row in enumerate(rows, start):
+                stored[:, index, : row.shape[1]] = row.cpu().numpy()
+            progress.update(len(group))
     if by_threshold:
         return TeacherForcedTexts(rule, lengths, score=stored[0], variation=stored[1])
     grid = stored.reshape(len(grid_alphas), 3, len(texts), -1)
     return TeacherForcedTexts(rule, lengths, alphas=grid_alphas, grid=grid)
+
+
+def _next_token_probs(reader, model, texts: Sequence[Text], config) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Probabilities that `reader` gives at all positions of the continuations, `(positions, vocab_size)`: processed as
+    in the `generate` of `model`, and raw.
+    """
+    ids = [torch.tensor([*text.prompt, *text.continuation], device=model.device) for text in texts]
+    # padding on the right is never looked at by what stands before it
+    logits = reader(input_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1], use_cache=False).logits
+    raw, processed = [], []
+    for row, text, text_ids in zip(logits, texts, ids, strict=True):
+        first = len(text.prompt)
+        raw.append(row[first - 1 : len(text_ids) - 1].float())
+        if torch.isnan(raw[-1]).any():
+            raise ValueError("A model gave NaN logits on the given texts. Expected finite numbers: check its weights.")
+        processors = logits_processors(model, config, first)
+        processed.append(processed_probs(raw[-1], text_ids, first, processors, config.do_sample))
+    return torch.cat(processed), torch.cat(raw).softmax(-1)
 
 
 def keeping_alpha(rule: str, q0: torch.Tensor, p0: torch.Tensor, variation: torch.Tensor) -> torch.Tensor:
@@ -264,7 +277,7 @@ def keeping_alpha(rule: str, q0: torch.Tensor, p0: torch.Tensor, variation: torc
     return torch.where(variation > 0, gap / variation, certain)
 
 
-def _grid_values(rule, alphas, q, p, q0, p0, greedy: bool) -> list[torch.Tensor]:
+def _grid_values(rule: str, alphas: np.ndarray, greedy: bool, q, p, q0, p0) -> list[torch.Tensor]:
     """
     Deferred mass, Σ min(q, π) and TV(π, p) for each alpha, in that order: 3 x alphas tensors of shape `(positions,)`.
     """
