@@ -132,7 +132,7 @@ def calibrate_cascade(
         max_tokens (`int`, *optional*, defaults to 4096):
             Tokens to read, and to generate in each check. The error falls with its square root.
         batch_size (`int`, *optional*, defaults to 8):
-            Prompts to generate from at a time. Always 1 for the target `speedup`.
+            Prompts to generate from at a time.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split and of sampling.
         check (`bool`, *optional*, defaults to `True`):
@@ -175,7 +175,6 @@ def calibrate_cascade(
     call = {"num_assistant_tokens": int(gamma), "max_new_tokens": max_new_tokens, **generation_kwargs}
     if config._pad_token_tensor is None:
         call["pad_token_id"] = 0  # rows of a batch end at different lengths
-    batch_size = 1 if name == "speedup" else batch_size
     run = _Run(model, small, rule, int(gamma), config, call, batch_size, seed)
 
     costs = run.time(halves[0][:_TIMED_TEXTS])
@@ -186,8 +185,8 @@ def calibrate_cascade(
     if check:
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
-            rate, _ = _measure(counts, name, costs)
             texts = read_texts(model, small, generated, rule, config, alphas=finer_grid(rule, alpha))
+            rate, _ = run.measure(counts, name, costs, texts, alpha)
             expected = run.predict(texts, name, alpha, costs)
             # What reading the texts doesn't see (end of text inside drafts, schedules) changes the rate by this
             # factor.
@@ -198,7 +197,7 @@ def calibrate_cascade(
             if abs(rate / value - 1) < 0.02:
                 break
         _, counts = run.generate(halves[1], alpha)
-        measured, error = _measure(counts, name, costs)
+        measured, error = run.measure(counts, name, costs, texts, alpha)
         logger.info("On held-out prompts %s alpha=%.4g gives %s=%.4g ± %.2g.", rule, alpha, name, measured, error)
         if abs(measured / value - 1) > 0.1:
             logger.warning(
@@ -236,7 +235,7 @@ class _Run:
                 for index, text in enumerate(batch):
                     new = output[index, width : width + done.new_tokens[index]].tolist()
                     generated.append(Text(text.prompt, new))
-                    counts.append({**done.row(index), "small_forwards": done.small_forwards})
+                    counts.append(done.row(index))
                 progress.update(len(batch))
         return generated, counts
 
@@ -311,6 +310,27 @@ class _Run:
             )
         return pd.DataFrame(rows)
 
+    def measure(self, counts: list[dict], name: str, costs: CascadeCosts, texts: TeacherForcedTexts, alpha: float):
+        """
+        A rate over all prompts, and its standard error: that of a ratio of sums of independent prompts. Forwards that
+        the small model adds after fully accepted drafts aren't counted by prompt: their share is expected from `texts`.
+        """
+        if name == "deferral_rate":
+            pairs = [(row["deferred"], row["new_tokens"]) for row in counts]
+        elif name == "acceptance":
+            pairs = [(row["accepted"], row["drafted"]) for row in counts]
+        else:
+            expected = texts.rounds(alpha, self.gamma)
+            draft = costs.draft * expected.small_forwards / expected.drafted
+            round_ = costs.verify + costs.overhead
+            pairs = [
+                (row["new_tokens"] * costs.plain, row["drafted"] * draft + row["rounds"] * round_) for row in counts
+            ]
+        above, below = np.array(pairs, dtype=float).T
+        rate = above.sum() / below.sum()
+        residual = np.square(above - rate * below).sum() * len(pairs) / max(1, len(pairs) - 1)
+        return float(rate), float(np.sqrt(residual) / below.sum())
+
 
 def small_model(model):
     """
@@ -364,23 +384,3 @@ def _setting(model, small, name: str):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
     return CASCADE_DEFAULTS[name]
-
-
-def _measure(counts: list[dict], name: str, costs: CascadeCosts) -> tuple[float, float]:
-    """A rate over all prompts, and its standard error: that of a ratio of sums of independent prompts."""
-    if name == "deferral_rate":
-        pairs = [(row["deferred"], row["new_tokens"]) for row in counts]
-    elif name == "acceptance":
-        pairs = [(row["accepted"], row["drafted"]) for row in counts]
-    else:
-        pairs = [
-            (
-                row["new_tokens"] * costs.plain,
-                row["small_forwards"] * costs.draft + row["rounds"] * (costs.verify + costs.overhead),
-            )
-            for row in counts
-        ]
-    above, below = np.array(pairs, dtype=float).T
-    rate = above.sum() / below.sum()
-    residual = np.square(above - rate * below).sum() * len(pairs) / max(1, len(pairs) - 1)
-    return float(rate), float(np.sqrt(residual) / below.sum())
