@@ -96,8 +96,8 @@ def section(out_dir: Path, quick: bool, progress):
     best = table["ms per token"][1:].idxmin()
     quickest = f"{table['method'][best]}, alpha {table['alpha'][best]:g}"
     about = (
-        f"SmolLM2-135M-Instruct ({str(dtype).removeprefix('torch.')}) answers {len(PROMPTS)} prompts at temperature 0.7; "
-        "a two-layer draft made of its own first layers proposes two tokens at a time."
+        f"SmolLM2-135M-Instruct ({str(dtype).removeprefix('torch.')}) answers {len(PROMPTS)} prompts at temperature "
+        "0.7; a two-layer draft made of its own first layers proposes two tokens at a time."
     )
     speed = (
         f"Plain sampling took {table['ms per token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "
