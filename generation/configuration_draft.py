@@ -29,7 +29,7 @@ class DraftConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         """Number of tokens the draft reads, and the width of its logits: that of the large model."""
-        return self.body.vocab_size
+        return self.body.vocab_size  # type: ignore[union-attr]
 
     def get_text_config(self, decoder=None, encoder=None):
         return self.body.get_text_config(decoder=decoder, encoder=encoder)

@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,9 +21,9 @@ from hf_iclr.generation.modeling_draft import DraftForCausalLM
 logger = logging.getLogger(__name__)
 
 # What to build a draft from and for how long: seconds for the tour, under ten minutes on two quiet cores for the rest.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "quick": {"num_layers": 2, "num_docstrings": 16, "num_samples": 0, "distill_minutes": 0.5},
-    "full": {"num_layers": 3, "num_docstrings": 60, "num_samples": 160, "distill_minutes": 5.0},
+    "full": {"num_layers": 3, "num_docstrings": 60, "num_samples": 192, "distill_minutes": 5.0},
 }
 
 # fmt: off
@@ -94,7 +95,7 @@ def build_demo_draft(setting: str = "full") -> DraftForCausalLM:
     """
     model, tokenizer = load_demo_model(torch.float32)  # faster than bfloat16 for long inputs on most processors
     chosen = SETTINGS[setting]
-    texts = docstrings()[: chosen["num_docstrings"]]
+    texts: list[str | dict[str, str]] = [*docstrings()[: chosen["num_docstrings"]]]
     if chosen["num_samples"]:
         texts += sample_texts(model, tokenizer, demo_prompts()[: chosen["num_samples"]])
     return build_draft_model(
@@ -123,7 +124,10 @@ def docstrings(packages: tuple[str, ...] = ("transformers.generation", "torch.nn
     texts = set()
     for package in packages:
         root, *inner = package.split(".")
-        folder = Path(importlib.util.find_spec(root).origin).parent.joinpath(*inner)
+        spec = importlib.util.find_spec(root)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"Expected an installed package, got {root!r}. Install it or name another.")
+        folder = Path(spec.origin).parent.joinpath(*inner)
         for path in folder.glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if (
@@ -131,9 +135,9 @@ def docstrings(packages: tuple[str, ...] = ("transformers.generation", "torch.nn
                     and len(text := ast.get_docstring(node) or "") >= 400
                 ):
                     texts.add(text)
-    texts = sorted(texts)
-    random.Random(0).shuffle(texts)
-    return texts
+    shuffled = sorted(texts)
+    random.Random(0).shuffle(shuffled)
+    return shuffled
 
 
 def _save(draft: DraftForCausalLM, path: Path) -> None:

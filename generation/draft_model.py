@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ MAX_COUNTED_POSITIONS = 8192  # enough to rank the vocabulary; the full head is 
 def build_draft_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: list[str | dict[str, str]],
+    texts: Sequence[str | dict[str, str]],
     num_layers: int = 2,
     draft_vocab_size: int = 8192,
     *,

@@ -1,6 +1,6 @@
 """What a large model says about texts, kept for the making of its draft."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 class TeacherRow:
     """One text with what the large model makes of it."""
 
-    input_ids: torch.LongTensor  # (seq_len,)
+    input_ids: torch.Tensor  # (seq_len,)
     hidden_states: torch.Tensor  # (seq_len, hidden_size), the large model's last; filled by `read_teacher`
-    mask: torch.BoolTensor  # (seq_len,), positions whose next token the draft has to predict
+    mask: torch.Tensor  # (seq_len,), positions whose next token the draft has to predict
 
 
 @torch.no_grad()
 def read_teacher(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: list[str | dict[str, str]],
+    texts: Sequence[str | dict[str, str]],
     *,
     max_length: int = 256,
     batch_size: int = 8,
@@ -120,7 +120,7 @@ def sample_texts(
 
 def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
     """Pads rows on the right to one batch of `input_ids`, `attention_mask`, `hidden_states` and `mask`."""
-    columns = {
+    columns: dict[str, list[torch.Tensor]] = {
         "input_ids": [row.input_ids for row in rows],
         "attention_mask": [torch.ones_like(row.input_ids) for row in rows],
         "hidden_states": [row.hidden_states for row in rows],

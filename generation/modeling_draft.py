@@ -43,7 +43,7 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DraftConfig):
         super().__init__(config)
         self.body = AutoModel.from_config(config.body)
-        size = config.body.hidden_size
+        size = self.body.config.hidden_size
         self.affine = nn.Linear(size, size)
         self.head = nn.Linear(size, config.draft_vocab_size)
         self.register_buffer("draft_vocab_ids", torch.arange(config.draft_vocab_size))
@@ -62,7 +62,7 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
