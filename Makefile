@@ -11,7 +11,7 @@ tour: $(READY)
 	$(BIN)/hf-iclr tour --out tour
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 evaluate: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -1,1 +1,1 @@
-"""See docs/editors: nothing here yet."""
+"""What edits models. Nothing is here yet."""

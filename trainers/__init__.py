@@ -1,1 +1,1 @@
-"""See docs/trainers: nothing here yet."""
+"""What trains. Nothing is here yet."""

@@ -1,1 +1,1 @@
-"""See docs/vision: nothing here yet."""
+"""What sees. Nothing is here yet."""
