@@ -312,8 +312,8 @@ class _Run:
 
     def measure(self, counts: list[dict], name: str, costs: CascadeCosts, texts: TeacherForcedTexts, alpha: float):
         """
-        A rate over all prompts, and its standard error: that of a ratio of sums of independent prompts. Forwards that
-        the small model adds after fully accepted drafts aren't counted by prompt: their share is expected from `texts`.
+        A rate over all prompts, and its standard error, that of a ratio of sums over independent prompts. Forwards
+        that the small model adds after fully accepted drafts are not counted by prompt, but expected from `texts`.
         """
         if name == "deferral_rate":
             pairs = [(row["deferred"], row["new_tokens"]) for row in counts]
