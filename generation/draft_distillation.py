@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.generation.draft_teacher import TeacherRow, collate
@@ -108,6 +109,7 @@ def distill(
 
     class StopWhenDone(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
+            bar.update(100 * progress() - bar.n)
             control.should_training_stop = progress() >= 1
 
     set_seed(seed)
@@ -115,7 +117,7 @@ def distill(
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, progress() if step else 0.0))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=100, desc="Draft learns", unit="%") as bar:
         trainer = DraftDistillationTrainer(
             draft,
             teacher_head=teacher_head,
@@ -130,6 +132,7 @@ def distill(
                 logging_steps=20,
                 save_strategy="no",
                 report_to="none",
+                disable_tqdm=True,  # its bar counts steps, which are unknown when minutes are given
                 seed=seed,
                 train_sampling_strategy="group_by_length",
                 length_column_name="length",
@@ -143,6 +146,7 @@ def distill(
             optimizers=(optimizer, scheduler),
             callbacks=[StopWhenDone()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     del draft.forward  # TRL put its fused head there
     draft.requires_grad_(True).eval()
