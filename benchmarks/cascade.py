@@ -28,7 +28,7 @@ from hf_iclr import enable_cascade
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.assisted_cascade import ForwardMeter
 from hf_iclr.generation.cascade_statistics import CascadeStatistics
-from hf_iclr.generation.demo_draft import load_demo_draft
+from hf_iclr.generation.demo_draft import docstrings, load_demo_draft
 
 
 # None of these is among the prompts that the draft is made from.
@@ -73,6 +73,9 @@ def main():
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument(
+        "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
+    )
     parser.add_argument("--sampling", nargs="+", choices=SAMPLING, default=list(SAMPLING))
     args = parser.parse_args()
 
@@ -84,8 +87,8 @@ def main():
         if args.draft
         else load_demo_draft("full", dtype)
     )
-    bench = Bench(large, small, tokenizer, args.tokens, args.rounds)
-    results = {"threads": args.threads, "dtype": args.dtype, "torch": torch.__version__}
+    bench = Bench(large, small, tokenizer, args)
+    results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
     show(results, "Cost of the parts", bench.parts())
     for sampling in args.sampling:
         for table in args.tables:
@@ -102,13 +105,17 @@ def show(results: dict, title: str, table: pd.DataFrame) -> None:
 
 
 class Bench:
-    def __init__(self, large, small, tokenizer, tokens, rounds):
-        self.large, self.small, self.tokens, self.rounds = large, small, tokens, rounds
+    def __init__(self, large, small, tokenizer, args):
+        self.large, self.small, self.tokens, self.rounds = large, small, args.tokens, args.rounds
         self.cascade = enable_cascade(large, small)
-        chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-        template = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-        self.prompts = [tokenizer.apply_chat_template(chat, **template) for chat in chats]
-        self.batch = tokenizer.apply_chat_template(chats, padding=True, **template)
+        if args.prompts == "chat":
+            chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+            prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        else:  # not among those that the draft is made from
+            held_out = docstrings()[-len(PROMPTS) :]
+            prompts = [text[: 160 + 20 * index] for index, text in enumerate(held_out)]
+        self.prompts = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+        self.batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
 
     def generate(self, inputs, sampling, rule=None, alpha=0.0, gamma=2):
         """One timed call; all rows run to full length, so that methods do the same work."""

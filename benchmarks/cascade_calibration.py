@@ -30,7 +30,7 @@ from hf_iclr.generation.cascade_sweep import sweep_cascade
 from hf_iclr.generation.cascade_texts import left_padded
 
 
-TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.7}, {"speedup": 1.3})
+TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.5}, {"speedup": 1.3})
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("results/cascade_calibration"), help="folder for the results")
     parser.add_argument("--rule", default="token_v3")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="tokens read, and generated in each check")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens read, and generated in each check")
     parser.add_argument("--sweep-prompts", type=int, default=4)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of deprecated names met while looking for docstrings
