@@ -280,7 +280,7 @@ def _baseline_runs(model, small, call, cascade, alone) -> list[tuple[str, str, f
     for rule, alphas in (("chow", (0.2, 0.4, 0.6, 0.8)), ("chow_log", (0.5, 1.0, 2.0))):
         for alpha in alphas:
             runs.append(("token cascade", rule, alpha, sequential(token_cascade_generate, rule=rule, alpha=alpha)))
-    for threshold in (-2.0, -1.0, -0.5):
+    for threshold in (-4.0, -3.0, -2.0, -1.0):
         run = sequential(sequence_cascade_generate, threshold=threshold)
         runs.append(("sequence cascade", "mean_log_prob", threshold, run))
     for rollback in (2.0, 5.0):
