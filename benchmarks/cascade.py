@@ -127,7 +127,10 @@ class Bench:
             output = self.cascade.generate(
                 **inputs, **sampling, **length, cascade_rule=rule, cascade_alpha=alpha, num_assistant_tokens=gamma
             )
-        return output, time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        if rule is not None and self.cascade.cascade_statistics.backend != "batched":
+            raise RuntimeError("The batched loop refused this pair: the figures would be of another loop.")
+        return output, seconds
 
     def parts(self) -> pd.DataFrame:
         """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""

@@ -150,12 +150,12 @@ def _structural_reason(model) -> str | None:
 
 @torch.no_grad()
 def _numerical_reason(model) -> str | None:
-    # Tokens 1 2 | 3 4 | 5 6: the middle two are drafted, rejected and masked; 5 6 must then see only 1 2.
+    # Six tokens, the middle two drafted, rejected and masked: the last two must then see only the first two.
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(1, 7, device=model.device)[None] % vocab_size
-    kept = ids[:, [0, 1, 4, 5]]
+    ids = (vocab_size * torch.arange(1, 7, device=model.device) // 7)[None]
     try:
-        expected = model(input_ids=kept).logits[:, -2:].float()
+        expected = model(input_ids=ids[:, [0, 1, 4, 5]]).logits[:, -2:].float()
+        unmasked = model(input_ids=ids).logits[:, -2:].float()
         decoder = CachedDecoder(model, 1)
         positions = torch.arange(4, device=model.device)[None]
         decoder(ids[:, :2], positions[:, :2], 1)
@@ -164,9 +164,11 @@ def _numerical_reason(model) -> str | None:
         actual = decoder(ids[:, 4:], positions[:, 2:], 2)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"{type(model).__name__} can't run with explicit positions and a 4-D mask ({error})"
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.isnan(expected).any() and not torch.allclose(
-        actual, expected, atol=tolerance * float(expected.abs().max()), rtol=0
-    ):
+    difference = (actual - expected).abs().mean()
+    if model.dtype == torch.float32:
+        tolerance = 1e-3 * expected.abs().mean()
+    else:  # 16 bits are noisy: what counts is that the mask does its work
+        tolerance = 0.5 * (unmasked - expected).abs().mean()
+    if difference > tolerance:  # false for NaN logits, which are reported when they are generated from
         return f"{type(model).__name__} doesn't respect explicit positions and a 4-D mask"
     return None

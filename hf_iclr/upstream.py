@@ -23,6 +23,7 @@ SEAMS = {
     "transformers.generation.utils:GenerationMixin._validate_generation_mode": (
         "(self, generation_mode, generation_config, generation_mode_kwargs)"
     ),
+    "transformers.generation.utils:GenerationMixin._prepare_generation_config": "(self, generation_config, **kwargs)",
     "transformers.generation.utils:_speculative_sampling": (
         "(candidate_input_ids, candidate_logits, candidate_length, new_logits, assistant_ensemble_weight=None)"
     ),
@@ -32,6 +33,9 @@ SEAMS = {
     ),
     "transformers.generation.candidate_generator:AssistedCandidateGenerator._generate_candidates": (
         "(self, generation_args)"
+    ),
+    "transformers.generation.candidate_generator:AssistedCandidateGenerator._prepare_generation_args": (
+        "(self, input_ids, min_new_tokens, max_new_tokens)"
     ),
     "transformers.generation.candidate_generator:AssistedCandidateGenerator.get_candidates": (
         "(self, input_ids, **kwargs)"

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_iclr import enable_cascade
+from hf_iclr.generation.cached_decoder import why_not_batched
 from tests.generation.toy import GREEDY, RAGGED_PROMPTS, left_padded, perturbed_copy, tiny_llama
 
 
@@ -55,7 +56,7 @@ def tiny(model_type, seed, **kwargs):
         "pad_token_id": None,
         "initializer_range": 0.4,
     }
-    if model_type in ("gpt_neox", "opt", "falcon", "phi"):
+    if model_type in ("bloom", "gpt_neox", "opt", "falcon", "phi"):
         common.pop("num_key_value_heads")
     if model_type == "gpt2":
         common = {key: value for key, value in common.items() if key in ("vocab_size", "initializer_range")}
@@ -79,6 +80,24 @@ def test_ragged_batches_of_every_architecture(model_type, attention):
     for prompt, row in zip(prompts, output, strict=True):
         alone = large.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), **GREEDY)
         assert row[-16:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_a_model_that_ignores_positions_is_found_out():
+    """Bloom tells positions from slots (ALiBi), so holes would shift them: it takes the other loop, and says why."""
+    large, small = (tiny("bloom", seed, n_layer=2, n_head=2) for seed in (1, 2))
+    assert "explicit positions and a 4-D mask" in why_not_batched(large)
+    model = enable_cascade(large, small)
+    prompt = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3).long()}
+    output = model.generate(**prompt, **GREEDY, cascade_rule="spec")
+    assert torch.equal(output, large.generate(**prompt, **GREEDY))
+    assert model.cascade_statistics.backend == "assisted"
+    with pytest.raises(ValueError, match="explicit positions"):
+        model.generate(**left_padded(RAGGED_PROMPTS), **GREEDY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_no_reason_to_refuse(dtype):
+    assert why_not_batched(tiny_llama(1, layers=2, vocab_size=50).to(dtype)) is None
 
 
 def test_encoder_decoder_takes_the_assisted_loop():
