@@ -46,7 +46,7 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
-    max_new_tokens = 24 if quick else 64
+    max_new_tokens = 12 if quick else 32
     dtype = quicker_dtype()
     model, tokenizer = load_demo_model(dtype)
     draft = load_demo_draft("quick", dtype)
