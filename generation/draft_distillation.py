@@ -117,7 +117,8 @@ def distill(
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, progress() if step else 0.0))
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=100, desc="Draft learns", unit="%") as bar:
+    bar = tqdm(total=100, desc="Draft learns", bar_format="{l_bar}{bar}| {elapsed}")
+    with tempfile.TemporaryDirectory() as folder, bar:
         trainer = DraftDistillationTrainer(
             draft,
             teacher_head=teacher_head,

@@ -20,11 +20,11 @@ PROMPTS = (
 )
 # (label, rule, alpha); the large model alone comes first
 METHODS = (
-    ("speculative decoding", "spec", 0.0),
-    ("cascade token_v3", "token_v3", 0.3),
-    ("cascade token_v3", "token_v3", 0.8),
-    ("cascade opt", "opt", 0.2),
-    ("small model's word", "chow", 1.0),
+    ("speculative", "spec", 0.0),
+    ("token_v3", "token_v3", 0.3),
+    ("token_v3", "token_v3", 0.8),
+    ("opt", "opt", 0.2),
+    ("small alone", "chow", 1.0),
 )
 
 
@@ -55,7 +55,7 @@ def section(out_dir: Path, quick: bool, progress):
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": max_new_tokens}
 
     rows, examples, statistics = [], [], []
-    for label, rule, alpha in progress((("large model alone", None, None), *METHODS), desc="cascade"):
+    for label, rule, alpha in progress((("large alone", None, None), *METHODS), desc="cascade"):
         texts, new_tokens, seconds = [], 0, 0.0
         forwards = drafted = accepted = deferred = drift = 0
         for seed, chat in enumerate(chats):
@@ -82,27 +82,27 @@ def section(out_dir: Path, quick: bool, progress):
             {
                 "method": label,
                 "alpha": alpha if rule not in (None, "spec") else None,
-                "ms per token": 1000 * seconds / new_tokens,
-                "tokens per large forward": new_tokens / forwards,
-                "accepted %": 100 * accepted / drafted if drafted else None,
+                "ms/token": 1000 * seconds / new_tokens,
+                "tokens/forward": new_tokens / forwards,
+                "kept %": 100 * accepted / drafted if drafted else None,
                 "deferred %": 100 * deferred / new_tokens if rule else None,
-                "TV from large": drift / new_tokens if rule else None,
-                "NLL under large": _nll(model, tokenizer, chats, texts),
+                "TV": drift / new_tokens if rule else None,
+                "NLL": _nll(model, tokenizer, chats, texts),
             }
         )
         examples.append(f"{label}{f' (alpha {alpha})' if rule else ''}: {texts[0]}")
 
     table = pd.DataFrame(rows)
-    best = table["ms per token"][1:].idxmin()
+    best = table["ms/token"][1:].idxmin()
     quickest = f"{table['method'][best]}, alpha {table['alpha'][best]:g}"
     about = (
         f"SmolLM2-135M-Instruct ({str(dtype).removeprefix('torch.')}) answers {len(PROMPTS)} prompts at temperature "
         "0.7; a two-layer draft made of its own first layers proposes two tokens at a time."
     )
     speed = (
-        f"Plain sampling took {table['ms per token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "
-        f"{table['ms per token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up "
-        "some of it, 'TV from large' says how much."
+        f"Plain sampling took {table['ms/token'][0]:.1f} ms a token, the quickest cascade here ({quickest}) "
+        f"{table['ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up "
+        "some of it, 'TV', the distance from it, says how much."
     )
     caution = (
         "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "
@@ -136,12 +136,10 @@ def _nll(model, tokenizer, chats, texts) -> float:
 def _figure(table: pd.DataFrame, path: Path) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(table["ms per token"], table["NLL under large"], color=["C3", "C2", *["C0"] * (len(table) - 2)])
+    axes.scatter(table["ms/token"], table["NLL"], color=["C3", "C2", *["C0"] * (len(table) - 2)])
     for _, row in table.iterrows():
         label = row["method"] + ("" if pd.isna(row["alpha"]) else f", α = {row['alpha']}")
-        axes.annotate(
-            label, (row["ms per token"], row["NLL under large"]), fontsize=8, xytext=(4, 4), textcoords="offset points"
-        )
+        axes.annotate(label, (row["ms/token"], row["NLL"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
     axes.set_xlabel("ms per token (lower is quicker)")
     axes.set_ylabel("NLL under the large model, nats per token")
     axes.margins(0.2)
