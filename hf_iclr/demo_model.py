@@ -53,9 +53,9 @@ def quicker_dtype(tokens: int = 3) -> torch.dtype:
     """
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
-        weight, states = torch.randn(16384, 576, dtype=dtype), torch.randn(tokens, 576, dtype=dtype)
+        weight, states = torch.randn(1536, 576, dtype=dtype), torch.randn(tokens, 576, dtype=dtype)
         times = []
-        for _ in range(10):
+        for _ in range(50):
             begin = time.perf_counter()
             torch.nn.functional.linear(states, weight)
             times.append(time.perf_counter() - begin)
