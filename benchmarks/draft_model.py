@@ -90,17 +90,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/")
     parser.add_argument("--setting", choices=SETTINGS, default="full")
     parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
+    parser.add_argument("--num-samples", type=int, help="own answers to learn from instead of the setting's")
     parser.add_argument("--num-layers", type=int, help="instead of the setting's")
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
     minutes = setting["distill_minutes"] if args.minutes is None else args.minutes
 
+    num_samples = setting["num_samples"] if args.num_samples is None else args.num_samples
+
     seconds: dict = {}
     model, tokenizer = load_demo_model(torch.float32)
     texts = docstrings()[: setting["num_docstrings"]]
     with timed(seconds, "sampling"):
-        texts += sample_texts(model, tokenizer, demo_prompts()[: setting["num_samples"]])
+        texts += sample_texts(model, tokenizer, demo_prompts()[:num_samples])
     drafts = {}
     for name, distill_minutes in (("closed form", 0.0), ("distilled", minutes)):
         with timed(seconds, name):

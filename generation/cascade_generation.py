@@ -95,6 +95,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         if assistant_model is None:
             _, assistant_model = self.cascade_pair
 
+        _check_assistant(assistant_model)
+
         sources = [generation_config, self.generation_config, self.config]
         if assistant_model is not None:
             sources.append(assistant_model.generation_config)
@@ -324,10 +326,16 @@ def _check_options(options: dict) -> None:
             f"num_assistant_tokens_schedule must be one of {', '.join(_SCHEDULES)}, "
             f"got {options['num_assistant_tokens_schedule']!r}."
         )
-    if not 0 <= options["assistant_confidence_threshold"] <= 1:
-        raise ValueError(
-            "assistant_confidence_threshold is a probability in [0, 1], "
-            f"got {options['assistant_confidence_threshold']!r}."
+    threshold = options["assistant_confidence_threshold"]
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise ValueError(f"assistant_confidence_threshold is a probability in [0, 1], got {threshold!r}.")
+
+
+def _check_assistant(assistant_model) -> None:
+    if assistant_model is not None and not hasattr(assistant_model, "generate"):  # a PEFT model has it, too
+        raise TypeError(
+            f"Expected a small model that can `generate`, got {assistant_model!r}. Load it first: "
+            '`AutoModelForCausalLM.from_pretrained("small")`.'
         )
 
 
@@ -355,7 +363,7 @@ def enable_cascade(model, assistant_model=None, **defaults):
         A model whose `generate` cascades.
 
     Raises:
-        TypeError: if the model can't generate or a default is not an argument of the cascade.
+        TypeError: if either model can't generate or a default is not an argument of the cascade.
         ValueError: if the rule, alpha or draft length does not fit.
 
     Example:
@@ -374,6 +382,7 @@ def enable_cascade(model, assistant_model=None, **defaults):
     if unknown:
         raise TypeError(f"Unknown defaults {unknown}. Choose from {', '.join(CASCADE_DEFAULTS)}.")
     _check_options({**CASCADE_DEFAULTS, **defaults})
+    _check_assistant(assistant_model)
     cascade = copy.copy(model)
     if not isinstance(model, SpeculativeCascadeGenerationMixin):
         cascade.__class__ = type(type(model).__name__, (SpeculativeCascadeGenerationMixin, type(model)), {})

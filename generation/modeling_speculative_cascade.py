@@ -83,7 +83,7 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
                 Passed to both `from_pretrained` calls, such as `dtype=torch.bfloat16, device_map="auto"`.
 
         Raises:
-            TypeError: if `as_reference` is asked for models instead of names.
+            TypeError: if a half is neither name nor model, or `as_reference` is asked for models.
             ValueError: if the vocabularies differ, a model is an encoder-decoder, or the rule does not fit.
         """
         if as_reference and not (isinstance(large, str) and isinstance(small, str)):
@@ -91,6 +91,9 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
                 f"`as_reference=True` stores names, got a {type(large).__name__} and a {type(small).__name__}. Pass "
                 "two repository names or folders."
             )
+        for half in (large, small):
+            if not isinstance(half, (str, PreTrainedModel)):
+                raise TypeError(f"Expected a repository name, a folder or a model, got {half!r}.")
         references = {}
         if as_reference:
             references = {

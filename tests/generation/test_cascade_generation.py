@@ -283,6 +283,7 @@ def test_statistics_add_up(models):
         ({"cascade_backend": "fast"}, "auto, batched, assisted"),
         ({"num_assistant_tokens_schedule": "often"}, "constant, heuristic"),
         ({"assistant_confidence_threshold": 2}, "probability"),
+        ({"assistant_confidence_threshold": "high"}, "probability"),
         ({"num_beams": 3}, "num_beams=1"),
         ({"cache_implementation": "static"}, "static"),
         ({"use_cache": False}, "cache"),
@@ -311,6 +312,10 @@ def test_bad_models(models):
         enable_cascade(mamba, small).generate(prompt)
     with pytest.raises(TypeError, match="with `generate`"):
         enable_cascade(torch.nn.Linear(1, 1), small)
+    with pytest.raises(TypeError, match="got 'small'. Load it first"):
+        enable_cascade(large, "small")
+    with pytest.raises(TypeError, match="got 'small'. Load it first"):
+        enable_cascade(large).generate(prompt, assistant_model="small")
     with pytest.raises(TypeError, match="Unknown defaults"):
         enable_cascade(large, small, alpha=0.3)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):

@@ -107,6 +107,8 @@ def test_bad_input(halves, composite, tmp_path):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, tiny_llama(1, vocab_size=9))
     with pytest.raises(ValueError, match="Choose one of spec"):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small, cascade_rule="nope")
+    with pytest.raises(TypeError, match="Expected a repository name, a folder or a model, got 3"):
+        SpeculativeCascadeForCausalLM.from_cascade_pretrained(3, small)
     with pytest.raises(TypeError, match="as_reference"):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small, as_reference=True)
     with pytest.raises(ValueError, match="`small` is missing"):
