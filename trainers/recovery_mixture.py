@@ -25,11 +25,6 @@ class RecoveryMixture(torch.utils.data.Dataset):
             have such a column; recovery rows have `constrain=False`.
         triplets ([`~datasets.Dataset`]):
             Rows of [`tokenize_triplets`].
-        ratio (`float` or [`~fractions.Fraction`], *optional*, defaults to `0.2`):
-            Share of the recovery rows by number of examples: "alpha = 0.2" of equation 2 in the
-            [paper](https://huggingface.co/papers/2406.05946), where every step takes 16 recovery examples and 64 of
-            the utility anchor. The loss is a mean over tokens, so the weight of the two parts also depends on the
-            lengths of their answers. Taken as the nearest fraction with a denominator up to 10000.
         prefix_probability (`float`, *optional*, defaults to `0.5`):
             Probability that a recovery row begins the harmful answer.
         max_prefix_tokens (`int`, *optional*, defaults to `100`):
@@ -37,11 +32,10 @@ class RecoveryMixture(torch.utils.data.Dataset):
         max_length (`int`, *optional*):
             Longest recovery row in tokens; its prefix is drawn so that it fits.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the order and of the prefixes.
+            Seed of the prefixes.
 
     Raises:
-        ValueError: for an argument out of range, an empty or unprepared dataset, or so few utility rows that an epoch
-            has no recovery row.
+        ValueError: for an argument out of range, or a dataset that is empty or not prepared.
     """
 
     def __init__(
@@ -49,14 +43,11 @@ class RecoveryMixture(torch.utils.data.Dataset):
         utility: Dataset,
         triplets: Dataset,
         *,
-        ratio: float | Fraction = 0.2,
         prefix_probability: float = 0.5,
         max_prefix_tokens: int = 100,
         max_length: int | None = None,
         seed: int = 0,
     ) -> None:
-        if not 0 < ratio < 1:
-            raise ValueError(f"Expected a share of recovery rows between 0 and 1, both excluded, got {ratio}.")
         check_prefix_arguments(prefix_probability, max_prefix_tokens, seed)
         needed = {"utility": ("input_ids", "labels"), "triplets": ("prompt_ids", "harmful_ids", "refusal_ids")}
         for name, dataset in (("utility", utility), ("triplets", triplets)):
@@ -64,24 +55,17 @@ class RecoveryMixture(torch.utils.data.Dataset):
             if missing:
                 raise ValueError(
                     f"Expected `{name}` as token ids in columns {', '.join(needed[name])}, got "
-                    f"{', '.join(dataset.column_names)}. Triplets are made by `tokenize_triplets(triplets, tokenizer)`."
+                    f"{', '.join(dataset.column_names)}. Triplets come from `tokenize_triplets(...)`."
                 )
+            if not len(dataset):
+                raise ValueError(f"Expected rows in `{name}`, got none.")
         self.utility, self.triplets = utility, triplets
-        self.ratio = Fraction(ratio).limit_denominator(10_000)
-        # The longest epoch in which each utility row comes once: 64 utility rows and ratio 1/5 give 80 rows.
-        self._length = int(len(utility) / (1 - self.ratio))
-        if not len(triplets) or self._length == len(utility):
-            raise ValueError(
-                f"Expected at least one triplet and, for ratio {self.ratio}, "
-                f"{math.ceil((1 - self.ratio) / self.ratio)} utility rows, got {len(triplets)} and {len(utility)}: an "
-                "epoch would hold no recovery row."
-            )
         self.prefix_probability, self.max_prefix_tokens = prefix_probability, max_prefix_tokens
         self.max_length, self.seed, self.epoch = max_length, seed, 0
 
     def __len__(self) -> int:
-        """Rows in one epoch, utility and recovery."""
-        return self._length
+        """Utility rows and triplets; an epoch is as long as its sampler says."""
+        return len(self.utility) + len(self.triplets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index < len(self.utility):
@@ -100,8 +84,8 @@ class RecoveryMixture(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """
-        Sets the epoch that the sampler gives. Accelerate calls this where it does not reach the sampler: on resuming
-        within an epoch with several processes, whose batch sampler is wrapped twice.
+        Sets the epoch that the sampler gives. Accelerate calls it here where it does not reach the sampler: on
+        resuming within an epoch with several processes, whose batch sampler is wrapped twice.
         """
         self.epoch = epoch
 
@@ -119,29 +103,49 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
 
     Args:
         mixture ([`RecoveryMixture`]):
-            What the indices are of. It keeps the epoch.
+            What the indices are of. It also keeps the epoch.
+        ratio (`float` or [`~fractions.Fraction`], *optional*, defaults to `0.2`):
+            Share of the recovery rows by number of examples: "alpha = 0.2" of equation 2 in the
+            [paper](https://huggingface.co/papers/2406.05946), where every step takes 16 recovery examples and 64 of
+            the utility anchor. The loss is a mean over tokens, so the weight of the two parts also depends on the
+            lengths of their answers. Taken as the nearest fraction with a denominator up to 10000.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+
+    Raises:
+        ValueError: if the ratio is not between 0 and 1, or there are so few utility rows that an epoch has no recovery
+            row.
     """
 
-    def __init__(self, mixture: RecoveryMixture) -> None:
-        self.mixture = mixture
+    def __init__(self, mixture: RecoveryMixture, *, ratio: float | Fraction = 0.2, seed: int = 0) -> None:
+        if not 0 < ratio < 1:
+            raise ValueError(f"Expected a share of recovery rows between 0 and 1, both excluded, got {ratio}.")
+        self.mixture, self.seed = mixture, seed
+        self.ratio = Fraction(ratio).limit_denominator(10_000)
+        # The longest epoch in which each utility row comes once: 64 utility rows and ratio 1/5 give 80 rows.
+        self._length = int(len(mixture.utility) / (1 - self.ratio))
+        if self._length == len(mixture.utility):
+            raise ValueError(
+                f"Expected at least {math.ceil((1 - self.ratio) / self.ratio)} utility rows for a ratio of "
+                f"{self.ratio}, got {len(mixture.utility)}: an epoch would hold no recovery row."
+            )
 
     def __len__(self) -> int:
-        return len(self.mixture)
+        return self._length
 
     def __iter__(self) -> Iterator[int]:
-        mixture = self.mixture
-        part, whole = mixture.ratio.as_integer_ratio()
-        num_utility, num_triplets = len(mixture.utility), len(mixture.triplets)
-        utility = iter(np.random.default_rng([mixture.seed, mixture.epoch]).permutation(num_utility).tolist())
-        seen = mixture.epoch * (len(mixture) - num_utility)  # recovery rows of earlier epochs
+        part, whole = self.ratio.as_integer_ratio()
+        epoch, num_utility, num_triplets = self.mixture.epoch, len(self.mixture.utility), len(self.mixture.triplets)
+        utility = iter(np.random.default_rng([self.seed, epoch]).permutation(num_utility).tolist())
+        seen = epoch * (len(self) - num_utility)  # recovery rows of earlier epochs
         order: dict[int, list[int]] = {}
-        for place in range(len(mixture)):
+        for place in range(len(self)):
             if (place + 1) * part // whole == place * part // whole:
                 yield next(utility)
                 continue
             copy, position = divmod(seen, num_triplets)
             if copy not in order:
-                order = {copy: np.random.default_rng([mixture.seed, copy, 0, 1]).permutation(num_triplets).tolist()}
+                order = {copy: np.random.default_rng([self.seed, copy, 0, 1]).permutation(num_triplets).tolist()}
             yield num_utility + copy * num_triplets + order[copy][position]
             seen += 1
 

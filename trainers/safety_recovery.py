@@ -24,11 +24,11 @@ def make_safety_recovery_dataset(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """
-    Rows that teach a model to refuse even after its answer has begun: the safety-recovery examples of [Safety Alignment
-    Should Be Made More Than Just a Few Tokens Deep](https://huggingface.co/papers/2406.05946), equation 2. A row is the
-    prompt, the first k tokens of the harmful answer, and the refusal; only the refusal and its end of turn have a
-    loss. k is 0 with probability `1 - prefix_probability`, else uniform on 1 .. `max_prefix_tokens`, or on 1 .. the
-    length of the harmful answer where that is shorter.
+    Rows that teach a model to refuse even after its answer has begun: the safety-recovery examples of [Safety
+    Alignment Should Be Made More Than Just a Few Tokens Deep](https://huggingface.co/papers/2406.05946), equation 2. A
+    row is the prompt, the first k tokens of the harmful answer, and the refusal; only the refusal and its end of turn
+    have a loss. k is 0 with probability `1 - prefix_probability`, else uniform on 1 .. `max_prefix_tokens`, or on 1 ..
+    the length of the harmful answer where that is shorter.
 
     The rows are token ids which any trainer of TRL takes as they are, packed or not. Mix them with four times as many
     rows of ordinary data, prepared the same way: alone they teach a model to refuse everything. `DeepSafetySFTTrainer`
@@ -142,7 +142,7 @@ def tokenize_triplets(
         if max_length is not None and len(prompt_ids) + len(refusal_ids) > max_length:
             raise ValueError(
                 f"Triplet {index}: its prompt and refusal take {len(prompt_ids)} + {len(refusal_ids)} tokens, more "
-                f"than `max_length={max_length}`. They are not cut: type a larger `max_length` or leave this triplet out."
+                f"than `max_length={max_length}`. They are not cut: type a larger `max_length` or leave it out."
             )
         rows.append({"prompt_ids": prompt_ids, "harmful_ids": harmful_ids[:end], "refusal_ids": refusal_ids})
     return Dataset.from_list(rows)
