@@ -118,10 +118,10 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
     """
 
     def __init__(self, mixture: RecoveryMixture, *, ratio: float | Fraction = 0.2, seed: int = 0) -> None:
-        if not 0 < ratio < 1:
-            raise ValueError(f"Expected a share of recovery rows between 0 and 1, both excluded, got {ratio}.")
         self.mixture, self.seed = mixture, seed
         self.ratio = Fraction(ratio).limit_denominator(10_000)
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"Expected a share of recovery rows between 0 and 1, both excluded, got {ratio}.")
         # The longest epoch in which each utility row comes once: 64 utility rows and ratio 1/5 give 80 rows.
         self._length = int(len(mixture.utility) / (1 - self.ratio))
         if self._length == len(mixture.utility):
