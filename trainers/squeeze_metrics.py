@@ -76,8 +76,8 @@ def token_quantities(
         "renyi2": -log_s,
         "top1_rate": is_top1.float(),
         "A_norm": (vocab_size - 2 + vocab_size * s).sqrt(),
-        # (1 - π(y))² + Σ_{v≠y} π(v)², which unlike the sum above does not cancel as π(y) goes to one
-        "G_norm": (energy.square() + (s - p.square()).clamp(min=0)).sqrt(),
+        # (1 - π(y))² + Σ_{v≠y} π(v)², the second at most the first: the sum above would cancel as π(y) goes to one
+        "G_norm": (energy.square() + (s - p.square()).clamp(min=0).minimum(energy.square())).sqrt(),
         "energy": energy,
         "pressure": pressure,
         "valley_frac": (pressure > 0).float(),
