@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,6 @@ from .reference_log_probs import (
     Window,
     add_reference_log_probs,
 )
-from .refused_prompts import mark_refused_prompts
 from .safety_recovery import tokenize_triplets
 
 
@@ -215,6 +215,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data "
                 "and images do not allow. Set `packing=False`, or add a boolean column `constrain` yourself."
             )
+        from .refused_prompts import mark_refused_prompts
         with self._reference_weights(), self._evaluation_mode():
             model = self.accelerator.unwrap_model(self.model)
             return mark_refused_prompts(rows, model, self._tokenizer, self.accelerator, name)
@@ -431,7 +432,7 @@ def _as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfi
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
-    values = {**args.to_dict(), "hub_token": args.hub_token}  # to_dict hides the token
+    values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
     logger.warning(
         "The arguments are a %s: beta1 of Adam is %s and the warm-up %s as they say; the paper's are 0.5 and 10 "
         "steps. Use `DeepSafetySFTConfig` for those.",

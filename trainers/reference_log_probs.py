@@ -1,8 +1,8 @@
 """Reference log-probabilities of answer tokens: computed once for a dataset, laid out again for each batch."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -109,8 +110,8 @@ def add_reference_log_probs(
     """
     Add the column `ref_logps`: the reference log-probabilities (nats, float32) of the stored tokens of each row.
 
-    The column is kept in the cache of `datasets` under a fingerprint of the rows, the reference and the window, so
-    that the next run of the same script reads it. Every process scores its share.
+    Where the rows lie on disk, the column is kept in the cache of `datasets` under a fingerprint of the rows, the
+    reference and the window, so that the next run of the same script reads it. Every process scores its share.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -134,31 +135,32 @@ def add_reference_log_probs(
     window = collator.window
     fingerprint = [Hasher.hash((dataset._fingerprint, model_hash, repr(window)))]
     broadcast_object_list(fingerprint, from_process=0)
-    cache_file = dataset._get_cache_file_path(fingerprint[0])
-    if not os.path.exists(cache_file):
-        columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
-        cut = dataset.select_columns(columns).with_transform(lambda rows: _cut_rows(rows, window))
-        loader = accelerator.prepare(DataLoader(cut, batch_size=batch_size, collate_fn=collator, shuffle=False))
-        scored: list[list[float]] = []
-        for batch in tqdm(loader, desc=f"Reference log-probs of {name}", disable=not accelerator.is_main_process):
-            kept = window.stored(batch[POSITIONS])
-            logps = F.pad(score(batch).float(), (1, 0))
-            width = int(accelerator.gather(torch.tensor([kept.shape[1]], device=kept.device)).max())
-            logps, kept = (F.pad(tensor, (0, width - kept.shape[1])) for tensor in (logps, kept))
-            logps, kept = accelerator.gather_for_metrics((logps, kept))
-            scored += [row[keep].tolist() for row, keep in zip(logps.cpu(), kept.cpu(), strict=True)]
-        if accelerator.is_main_process:
-            dataset.map(
-                lambda _, indices: {REF_LOGPS: [scored[index] for index in indices]},
-                with_indices=True,
-                batched=True,
-                remove_columns=dataset.column_names,
-                features=datasets.Features({REF_LOGPS: datasets.List(datasets.Value("float32"))}),
-                new_fingerprint=fingerprint[0],
-                cache_file_name=cache_file,
-            )
-        accelerator.wait_for_everyone()
-    return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+    on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files)
+    cache_file = Path(dataset._get_cache_file_path(fingerprint[0])) if on_disk else None
+    found = torch.tensor(cache_file is not None and cache_file.exists(), device=accelerator.device)
+    if accelerator.gather(found.long()[None]).all():
+        return concatenate_datasets([dataset, Dataset.from_file(str(cache_file))], axis=1)
+
+    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
+    cut = dataset.select_columns(columns).with_transform(lambda rows: _cut_rows(rows, window))
+    loader = accelerator.prepare(DataLoader(cut, batch_size=batch_size, collate_fn=collator, shuffle=False))
+    scored: list[list[float]] = []
+    for batch in tqdm(loader, desc=f"Reference log-probs of {name}", disable=not accelerator.is_main_process):
+        kept = window.stored(batch[POSITIONS])
+        logps = F.pad(score(batch).float(), (1, 0))
+        width = int(accelerator.gather(torch.tensor([kept.shape[1]], device=kept.device)).max())
+        logps, kept = (F.pad(tensor, (0, width - kept.shape[1])) for tensor in (logps, kept))
+        logps, kept = accelerator.gather_for_metrics((logps, kept))
+        scored += [row[keep].tolist() for row, keep in zip(logps.cpu(), kept.cpu(), strict=True)]
+    column = Dataset.from_dict(
+        {REF_LOGPS: scored}, features=datasets.Features({REF_LOGPS: datasets.List(datasets.Value("float32"))})
+    )
+    if cache_file is not None and accelerator.is_local_main_process:
+        with ArrowWriter(features=column.features, path=str(cache_file)) as writer:
+            writer.write_table(column.data.table)
+            writer.finalize()
+    accelerator.wait_for_everyone()
+    return concatenate_datasets([dataset, column], axis=1)
 
 
 def _cut_rows(rows: dict[str, list], window: Window) -> dict[str, list]:
