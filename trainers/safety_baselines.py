@@ -132,7 +132,6 @@ def project_safe_lora(
     for name, module in tqdm(layers.items(), desc="Projecting onto the alignment", leave=False):
         difference = _alignment(name, module, adapter, states)
         down, up = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
-        difference = difference.to(up.device)
         norm = torch.linalg.matrix_norm(difference)
         projected = difference @ (difference.T @ up) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         similarities.append(_update_similarity(projected, up, down))
@@ -161,21 +160,22 @@ def _alignment(name, module, adapter, states) -> torch.Tensor:
         raise ValueError(
             f"Expected an update B A, {name} has one of DoRA, which also rescales. Type `use_dora=False`."
         )
-    key = f"{name}.weight"
+    key, shape = f"{name}.weight", (module.out_features, module.in_features)
+    shape = shape[::-1] if module.fan_in_fan_out else shape
     for title, state in states.items():
         if key not in state:
             raise ValueError(
                 f"Expected {key!r} in the weights of `{title}`, they have for instance {next(iter(state), None)!r}. "
                 "Type a model without adapters; `model.merge_and_unload()` makes one."
             )
-    difference = states["aligned"][key].float() - states["base"][key].to(states["aligned"][key].device).float()
-    difference = difference.T if module.fan_in_fan_out else difference
-    if difference.shape != (module.out_features, module.in_features):
-        raise ValueError(
-            f"Expected {key!r} of shape {(module.out_features, module.in_features)}, got {tuple(difference.shape)}. "
-            "The three models must have the same architecture."
-        )
-    return difference
+        if state[key].shape != shape:
+            raise ValueError(
+                f"Expected {key!r} of shape {shape} in `{title}`, got {tuple(state[key].shape)}. The models must "
+                "have the same architecture."
+            )
+    device = module.lora_B[adapter].weight.device
+    difference = states["aligned"][key].to(device).float() - states["base"][key].to(device).float()
+    return difference.T if module.fan_in_fan_out else difference
 
 
 def _update_similarity(projected, up, down) -> float:
