@@ -115,7 +115,7 @@ class _PrefixBatch:
 
     def __init__(self, model, prompts: list[list[int]], prefixes: list[list[int]], ks: list[int]):
         self.model = model
-        self.accepts = _forward_parameters(model)
+        self.accepts = forward_parameters(model)
         self.ks = [k for k in ks if any(len(prefix) >= k for prefix in prefixes)]
         self.prompt_width = max(map(len, prompts))
         shape = (len(prompts), self.prompt_width + self.ks[0])
@@ -217,7 +217,7 @@ def check_decoder(model) -> None:
             f"Expected adapters inside the model, got {model.active_peft_config.peft_type.value}, which puts virtual "
             "tokens before the prompt. Use LoRA, or merge what was learned into a plain model."
         )
-    if "past_key_values" not in _forward_parameters(model):
+    if "past_key_values" not in forward_parameters(model):
         raise ValueError(f"Expected a model that takes `past_key_values`, got {type(model).__name__}.")
 
 
@@ -300,6 +300,7 @@ def _can_crop(cache: DynamicCache, length: int) -> bool:
     return cache.is_croppable and not any(cache.is_linear) and all(length < window for window in windows)
 
 
-def _forward_parameters(model) -> set[str]:
+def forward_parameters(model) -> set[str]:
+    """Names of the arguments that a model's forward takes, under its adapters."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return set(inspect.signature(base.forward).parameters)
