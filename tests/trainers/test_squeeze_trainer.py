@@ -4,16 +4,17 @@ import logging
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze_metrics import batch_sums, metrics_from_sums
+from hf_iclr.trainers.squeeze_metrics import NUM_SUMS, batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
 
 from .squeeze_toy import fused_outputs, pair_rows
@@ -297,35 +298,27 @@ def test_streamed_pairs(make):
     assert "squeeze/force" in trainer.state.log_history[0]
 
 
-def test_mixture_of_experts(make):
-    """Routers' auxiliary loss included; the tiny Mixtral takes the same steps as with TRL's trainer."""
+def test_one_collective_per_log_and_no_wait_in_a_step(make, monkeypatch):
+    """What a step adds stays a tensor on its device: the numbers are read once, when they are logged."""
+    trainer = make(squeeze_metrics="full", logging_steps=2, max_steps=4, eval_dataset=pair_rows(6))
+    shapes, reduce = [], trainer.accelerator.reduce
 
-    def mixtral():
-        torch.manual_seed(0)
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=50,
-                num_key_value_heads=1,
-                num_local_experts=4,
-                router_aux_loss_coef=0.1,
-                initializer_range=0.4,
-                bos_token_id=None,
-                eos_token_id=49,
-                pad_token_id=0,
-                **shape,
-            )
-        )
+    def count(tensor, *args, **kwargs):
+        shapes.append(tensor.shape)
+        return reduce(tensor, *args, **kwargs)
 
-    histories = []
-    for trainer_class, config in ((DPOTrainer, DPOConfig), (SqueezeDPOTrainer, SqueezeDPOConfig)):
-        full = {"squeeze_metrics": "full"} if config is SqueezeDPOConfig else {}
-        trainer = make(trainer_class, config, model=mixtral(), ref_model=mixtral(), max_steps=2, **full)
-        trainer.train()
-        histories.append(trainer.state.log_history[:2])
-    assert [entry["loss"] for entry in histories[0]] == [entry["loss"] for entry in histories[1]]
-    assert histories[1][0]["aux_loss"] > 0
-    assert histories[1][0]["squeeze/argmax_gap_rejected"] > 0
+    trainer.accelerator.reduce = count
+    trainer.train()
+    assert shapes == [(NUM_SUMS,)] * 2
+    trainer.evaluate()
+    assert shapes == [(NUM_SUMS,)] * 3
+    trainer.model.train()
+    inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    readers, item = [], torch.Tensor.item
+    caller = lambda self: readers.append(Path(sys._getframe(1).f_code.co_filename).name) or item(self)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "item", caller)
+    trainer.compute_loss(trainer.model, inputs)
+    assert set(readers) == {"dpo_trainer.py"}  # TRL's own metrics
 
 
 @pytest.mark.parametrize(
