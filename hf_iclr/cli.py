@@ -82,6 +82,25 @@ def cascade(
     Console().print(table)
 
 
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def sft(context: typer.Context) -> None:
+    """Run TRL's SFT script with DeepSafetySFTTrainer: TRL's flags (or --config FILE) and ours; --help lists them."""
+    from hf_iclr.trainers.trl_script import run_trl_script
+
+    run_trl_script("sft", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def dpo(context: typer.Context) -> None:
+    """Run TRL's DPO script with SqueezeDPOTrainer: TRL's flags (or --config FILE) and ours; --help lists them."""
+    from hf_iclr.trainers.trl_script import run_trl_script
+
+    run_trl_script("dpo", context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and whether the upstream code we lean on still has its shape."""

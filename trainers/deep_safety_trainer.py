@@ -31,6 +31,7 @@ from .reference_log_probs import (
     Window,
     add_reference_log_probs,
 )
+from .refused_prompts import mark_refused_prompts
 from .safety_recovery import tokenize_triplets
 
 
@@ -215,7 +216,6 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data "
                 "and images do not allow. Set `packing=False`, or add a boolean column `constrain` yourself."
             )
-        from .refused_prompts import mark_refused_prompts
         with self._reference_weights(), self._evaluation_mode():
             model = self.accelerator.unwrap_model(self.model)
             return mark_refused_prompts(rows, model, self._tokenizer, self.accelerator, name)

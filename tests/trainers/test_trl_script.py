@@ -1,0 +1,108 @@
+"""TRL's installed scripts with the class swapped: from flags and from YAML, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_iclr.cli import app
+
+from .tiny import tiny_llama, triplet_rows, word_rows
+
+
+FLAGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 2,
+    "per_device_train_batch_size": 5,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def files(tmp_path, word_tokenizer):
+    """A model folder, a dataset folder and a file of triplets."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    word_rows().to_json(tmp_path / "data" / "train.jsonl")
+    triplet_rows().to_json(tmp_path / "triplets.jsonl")
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        **FLAGS,
+    }
+
+
+def as_flags(settings):
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def history(folder):
+    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+def test_sft_from_flags(files, tmp_path):
+    extra = {"safety_dataset_name": tmp_path / "triplets.jsonl", "beta_first": 1.5, "reference": "window"}
+    result = CliRunner().invoke(app, ["sft", *as_flags({**files, **extra, "save_strategy": "steps", "save_steps": 2})])
+    assert result.exception is None, result.output
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logged = history(tmp_path / "out" / "checkpoint-2")
+    assert "constraint/weight_first" in logged[0] and "constraint/weight_rest" not in logged[0]
+    assert "Safety Alignment" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sft_from_yaml_with_lora(files, tmp_path):
+    settings = {
+        **files,
+        "use_peft": True,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_r": 2,
+        "betas": [1.0, 0.1],
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "run.yaml")])
+    assert result.exception is None, result.output
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "beta_frist": 1.0}))
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "run.yaml")])
+    assert "beta_frist" in str(result.exception)
+
+
+def test_trl_is_left_as_found(files):
+    import trl
+
+    with pytest.raises(SystemExit):
+        from hf_iclr.trainers.trl_script import run_trl_script
+
+        run_trl_script("sft", ["--help"])
+    assert trl.SFTTrainer.__module__.startswith("trl.")
+
+
+def test_sft_in_two_processes(files, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += [str(Path(sys.executable).parent / "hf-iclr"), "sft", *as_flags(files)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
