@@ -205,7 +205,8 @@ def answer_logits(
         )
         with evaluation_mode(model):
             columns = list(range(batch.prompt_width - 1, batch.prompt_width + length - 1))
-            yield rows, batch._forward(batch.ids, batch.mask, batch._new_cache(), columns)
+            logits = batch._forward(batch.ids, batch.mask, batch._new_cache(), columns)
+        yield rows, logits  # outside, so that the caller's gradients and modes are its own
 
 
 def check_decoder(model) -> None:
