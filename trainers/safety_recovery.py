@@ -333,7 +333,8 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
 
 def _special_ids(tokenizer) -> set[int]:
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    special |= set(tokenizer.all_special_ids)
+    return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}  # one token may be both, as in GPT-2
 
 
 def _ids(tokenizer, text) -> list[int]:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -48,6 +49,7 @@ THINK = (
     "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+BOS = "<|im_start|>" + CHATML.replace("<|im_start|>", "")
 PLAIN_END = CHATML.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}")
 TRIMMED = CHATML.replace("m['content'] }}<", "m['content'] | trim }}<")
 CHANGING = CHATML.replace("<|im_start|>{{ m", "{% if loop.length == 1 %}Only {% endif %}<|im_start|>{{ m")
@@ -61,11 +63,17 @@ def chat_tokenizer(template=CHATML):
         vocab_size=320, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(SENTENCES, trainer)
+    if template and template.startswith("<|im_start|>"):  # a tokenizer that begins every text with BOS
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        extra = {"bos_token": "<|im_start|>"}
+    else:
+        extra = {"extra_special_tokens": ["<|im_start|>"]}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|pad|>",
         eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>"],
+        unk_token="<|im_end|>",
+        **extra,
         chat_template=template,
     )
 
@@ -75,7 +83,7 @@ def messages(triplet, answer=None):
     return chat if answer is None else [*chat, {"role": "assistant", "content": triplet[answer]}]
 
 
-@pytest.mark.parametrize("template", [CHATML, INST, THINK])
+@pytest.mark.parametrize("template", [CHATML, INST, THINK, BOS])
 def test_without_a_prefix_a_row_is_the_rendered_conversation(template):
     tokenizer = chat_tokenizer(template)
     dataset = make_safety_recovery_dataset(TRIPLETS, tokenizer, prefix_probability=0)
@@ -87,7 +95,7 @@ def test_without_a_prefix_a_row_is_the_rendered_conversation(template):
         assert row["labels"][-len(learned) :] == learned == row["input_ids"][-len(learned) :]
 
 
-@pytest.mark.parametrize("template", [CHATML, INST, THINK, None])
+@pytest.mark.parametrize("template", [CHATML, INST, THINK, BOS, None])
 def test_a_prefix_is_the_first_tokens_of_the_answer_and_has_no_end(template):
     """Ids are appended, though the text of the row might be tokenized otherwise."""
     tokenizer = chat_tokenizer(template)
@@ -197,7 +205,7 @@ def test_trl_trains_on_the_rows_as_they_are(packing, tmp_path):
     trainer.train()
 
 
-@pytest.mark.parametrize("template", [CHATML, INST, None])
+@pytest.mark.parametrize("template", [CHATML, INST, BOS, None])
 def test_preference_pairs_are_tokenized_by_trl_as_the_recovery_rows_are(template, tmp_path):
     tokenizer = chat_tokenizer(template)
     triplets = [TRIPLETS[0]] * 12
