@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 # Where it stands -> its parameters without annotations, which read differently from one Python to the next.
-# Written against transformers 5.23.
+# Written against transformers 5.23, trl 1.16, datasets 5.2.
 SEAMS = {
     "transformers.generation.utils:GenerationMixin._assisted_decoding": (
         "(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, "
@@ -66,6 +66,33 @@ SEAMS = {
         "continue_final_message=None, skip_special_tokens=None, tools=None)"
     ),
     "transformers.dynamic_module_utils:custom_object_save": "(obj, folder, config=None)",
+    "transformers.trainer:Trainer._get_train_sampler": "(self, train_dataset=None)",
+    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": (
+        "(self, model, inputs, return_outputs=False, num_items_in_batch=None)"
+    ),
+    "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": "(self)",
+    "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.__init__": (
+        "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, "
+        "return_tensors='pt')"
+    ),
+    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": "(self, model, inputs, return_outputs)",
+    "trl.trainer.utils:FusedCausalLMOutput.__init__": (
+        "(self, loss=None, log_probs=None, entropy=None, log_sum_sq_probs=None, mean_logits=None, is_top1=None, "
+        "label_mask=None, aux_loss=None)"
+    ),
+    "trl.trainer.utils:add_fused_lm_head": (
+        "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))"
+    ),
+    "trl.trainer.utils:hash_module": "(module)",
+    "trl.trainer.utils:maybe_gather_lm_head_ctx": "(*params)",
+    "trl.trainer.utils:use_adapter": "(model, adapter_name)",
+    "trl.models.utils:prepare_deepspeed": "(model, accelerator)",
+    "trl.models.utils:prepare_fsdp": "(model, accelerator)",
+    "trl.scripts.sft:main": "(script_args, training_args, model_args, dataset_args)",
+    "trl.scripts.sft:make_parser": "(subparsers=None, prog=None)",
+    "trl.scripts.dpo:main": "(script_args, training_args, model_args, dataset_args)",
+    "trl.scripts.dpo:make_parser": "(subparsers=None, prog=None)",
+    "datasets.arrow_dataset:Dataset._get_cache_file_path": "(self, fingerprint)",
 }
 
 

@@ -19,6 +19,10 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
     "hf_iclr.generation.modeling_speculative_cascade:SpeculativeCascadeForCausalLM": {"_init_weights"},
     "hf_iclr.generation.modeling_draft:DraftForCausalLM": set(),
     "hf_iclr.generation.pipeline_speculative_cascade:SpeculativeCascadePipeline": {"_forward"},
+    "hf_iclr.trainers.deep_safety_trainer:DeepSafetySFTTrainer": {
+        "_get_train_sampler",
+        "_set_signature_columns_if_needed",
+    },
 }
 
 
