@@ -4,12 +4,10 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
@@ -20,6 +18,7 @@ from trl.trainer.utils import FusedCausalLMOutput, hash_module, use_adapter
 from typing_extensions import override
 
 from .constrained_loss import constrained_sft_loss, constraint_weights, schedule_betas
+from .deep_safety_arguments import as_config, end_of_thinking_id, keep_adapter, load_triplets, template_ids
 from .deep_safety_config import DeepSafetySFTConfig
 from .fused_outputs import FusedOutputsProxy
 from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler
@@ -37,6 +36,8 @@ from .safety_recovery import tokenize_triplets
 
 logger = logging.getLogger(__name__)
 
+# β₁ times the surprise (nats) of a compliant first token that held in benchmarks/deep_safety.py; docs/deep_safety.md.
+STEADY_HOLD = 20.0
 _BUCKETS = ("first", "initial", "rest")
 
 
@@ -102,9 +103,9 @@ class DeepSafetySFTTrainer(SFTTrainer):
         beta_schedule: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = _as_config(args, model)
+        args = as_config(args, model)
         if safety_dataset is None and args.safety_dataset_name is not None:
-            safety_dataset = _load_triplets(args.safety_dataset_name)
+            safety_dataset = load_triplets(args.safety_dataset_name)
         self._constrains = args.constrain != "none"
         if self._constrains and kwargs.get("compute_loss_func") is not None:
             raise ValueError(
@@ -119,7 +120,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`make_safety_recovery_dataset` with your dataset."
             )
         if self._constrains and ref_model is None and isinstance(model, PeftModel) and not kwargs.get("peft_config"):
-            _keep_adapter(model)
+            keep_adapter(model)
         self.beta_schedule = beta_schedule
         self._ref_model: torch.nn.Module | None = None
         self._totals: dict[str, torch.Tensor] = {}
@@ -173,8 +174,8 @@ class DeepSafetySFTTrainer(SFTTrainer):
         window_tokens = len(args.betas) - 1 if args.betas is not None else args.num_initial_tokens
         window = Window(
             args.window_start,
-            _template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
-            _end_of_thinking_id(self._tokenizer, args),
+            template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
+            end_of_thinking_id(self._tokenizer, args),
             window_tokens if self.reference == "window" else None,
         )
         stored = self.reference in ("precompute", "window")
@@ -186,6 +187,24 @@ class DeepSafetySFTTrainer(SFTTrainer):
         elif stored:
             self._model_hash = hash_module(self.model)
             self._map_datasets(self._precompute)
+            if args.constrain == "refused" and args.betas is None and self.beta_schedule is None:
+                self._warn_of_a_weak_hold()
+
+    def _warn_of_a_weak_hold(self) -> None:
+        rows = self.train_dataset.select_columns([CONSTRAIN, REF_LOGPS])
+        first = [row[REF_LOGPS][0] for row in rows if row[CONSTRAIN] and row[REF_LOGPS]]
+        logger.info("The reference refuses the prompts of %d of %d training rows.", len(first), len(rows))
+        surprise = -sum(first) / max(len(first), 1)
+        if first and self.args.beta_first * surprise < STEADY_HOLD:
+            logger.warning(
+                "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
+                "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so it may not hold; set "
+                "`beta_first=%.1f`.",
+                len(first),
+                surprise,
+                self.args.beta_first,
+                STEADY_HOLD / max(surprise, 0.1),
+            )
 
     def _check_labels(self) -> None:
         if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
@@ -424,56 +443,3 @@ class DeepSafetySFTTrainer(SFTTrainer):
                     logs[f"{prefix}constraint/weight_{name}"] = weight / count
                     logs[f"{prefix}constraint/log_ratio_{name}"] = log_ratio / count
         super().log(logs, start_time)
-
-
-def _as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig:
-    if isinstance(args, DeepSafetySFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
-    values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
-    logger.warning(
-        "The arguments are a %s: beta1 of Adam is %s and the warm-up %s as they say; the paper's are 0.5 and 10 "
-        "steps. Use `DeepSafetySFTConfig` for those.",
-        type(args).__name__,
-        args.adam_beta1,
-        args.warmup_steps,
-    )
-    return DeepSafetySFTConfig(**values)
-
-
-def _load_triplets(name: str) -> Dataset:
-    suffix = Path(name).suffix.lstrip(".")
-    builder = {"jsonl": "json"}.get(suffix, suffix)
-    if builder in ("json", "csv", "parquet"):
-        return load_dataset(builder, data_files=name, split="train")
-    return load_dataset(name, split="train")
-
-
-def _keep_adapter(model: PeftModel) -> None:
-    """Copy the adapter in training to a frozen one named "ref", as TRL's DPO trainer does."""
-    name = model.active_adapter
-    if "ref" not in model.peft_config:
-        model.add_adapter("ref", model.peft_config[name])
-        for path, parameter in list(model.named_parameters()):
-            if f".{name}." in path:
-                model.get_parameter(path.replace(f".{name}.", ".ref.")).data.copy_(parameter.data)
-
-
-def _template_ids(tokenizer: Any) -> frozenset[int]:
-    """Special and added tokens, and tokens that are blank."""
-    blank = {index for index in range(len(tokenizer)) if not tokenizer.decode([index]).strip()}
-    return frozenset(blank | set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder))
-
-
-def _end_of_thinking_id(tokenizer: Any, args: DeepSafetySFTConfig) -> int | None:
-    if args.window_start not in ("answer", "thinking_and_answer"):
-        return None
-    ids = tokenizer(args.end_of_thinking, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(
-            f"Expected `end_of_thinking` to be one token of the vocabulary, got {args.end_of_thinking!r}, which is "
-            f"{len(ids)}. Set `end_of_thinking` to the token your model ends its thinking with."
-        )
-    return ids[0]

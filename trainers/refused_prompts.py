@@ -9,7 +9,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .refusal_judge import RefusalJudge
+from .refusal_judge import find_refusal_cue
 
 
 def mark_refused_prompts(
@@ -23,7 +23,7 @@ def mark_refused_prompts(
 ) -> Dataset:
     """
     Set the column `constrain` to whether the model refuses the prompt of a row, read off its greedy answer by
-    [`RefusalJudge`]. A row that said `False` before stays `False`.
+    the cues of [`RefusalJudge`]. A row that said `False` before stays `False`.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -66,8 +66,8 @@ def mark_refused_prompts(
             do_sample=False,
         )
         answers += zip(batch, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True)
-    refused = dict(zip(share, RefusalJudge().judge([text for _, text in answers]), strict=True))
-    refused = {prompt: verdict for part in gather_object([refused]) for prompt, verdict in part.items()}
+    refusals = {prompt: find_refusal_cue(text) is not None for prompt, text in answers}
+    refused = {prompt: verdict for part in gather_object([refusals]) for prompt, verdict in part.items()}
     before = rows["constrain"] if "constrain" in rows.column_names else [True] * len(rows)
     marks = [keep and refused[prompt] for keep, prompt in zip(before, prompts, strict=True)]
     if "constrain" in rows.column_names:

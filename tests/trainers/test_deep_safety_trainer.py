@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -428,3 +428,31 @@ def test_streamed_rows_train_against_a_frozen_copy(train):
 def test_a_model_that_is_only_peft_wrapped_keeps_its_class(train):
     trainer = train(peft_config=LORA)
     assert isinstance(trainer.model, PeftModel) and list(trainer.model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("reference", ["precompute", "window"])
+def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatch, caplog, reference):
+    seen = []
+
+    def find_cue(text):
+        seen.append(text)
+        return 0 if len(seen) % 2 else None
+
+    monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", find_cue)
+    with caplog.at_level("INFO", "hf_iclr"):
+        trainer = train(constrain="refused", reference=reference, start=False, beta_first=0.1)
+    assert sum(trainer.train_dataset["constrain"]) == len(seen) / 2 == 12
+    assert "12 of 24" in caplog.text and "may not hold" in caplog.text
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(24)])
+    assert (batch[POSITIONS].sum(1) > 0).tolist() == list(trainer.train_dataset["constrain"])
+    caplog.clear()
+    train(constrain="refused", reference=reference, start=False, beta_first=30.0)
+    assert "may not hold" not in caplog.text
+
+
+def test_virtual_tokens_in_front_do_not_shift_the_window(train):
+    peft = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    stored = train(peft_config=peft, reference="precompute", max_steps=3)
+    off = train(peft_config=peft, reference="adapter", max_steps=3)
+    assert losses(stored) == pytest.approx(losses(off), abs=1e-5)
+    assert stored.state.log_history[0]["constraint/weight_first"] != pytest.approx(1, abs=1e-3)
