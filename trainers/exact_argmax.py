@@ -103,9 +103,10 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
+    # With the model split across devices, the backbone can end on another device than the head
+    hidden_states, labels, device = hidden_states.to(weight.device), labels.to(weight.device), weight.device.type
     mask = labels != -100
-    hidden_states, targets = hidden_states[mask].to(weight.device), labels[mask].to(weight.device)
-    device = weight.device.type
+    hidden_states, targets = hidden_states[mask], labels[mask]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     flat = torch.zeros((3, len(targets)), device=weight.device)
     with maybe_gather_lm_head_ctx(weight, bias):

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -13,13 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import add_fused_lm_head
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
 from .exact_argmax import HiddenStateTap, exact_argmax
 from .fused_outputs import FusedOutputsProxy
 from .squeeze_config import SqueezeDPOConfig
 from .squeeze_metrics import batch_sums, gate_rejected, metrics_from_sums
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ class SqueezeDPOTrainer(DPOTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | torch.nn.Module",
+        model: "str | PreTrainedModel | PeftModel",
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         *positional: Any,
@@ -79,7 +83,7 @@ class SqueezeDPOTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SqueezeDPOConfig(f"{name.split('/')[-1]}-SqueezeDPO")
         for field in dataclasses.fields(SqueezeDPOConfig):
             if not hasattr(args, field.name):
@@ -137,15 +141,12 @@ class SqueezeDPOTrainer(DPOTrainer):
         if self._argmax_is_due:
             seen["tap"] = HiddenStateTap(self._base)
         # In an evaluation only the model runs without a graph: that of the loss tells the force on each token.
-        policy = model if training else torch.no_grad()(model.__call__)
+        policy: Any = model if training else torch.no_grad()(model.__call__)
         reference = self.ref_model if self.ref_model is not None else self.model
-        handle = reference.register_forward_hook(partial(_keep_log_probs, seen))
-        try:
-            with torch.enable_grad():
-                proxy = FusedOutputsProxy(policy, partial(self._rewrite, seen))
-                result = super().compute_loss(proxy, inputs, return_outputs, num_items_in_batch)
-        finally:
-            handle.remove()
+        with torch.enable_grad(), ExitStack() as stack:
+            stack.callback(reference.register_forward_hook(partial(_keep_log_probs, seen)).remove)
+            proxy = FusedOutputsProxy(policy, partial(self._rewrite, seen, stack))
+            result = super().compute_loss(proxy, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if self.args.squeeze_metrics != "off":
             self._add_batch(seen, inputs, loss)
@@ -158,9 +159,13 @@ class SqueezeDPOTrainer(DPOTrainer):
             not self.model.training or self.state.global_step % self.args.argmax_every == 0
         )
 
-    def _rewrite(self, seen: dict[str, Any], outputs: FusedCausalLMOutput, kwargs: dict[str, Any]) -> Any:
+    def _rewrite(
+        self, seen: dict[str, Any], stack: ExitStack, outputs: FusedCausalLMOutput, kwargs: dict[str, Any]
+    ) -> FusedCausalLMOutput:
         """Note the policy's outputs, and hand TRL log-probabilities to which a gradient can be asked for."""
-        seen.update(outputs=outputs, labels=kwargs["labels"])
+        seen.update(outputs=outputs, labels=kwargs["labels"].to(outputs.log_probs.device))
+        # Activation offloading hands out a saved tensor once, but the loss's own few are read twice: keep it off them.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
         # A node of its own: asking for its gradient runs none of the hooks FSDP leaves on outputs of the model.
         log_probs = outputs.log_probs
         seen["log_probs"] = log_probs.view_as(log_probs) if log_probs.requires_grad else log_probs.requires_grad_()

@@ -43,6 +43,7 @@ VARIANTS = {
     "divergence": {"f_divergence_type": "js_divergence"},
     "open gate": {"pressure_gate": 0.0},
 }
+NOT_IN_ARGS = ("peft_config", "eval_dataset", "callbacks", "probe_dataset", "compute_metrics", "ref_model")
 OURS = ("squeeze_metrics", "argmax_every", "probe_every", "pressure_gate")
 
 
@@ -53,7 +54,15 @@ def make(tmp_path, word_tokenizer):
     def build(trainer_class=SqueezeDPOTrainer, config=SqueezeDPOConfig, **settings):
         kwargs = {
             name: settings.pop(name)
-            for name in ("peft_config", "eval_dataset", "callbacks", "probe_dataset", "model", "ref_model")
+            for name in (
+                "peft_config",
+                "eval_dataset",
+                "callbacks",
+                "probe_dataset",
+                "compute_metrics",
+                "model",
+                "ref_model",
+            )
             if name in settings
         }
         dropout = {"attention_dropout": settings.pop("attention_dropout", 0.0)}
@@ -62,7 +71,7 @@ def make(tmp_path, word_tokenizer):
         rows = settings.pop("train_dataset", None)
         args = config(str(tmp_path / "out"), **{**QUICK, **settings})
         return trainer_class(
-            kwargs.pop("model", None) or tiny_llama(**dropout),
+            tiny_llama(**dropout),
             args=args,
             train_dataset=pair_rows() if rows is None else rows,
             processing_class=word_tokenizer,
@@ -296,6 +305,34 @@ def test_streamed_pairs(make):
     trainer = make(train_dataset=pair_rows().to_iterable_dataset(), max_steps=2)
     trainer.train()
     assert "squeeze/force" in trainer.state.log_history[0]
+
+
+def test_saved_tensors_that_may_be_read_once(make):
+    """As TRL's activation offloading, which needs an accelerator, hands them out."""
+    left = {}
+
+    def pack(tensor):
+        left[len(left)] = tensor
+        return len(left) - 1
+
+    def unpack(index):
+        tensor, left[index] = left[index], None
+        assert tensor is not None, "read twice"
+        return tensor
+
+    trainer = make(squeeze_metrics="full")
+    inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        trainer.compute_loss(trainer.model, inputs).backward()
+    assert sum(tensor is None for tensor in left.values()) > 20
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_compute_metrics_gets_the_logits(make):
+    given = []
+    trainer = make(eval_dataset=pair_rows(4), compute_metrics=lambda prediction: given.append(prediction) or {})
+    metrics = trainer.evaluate()
+    assert given[0].predictions.shape[-1] == 50 and metrics["eval_squeeze/force"] > 0
 
 
 def test_one_collective_per_log_and_no_wait_in_a_step(make, monkeypatch):

@@ -1,0 +1,160 @@
+"""
+What the squeezing metrics cost: a step of `SqueezeDPOTrainer` against one of TRL's `DPOTrainer`, on SmolLM2.
+
+    python benchmarks/squeeze_overhead.py --repeats 20 --out squeeze_overhead.json
+
+Each repeat takes one step (forward, reference, backward, log) with each trainer in one process and in random order, on
+the same batch, and the ratios of a repeat are compared. A "full" step measures the exact argmax mass; with
+`argmax_every=10` one step of ten does, and "full, every 10" is what those ten cost together. The optimiser is left out
+and every step is logged: both count against us. Memory is what a step adds to the resident set at its peak.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
+from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
+
+
+WORDS = ("the", "model", "answers", "a", "question", "about", "rain", "tea", "maps", "birds", "often", "people")
+ARGMAX_EVERY = 10
+
+
+def text(rng: random.Random, length: int) -> str:
+    return " " + " ".join(rng.choice(WORDS) for _ in range(length))
+
+
+def make_trainers(args: argparse.Namespace, folder: str) -> dict[str, DPOTrainer]:
+    model, tokenizer = load_demo_model(getattr(torch, args.dtype))
+    rng = random.Random(0)
+    lengths = [
+        (rng.randint(args.answer // 2, args.answer), rng.randint(args.answer // 2, args.answer)) for _ in range(16)
+    ]
+    rows = Dataset.from_list(
+        [{"prompt": text(rng, args.prompt), "chosen": text(rng, c), "rejected": text(rng, r)} for c, r in lengths]
+    )
+    kwargs = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "per_device_train_batch_size": args.pairs,
+        "disable_tqdm": True,
+    }
+    lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"]) if args.lora else None
+    classes = {
+        "DPOTrainer": (DPOTrainer, DPOConfig, {}),
+        "default": (SqueezeDPOTrainer, SqueezeDPOConfig, {}),
+        "full": (SqueezeDPOTrainer, SqueezeDPOConfig, {"squeeze_metrics": "full", "argmax_every": 1}),
+    }
+    trainers = {}
+    for name, (trainer_class, config, settings) in classes.items():
+        trainers[name] = trainer_class(
+            copy.deepcopy(model),
+            None if args.lora else model,
+            config(**kwargs, **settings),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+    return trainers
+
+
+def step(trainer: DPOTrainer, rows: list[dict]) -> None:
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, trainer.data_collator([dict(row) for row in rows])).backward()
+    trainer.log({})
+    trainer.model.zero_grad()
+
+
+def resident_peak() -> int:
+    """Bytes; the kernel's own record since it was last cleared."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def step_memory(trainer: DPOTrainer, rows: list[dict]) -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_peak()
+    step(trainer, rows)
+    return resident_peak() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
+    parser.add_argument("--prompt", type=int, default=64, help="words in a prompt")
+    parser.add_argument("--answer", type=int, default=128, help="most words in an answer; half of it at least")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--lora", action="store_true", help="train an adapter: a shorter step")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = make_trainers(args, folder)
+        for trainer in trainers.values():
+            trainer.callback_handler.callbacks.clear()  # nothing is printed
+        rng = random.Random(1)
+        seconds: dict[str, dict[str, list[float]]] = {
+            kind: {name: [] for name in trainers} for kind in ("wall", "cpu")
+        }
+        dataset = trainers["DPOTrainer"].train_dataset
+        for repeat in range(-1, args.repeats):  # the first to warm up
+            rows = [dataset[rng.randrange(len(dataset))] for _ in range(args.pairs)]
+            for name in rng.sample(list(trainers), len(trainers)):
+                wall, cpu = time.perf_counter(), time.process_time()
+                step(trainers[name], rows)
+                if repeat >= 0:
+                    seconds["wall"][name].append(time.perf_counter() - wall)
+                    seconds["cpu"][name].append(time.process_time() - cpu)
+        # Blocks from 1 MB on go back to the system when freed, so that the resident set follows the live tensors.
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)
+        rows = [dataset[index] for index in range(args.pairs)]
+        memory = {name: [step_memory(trainer, rows) for _ in range(4)][1:] for name, trainer in trainers.items()}
+
+    model_bytes = sum(p.numel() * p.element_size() for p in trainers["DPOTrainer"].model.parameters())
+    base_bytes = model_bytes * (1 if args.lora else 2) + statistics.median(memory["DPOTrainer"])
+    report: dict = {"arguments": {**vars(args), "out": None}, "seconds": seconds, "memory": memory}
+    for kind, times in seconds.items():
+        ratios = {
+            name: [own / trl for own, trl in zip(times[name], times["DPOTrainer"], strict=True)] for name in trainers
+        }
+        ratios[f"full, every {ARGMAX_EVERY}"] = [
+            ((ARGMAX_EVERY - 1) * default + full) / ARGMAX_EVERY
+            for default, full in zip(ratios["default"], ratios["full"], strict=True)
+        ]
+        for name, values in ratios.items():
+            median = statistics.median(values)
+            low, high = statistics.quantiles(values, n=4)[::2]
+            print(f"{kind:5} {name:14} x {median:.3f} (quartiles {low:.3f} .. {high:.3f})", end="")
+            print(f"  {statistics.median(times[name]):.2f} s a step" if name in times else "")
+            report[f"{kind} {name}"] = median
+    for name, values in memory.items():
+        more = (statistics.median(values) - statistics.median(memory["DPOTrainer"])) / base_bytes
+        print(f"memory {name:13} + {statistics.median(values) / 1e6:.0f} MB in a step, {more:+.1%} of the whole")
+        report[f"memory {name}"] = more
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
