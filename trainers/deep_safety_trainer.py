@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
@@ -124,7 +125,6 @@ class DeepSafetySFTTrainer(SFTTrainer):
         self.beta_schedule = beta_schedule
         self._ref_model: torch.nn.Module | None = None
         self._totals: dict[str, torch.Tensor] = {}
-        self._metric_prefix = "eval"
         super().__init__(model, args, *positional, **kwargs)
 
         self.reference = self._choose_reference(ref_model) if self._constrains else None
@@ -410,6 +410,10 @@ class DeepSafetySFTTrainer(SFTTrainer):
         mask: torch.Tensor,
     ) -> None:
         """Add the batch to the sums behind the logged means; they stay on the device until they are logged."""
+        rows = self._rows_of_this_process(len(positions))
+        logps, ref_logps, betas, positions, losses, mask = (
+            tensor[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask)
+        )
         constrained = mask & (betas > 0)
         weights = constraint_weights(logps, ref_logps, betas)
         window_tokens = len(self.args.betas) - 1 if self.args.betas is not None else self.args.num_initial_tokens
@@ -424,22 +428,35 @@ class DeepSafetySFTTrainer(SFTTrainer):
         total = torch.stack([value.float() for value in sums])
         self._totals[mode] = self._totals.get(mode, 0) + total
 
+    def _rows_of_this_process(self, rows: int) -> int:
+        """Without those that repeat the first rows of an evaluation so that its last batch is full on each process."""
+        state = self.accelerator.gradient_state
+        if self.model.training or self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        if mode not in self._totals:
+            return {}
+        losses, tokens, *buckets = self.accelerator.reduce(self._totals.pop(mode), "sum").tolist()
+        means = {"constrained_loss": losses / tokens} if mode == "eval" and tokens else {}
+        for index, name in enumerate(_BUCKETS):
+            count, weight, log_ratio = buckets[3 * index : 3 * index + 3]
+            if count:
+                means[f"constraint/weight_{name}"] = weight / count
+                means[f"constraint/log_ratio_{name}"] = log_ratio / count
+        return means
+
     @override
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._metric_prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        return super().evaluate(*args, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._totals.pop("eval", None)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._pop_means("eval").items()})
+        return output
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if mode in self._totals:
-            prefix = "" if mode == "train" else f"{self._metric_prefix}_"
-            losses, tokens, *buckets = self.accelerator.reduce(self._totals.pop(mode), "sum").tolist()
-            if mode == "eval" and tokens:
-                logs[f"{prefix}constrained_loss"] = losses / tokens
-            for index, name in enumerate(_BUCKETS):
-                count, weight, log_ratio = buckets[3 * index : 3 * index + 3]
-                if count:
-                    logs[f"{prefix}constraint/weight_{name}"] = weight / count
-                    logs[f"{prefix}constraint/log_ratio_{name}"] = log_ratio / count
+        if self.model.training:
+            logs.update(self._pop_means("train"))
         super().log(logs, start_time)

@@ -31,7 +31,7 @@ def train(folder, batch_size, tokenizer_path, case):
             reference=case["reference"],
         ),
         train_dataset=word_rows(case["rows"]),
-        eval_dataset=word_rows(8, seed=4),
+        eval_dataset=word_rows(7, seed=4),
         safety_dataset=case.get("safety_dataset"),
         processing_class=AutoTokenizer.from_pretrained(tokenizer_path),
     )
