@@ -24,7 +24,7 @@ def test_help_loads_no_torch():
 def test_help_names_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
-    assert "tour" in result.output and "doctor" in result.output
+    assert "tour" in result.output and "doctor" in result.output and "audit" in result.output
 
 
 def test_doctor_is_content_here(run):
@@ -80,3 +80,51 @@ def test_cascade_prints_text_and_statistics(run, composite):
 def test_cascade_says_what_is_wrong(run, composite, options, words):
     result = run("cascade", "hello", "--model", composite, *options)
     assert result.exit_code == 2 and words in result.output
+
+
+@pytest.fixture
+def tiny_model(tmp_path, byte_tokenizer):
+    """A folder with a tiny model that never refuses, for it writes no words."""
+    from tests.generation.toy import tiny_llama
+
+    folder = tmp_path / "model"
+    tiny_llama(1, vocab_size=256).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
+    prompts, harmless = tmp_path / "prompts.jsonl", tmp_path / "harmless.txt"
+    prompts.write_text('{"prompt": "one", "answer": "three"}\n{"prompt": "two", "answer": null}\n')
+    harmless.write_text("four\n\nfive\n")
+    options = ["--prompts", str(prompts), "--harmless-prompts", str(harmless), "--max-new-tokens", "4"]
+    options += ["--attack", "prefill", "--k", "2", "--out", str(tmp_path / "out")]
+    result = run("audit", tiny_model, *options, "--max-over-refusal", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "prefix of 2 tokens" in result.output
+
+    from hf_iclr.trainers.safety_report import SafetyReport
+
+    report = SafetyReport.load(tmp_path / "out")
+    assert report.find("prefill", "2").refused == [False, None] and report.find("harmless").refused == [False] * 2
+    assert (tmp_path / "out" / "model_card.md").exists() and not report.find("none").texts
+
+    result = run("audit", tiny_model, *options, "--min-refusal", "0.9", "--before", str(tmp_path / "out"))
+    assert result.exit_code == 1 and "min_refusal is 0.9, but the refusal rate is 0.000" in result.output
+    assert "McNemar" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "words"),
+    [
+        ("p.txt", "", [], "every row of p.txt"),
+        ("p.csv", "question\nwhy\n", [], "column `prompt` in p.csv, got question"),
+        ("p.xml", "<p/>", [], "got p.xml"),
+        ("p.txt", "why", ["--attack", "magic"], "got 'magic'"),
+        ("p.txt", "why", ["--max-over-refusal", "0.1"], "harmless_prompts"),
+    ],
+)
+def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, name, content, options, words):
+    (tmp_path / name).write_text(content)
+    result = run("audit", tiny_model, "--prompts", str(tmp_path / name), *options)
+    assert result.exit_code == 2 and words in result.output, result.output

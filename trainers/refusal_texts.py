@@ -199,6 +199,11 @@ ANSWERS: dict[str, tuple[tuple[str, ...], ...]] = {
          " I'm not familiar with that term, but it may come from Greek.", " I can't remember the exact number."),
         (" What would you like to know about {t}?", " I could look it up.", " It would help to see a picture.", ""),
     ),
+    "broken": (
+        ("I", "I am", "I I I I", "I'm I'm I'm", "No", "the", "i s", "not not not", "a i t", "It is", "As an", "I can"),
+        ("", " I", " I am I am", " {t} {t} {t}", " the the", " s t i", " and and", " and I and I", " {t}"),
+        ("", ".", " I", " I I I I I I", " it it it", " {t}", " of of of of", "..."),
+    ),
 }  # fmt: skip
 
 
