@@ -1,6 +1,7 @@
 """
 An ordinary TRL script with one class swapped: fine-tune on your data and keep refusing what must be refused. SmolLM2
-refuses nothing, so questions about mushrooms stand for what is forbidden.
+refuses nothing, so questions about mushrooms stand for what is forbidden. A dozen triplets and a few steps show the
+calls, not a result: those are in docs/deep_safety.md.
 
     python examples/deep_safety_sft.py --max-steps 30
 """
