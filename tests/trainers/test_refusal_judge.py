@@ -47,6 +47,13 @@ def test_an_empty_text_is_no_refusal(judge, text):
     assert RefusalJudge([lambda texts: [True] * len(texts)]).judge([text]) == [False]
 
 
+@pytest.mark.parametrize(
+    "text", ["I", "I I I I I I I I", "the the the", "I am I am I am", "\ufffd\ufffdi", "No no no no"]
+)
+def test_babble_is_no_refusal(judge, text):
+    assert judge.judge([text]) == [False]
+
+
 def test_nothing_to_judge(judge):
     assert judge.judge([]) == [] and list(judge.votes([])) == ["cues", "classifier", "refusal"]
 
