@@ -97,11 +97,11 @@ class SqueezeDPOTrainer(DPOTrainer):
         if probe_dataset is not None:
             from .squeeze_probes import SqueezeProbeCallback
 
-            callback = SqueezeProbeCallback(
-                probe_dataset, every=args.probe_every, processing_class=self.processing_class
+            self.add_callback(
+                SqueezeProbeCallback(
+                    probe_dataset, trainer=self, every=args.probe_every, processing_class=self.processing_class
+                )
             )
-            callback.trainer = self
-            self.add_callback(callback)
 
     @property
     def _observes(self) -> bool:

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze_metrics import NUM_SUMS, batch_sums, metrics_from_sums
+from hf_iclr.trainers.squeeze_probes import build_probe_set
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
 
 from .squeeze_toy import fused_outputs, pair_rows
@@ -277,19 +278,13 @@ def test_gate_may_be_switched_on_while_training(make):
 
 
 def test_probe_dataset_goes_to_the_callback_and_the_log_to_the_report(make, monkeypatch, tmp_path):
-    class Probes(TrainerCallback):
-        def __init__(self, probe_dataset, *, every=25, processing_class=None):
-            self.given = (probe_dataset, every, processing_class)
-
-    probes, report = types.ModuleType("squeeze_probes"), types.ModuleType("squeeze_report")
-    probes.SqueezeProbeCallback = Probes
+    report = types.ModuleType("squeeze_report")
     report.write_squeeze_report = lambda log_history, directory: (log_history, directory)
-    monkeypatch.setitem(sys.modules, "hf_iclr.trainers.squeeze_probes", probes)
     monkeypatch.setitem(sys.modules, "hf_iclr.trainers.squeeze_report", report)
-    rows = pair_rows(2)
-    trainer = make(probe_dataset=rows, probe_every=7)
-    (callback,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Probes)]
-    assert callback.given == (rows, 7, trainer.processing_class) and callback.trainer is trainer
+    trainer = make(probe_dataset=build_probe_set(pair_rows(4)), probe_every=2, max_steps=4)
+    trainer.train()
+    probed = [entry["step"] for entry in trainer.state.log_history if "probe/chosen/logp" in entry]
+    assert probed == [0, 2, 4]
     assert trainer.squeeze_report(tmp_path) == (trainer.state.log_history, tmp_path)
 
 
