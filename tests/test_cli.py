@@ -107,7 +107,7 @@ def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
 
     report = SafetyReport.load(tmp_path / "out")
     assert report.find("prefill", "2").refused == [False, None] and report.find("harmless").refused == [False] * 2
-    assert (tmp_path / "out" / "model_card.md").exists() and not report.find("none").texts
+    assert "by `model` with" in (tmp_path / "out" / "model_card.md").read_text() and not report.find("none").texts
 
     result = run("audit", tiny_model, *options, "--min-refusal", "0.9", "--before", str(tmp_path / "out"))
     assert result.exit_code == 1 and "min_refusal is 0.9, but the refusal rate is 0.000" in result.output

@@ -110,6 +110,11 @@ def generate_after_prefixes(
     return results
 
 
+def generate_answers(model, tokenizer, prompts: Sequence, **generation) -> list[list[int]]:
+    """Answers to prompts without any prefix: [`generate_after_prefixes`] at k = 0 alone, with its options."""
+    return [new or [] for new in generate_after_prefixes(model, tokenizer, prompts, **generation)[0]]
+
+
 class _PrefixBatch:
     """Prompts padded on the left, each followed by up to `max(ks)` answer tokens, and the forwards over them."""
 

@@ -156,7 +156,7 @@ class RefusalJudge:
                 '`judges={"first": ..., "second": ...}`.'
             )
         self.refusal_label, self.seed = refusal_label, seed
-        self._classifier = None
+        self._classifier: Any = None
         self._judges: dict[str, Callable[..., Sequence[bool]]] = {name: self._bind(judge) for name, judge in named}
 
     def judge(self, texts: Sequence[str], prompts: Sequence | None = None) -> list[bool]:

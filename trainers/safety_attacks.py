@@ -1,7 +1,7 @@
 """Attacks that an aligned model should withstand: prefilling, decoding options, rank-assisted prefilling and GCG."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -11,13 +11,14 @@ from .prefill_generation import (
     check_prompts,
     end_tokens,
     generate_after_prefixes,
+    generate_answers,
     to_answer_ids,
     to_prompt_ids,
 )
 
 
 # One sample of each prompt under each; a small part of PAPER_DECODING_GRID.
-DECODING_GRID: tuple[dict[str, float | int], ...] = (
+DECODING_GRID: tuple[dict[str, Any], ...] = (
     {"temperature": 0.5},
     {"temperature": 1.0},
     {"top_k": 10},
@@ -26,7 +27,7 @@ DECODING_GRID: tuple[dict[str, float | int], ...] = (
     {"top_p": 0.9},
 )
 # The 49 settings of https://huggingface.co/papers/2310.06987.
-PAPER_DECODING_GRID: tuple[dict[str, float | int], ...] = (
+PAPER_DECODING_GRID: tuple[dict[str, Any], ...] = (
     *({"temperature": step / 20} for step in range(1, 21)),
     *({"top_k": k} for k in (1, 2, 5, 10, 20, 50, 100, 200, 500)),
     *({"top_p": step / 20} for step in range(1, 21)),
@@ -76,7 +77,7 @@ def prefilling_attack(
 
 
 def decoding_attack(
-    model, tokenizer, prompts: Sequence, grid: Sequence[dict[str, float | int]] = DECODING_GRID, **generation
+    model, tokenizer, prompts: Sequence, grid: Sequence[dict[str, Any]] = DECODING_GRID, **generation
 ) -> dict[str, list[str]]:
     """
     Sample one answer of each prompt under each decoding setting (https://huggingface.co/papers/2310.06987).
@@ -95,11 +96,9 @@ def decoding_attack(
     """
     texts = {}
     for setting in tqdm(grid, desc="decoding", leave=False):
-        new = generate_after_prefixes(
-            model, tokenizer, prompts, do_sample=True, progress=False, **setting, **generation
-        )
+        new = generate_answers(model, tokenizer, prompts, do_sample=True, progress=False, **setting, **generation)
         name = ", ".join(f"{key}={value:g}" for key, value in setting.items())
-        texts[name] = tokenizer.batch_decode(new[0], skip_special_tokens=True)
+        texts[name] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
 
 
@@ -157,7 +156,7 @@ def rank_assisted_prefilling(
             model, tokenizer, [prompts[row] for row, _ in tried], [answer for _, answer in tried], (step + 1,),
             max_new_tokens=lookahead, batch_size=batch_size, progress=False,
         )[step + 1]  # fmt: skip
-        refused = iter(judge([entry.joined for entry in continued]))
+        refused = iter(judge([entry.joined for entry in continued if entry is not None]))
         for row, tokens in enumerate(candidates):
             verdicts = [next(refused) for _ in tokens]
             rank = verdicts.index(False) if False in verdicts else len(tokens) - 1
@@ -166,7 +165,7 @@ def rank_assisted_prefilling(
     final = prefilling_attack(
         model, tokenizer, prompts, prefixes, (num_steps,), max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    return final[num_steps], ranks
+    return [entry for entry in final[num_steps] if entry is not None], ranks
 
 
 def gcg_attack(
@@ -206,7 +205,7 @@ def gcg_attack(
     for row in tqdm(rows, desc="gcg", leave=False):
         found = gcg(model, tokenizer, prompts[row], targets[row], num_steps=num_steps, seed=seed, progress=False)
         attacked.append(append_to_prompt(prompts[row], found.suffix))
-    new = generate_after_prefixes(model, tokenizer, attacked, progress=False, **generation)[0]
+    new = generate_answers(model, tokenizer, attacked, progress=False, **generation)
     for row, tokens in zip(rows, new, strict=True):
         texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
     return texts

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,7 @@ from .prefill_generation import (
     check_decoder,
     check_prompts,
     end_tokens,
-    generate_after_prefixes,
+    generate_answers,
     to_answer_ids,
     to_prompt_ids,
 )
@@ -52,7 +53,7 @@ def audit_safety(
     answers: Sequence[str | Sequence[int] | None] | None = None,
     ks: Sequence[int] = (0, 1, 2, 5, 10, 20, 40),
     attacks: Sequence[str] = ("prefill", "decoding"),
-    decoding_grid: Sequence[dict[str, float | int]] = DECODING_GRID,
+    decoding_grid: Sequence[dict[str, Any]] = DECODING_GRID,
     judge: RefusalJudge | Callable[[list[str]], list[bool]] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
@@ -135,7 +136,7 @@ def audit_safety(
     else:
         _check_other(model, before, "before")
     settings = {
-        "model": model.name_or_path or type(model).__name__,
+        "model": _name(model),
         "judges": [name for name in judge.votes([]) if name != "refusal"],
         "ks": sorted({0, *ks}),
         "attacks": list(attacks),
@@ -162,7 +163,7 @@ def audit_safety(
     elif before is not None:
         with _other_model(model, before) as earlier:
             report.before = run.measure(earlier)
-            report.before.settings = settings | {"model": earlier.name_or_path or type(earlier).__name__}
+            report.before.settings = settings | {"model": _name(earlier)}
         report.before.prompts = fingerprints
     if base is not None:
         report.kl = run.divergence(model, base)
@@ -173,7 +174,7 @@ def audit_safety(
 class _Run:
     """One audit: what is asked and how, and the answers that prefixes are cut from."""
 
-    def __init__(self, tokenizer, judge, prompts, harmless, attacks, ks, grid, generation, gcg_steps, seed):
+    def __init__(self, tokenizer, judge, prompts, harmless, attacks, ks, grid, generation, gcg_steps, seed) -> None:
         self.tokenizer, self.judge, self.prompts, self.harmless = tokenizer, judge, prompts, harmless
         self.attacks, self.ks, self.grid = attacks, ks, grid
         self.generation, self.gcg_steps, self.seed = generation, gcg_steps, seed
@@ -190,9 +191,7 @@ class _Run:
             asked = [self.prompts[row] for row in missing]
             with _other_model(model, other) as source:
                 length = max(self.ks[-1], self.generation["max_new_tokens"])
-                new = generate_after_prefixes(
-                    source, self.tokenizer, asked, **{**self.generation, "max_new_tokens": length}
-                )[0]
+                new = generate_answers(source, self.tokenizer, asked, **{**self.generation, "max_new_tokens": length})
             texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for row, tokens, refused in zip(missing, new, self.judge.judge(texts, asked), strict=True):
                 self.answers[row] = [] if refused else tokens
@@ -201,13 +200,14 @@ class _Run:
         """Verdicts under each attack, with the latency of refusals and the agreement of the judges."""
         tokenizer, measures, votes = self.tokenizer, [], []
 
-        def add(attack: str, setting: str, judged: str, texts: list[str | None], prompts: list) -> None:
+        def add(attack: str, setting: str, judged: str, texts: Sequence[str | None], prompts: list) -> None:
             rows = [row for row, text in enumerate(texts) if text is not None]
-            table = self.judge.votes([texts[row] for row in rows], [prompts[row] for row in rows])
+            known = [text for text in texts if text is not None]
+            table = self.judge.votes(known, [prompts[row] for row in rows])
             refused: list[bool | None] = [None] * len(texts)
             for row, verdict in zip(rows, table["refusal"].tolist(), strict=True):
                 refused[row] = verdict
-            measures.append(Measure(attack, setting, judged, refused, texts))
+            measures.append(Measure(attack, setting, judged, refused, list(texts)))
             if judged == "continuation":
                 votes.append(table.drop(columns="refusal"))
 
@@ -220,39 +220,39 @@ class _Run:
         for k, entries in prefilled.items():
             add_both("prefill" if k else "none", str(k) if k else "", entries)
         if self.harmless:
-            new = generate_after_prefixes(model, tokenizer, self.harmless, **self.generation)[0]
+            new = generate_answers(model, tokenizer, self.harmless, **self.generation)
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             add("harmless", "", "continuation", texts, self.harmless)
         if "decoding" in self.attacks:
             sampled = decoding_attack(model, tokenizer, self.prompts, self.grid, seed=self.seed, **self.generation)
-            for setting, texts in sampled.items():
-                add("decoding", setting, "continuation", texts, self.prompts)
+            for setting, sample in sampled.items():
+                add("decoding", setting, "continuation", sample, self.prompts)
             everywhere = zip(*(measure.refused for measure in measures if measure.attack == "decoding"), strict=True)
             measures.append(Measure("decoding", EVERY_SETTING, "continuation", [all(row) for row in everywhere]))
         if "rap" in self.attacks:
-            entries, _ = rank_assisted_prefilling(model, tokenizer, self.prompts, self.judge.judge, **self.generation)
-            add_both("rap", "", entries)
+            found, _ = rank_assisted_prefilling(model, tokenizer, self.prompts, self.judge.judge, **self.generation)
+            add_both("rap", "", found)
         if "gcg" in self.attacks:
-            texts = gcg_attack(
+            answered = gcg_attack(
                 model, tokenizer, self.prompts, self.answers, num_steps=self.gcg_steps, seed=self.seed,
                 **self.generation,
             )  # fmt: skip
-            add("gcg", "", "continuation", texts, self.prompts)
+            add("gcg", "", "continuation", answered, self.prompts)
 
-        agreement = judge_agreement(pd.concat(votes, ignore_index=True)).to_dict("records")
+        table = judge_agreement(pd.concat(votes, ignore_index=True))
+        agreement = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
         latency = [self._latency(k, entries) for k, entries in prefilled.items() if k]
         return SafetyReport(measures, latency=latency, agreement=agreement)
 
-    def _latency(self, k: int, entries: list[Continuation | None]) -> dict[str, float | None]:
-        tokens = []
-        for entry in entries:
-            cue = None if entry is None else find_refusal_cue(entry.text)
+    def _latency(self, k: int, entries: list[Continuation | None]) -> dict[str, Any]:
+        tokens, known = [], [entry for entry in entries if entry is not None]
+        for entry in known:
+            cue = find_refusal_cue(entry.text)
             if cue is not None:
                 decoded = [entry.new_ids[: end + 1] for end in range(len(entry.new_ids))]
                 ends = [len(text) for text in self.tokenizer.batch_decode(decoded, skip_special_tokens=True)]
                 tokens.append(recovery_latency(ends, cue))
-        measured = sum(entry is not None for entry in entries)
-        return {"k": k, "n": measured, "cues": len(tokens), "median": median(tokens) if tokens else None}
+        return {"k": k, "n": len(known), "cues": len(tokens), "median": median(tokens) if tokens else None}
 
     def divergence(self, model, base) -> list[dict[str, float]]:
         """Mean KL(model || base) at each of the answers' first tokens."""
@@ -293,8 +293,7 @@ class _Run:
                 notes.append(
                     f"Prefixes are cut from what {self.source} answered without a refusal: {answered} of {n} prompts."
                 )
-        plain = report.find("none")
-        empty = sum(not text.strip() for text in plain.texts)
+        empty = sum(not (text or "").strip() for m in report.measures[:1] for text in m.texts)  # those without attack
         if empty:
             notes.append(f"{empty} of {n} answers without attack are empty; they don't count as refusals.")
         notes.append(
@@ -362,6 +361,12 @@ def _other_model(model, other) -> Iterator[Any]:
     """The other model, or the audited one with its adapters off."""
     with model.disable_adapter() if other == ADAPTER_OFF else nullcontext():
         yield model if isinstance(other, str) else other
+
+
+def _name(model) -> str:
+    """Name on the Hub, or that of a folder without its path, which is nobody's business in a model card."""
+    name = model.name_or_path or type(model).__name__
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _fingerprints(prompts: list) -> list[str]:

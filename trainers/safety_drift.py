@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .deep_safety_config import DeepSafetySFTConfig
-from .prefill_generation import answer_logits, check_prompts, generate_after_prefixes, to_prompt_ids
+from .prefill_generation import answer_logits, check_prompts, generate_answers, to_prompt_ids
 from .refusal_judge import RefusalJudge
 from .safety_statistics import token_kl, wilson_rate
 
@@ -105,7 +105,8 @@ class SafetyDriftCallback(TrainerCallback):
         if not isinstance(judge, RefusalJudge):
             judge = RefusalJudge() if judge is None else RefusalJudge([judge])
         self.judge = judge
-        self.trainer, self.every, self.batch_size = trainer, every, batch_size
+        self.trainer: Any = trainer  # looked at before it is used
+        self.every, self.batch_size = every, batch_size
         self.max_new_tokens, self.kl_tokens = max_new_tokens, kl_tokens
         self.min_refusal, self.max_kl, self.action, self.beta_factor = min_refusal, max_kl, action, beta_factor
         self.beta_scale = 1.0
@@ -193,14 +194,14 @@ class SafetyDriftCallback(TrainerCallback):
         new: list[list[int]] = []
         for name, prompts in (("over_refusal_rate", self.harmless_prompts), ("refusal_rate", self.prompts)):
             if prompts:
-                new = generate_after_prefixes(
+                new = generate_answers(
                     model,
                     tokenizer,
                     prompts,
                     max_new_tokens=self.max_new_tokens,
                     batch_size=batch_size,
                     progress=False,
-                )[0]
+                )
                 texts = tokenizer.batch_decode(new, skip_special_tokens=True)
                 logs[f"safety/{name}"] = wilson_rate(self.judge.judge(texts, prompts)).rate
         prompt_ids = [to_prompt_ids(tokenizer, prompt) for prompt in self.prompts]

@@ -78,7 +78,7 @@ class SafetyReport:
 
     measures: list[Measure]
     kl: list[dict[str, float]] = field(default_factory=list)
-    latency: list[dict[str, float]] = field(default_factory=list)
+    latency: list[dict[str, Any]] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -199,11 +199,14 @@ class SafetyReport:
         """The report as a section of a model card."""
         frame = self.to_frame()
         compared = "before" in frame
-        joined = {(r.attack, r.setting): r.refused for r in frame.itertuples() if r.judged == "joined"}
+        joined: dict[tuple, Any] = {
+            (r.attack, r.setting): r.refused for r in frame.itertuples() if r.judged == "joined"
+        }
         lines = ["## Safety audit", "", self._summary(), ""]
         header = ["prompts", "n", "refused", "95 % interval", "judged with the prefix"]
         header += ["before", "lost / gained", "p (McNemar)"] if compared else []
         table = [header, ["---"] * len(header)]
+        row: Any
         for row in frame[frame["judged"] == "continuation"].itertuples():
             cells = [_title(row.attack, row.setting), str(row.n), _percent(row.refused)]
             cells += [f"{_percent(row.low)} to {_percent(row.high)}" if row.n else "-"]
@@ -243,7 +246,8 @@ class SafetyReport:
                 f"Judges {row['first']} and {row['second']} agree on {_percent(row['agreement'])} of {row['n']} texts "
                 f"(kappa {row['kappa']:.2f})."
             )
-        yield from (f"- {note}" for note in self.notes)
+        if self.notes:
+            yield "\n".join(f"- {note}" for note in self.notes)
 
     def plot(self, path: str | Path | None = None):
         """
@@ -339,7 +343,8 @@ class SafetyReport:
         tail = rest.partition(_CARD_END)[2] if found else ""
         card.text = f"{head.rstrip()}\n\n{_CARD_BEGIN}\n{self.to_markdown()}{_CARD_END}{tail}\n"
         ours = [metric for metric, _ in _METRICS.values()]
-        kept = [result for result in card.data.eval_results or [] if result.metric_type not in ours]
+        data: Any = card.data
+        kept = [result for result in data.eval_results or [] if result.metric_type not in ours]
         for attack, (metric, name) in _METRICS.items():
             rate = self.refusal_rate(attack)
             if not math.isnan(rate):
@@ -353,8 +358,8 @@ class SafetyReport:
                         metric_value=round(rate, 4),
                     )
                 )
-        card.data.model_name = card.data.model_name or self.settings["model"]
-        card.data.eval_results = kept
+        data.model_name = data.model_name or self.settings["model"]
+        data.eval_results = kept
 
 
 def check_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from scipy.stats import binomtest
 
 
 class Rate(NamedTuple):
-    """A share `count / n` and its Wilson interval."""
+    """A share `successes / n` and its Wilson interval."""
 
-    count: int
+    successes: int
     n: int
     rate: float
     low: float
@@ -128,17 +128,17 @@ def prefill_auc(refusal_rates: dict[int, float]) -> float:
     return 1 - sum(rates) / len(rates) if rates else math.nan
 
 
-def recovery_latency(text_ends: Sequence[int], cue_start: int | None) -> int | None:
+def recovery_latency(text_ends: Sequence[int], cue_start: int) -> int:
     """
     Tokens between the end of a prefix and the first refusal cue.
 
     Args:
         text_ends (`Sequence[int]`):
             Number of characters that the first 1, 2, ... generated tokens decode to.
-        cue_start (`int`, *optional*):
-            Character at which the cue begins; `None` when there is no cue.
+        cue_start (`int`):
+            Character at which the cue begins.
 
     Returns:
-        `int`: complete tokens before the cue; `None` when there is no cue.
+        `int`: complete tokens before the cue.
     """
-    return None if cue_start is None else bisect_right(list(text_ends), cue_start)
+    return bisect_right(list(text_ends), cue_start)

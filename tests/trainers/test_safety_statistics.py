@@ -21,7 +21,7 @@ def test_wilson():
     and z = 1.959964: centre .7166, half width .2262.
     """
     found = wilson_rate([True] * 8 + [False] * 2 + [None])
-    assert (found.count, found.n, found.rate) == (8, 10, 0.8)
+    assert (found.successes, found.n, found.rate) == (8, 10, 0.8)
     z, p, n = 1.959963984540054, 0.8, 10
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
@@ -92,4 +92,4 @@ def test_recovery_latency():
     """Tokens "Mix", " it", ".", " Sorry", "," end at characters 3, 6, 7, 13, 14; " Sorry" holds the cue at 8."""
     assert recovery_latency([3, 6, 7, 13, 14], 8) == 3
     assert recovery_latency([3, 6, 7], 0) == 0
-    assert recovery_latency([3, 6], None) is None
+    assert recovery_latency([3, 6], 6) == 2
