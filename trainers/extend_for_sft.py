@@ -67,10 +67,11 @@ def extend_for_sft(
     rejected = generator.permutation(len(pairs))[: round(share * len(pairs))]
     chosen = np.setdiff1d(np.arange(len(pairs)), rejected) if match_compute else np.arange(len(pairs))
     rows = [(index, "chosen") for index in chosen.tolist()] + [(index, "rejected") for index in rejected.tolist()]
-    logger.warning(
-        f"{len(chosen)} chosen and {len(rejected)} rejected answers. The model that SFT on them makes is for DPO to "
-        "start from; do not ship it, it has learned to give rejected answers."
-    )
+    if len(rejected):
+        logger.warning(
+            f"{len(chosen)} chosen and {len(rejected)} rejected answers. The model that SFT on them makes is for DPO "
+            "to start from; do not ship it, it has learned to give rejected answers."
+        )
     return Dataset.from_dict(
         {
             "prompt": [pairs[index]["prompt"] for index, _ in rows],

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
 REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
-_STATE_FILE = "squeeze_probes.json"
 
 
 def build_probe_set(
@@ -207,7 +206,7 @@ class SqueezeProbeCallback(TrainerCallback):
         every (`int`, *optional*, defaults to `25`):
             Optimiser steps between two passes, as in the authors' runs.
         decode_every (`int`, *optional*, defaults to `4`):
-            Passes between two that decode, apart from the first and last; 0 for these two only.
+            Passes between two that decode, besides the last. 0: never, then there is no `initial_greedy` either.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             Length of decoded answers.
         batch_size (`int`, *optional*):
@@ -255,6 +254,8 @@ class SqueezeProbeCallback(TrainerCallback):
         self.every, self.decode_every = every, decode_every
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self._datasets = named
+        # Of its own, for a trainer may have several of these callbacks
+        self._state_file = "_".join(filter(None, ("squeeze_probes", *named))) + ".json"
         self._sets: list[ProbeSet] = []
         self._last_step, self._passes = -1, 0
 
@@ -295,10 +296,10 @@ class SqueezeProbeCallback(TrainerCallback):
             start = [{"greedy": probes.greedy, "logps": probes.start.tolist()} for probes in self._sets]
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():  # a hyperparameter search has others
-                (folder / _STATE_FILE).write_text(json.dumps({"passes": self._passes, "start": start}))
+                (folder / self._state_file).write_text(json.dumps({"passes": self._passes, "start": start}))
 
     def _resume(self, checkpoint: Path) -> None:
-        path = checkpoint / _STATE_FILE
+        path = checkpoint / self._state_file
         if not path.exists():
             logger.warning(f"{path} is missing: changes are measured from here, not from the start of the training.")
             return
@@ -316,7 +317,7 @@ class SqueezeProbeCallback(TrainerCallback):
             return
         trainer, should_log = self.trainer, control.should_log
         batch_size = self.batch_size or args.per_device_eval_batch_size
-        decode = last or self._passes == 0 or (self.decode_every > 0 and self._passes % self.decode_every == 0)
+        decode = self.decode_every > 0 and (last or self._passes % self.decode_every == 0)
         progress = state.is_world_process_zero and not args.disable_tqdm
         device = trainer.accelerator.device
         logs: dict[str, float] = {}

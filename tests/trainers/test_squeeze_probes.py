@@ -29,7 +29,9 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_d
 def make(kind, tmp_path, tokenizer, probes=None, peft=False, eval_dataset=None, **settings):
     """A trainer of that kind on the same tiny model, with dropout so that the random state matters."""
     pairs = pair_rows()
-    callback = {name: settings.pop(name) for name in ("every", "decode_every", "max_new_tokens") if name in settings}
+    callback = {"max_new_tokens": 4} | {
+        name: settings.pop(name) for name in ("every", "decode_every", "max_new_tokens") if name in settings
+    }
     settings = {"learning_rate": 1e-3, **QUICK, **settings}
     model = tiny_llama(attention_dropout=0.2)
     kwargs = {"processing_class": tokenizer, "eval_dataset": eval_dataset} | ({"peft_config": LORA} if peft else {})
@@ -268,7 +270,7 @@ def test_share_down_counts_bystanders_half_a_nat_below_their_start(tmp_path, wor
 def test_initial_greedy_is_frozen(tmp_path, word_tokenizer):
     """y* is decoded by the model as it was; later steps score the same tokens, which were each the most likely."""
     probes = build_probe_set(pair_rows(), num_probes=4)
-    trainer = make("sft", tmp_path, word_tokenizer, probes, every=1, decode_every=0, max_new_tokens=6, max_steps=2)
+    trainer = make("sft", tmp_path, word_tokenizer, probes, every=1, decode_every=9, max_new_tokens=6, max_steps=2)
     prompts = [word_tokenizer(row["prompt"], return_tensors="pt") for row in probes]
     answers = [trainer.model.eval().generate(**prompt, max_new_tokens=6, do_sample=False) for prompt in prompts]
     trainer.train()
@@ -326,9 +328,13 @@ def test_named_sets_and_trackers(tmp_path, word_tokenizer):
 
     sets = {"in": build_probe_set(pair_rows(), num_probes=3), "out": build_probe_set(pair_rows(6, seed=4))}
     trainer = make("dpo", tmp_path, word_tokenizer, sets, max_steps=1)
+    trainer.add_callback(
+        SqueezeProbeCallback({"third": build_probe_set(pair_rows(4, seed=6))}, trainer=trainer, decode_every=0)
+    )
     trainer.callback_handler.callbacks.insert(0, Tracker())
     trainer.train()
     assert {"in_probe/chosen/logp", "out_probe/chosen/logp", "out_squeeze/index", "in_repeat/rep_4"} <= set(seen)
+    assert "third_probe/chosen/logp" in seen and "third_probe/initial_greedy/logp" not in seen
     assert seen["in_probe/chosen/logp"] != seen["out_probe/chosen/logp"]
 
 
@@ -454,6 +460,6 @@ def test_errors_say_what_to_do(tmp_path, word_tokenizer):
 
     trainer = make("sft", tmp_path, word_tokenizer, max_steps=1)
     trainer.add_callback(Diverge())
-    trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer, decode_every=0))
+    trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer))
     with pytest.raises(ValueError, match="those of chosen, initial_greedy, other_train, permuted, .* are not"):
         trainer.train()

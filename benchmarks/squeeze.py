@@ -1,0 +1,183 @@
+"""
+Does DPO squeeze probability mass out of answers nobody trains on, and does the paper's "extend" help?
+
+    python benchmarks/squeeze.py --seeds 3 --out squeeze
+
+SmolLM2-135M-Instruct with LoRA, 16 preference pairs with short answers. Four arms a seed, each a supervised stage and
+then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' code):
+
+- sft: supervised on the chosen answers;
+- extend: on chosen and rejected ones, for as many steps, so compute is matched but each chosen answer is seen half as
+  often;
+- half: on the chosen ones for half the steps. Each chosen answer is seen as often as in "extend", so only what
+  "extend" gains over this arm is owed to the rejected answers;
+- on-policy: from the model of "sft", with its own samples as the rejected answers.
+
+Probes are scored on 8 training prompts and on 8 held-out ones. All intervals are 95 % t intervals over seeds; a seed
+draws the pairs, the adapter, the order and the samples. Every bar is printed as reached or not.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from squeeze_data import DATA, load_pairs, make_probes
+from squeeze_tables import print_tables, write_plots
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.trainers.extend_for_sft import extend_for_sft
+from hf_iclr.trainers.probe_scoring import decode_answers
+from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
+from hf_iclr.trainers.squeeze_probes import SqueezeProbeCallback
+from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
+
+
+ARMS = ("sft", "extend", "half", "on-policy")
+SETTINGS: dict[str, Any] = {
+    "use_cpu": not torch.cuda.is_available(),
+    "bf16": False,
+    "activation_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 8,
+    "disable_tqdm": True,
+    "max_grad_norm": 10.0,
+    "lr_scheduler_type": "constant_with_warmup",
+    "per_device_eval_batch_size": 16,
+}
+
+
+class AdapterAt(TrainerCallback):
+    """Keeps a copy of the adapter after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.weights = step, {}
+
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
+        if state.global_step == self.step:
+            self.weights = adapter(model)
+
+
+def adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def new_model(seed: int, weights: dict[str, torch.Tensor] | None = None) -> PeftModel:
+    """SmolLM2 in float32 with a fresh adapter, or with these weights."""
+    base, _ = load_demo_model(torch.float32)
+    set_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)
+    return model
+
+
+def supervised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, seed: int, steps: int):
+    """Adapter weights after half of the steps and after all of them, and the trainer."""
+    args = SFTConfig(
+        str(options.out / "checkpoints"), seed=seed, max_steps=steps, learning_rate=4e-4, weight_decay=0.0,
+        per_device_train_batch_size=4, **SETTINGS,
+    )  # fmt: skip
+    middle = AdapterAt(steps // 2)
+    trainer = SFTTrainer(new_model(seed), args, train_dataset=rows, processing_class=tokenizer, callbacks=[middle])
+    trainer.train()
+    return middle.weights, adapter(trainer.model), trainer
+
+
+def own_samples(trainer: SFTTrainer, pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The pairs with one sample of the trainer's model as the rejected answer."""
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in pairs["prompt"]]
+    samples = decode_answers(trainer, tokenizer, prompts, 24, 16, do_sample=True)
+    texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    return pairs.remove_columns("rejected").add_column("rejected", [text if text.strip() else " ?" for text in texts])
+
+
+def dpo(
+    arm: str, weights, pairs: Dataset, probes, tokenizer, options: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    inside, outside = probes
+    args = SqueezeDPOConfig(
+        str(options.out / "checkpoints"), seed=seed, max_steps=options.steps, learning_rate=5e-5, warmup_steps=8,
+        optim="rmsprop", beta=0.1, per_device_train_batch_size=2, precompute_ref_log_probs=True,
+        squeeze_metrics="full", argmax_every=8, **SETTINGS,
+    )  # fmt: skip
+    trainer = SqueezeDPOTrainer(
+        new_model(seed, weights),
+        args=args,
+        train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+    )
+    every = max(options.steps // (2 if arm == "on-policy" else 4), 1)
+    trainer.add_callback(
+        SqueezeProbeCallback(inside, trainer=trainer, every=every, decode_every=options.steps, max_new_tokens=24)
+    )
+    trainer.add_callback(
+        SqueezeProbeCallback({"held_out": outside}, trainer=trainer, every=options.steps, decode_every=0)
+    )
+    begin = time.perf_counter()
+    trainer.train()
+    history = trainer.state.log_history
+    return {"arm": arm, "seed": seed, "seconds": time.perf_counter() - begin, "log_history": history}
+
+
+def run_seed(seed: int, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[dict[str, Any]]:
+    pairs, held_out, source = load_pairs(options.data, tokenizer, seed)
+    probes = make_probes(pairs, held_out, options.probes, seed)
+    columns = pairs.select_columns(["prompt", "chosen", "rejected"])
+    chosen = extend_for_sft(columns, rejected_ratio=0.0, seed=seed)
+    both = extend_for_sft(columns, match_compute=False, seed=seed)  # the steps match
+    half, sft, trainer = supervised(chosen, tokenizer, options, seed, options.sft_steps)
+    set_seed(seed)
+    samples = own_samples(trainer, columns, tokenizer)
+    extend = supervised(both, tokenizer, options, seed, options.sft_steps)[1] if "extend" in options.arms else {}
+    starts = {"sft": (sft, columns), "extend": (extend, columns), "half": (half, columns), "on-policy": (sft, samples)}
+    runs = []
+    for arm in options.arms:
+        (weights, rows), own = starts[arm], probes
+        if arm == "on-policy":  # its rejected probes are the samples, too
+            by_prompt = dict(zip(rows["prompt"], rows["rejected"], strict=True))
+            inside = probes[0].map(lambda row, by_prompt=by_prompt: {"rejected": by_prompt[row["prompt"]]})
+            own = (inside, probes[1])
+        run = dpo(arm, weights, rows, own, tokenizer, options, seed) | {"source": source}
+        path = options.out / f"{arm}_{seed}.json"
+        path.write_text(json.dumps(run))
+        print(f"seed {seed} {arm}: {run['seconds']:.0f} s, in {path}", flush=True)
+        runs.append(run)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=100)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--steps", type=int, default=32, help="of DPO")
+    parser.add_argument("--sft-steps", type=int, default=12)
+    parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the authors' probing set")
+    parser.add_argument("--out", type=Path, default=Path("squeeze"))
+    parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of the runs in --out again")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps, options.sft_steps, options.probes = 1, 2, 2, 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.tables:
+        runs = [json.loads(path.read_text()) for arm in ARMS for path in sorted(options.out.glob(f"{arm}_*.json"))]
+    else:
+        _, tokenizer = load_demo_model(torch.float32)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        runs = [run for seed in seeds for run in run_seed(seed, tokenizer, options)]
+    print_tables(runs)
+    write_plots(runs, options.out)
+
+
+if __name__ == "__main__":
+    main()
