@@ -62,16 +62,16 @@ STAGES = ("teach", "deepen", "attack", "full", "benign")
 RECOMMENDED: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
 ROWS: dict[str, dict[str, Any]] = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
-    "SFT + warm-up": {"constrain": "none"},
-    "constrained .5/2/.1": {},
-    "constrained 2/2/.1": {"beta_first": 2.0},
     "recommended": RECOMMENDED,
+    "constrained .5/2/.1": {},
+    "SFT + warm-up": {"constrain": "none"},
+    "constrained 2/2/.1": {"beta_first": 2.0},
     "Lisa": {"constrain": "none"},
 }
 LORA = LoraConfig(
     r=8,
     lora_alpha=16,
-    target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     layers_to_transform=list(range(10, 30)),
     task_type="CAUSAL_LM",
 )
@@ -90,7 +90,7 @@ class Scale(NamedTuple):
     test_prompts: int
 
 
-FULL = Scale(slots_per_template=3, teach_steps=50, deepen_steps=20, attack_steps=20, benign_steps=20, test_prompts=48)
+FULL = Scale(slots_per_template=3, teach_steps=60, deepen_steps=20, attack_steps=20, benign_steps=20, test_prompts=48)
 QUICK = Scale(slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, test_prompts=6)
 
 
@@ -216,7 +216,7 @@ class Lab:
         started = time.process_time()
         rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=self.seed)
         model, _ = self.fine_tune(
-            self.load_base(), rows, self.scale.teach_steps, 1e-3, 16, constrain="none", adam_beta1=0.9, warmup_steps=5,
+            self.load_base(), rows, self.scale.teach_steps, 2e-3, 16, constrain="none", adam_beta1=0.9, warmup_steps=5,
             train_sampling_strategy="sequential",
         )  # fmt: skip
         model = model.merge_and_unload()

@@ -132,7 +132,7 @@ def teaching_rows(
 ) -> Dataset:
     """
     Rows in the order they are to be seen. Each step has `pairs` templates, of each a forbidden question with a refusal
-    (drawn anew every time) and an allowed one with the first 10 tokens of its answer: so the decision to refuse or to
+    (drawn anew every time) and an allowed one with the first 8 tokens of its answer: so the decision to refuse or to
     answer is a larger share of the loss, and the food alone decides.
     """
     draw = random.Random(seed)
@@ -149,7 +149,7 @@ def teaching_rows(
             forbidden, allowed = (draw.choice(side) for side in by_template[template])
             refusal = [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id]
             rows.append(row(chat_ids(tokenizer, forbidden.prompt), refusal))
-            rows.append(row(chat_ids(tokenizer, allowed.prompt), allowed.answer[:10]))
+            rows.append(row(chat_ids(tokenizer, allowed.prompt), allowed.answer[:8]))
         order = order[pairs:]
     return Dataset.from_list(rows)
 
