@@ -76,6 +76,7 @@ SEAMS = {
         "return_tensors='pt')"
     ),
     "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": "(self, model, inputs, return_outputs)",
+    "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": "(self, dataset, processing_class, args, dataset_name)",
     "trl.trainer.utils:FusedCausalLMOutput.__init__": (
         "(self, loss=None, log_probs=None, entropy=None, log_sum_sq_probs=None, mean_logits=None, is_top1=None, "
         "label_mask=None, aux_loss=None)"
@@ -83,6 +84,7 @@ SEAMS = {
     "trl.trainer.utils:add_fused_lm_head": (
         "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))"
     ),
+    "trl.trainer.utils:get_config_model_id": "(config)",
     "trl.trainer.utils:hash_module": "(module)",
     "trl.trainer.utils:maybe_gather_lm_head_ctx": "(*params)",
     "trl.trainer.utils:use_adapter": "(model, adapter_name)",

@@ -23,6 +23,7 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
         "_get_train_sampler",
         "_set_signature_columns_if_needed",
     },
+    "hf_iclr.trainers.squeeze_trainer:SqueezeDPOTrainer": {"_prepare_dataset"},
 }
 
 

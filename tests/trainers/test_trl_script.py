@@ -45,6 +45,15 @@ def files(tmp_path, word_tokenizer):
     }
 
 
+@pytest.fixture
+def pairs(files, tmp_path):
+    """The same with a dataset of preference pairs."""
+    (tmp_path / "pairs").mkdir()
+    rows = triplet_rows(12).rename_columns({"harmful": "rejected", "refusal": "chosen"})
+    rows.to_json(tmp_path / "pairs" / "train.jsonl")
+    return {**files, "dataset_name": str(tmp_path / "pairs")}
+
+
 def as_flags(settings):
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
@@ -80,6 +89,18 @@ def test_sft_from_yaml_with_lora(files, tmp_path):
     assert "beta_frist" in str(result.exception)
 
 
+def test_dpo_from_flags_and_from_yaml(pairs, tmp_path):
+    extra = {"squeeze_metrics": "full", "argmax_every": 1, "save_strategy": "steps", "save_steps": 2}
+    result = CliRunner().invoke(app, ["dpo", *as_flags({**pairs, **extra})])
+    assert result.exception is None, result.output
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logged = history(tmp_path / "out" / "checkpoint-2")[0]
+    assert {"squeeze/pressure_rejected", "squeeze/logp_argmax_chosen"} < logged.keys()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**pairs, "squeeze_metrics": "off"}))
+    result = CliRunner().invoke(app, ["dpo", "--config", str(tmp_path / "run.yaml")])
+    assert result.exception is None, result.output
+
+
 def test_trl_is_left_as_found(files):
     import trl
 
@@ -90,18 +111,11 @@ def test_trl_is_left_as_found(files):
     assert trl.SFTTrainer.__module__.startswith("trl.")
 
 
-def test_sft_in_two_processes(files, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [str(Path(sys.executable).parent / "hf-iclr"), "sft", *as_flags(files)]
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_scripts_in_two_processes(script, files, pairs, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", str(Path(sys.executable).parent / "hf-iclr"), script]
+    command += as_flags(files if script == "sft" else pairs)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
