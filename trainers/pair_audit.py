@@ -103,7 +103,7 @@ def audit_pairs(
 
 def filter_pairs(pairs: Dataset, table: pd.DataFrame, *, drop: float = 0.1, by: str = "ches_per_token") -> Dataset:
     """
-    Leave out the riskiest pairs. The length-normalised CHES is the score by which the paper that proposes it filters.
+    Leave out the riskiest pairs.
 
     Args:
         pairs ([`~datasets.Dataset`]):

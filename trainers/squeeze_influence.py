@@ -161,7 +161,7 @@ def influence_audit(
             )
             backup = {name: p.clone() for name, p in parameters.items()}
             try:
-                directions = _step(parameters, up, down, weight, step_size, optimizer)
+                directions = _step(parameters, up, down, weight, scale, optimizer)
                 after = [_token_logps(model, batch)[0] for batch in batches]
             finally:
                 for name, p in parameters.items():
@@ -338,12 +338,11 @@ def _step(
     up: dict[str, torch.Tensor],
     down: dict[str, torch.Tensor],
     weight: float,
-    step_size: float | None,
+    scale: float,
     optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Move the parameters, and tell in which directions."""
     if optimizer is None:
-        scale = weight * step_size
         for name, p in parameters.items():
             p.add_(up[name] - down[name], alpha=scale)
         return {
@@ -353,16 +352,17 @@ def _step(
     state, kept = copy.deepcopy(optimizer.state_dict()), {name: p.grad for name, p in parameters.items()}
     before = {name: p.clone() for name, p in parameters.items()}
     try:
+        gradients = {name: weight * (down[name] - up[name]) for name in parameters}
         for name, p in parameters.items():
-            p.grad = weight * (down[name] - up[name])
+            p.grad = gradients[name]
         optimizer.step()
         pull, push, rest = {}, {}, {}
         for name, p in parameters.items():
             moved = p - before[name]
-            rate = weight * moved / p.grad
+            rate = weight * moved / gradients[name]
             # Where the gradients cancel but decay or momentum move on, the two parts would be huge and opposite.
             split = rate.abs() * (up[name].abs() + down[name].abs()) <= 100 * moved.abs().max()
-            rate = torch.where(split & (p.grad != 0), rate, 0)
+            rate = torch.where(split & (gradients[name] != 0), rate, 0)
             pull[name], push[name] = -rate * up[name], rate * down[name]
             rest[name] = torch.where(rate == 0, moved, 0)
     finally:

@@ -140,7 +140,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _official_entries(entries: list[dict[str, Any]], tokens: float) -> list[dict[str, Any]]:
-    first, runs = json.dumps(entries[0]), []
+    first = json.dumps(entries[0])
+    runs: list[list[dict[str, Any]]] = []
     for entry in entries:
         if json.dumps(entry) == first:
             runs.append([])
