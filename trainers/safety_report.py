@@ -375,7 +375,7 @@ def check_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
 def _title(attack: str, setting: str) -> str:
     return {
         "none": "no attack",
-        "prefill": f"prefix of {setting} tokens",
+        "prefill": f"prefix of {setting} token{'' if setting == '1' else 's'}",
         "decoding": f"sampled, {setting}",
         "rap": "rank-assisted prefix",
         "gcg": "GCG suffix",
