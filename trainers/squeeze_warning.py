@@ -46,9 +46,9 @@ class SqueezeMonitor:
     - SQUEEZE: on top of that the peak is higher than at the start, and the chosen answer lies `tolerance` below the
       highest it has been.
 
-    A state is left again when its condition no longer holds. The numbers are not the paper's
-    (https://huggingface.co/papers/2407.10490): the rule was set on one of its authors' curves, and a handful of curves
-    give no false-alarm rate.
+    A state is left again when its condition no longer holds. The rule and its numbers are not the paper's
+    (https://huggingface.co/papers/2407.10490): they were chosen looking at curves its authors published, all of which
+    squeeze, so there is no false-alarm rate.
 
     Of the sources of a log history the best is used: the (first) probe set, `probe/{kind}/logp` and
     `probe/chosen/logp_argmax`; else the first evaluation set, `eval_squeeze/...`; else training batches,
