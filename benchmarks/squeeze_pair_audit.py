@@ -24,6 +24,8 @@ from hf_iclr.demo_model import load_demo_model
 from hf_iclr.trainers.pair_audit import SCORES, audit_pairs, filter_pairs, measure_chosen_change
 
 
+TARGETS = ("fall per token", "push per token", "push over pull")
+
 # question, chosen, a near copy, another answer
 QUESTIONS = [
     (
@@ -98,6 +100,14 @@ def cut(tokenizer, rows: pd.DataFrame, prompt_tokens: int, answer_tokens: int) -
     return Dataset.from_dict({"prompt": prompts, **answers, "kind": ["given"] * len(rows)})
 
 
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for score in SCORES:
+        results = {name: spearmanr(table[score], table[name]) for name in TARGETS}
+        rows.append({"score": score, **{n: f"{r.statistic:+.2f} (p {r.pvalue:.3f})" for n, r in results.items()}})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="JSON Lines with prompt, chosen, rejected; the first 24 are taken")
@@ -124,13 +134,8 @@ def main() -> None:
     table["push over pull"] = -table["push_on_chosen"] / (table["chosen_change"] - table["push_on_chosen"])
     print(table.round(4).to_string())
 
-    targets = ("fall per token", "push per token", "push over pull")
-    rows = []
-    for score in SCORES:
-        results = [spearmanr(table[score], table[target]) for target in targets]
-        cells = {t: f"{r.statistic:+.2f} (p {r.pvalue:.3f})" for t, r in zip(targets, results, strict=True)}
-        rows.append({"score": score, **cells})
-    print(f"\nSpearman, {len(pairs)} pairs:\n{pd.DataFrame(rows).to_string(index=False)}")
+    for label, group in (("all", table), ("without near copies", table[table["kind"] != "near copy"])):
+        print(f"\nSpearman, {len(group)} pairs, {label}:\n{correlations(group).to_string(index=False)}")
     print(f"\n{(table['chosen_change'] < 0).sum()} of {len(pairs)} chosen answers fell; audit {audit_seconds:.1f} s")
     kept = filter_pairs(pairs, table, drop=0.25)
     print(f"kept of {len(pairs)} at drop=.25, by kind: {pd.Series(kept['kind']).value_counts().to_dict()}")
