@@ -111,12 +111,27 @@ def test_trl_is_left_as_found(files):
     assert trl.SFTTrainer.__module__.startswith("trl.")
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
-def test_scripts_in_two_processes(script, files, pairs, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", str(Path(sys.executable).parent / "hf-iclr"), script]
-    command += as_flags(files if script == "sft" else pairs)
+def launch(launcher, script, settings):
+    command = [sys.executable, "-m", *launcher, str(Path(sys.executable).parent / "hf-iclr"), script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    settings = {**settings, "save_strategy": "steps", "save_steps": 2}
+    done = subprocess.run(
+        command + as_flags(settings), check=False, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(settings["output_dir"])
+    return history(Path(settings["output_dir"]) / "checkpoint-2")
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_scripts_in_two_processes(script, files, pairs):
+    """An epoch of 24 rows is 3 steps of twice 5, one of 12 rows is 2; in one process it would be 5 and 3."""
+    settings, epoch = (files, 2 / 3) if script == "sft" else (pairs, 1.0)
+    logged = launch(["torch.distributed.run", "--nproc_per_node", "2"], script, settings)
+    assert logged[-1]["epoch"] == pytest.approx(epoch, abs=1e-3)
+
+
+def test_sft_under_accelerate_launch(files):
+    """`accelerate launch --cpu --num_processes 2` of accelerate 1.15 starts one process unless mpirun is installed."""
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    assert "constraint/weight_first" in launch(launcher, "sft", files)[0]
