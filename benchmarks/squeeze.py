@@ -13,8 +13,9 @@ then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' co
   "extend" gains over this arm is owed to the rejected answers;
 - on-policy: from the model of "sft", with its own samples as the rejected answers.
 
-Probes are scored on 8 training prompts and on 8 held-out ones. All intervals are 95 % t intervals over seeds; a seed
-draws the pairs, the adapter, the order and the samples. Every bar is printed as reached or not.
+Probes are scored on 6 training prompts and, for the first two arms, on 6 held-out ones. All intervals are 95 % t
+intervals over seeds; a seed draws the pairs, the adapter, the order and the samples. Every bar is printed as reached
+or not.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from squeeze_data import DATA, load_pairs, make_probes
+from squeeze_data import DATA, MAX_ANSWER, load_pairs, make_probes
 from squeeze_tables import print_tables, write_plots
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.demo_model import load_demo_model
@@ -46,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "activation_checkpointing": False,
     "report_to": "none",
     "save_strategy": "no",
-    "logging_steps": 8,
+    "logging_steps": 5,
     "disable_tqdm": True,
     "max_grad_norm": 10.0,
     "lr_scheduler_type": "constant_with_warmup",
@@ -87,6 +88,7 @@ def supervised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: argpa
     )  # fmt: skip
     middle = AdapterAt(steps // 2)
     trainer = SFTTrainer(new_model(seed), args, train_dataset=rows, processing_class=tokenizer, callbacks=[middle])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return middle.weights, adapter(trainer.model), trainer
 
@@ -94,7 +96,7 @@ def supervised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: argpa
 def own_samples(trainer: SFTTrainer, pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The pairs with one sample of the trainer's model as the rejected answer."""
     prompts = [tokenizer(prompt)["input_ids"] for prompt in pairs["prompt"]]
-    samples = decode_answers(trainer, tokenizer, prompts, 24, 16, do_sample=True)
+    samples = decode_answers(trainer, tokenizer, prompts, MAX_ANSWER, 16, do_sample=True)
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
     return pairs.remove_columns("rejected").add_column("rejected", [text if text.strip() else " ?" for text in texts])
 
@@ -104,9 +106,9 @@ def dpo(
 ) -> dict[str, Any]:
     inside, outside = probes
     args = SqueezeDPOConfig(
-        str(options.out / "checkpoints"), seed=seed, max_steps=options.steps, learning_rate=5e-5, warmup_steps=8,
+        str(options.out / "checkpoints"), seed=seed, max_steps=options.steps, learning_rate=6e-5, warmup_steps=6,
         optim="rmsprop", beta=0.1, per_device_train_batch_size=2, precompute_ref_log_probs=True,
-        squeeze_metrics="full", argmax_every=8, **SETTINGS,
+        squeeze_metrics="full", argmax_every=5, **SETTINGS,
     )  # fmt: skip
     trainer = SqueezeDPOTrainer(
         new_model(seed, weights),
@@ -114,13 +116,14 @@ def dpo(
         train_dataset=pairs.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
     )
-    every = max(options.steps // (2 if arm == "on-policy" else 4), 1)
+    trainer.remove_callback(PrinterCallback)
+    every = options.steps if arm == "on-policy" else max(options.steps // 3, 1)
     trainer.add_callback(
-        SqueezeProbeCallback(inside, trainer=trainer, every=every, decode_every=options.steps, max_new_tokens=24)
+        SqueezeProbeCallback(inside, trainer=trainer, every=every, decode_every=options.steps, max_new_tokens=20)
     )
-    trainer.add_callback(
-        SqueezeProbeCallback({"held_out": outside}, trainer=trainer, every=options.steps, decode_every=0)
-    )
+    if arm in ("sft", "extend"):
+        held_out = {"held_out": outside}
+        trainer.add_callback(SqueezeProbeCallback(held_out, trainer=trainer, every=options.steps, decode_every=0))
     begin = time.perf_counter()
     trainer.train()
     history = trainer.state.log_history
@@ -158,9 +161,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--steps", type=int, default=32, help="of DPO")
+    parser.add_argument("--steps", type=int, default=30, help="of DPO")
     parser.add_argument("--sft-steps", type=int, default=12)
-    parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--probes", type=int, default=6)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the authors' probing set")
     parser.add_argument("--out", type=Path, default=Path("squeeze"))
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs")

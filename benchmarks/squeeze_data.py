@@ -12,13 +12,13 @@ from hf_iclr.trainers.squeeze_probes import build_probe_set
 
 HH_FILE = "learning_dynamics_hh_formal_prob_train.jsonl.gz"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
-TRAIN_PAIRS, MAX_PROMPT, MAX_ANSWER, MIN_ANSWER = 16, 22, 24, 6
+TRAIN_PAIRS, MAX_PROMPT, MAX_ANSWER, MIN_ANSWER = 16, 20, 20, 6
 
 
 def load_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset, str]:
     """
-    16 training pairs with prompts of at most 22 tokens, other pairs to hold out, and where they come from. Answers are
-    cut after the last sentence that fits into 24 tokens, or after 24 tokens; columns beside the pair are rephrases and
+    16 training pairs with prompts of at most 20 tokens, other pairs to hold out, and where they come from. Answers are
+    cut after the last sentence that fits into 20 tokens, or after 20 tokens; columns beside the pair are rephrases and
     answers to something else.
     """
     path = folder / HH_FILE

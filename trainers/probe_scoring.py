@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from trl import is_conversational
 from trl.data_utils import common_prefix_length
 from trl.trainer import add_fused_lm_head
 
@@ -40,7 +39,8 @@ def encode_answer(
     Returns:
         `tuple[list[int], list[int]]`: the second is empty when the prompt fills `max_length`.
     """
-    if is_conversational({"prompt": prompt}):
+    if not (isinstance(prompt, str) and isinstance(answer, str)):
+        assert isinstance(prompt, list) and isinstance(answer, list), "TRL takes two texts or two chats"
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = tokenizer.apply_chat_template(prompt + answer, return_dict=True)["input_ids"]
     else:
@@ -92,8 +92,13 @@ def score_answers(
             tap = HiddenStateTap(base)
             outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             length = labels.size(1) - 1  # prompt-learning adapters prepend virtual tokens
-            fields = (outputs.log_probs, outputs.entropy, outputs.log_sum_sq_probs, outputs.is_top1)
-            tokens = token_quantities(*(field[:, -length:] for field in fields), vocab_size)
+            tokens = token_quantities(
+                outputs.log_probs[:, -length:],
+                outputs.entropy[:, -length:],
+                outputs.log_sum_sq_probs[:, -length:],
+                outputs.is_top1[:, -length:],
+                vocab_size,
+            )
             wanted = torch.tensor([with_argmax[index] for index in batch], device=labels.device)
             asked = labels[:, 1:].masked_fill(~wanted[:, None], -100)
             argmax = exact_argmax(base, tap.pop()[:, :-1][:, -length:], asked).logp_argmax

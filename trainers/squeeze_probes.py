@@ -76,8 +76,9 @@ def build_probe_set(
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}.")
     generator = random.Random(seed)
-    order, probes, dropped = generator.sample(range(len(rows)), len(rows)), [], 0
-    for index in order:
+    probes: list[dict[str, Any]] = []
+    dropped = 0
+    for index in generator.sample(range(len(rows)), len(rows)):
         if len(probes) == num_probes:
             break
         row = rows[index]
@@ -315,6 +316,7 @@ class SqueezeProbeCallback(TrainerCallback):
     ) -> None:
         if state.global_step == self._last_step:
             return
+        assert self.trainer is not None, "checked at the beginning of the training"
         trainer, should_log = self.trainer, control.should_log
         batch_size = self.batch_size or args.per_device_eval_batch_size
         decode = self.decode_every > 0 and (last or self._passes % self.decode_every == 0)

@@ -31,38 +31,44 @@ class _Panel:
 _PANELS = (
     _Panel(
         "Chosen and rejected answers",
-        r"squeeze/logp_tok_(chosen|rejected)|logps/(?:chosen|rejected)",
-        "log-probability, nats per token (logps/: per answer)",
+        r"squeeze/logp_tok_.+",
+        "log-probability, nats per token",
         "Both falling is squeezing at its plainest; a rejected curve that falls alone is what DPO is for.",
     ),
     _Panel(
+        "Whole answers",
+        r"logps/.+",
+        "log-probability, nats per answer",
+        "TRL's own curves of the same.",
+    ),
+    _Panel(
         "Probes",
-        r"probe/(.+)/delta0",
+        r"probe/.+/delta0",
         "change of log-probability, nats per token",
         "Answers nobody trains on that fall together lose their mass to the most likely tokens.",
     ),
     _Panel(
         "Argmax against the rest",
-        r"squeeze/(logp_argmax_.+|rest_logmass_.+)|probe/(.+)/logp_argmax",
+        r"squeeze/(?:logp_argmax|rest_logmass)_.+|probe/.+/logp_argmax",
         "log-probability, nats per token",
         "The most likely token of each context gains (argmax) while everything else together (rest) shrinks.",
     ),
     _Panel(
         "Pressure and valleys",
-        r"squeeze/(pressure_rejected|valley_frac)|probe/(.+)/(?:pressure|valley_frac)|onpolicy/(.+)",
+        r"squeeze/(?:pressure_rejected|valley_frac)|probe/.+/(?:pressure|valley_frac)|onpolicy/.+",
         "probability; share of tokens",
         "About zero is benign and what own samples have; the higher, the more a push on the rejected token moves the "
         "rest.",
     ),
     _Panel(
         "Squeeze index",
-        r"squeeze/(index|frac_probes_down|displacement|chosen_down|rejected_down|both_down)|crosstalk/(.+)",
+        r"squeeze/(?:index|frac_probes_down|displacement|(?:chosen|rejected|both)_down)|crosstalk/.+",
         "nats per token; share of answers",
         "Index: rise of the argmax less change of the other answers. Displacement: fall of the chosen answers.",
     ),
     _Panel(
         "Greedy answers",
-        r"repeat/(rep_4|dup_across_prompts|eos_rate|distinct_2)",
+        r"repeat/(?:rep_4|dup_across_prompts|eos_rate|distinct_2)",
         "share",
         "rep_4 and dup_across_prompts rising, distinct_2 falling: the model has become a repeater.",
     ),
