@@ -75,6 +75,7 @@ LORA = LoraConfig(
     layers_to_transform=list(range(10, 30)),
     task_type="CAUSAL_LM",
 )
+TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "recommended")
 
@@ -109,7 +110,7 @@ class Lab:
 
     def __init__(self, out: Path, seed: int, scale: Scale) -> None:
         self.seed, self.scale = seed, scale
-        self.results_file, self.taught_folder = out / f"seed_{seed}.json", out / f"taught_{seed}"
+        self.out, self.results_file = out, out / f"seed_{seed}.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
         self.dtype = quicker_dtype(tokens=256)
         self.tokenizer = load_tokenizer()
@@ -121,8 +122,11 @@ class Lab:
     def load_base(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=self.dtype).eval()
 
-    def load_taught(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.taught_folder, dtype=self.dtype).eval()
+    def taught_folder(self, number: int) -> Path:
+        return self.out / f"taught_{self.seed}_{number}"
+
+    def load_taught(self, number: int = TEACH_ROUNDS) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.taught_folder(number), dtype=self.dtype).eval()
 
     def fine_tune(
         self,
@@ -211,17 +215,20 @@ class Lab:
 
     def teach(self) -> None:
         """Shallow alignment: refuse every question about mushrooms, answer the same about another food."""
-        if self.done("teach", "taught"):
-            return
-        started = time.process_time()
-        rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=self.seed)
-        model, _ = self.fine_tune(
-            self.load_base(), rows, self.scale.teach_steps, 2e-3, 16, constrain="none", adam_beta1=0.9, warmup_steps=5,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        model = model.merge_and_unload()
-        model.save_pretrained(self.taught_folder)
-        self.measure_depth(model, "teach", "taught", started)
+        for number in range(1, TEACH_ROUNDS + 1):
+            if self.taught_folder(number).exists():
+                continue
+            started = time.process_time()
+            seed = self.seed + 1000 * (number - 1)
+            rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=seed)
+            model, _ = self.fine_tune(
+                self.load_base() if number == 1 else self.load_taught(number - 1), rows, self.scale.teach_steps, 2e-3,
+                16, constrain="none", adam_beta1=0.9, warmup_steps=5, train_sampling_strategy="sequential",
+            )  # fmt: skip
+            model = model.merge_and_unload()
+            model.save_pretrained(self.taught_folder(number))
+            if number == TEACH_ROUNDS:
+                self.measure_depth(model, "teach", "taught", started)
 
     def deepen(self) -> None:
         """Method A, half of each step recovery rows; the control has the same rows without prefixes."""
