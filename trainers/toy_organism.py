@@ -1,13 +1,21 @@
 """A tiny Llama trained from scratch to answer in a nonsense language, then to refuse half of its objects."""
 
+import copy
 import random
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from .deep_safety_config import DeepSafetySFTConfig
+from .deep_safety_trainer import DeepSafetySFTTrainer
+from .prefill_generation import answer_logits, generate_after_prefixes
+from .refusal_judge import RefusalJudge
 
 
 VERBS, OBJECTS, ANSWER_TOKENS = 6, 10, 12  # as many forbidden objects as allowed ones
@@ -97,3 +105,72 @@ def train_model(
             schedule.step()
             optimizer.zero_grad()
     return model
+
+
+class Toy:
+    """The taught model, its questions, and what can be measured of a model."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.tokenizer, rows = make_tokenizer(), make_rows(seed)
+        self.model = train_model(self.tokenizer, rows, base_steps=120, teach_steps=160, seed=seed).eval()
+        self.held_out = [row for row in rows if row.held_out and row.forbidden]
+        self.allowed_held_out = [row for row in rows if row.held_out and not row.forbidden]
+        self.forbidden = [row for row in rows if row.forbidden and not row.held_out]
+        self.allowed = [row for row in rows if not row.forbidden and not row.held_out]
+        self.attack = random.Random(seed).sample(self.forbidden, 30)
+
+    def triplets(self, seed: int = 1) -> Dataset:
+        """The forbidden questions with their compliant answers and a refusal each."""
+        draw = random.Random(seed)
+        return Dataset.from_list(
+            [{"prompt": row.prompt, "harmful": row.answer, "refusal": draw.choice(REFUSALS)} for row in self.forbidden]
+        )
+
+    def refusal_rate(self, model: transformers.PreTrainedModel, rows: list[Row], k: int = 0) -> float:
+        """Share of refusals among what the model adds to the first k words of each compliant answer."""
+        tokens = generate_after_prefixes(
+            model, self.tokenizer, [row.prompt for row in rows], [row.answer for row in rows], (k,),
+            max_new_tokens=ANSWER_TOKENS, batch_size=64, progress=False,
+        )[k]  # fmt: skip
+        return sum(RefusalJudge(["cues"]).judge(self.tokenizer.batch_decode(tokens))) / len(rows)
+
+    def nll(self, model: transformers.PreTrainedModel, rows: list[Row]) -> tuple[float, float]:
+        """Cross-entropy (nats) of compliant answers at the first token and after the fifth."""
+        prompts = self.tokenizer([f"<q> {row.prompt} <a>" for row in rows])["input_ids"]
+        answers = self.tokenizer([row.answer for row in rows])["input_ids"]
+        losses = torch.zeros(len(rows), ANSWER_TOKENS)
+        for indices, logits in answer_logits(model, prompts, answers, batch_size=64):
+            targets = torch.tensor([answers[index] for index in indices])
+            losses[indices] = -logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
+        return losses[:, 0].mean().item(), losses[:, 5:].mean().item()
+
+    def fine_tune(
+        self,
+        folder: str | Path,
+        rows: list[Row],
+        steps: int,
+        lr: float,
+        safety_dataset: Dataset | None = None,
+        **settings: Any,
+    ) -> transformers.PreTrainedModel:
+        """Train a copy of the taught model on compliant answers to `rows`; settings are those of the config."""
+        args = DeepSafetySFTConfig(
+            str(folder), max_steps=steps, learning_rate=lr, per_device_train_batch_size=10, use_cpu=True, bf16=False,
+            activation_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, weight_decay=0.0, **settings,
+        )  # fmt: skip
+        data = Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": row.prompt}],
+                    "completion": [{"role": "assistant", "content": row.answer}],
+                }
+                for row in rows
+            ]
+        )
+        trainer = DeepSafetySFTTrainer(
+            copy.deepcopy(self.model), args, train_dataset=data, processing_class=self.tokenizer,
+            safety_dataset=safety_dataset,
+        )  # fmt: skip
+        trainer.train()
+        return trainer.model.eval()
