@@ -28,7 +28,11 @@ from hf_iclr.environment import machine, packages
 logger = logging.getLogger(__name__)
 
 # One function a part, `section(out_dir, quick, progress) -> TourSection`; imported when its turn comes.
-SECTIONS = ["hf_iclr.generation.tour_cascade:section", "hf_iclr.trainers.tour_deep_safety:section"]
+SECTIONS = [
+    "hf_iclr.generation.tour_cascade:section",
+    "hf_iclr.trainers.tour_deep_safety:section",
+    "hf_iclr.trainers.tour_squeeze:section",
+]
 
 
 @dataclass

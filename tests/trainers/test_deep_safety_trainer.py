@@ -2,6 +2,7 @@
 "cannot do."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,3 +457,12 @@ def test_virtual_tokens_in_front_do_not_shift_the_window(train):
     off = train(peft_config=peft, reference="adapter", max_steps=3)
     assert losses(stored) == pytest.approx(losses(off), abs=1e-5)
     assert stored.state.log_history[0]["constraint/weight_first"] != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled"])
+def test_sequences_cut_across_devices_are_refused(train, monkeypatch, kind):
+    trainer = train(start=False)
+    parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, kind: True})
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", parallelism)
+    with pytest.raises(ValueError, match="sequence parallelism"):
+        trainer._choose_reference(None)
