@@ -78,6 +78,13 @@ class DeepSafetySFTTrainer(SFTTrainer):
             loss or packing it cannot rewrite, a reference of another vocabulary, sequence parallelism.
     """
 
+    # Set by the parents, whose types are not read.
+    args: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "hf_iclr", "deep-safety"]
     _name = "Deep safety SFT"
     _paper: ClassVar[dict[str, str]] = {
