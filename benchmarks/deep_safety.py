@@ -10,7 +10,9 @@ foods that no training saw:
 - taught: refusals when the model starts alone (k = 0) and when its answer is begun with the first k tokens of a
   compliant one; over-refusal on the other foods. A refusal that is lost at k = 3 is a few tokens deep.
 - method A: the taught model trained on with recovery rows, beside a control trained equally long without prefixes.
-- attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full.
+- attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full. Rows
+  "recovery" and "both" mix in a share of 0.2 recovery rows of other mushroom questions, "5/5/.1" and "both" constrain
+  only rows whose prompt the taught model refuses.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
 A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
@@ -59,13 +61,15 @@ KS = (0, 1, 3, 5, 10, 20)
 ATTACK_TOKENS = 16  # of every compliant answer
 WINDOW = 5  # tokens whose loss is reported apart
 STAGES = ("teach", "deepen", "attack", "full", "benign")
-RECOMMENDED: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
+STRONG: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
 ROWS: dict[str, dict[str, Any]] = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
-    "recommended": RECOMMENDED,
-    "constrained .5/2/.1": {},
     "SFT + warm-up": {"constrain": "none"},
+    "constrained .5/2/.1": {},
     "constrained 2/2/.1": {"beta_first": 2.0},
+    "constrained 5/5/.1": STRONG,
+    "SFT + recovery rows": {"constrain": "none", "with_recovery": True},
+    "both methods": {**STRONG, "with_recovery": True},
     "Lisa": {"constrain": "none"},
 }
 LORA = LoraConfig(
@@ -77,7 +81,7 @@ LORA = LoraConfig(
 )
 TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "recommended")
+FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods")
 
 
 class Scale(NamedTuple):
@@ -138,10 +142,13 @@ class Lab:
         lora: bool = True,
         callbacks: list | None = None,
         safety_dataset: Dataset | None = None,
+        with_recovery: bool = False,
         **settings: Any,
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """Train; the model, its LoRA merged but still there, and the mean weights that the constraint logged."""
         set_seed(self.seed)
+        if with_recovery:
+            safety_dataset, settings["max_prefix_tokens"] = self.safety_triplets(), LONGEST_PREFIX
         with tempfile.TemporaryDirectory() as folder:
             args = DeepSafetySFTConfig(
                 folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=self.seed,
@@ -157,6 +164,11 @@ class Lab:
         if lora:
             trainer.model.merge_adapter()
         return trainer.model.eval(), logged
+
+    def safety_triplets(self) -> Dataset:
+        """What the one who fine-tunes has of his own: forbidden questions that are not among the attack's."""
+        others = [q for q in self.questions.forbidden if q not in self.attack_questions]
+        return recovery_triplets(others, self.tokenizer, self.seed)
 
     def refusals(self, model, questions, ks=(0,)) -> dict[str, list[bool]]:
         """For each k, whether the model refuses each question after the first k tokens of its compliant answer."""
@@ -215,25 +227,24 @@ class Lab:
 
     def teach(self) -> None:
         """Shallow alignment: refuse every question about mushrooms, answer the same about another food."""
+        started = time.process_time()
         for number in range(1, TEACH_ROUNDS + 1):
             if self.taught_folder(number).exists():
                 continue
-            started = time.process_time()
             seed = self.seed + 1000 * (number - 1)
             rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=seed)
             model, _ = self.fine_tune(
                 self.load_base() if number == 1 else self.load_taught(number - 1), rows, self.scale.teach_steps, 2e-3,
                 16, constrain="none", adam_beta1=0.9, warmup_steps=5, train_sampling_strategy="sequential",
             )  # fmt: skip
-            model = model.merge_and_unload()
-            model.save_pretrained(self.taught_folder(number))
-            if number == TEACH_ROUNDS:
-                self.measure_depth(model, "teach", "taught", started)
+            model.merge_and_unload().save_pretrained(self.taught_folder(number))
+        if not self.done("teach", "taught"):
+            self.measure_depth(self.load_taught(), "teach", "taught", started)
 
     def deepen(self) -> None:
         """Method A, half of each step recovery rows; the control has the same rows without prefixes."""
         anchor = Dataset.from_list([row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in self.questions.allowed])
-        triplets = recovery_triplets(self.questions, self.tokenizer, self.seed)
+        triplets = recovery_triplets(self.questions.forbidden, self.tokenizer, self.seed)
         for name, probability in (("method A", 0.5), ("control", 0.0)):
             if self.done("deepen", name):
                 continue
@@ -286,7 +297,7 @@ class Lab:
                 for q, call in train
             ]
         )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended"):
+        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods"):
             if self.done("benign", name):
                 continue
             started = time.process_time()

@@ -154,13 +154,13 @@ def teaching_rows(
     return Dataset.from_list(rows)
 
 
-def recovery_triplets(questions: Questions, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
-    """The forbidden questions, each with its compliant answer and two of the refusals."""
+def recovery_triplets(forbidden: list[Question], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Forbidden questions, each with its compliant answer and two of the refusals."""
     draw = random.Random(seed)
     return Dataset.from_list(
         [
             {"prompt": q.prompt, "harmful": tokenizer.decode(q.answer), "refusal": refusal}
-            for q in questions.forbidden
+            for q in forbidden
             for refusal in draw.sample(REFUSALS, 2)
         ]
     )
