@@ -198,7 +198,7 @@ def repetition_metrics(answers: Sequence[Sequence[int]], ends: Sequence[int]) ->
     long = [grams for grams in fours if grams]
     return {
         "rep_4": _mean([1 - len(set(grams)) / len(grams) for grams in long]),
-        "distinct_2": len(set(twos)) / max(len(twos), 1),
+        "distinct_2": len(set(twos)) / len(twos) if twos else 1.0,
         "dup_across_prompts": _mean([_mean([holders[gram] > 1 for gram in set(grams)]) for grams in long]),
         "longest_run": _mean([_longest_run(text) for text in texts]),
         "length": _mean([len(text) for text in texts]),

@@ -316,6 +316,8 @@ def test_repetition_by_hand():
             "eos_rate": 2 / 3,
         }
     )
+    empty = repetition_metrics([[9], [9]], ends=[9])
+    assert empty["distinct_2"] == empty["eos_rate"] == 1 and empty["rep_4"] == empty["length"] == 0
 
 
 def test_named_sets_and_trackers(tmp_path, word_tokenizer):
