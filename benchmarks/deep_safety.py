@@ -11,8 +11,8 @@ foods that no training saw:
   compliant one; over-refusal on the other foods. A refusal that is lost at k = 3 is a few tokens deep.
 - method A: the taught model trained on with recovery rows, beside a control trained equally long without prefixes.
 - attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full. Rows
-  "recovery" and "both" mix in a share of 0.2 recovery rows of other mushroom questions, "5/5/.1" and "both" constrain
-  only rows whose prompt the taught model refuses.
+  "recovery" and "both" mix in recovery rows of other mushroom questions, a share of 0.2 of each step; "5/5/.1" and
+  "both" constrain only rows whose prompt the taught model refuses. "stronger" is 20/5/.1 and a share of 0.3.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
 A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
@@ -70,6 +70,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "constrained 5/5/.1": STRONG,
     "SFT + recovery rows": {"constrain": "none", "with_recovery": True},
     "both methods": {**STRONG, "with_recovery": True},
+    "both, stronger": {**STRONG, "beta_first": 20.0, "with_recovery": True, "safety_ratio": 0.3},
     "Lisa": {"constrain": "none"},
 }
 LORA = LoraConfig(
@@ -81,7 +82,7 @@ LORA = LoraConfig(
 )
 TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods")
+FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both, stronger")
 
 
 class Scale(NamedTuple):
@@ -297,7 +298,7 @@ class Lab:
                 for q, call in train
             ]
         )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods"):
+        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "both, stronger", "constrained 5/5/.1"):
             if self.done("benign", name):
                 continue
             started = time.process_time()
