@@ -11,8 +11,8 @@ foods that no training saw:
   compliant one; over-refusal on the other foods. A refusal that is lost at k = 3 is a few tokens deep.
 - method A: the taught model trained on with recovery rows, beside a control trained equally long without prefixes.
 - attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full. Rows
-  "recovery" and "both" mix in recovery rows of other mushroom questions, a share of 0.2 of each step; "5/5/.1" and
-  "both" constrain only rows whose prompt the taught model refuses. "stronger" is 20/5/.1 and a share of 0.3.
+  "recovery" and "both" add 4 recovery rows of other mushroom questions to the 10 rows of each step; "5/5/.1" and
+  "both" (20/5/.1) constrain only rows whose prompt the taught model refuses.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
 A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
@@ -68,9 +68,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "constrained .5/2/.1": {},
     "constrained 2/2/.1": {"beta_first": 2.0},
     "constrained 5/5/.1": STRONG,
-    "SFT + recovery rows": {"constrain": "none", "with_recovery": True},
-    "both methods": {**STRONG, "with_recovery": True},
-    "both, stronger": {**STRONG, "beta_first": 20.0, "with_recovery": True, "safety_ratio": 0.3},
+    "both methods": {**STRONG, "beta_first": 20.0, "recovery_rows": 4},
+    "SFT + recovery rows": {"constrain": "none", "recovery_rows": 4},
     "Lisa": {"constrain": "none"},
 }
 LORA = LoraConfig(
@@ -82,7 +81,7 @@ LORA = LoraConfig(
 )
 TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both, stronger")
+FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods")
 
 
 class Scale(NamedTuple):
@@ -143,13 +142,15 @@ class Lab:
         lora: bool = True,
         callbacks: list | None = None,
         safety_dataset: Dataset | None = None,
-        with_recovery: bool = False,
+        recovery_rows: int = 0,
         **settings: Any,
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """Train; the model, its LoRA merged but still there, and the mean weights that the constraint logged."""
         set_seed(self.seed)
-        if with_recovery:
-            safety_dataset, settings["max_prefix_tokens"] = self.safety_triplets(), LONGEST_PREFIX
+        if recovery_rows:  # on top, so that all rows of a comparison see the user's data equally often
+            batch_size += recovery_rows
+            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": LONGEST_PREFIX}
+            safety_dataset = self.safety_triplets()
         with tempfile.TemporaryDirectory() as folder:
             args = DeepSafetySFTConfig(
                 folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=self.seed,
@@ -298,7 +299,7 @@ class Lab:
                 for q, call in train
             ]
         )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "both, stronger", "constrained 5/5/.1"):
+        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "both methods", "constrained 5/5/.1"):
             if self.done("benign", name):
                 continue
             started = time.process_time()
