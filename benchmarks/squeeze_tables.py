@@ -92,14 +92,18 @@ def print_bars(curves: dict[tuple[str, int], pd.DataFrame], seeds: list[int]) ->
     valley = [start(curves, "sft", s, "valley share") - start(curves, "extend", s, "valley share") for s in both]
     bars.append(("extend: valley share before DPO lower by at least .05", valley, 0.05))
     points = [(at(curves["extend", seed], MARGIN), at(curves["sft", seed], MARGIN)) for seed in both]
-    ratios = [extend["argmax | rejected"] / sft["argmax | rejected"] for extend, sft in points if extend and sft]
-    # As "at least": minus the ratio against minus .8
+    ratios = [
+        extend["argmax | rejected"] / sft["argmax | rejected"]
+        for extend, sft in points
+        if extend and sft and sft["argmax | rejected"] > 0
+    ]
+    # As "at least": minus the ratio against minus .8; where SFT's is a fall there is no ratio to speak of
     bars.append((f"extend: argmax | rejected at margin {MARGIN} at most .8 of sft's", [-r for r in ratios], -0.8))
     print("\nBars, each for every seed")
     for text, values, bar in bars:
         enough = len(values) == len(seeds)
         verdict = "reached" if enough and all(value >= bar for value in values) else "NOT REACHED"
-        shown = ", ".join(f"{abs(value) if bar < 0 else value:+.3f}" for value in values)
+        shown = ", ".join(f"{-value if bar < 0 else value:+.3f}" for value in values)
         missing = "" if enough else f"; {len(seeds) - len(values)} seeds have no such point"
         print(f"  {verdict:12} {text}: {shown}{missing}")
 
