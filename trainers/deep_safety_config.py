@@ -22,6 +22,9 @@ class DeepSafetySFTConfig(SFTConfig):
             Which rows get the constrained loss: `"all"`, `"refused"` (rows whose prompt the reference model refuses,
             by one short greedy answer each before training) or `"none"`. The others get plain cross-entropy, as do
             rows with a column `constrain` that is `False`.
+        rehearse_refusals (`bool`, *optional*, defaults to `False`):
+            With `constrain="refused"`: mix the reference's own refusals of those prompts into every step, a share
+            `safety_ratio` of its rows. The constraint only weakens a push; these rows pull back.
         beta_first (`float`, *optional*, defaults to `0.5`):
             Strength β₁ at the first token of an answer. Larger holds the token closer to the reference.
         beta_initial (`float`, *optional*, defaults to `2.0`):
@@ -62,6 +65,9 @@ class DeepSafetySFTConfig(SFTConfig):
     constrain: str = field(
         default="all", metadata={"help": "Rows that get the constrained loss.", "choices": list(CONSTRAIN)}
     )
+    rehearse_refusals: bool = field(
+        default=False, metadata={"help": "Mix the reference's own refusals of training prompts into every step."}
+    )
     beta_first: float = field(default=0.5, metadata={"help": "Strength at the first answer token."})
     beta_initial: float = field(default=2.0, metadata={"help": "Strength at the other initial answer tokens."})
     beta_rest: float = field(default=0.1, metadata={"help": "Strength at all later answer tokens."})
@@ -99,6 +105,11 @@ class DeepSafetySFTConfig(SFTConfig):
             )
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")
+        if self.rehearse_refusals and self.constrain != "refused":
+            raise ValueError(
+                f"`rehearse_refusals=True` takes the refusals that `constrain='refused'` finds, got "
+                f"constrain={self.constrain!r}. Set `constrain='refused'`, or pass a `safety_dataset`."
+            )
         if not 0 < self.safety_ratio < 1:
             raise ValueError(
                 f"Expected `safety_ratio` between 0 and 1, got {self.safety_ratio}. The paper's value is 0.2."

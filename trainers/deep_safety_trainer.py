@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -31,7 +31,7 @@ from .reference_log_probs import (
     Window,
     add_reference_log_probs,
 )
-from .refused_prompts import mark_refused_prompts
+from .refused_prompts import find_refusals, prompts_of
 from .safety_recovery import tokenize_triplets
 
 
@@ -120,7 +120,9 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "The constrained loss cannot be right here: `compute_loss_func` takes its own loss from full logits. "
                 "Leave it out, or set `constrain='none'`."
             )
-        if safety_dataset is not None and (args.packing or args.train_sampling_strategy != "random"):
+        if (safety_dataset is not None or args.rehearse_refusals) and (
+            args.packing or args.train_sampling_strategy != "random"
+        ):
             raise ValueError(
                 "Recovery rows are mixed by row and by step, got "
                 f"packing={args.packing} and train_sampling_strategy={args.train_sampling_strategy!r}. Set "
@@ -132,12 +134,13 @@ class DeepSafetySFTTrainer(SFTTrainer):
         self.beta_schedule = beta_schedule
         self._ref_model: torch.nn.Module | None = None
         self._totals: dict[str, torch.Tensor] = {}
+        self._own_refusals: dict[tuple[int, ...], list[int]] = {}
         super().__init__(model, args, *positional, **kwargs)
 
         self.reference = self._choose_reference(ref_model) if self._constrains else None
         if self._constrains:
             self._set_up_constraint(ref_model)
-        if safety_dataset is not None:
+        if safety_dataset is not None or args.rehearse_refusals:
             self._mix_in(safety_dataset)
 
     def _choose_reference(self, ref_model: PreTrainedModel | None) -> str:
@@ -237,14 +240,20 @@ class DeepSafetySFTTrainer(SFTTrainer):
             self.eval_dataset = function(self.eval_dataset, "eval")
 
     def _mark_refused(self, rows: Dataset, name: str) -> Dataset:
-        if "seq_lengths" in rows.column_names or not isinstance(rows, Dataset) or self._is_vision_dataset:
+        if not isinstance(rows, Dataset) or self._is_vision_dataset or "seq_lengths" in rows.column_names:
             raise ValueError(
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data "
                 "and images do not allow. Set `packing=False`, or add a boolean column `constrain` yourself."
             )
         with self._reference_weights(), self._evaluation_mode():
             model = self.accelerator.unwrap_model(self.model)
-            return mark_refused_prompts(rows, model, self._tokenizer, self.accelerator, name)
+            refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
+        if name == "train":
+            self._own_refusals = refusals
+        before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
+        marks = [keep and prompt in refusals for keep, prompt in zip(before, prompts_of(rows), strict=True)]
+        rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
+        return rows.add_column(CONSTRAIN, marks)
 
     def _precompute(self, rows: Dataset, name: str) -> Dataset:
         if "seq_lengths" in rows.column_names:  # packed rows are scored one by one, as they are
@@ -284,7 +293,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _mix_in(self, safety_dataset: Dataset) -> None:
+    def _mix_in(self, safety_dataset: Dataset | None) -> None:
         if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
             raise ValueError(
                 "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
@@ -292,9 +301,22 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "yourself."
             )
         args: DeepSafetySFTConfig = self.args
+        triplets = [
+            {"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": refusal}
+            for prompt, refusal in sorted(self._own_refusals.items())
+            if args.rehearse_refusals
+        ]
+        if safety_dataset is not None:
+            triplets += list(tokenize_triplets(safety_dataset, self.processing_class, max_length=args.max_length))
+        if not triplets:
+            logger.warning(
+                "The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse."
+            )
+            return
+        token_ids = List(Value("int64"))
         self.train_dataset = RecoveryMixture(
             self.train_dataset,
-            tokenize_triplets(safety_dataset, self.processing_class, max_length=args.max_length),
+            Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
             seed=args.seed,
             prefix_probability=args.recovery_probability,
             max_prefix_tokens=args.max_prefix_tokens,

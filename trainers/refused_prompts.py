@@ -9,10 +9,19 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .prefill_generation import end_tokens
 from .refusal_judge import find_refusal_cue
 
 
-def mark_refused_prompts(
+def prompts_of(rows: Dataset) -> list[tuple[int, ...]]:
+    """Token ids of each row up to its first label."""
+    return [
+        tuple(ids[: next((index for index, label in enumerate(labels) if label != -100), len(labels))])
+        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+
+
+def find_refusals(
     rows: Dataset,
     model: PreTrainedModel,
     tokenizer: Any,
@@ -20,10 +29,9 @@ def mark_refused_prompts(
     name: str,
     batch_size: int = 16,
     max_new_tokens: int = 24,
-) -> Dataset:
+) -> dict[tuple[int, ...], list[int]]:
     """
-    Set the column `constrain` to whether the model refuses the prompt of a row, read off its greedy answer by
-    the cues of [`RefusalJudge`]. A row that said `False` before stays `False`.
+    Answer every prompt once, greedily, and keep the answers that refuse by the cues of [`RefusalJudge`].
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -42,14 +50,13 @@ def mark_refused_prompts(
             Length of an answer; refusals show in their first words.
 
     Returns:
-        [`~datasets.Dataset`]: the same rows with the column `constrain`.
+        `dict[tuple[int], list[int]]`: token ids of each refused prompt -> those of the refusal, up to and with its end
+        of turn, or the first `max_new_tokens`.
     """
-    prompts = [
-        tuple(ids[: _first_label(labels)]) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
-    ]
-    unique = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
+    unique = sorted(set(prompts_of(rows)), key=lambda prompt: (len(prompt), prompt))
     share = unique[accelerator.process_index :: accelerator.num_processes]
-    answers: list[tuple[tuple[int, ...], str]] = []
+    ends = end_tokens(model, tokenizer)
+    refusals: dict[tuple[int, ...], list[int]] = {}
     for start in tqdm(
         range(0, len(share), batch_size),
         desc=f"Answers of the reference to {name}",
@@ -65,15 +72,8 @@ def mark_refused_prompts(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-        answers += zip(batch, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True)
-    refusals = {prompt: find_refusal_cue(text) is not None for prompt, text in answers}
-    refused = {prompt: verdict for part in gather_object([refusals]) for prompt, verdict in part.items()}
-    before = rows["constrain"] if "constrain" in rows.column_names else [True] * len(rows)
-    marks = [keep and refused[prompt] for keep, prompt in zip(before, prompts, strict=True)]
-    if "constrain" in rows.column_names:
-        rows = rows.remove_columns("constrain")
-    return rows.add_column("constrain", marks)
-
-
-def _first_label(labels: list[int]) -> int:
-    return next((index for index, label in enumerate(labels) if label != -100), len(labels))
+        for prompt, answer in zip(batch, output[:, width:].tolist(), strict=True):
+            end = next((index + 1 for index, token in enumerate(answer) if token in ends), len(answer))
+            if find_refusal_cue(tokenizer.decode(answer[:end], skip_special_tokens=True)) is not None:
+                refusals[prompt] = answer[:end]
+    return {prompt: refusal for part in gather_object([refusals]) for prompt, refusal in part.items()}

@@ -451,6 +451,27 @@ def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatc
     assert "may not hold" not in caplog.text
 
 
+def test_own_refusals_are_rehearsed_beside_the_rows_they_answer(train, monkeypatch, caplog):
+    monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", lambda text: 0)
+    trainer = train(constrain="refused", rehearse_refusals=True, start=False, per_device_train_batch_size=10)
+    reference = tiny_llama()
+    order = list(trainer._get_train_sampler())
+    assert sum(index >= 24 for index in order[:10]) == 2
+    row = trainer.train_dataset[max(order)]
+    answer = [label for label in row["labels"] if label != -100]
+    prompt = torch.tensor([row["input_ids"][: -len(answer)]])
+    greedy = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
+    assert row["constrain"] is False and answer == greedy[0, prompt.shape[1] :].tolist()
+    trainer.train()
+    assert len(losses(trainer)) == 3
+
+    monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", lambda text: None)
+    trainer = train(constrain="refused", rehearse_refusals=True, start=False)
+    assert "nothing to rehearse" in caplog.text and isinstance(trainer.train_dataset, Dataset)
+    with pytest.raises(ValueError, match="constrain='refused'"):
+        DeepSafetySFTConfig("out", **QUICK, rehearse_refusals=True)
+
+
 def test_virtual_tokens_in_front_do_not_shift_the_window(train):
     peft = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     stored = train(peft_config=peft, reference="precompute", max_steps=3)

@@ -1,17 +1,20 @@
 """`constrain="refused"`: rows whose prompt the reference refuses are held, the others trained as ever."""
 
+from types import SimpleNamespace
+
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from hf_iclr.trainers.refused_prompts import mark_refused_prompts
+from hf_iclr.trainers.refused_prompts import find_refusals, prompts_of
 
 
 class Refuser:
-    """Answers prompts that hold token 7 with "I cannot help with that.", all others with "Sure, gladly."."""
+    """Answers "I cannot help with that." where the prompt holds a 7, else "Sure, gladly."; "!" ends an answer."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.seen = tokenizer, []
+        self.generation_config = SimpleNamespace(eos_token_id=tokenizer.pad_token_id)
 
     def generate(self, input_ids, attention_mask, max_new_tokens, do_sample):
         assert not do_sample
@@ -19,9 +22,7 @@ class Refuser:
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = ids[mask.bool()].tolist()
             self.seen.append(tuple(prompt))
-            text = (
-                "I cannot help with that." if ord("7") in self.tokenizer.decode(prompt).encode() else "Sure, gladly."
-            )
+            text = "I cannot help with that.!" if "7" in self.tokenizer.decode(prompt) else "Sure, gladly.!!"
             answers.append(self.tokenizer(text)["input_ids"][:max_new_tokens])
         width = max(map(len, answers))
         pad = self.tokenizer.pad_token_id
@@ -36,9 +37,9 @@ def test_marks_follow_the_references_own_answers(byte_tokenizer):
     for text in texts:
         prompt, answer = byte_tokenizer(text)["input_ids"], byte_tokenizer(" yes")["input_ids"]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    marked = mark_refused_prompts(Dataset.from_list(rows), model, byte_tokenizer, Accelerator(cpu=True), "train", 2)
-    assert list(marked["constrain"]) == [True, False, True, True]
+    dataset = Dataset.from_list(rows)
+    refusals = find_refusals(dataset, model, byte_tokenizer, Accelerator(cpu=True), "train", batch_size=2)
+    assert [prompt in refusals for prompt in prompts_of(dataset)] == [True, False, True, True]
     assert len(model.seen) == 3  # every prompt once
-    off = Dataset.from_list([{**row, "constrain": index > 0} for index, row in enumerate(rows)])
-    marked = mark_refused_prompts(off, model, byte_tokenizer, Accelerator(cpu=True), "train")
-    assert list(marked["constrain"]) == [False, False, True, True]
+    (ids,) = {tuple(refusal) for refusal in refusals.values()}
+    assert list(ids) == byte_tokenizer("I cannot help with that.!")["input_ids"]  # with its end, without the padding
