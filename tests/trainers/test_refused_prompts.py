@@ -10,7 +10,7 @@ from hf_iclr.trainers.refused_prompts import find_refusals, prompts_of
 
 
 class Refuser:
-    """Answers "I cannot help with that." where the prompt holds a 7, else "Sure, gladly."; "!" ends an answer."""
+    """Answers "I cannot help." where the prompt holds a 7, else "Sure, gladly."; "!" ends an answer."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.seen = tokenizer, []
@@ -22,7 +22,7 @@ class Refuser:
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = ids[mask.bool()].tolist()
             self.seen.append(tuple(prompt))
-            text = "I cannot help with that.!" if "7" in self.tokenizer.decode(prompt) else "Sure, gladly.!!"
+            text = "I cannot help.!" if "7" in self.tokenizer.decode(prompt) else "Sure, gladly.!!"
             answers.append(self.tokenizer(text)["input_ids"][:max_new_tokens])
         width = max(map(len, answers))
         pad = self.tokenizer.pad_token_id
@@ -42,4 +42,4 @@ def test_marks_follow_the_references_own_answers(byte_tokenizer):
     assert [prompt in refusals for prompt in prompts_of(dataset)] == [True, False, True, True]
     assert len(model.seen) == 3  # every prompt once
     (ids,) = {tuple(refusal) for refusal in refusals.values()}
-    assert list(ids) == byte_tokenizer("I cannot help with that.!")["input_ids"]  # with its end, without the padding
+    assert list(ids) == byte_tokenizer("I cannot help.!")["input_ids"]  # with its end, without the padding
