@@ -12,7 +12,8 @@ foods that no training saw:
 - method A: the taught model trained on with recovery rows, beside a control trained equally long without prefixes.
 - attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full. Rows
   "recovery" and "both" add 4 recovery rows of other mushroom questions to the 10 rows of each step; "5/5/.1" and
-  "both" (20/5/.1) constrain only rows whose prompt the taught model refuses.
+  "both" (20/5/.1) constrain only rows whose prompt the taught model refuses. "recommended" is 5/5/.1 with 2 of the 10
+  rows of each step the taught model's own refusals of those prompts. It was chosen on seed 0: 1 and 2 test it.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
 A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
@@ -66,6 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
     "SFT + warm-up": {"constrain": "none"},
     "constrained .5/2/.1": {},
+    "recommended": {**STRONG, "rehearse_refusals": True},
     "constrained 2/2/.1": {"beta_first": 2.0},
     "constrained 5/5/.1": STRONG,
     "both methods": {**STRONG, "beta_first": 20.0, "recovery_rows": 4},
@@ -81,7 +83,7 @@ LORA = LoraConfig(
 )
 TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 5/5/.1", "both methods")
+FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
 
 class Scale(NamedTuple):
@@ -299,7 +301,7 @@ class Lab:
                 for q, call in train
             ]
         )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "both methods", "constrained 5/5/.1"):
+        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended"):
             if self.done("benign", name):
                 continue
             started = time.process_time()

@@ -11,9 +11,9 @@ from hf_iclr.trainers.safety_statistics import wilson_rate
 KS = ("0", "1", "3", "5", "10", "20")
 ROWS = (
     "SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "constrained 5/5/.1", "SFT + recovery rows",
-    "both methods", "Lisa", "SafeLoRA",
+    "both methods", "recommended", "Lisa", "SafeLoRA",
 )  # fmt: skip
-RECOMMENDED = "both methods"
+RECOMMENDED = "recommended"
 Seeds = list[dict[str, Any]]
 
 
