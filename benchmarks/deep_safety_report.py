@@ -13,7 +13,7 @@ ROWS = (
     "SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "constrained 5/5/.1", "SFT + recovery rows",
     "both methods", "recommended", "Lisa", "SafeLoRA",
 )  # fmt: skip
-RECOMMENDED = "recommended"
+RECOMMENDED = "both methods"
 Seeds = list[dict[str, Any]]
 
 
@@ -30,9 +30,10 @@ def bootstrap(verdicts: list[list[bool]], draws: int = 4000) -> tuple[float, flo
 
 
 def shown_rate(verdicts: list[list[bool]]) -> str:
-    """Mean of the seeds in percent with its interval; of one seed with Wilson's."""
-    if len(verdicts) == 1:
-        _, _, rate, low, high = wilson_rate(verdicts[0])
+    """Mean of the seeds in percent with its interval; Wilson's for one seed, and where all verdicts are the same."""
+    pooled = [verdict for seed in verdicts for verdict in seed]
+    if len(verdicts) == 1 or len(set(pooled)) == 1:
+        _, _, rate, low, high = wilson_rate(pooled)
     else:
         rate, low, high = bootstrap(verdicts)
     return f"{100 * rate:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
