@@ -66,6 +66,7 @@ SEAMS = {
         "continue_final_message=None, skip_special_tokens=None, tools=None)"
     ),
     "transformers.dynamic_module_utils:custom_object_save": "(obj, folder, config=None)",
+    "transformers.trainer:Trainer.log": "(self, logs, start_time=None)",
     "transformers.trainer:Trainer._get_train_sampler": "(self, train_dataset=None)",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": (
         "(self, model, inputs, return_outputs=False, num_items_in_batch=None)"
@@ -90,6 +91,7 @@ SEAMS = {
     "trl.trainer.utils:use_adapter": "(model, adapter_name)",
     "trl.models.utils:prepare_deepspeed": "(model, accelerator)",
     "trl.models.utils:prepare_fsdp": "(model, accelerator)",
+    "trl.data_utils:common_prefix_length": "(ids, other_ids)",
     "trl.scripts.sft:main": "(script_args, training_args, model_args, dataset_args)",
     "trl.scripts.sft:make_parser": "(subparsers=None, prog=None)",
     "trl.scripts.dpo:main": "(script_args, training_args, model_args, dataset_args)",
