@@ -13,7 +13,7 @@ ROWS = (
     "SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "constrained 5/5/.1", "SFT + recovery rows",
     "both methods", "recommended", "Lisa", "SafeLoRA",
 )  # fmt: skip
-RECOMMENDED = "both methods"
+RECOMMENDED = "recommended"
 Seeds = list[dict[str, Any]]
 
 
