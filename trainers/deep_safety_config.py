@@ -122,6 +122,11 @@ class DeepSafetySFTConfig(SFTConfig):
         if self.constrain != "none":
             self._check_constrained()
 
+    @property
+    def window_tokens(self) -> int:
+        """Length of the protected window: with `betas`, all positions but those of the last one."""
+        return len(self.betas) - 1 if self.betas is not None else self.num_initial_tokens
+
     def _check_constrained(self) -> None:
         reason = None
         if self.loss_type == "dft":

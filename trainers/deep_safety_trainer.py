@@ -22,6 +22,7 @@ from .constrained_loss import constrained_sft_loss, constraint_weights, schedule
 from .deep_safety_arguments import as_config, end_of_thinking_id, keep_adapter, load_triplets, template_ids
 from .deep_safety_config import DeepSafetySFTConfig
 from .fused_outputs import FusedOutputsProxy
+from .prefill_generation import evaluation_mode
 from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler
 from .reference_log_probs import (
     CONSTRAIN,
@@ -151,7 +152,10 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "devices. Turn them off in the accelerate config, or set `constrain='none'`."
             )
         if ref_model is not None:
-            size, expected = ref_model.get_input_embeddings().weight.shape[0], self._embedding_size()
+            size, expected = (
+                ref_model.get_input_embeddings().weight.shape[0],
+                self.model.get_input_embeddings().weight.shape[0],
+            )
             if size != expected:
                 raise ValueError(
                     f"Expected a reference with the vocabulary of the model ({expected} rows of embeddings), got one "
@@ -165,8 +169,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
         if reference in ("precompute", "window") and not once:
             raise ValueError(
                 f"`reference={reference!r}` reads the data once before training, which streamed data, images and FSDP "
-                "do "
-                'not allow. Set `reference="adapter"` with a `peft_config`, or `reference="frozen"`.'
+                'do not allow. Set `reference="adapter"` with a `peft_config`, or `reference="frozen"`.'
             )
         if reference == "adapter" and not isinstance(self.model, PeftModel):
             raise ValueError(
@@ -175,18 +178,14 @@ class DeepSafetySFTTrainer(SFTTrainer):
             )
         return reference
 
-    def _embedding_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
-
     def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
         args: DeepSafetySFTConfig = self.args
         self._check_labels()
-        window_tokens = len(args.betas) - 1 if args.betas is not None else args.num_initial_tokens
         window = Window(
             args.window_start,
             template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
             end_of_thinking_id(self._tokenizer, args),
-            window_tokens if self.reference == "window" else None,
+            args.window_tokens if self.reference == "window" else None,
         )
         stored = self.reference in ("precompute", "window")
         self.data_collator = ConstrainedCollator(self.data_collator, window, stored)
@@ -245,7 +244,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data "
                 "and images do not allow. Set `packing=False`, or add a boolean column `constrain` yourself."
             )
-        with self._reference_weights(), self._evaluation_mode():
+        with self._reference_weights(), evaluation_mode(self.model):
             model = self.accelerator.unwrap_model(self.model)
             refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
         if name == "train":
@@ -267,7 +266,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
             kwargs = {key: value for key, value in batch.items() if key != POSITIONS}
-            with torch.no_grad(), self.accelerator.autocast(), self._reference_weights(), self._evaluation_mode():
+            with self.accelerator.autocast(), self._reference_weights(), evaluation_mode(self.model):
                 outputs = model(**kwargs, use_cache=False, fused_lm_head=True)
             return outputs.log_probs[:, 1 - batch["labels"].shape[1] :]
 
@@ -405,7 +404,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
             if self._ref_model is not None:
                 outputs = self._ref_model(**kwargs)
             else:
-                with self._reference_weights(), self._evaluation_mode():
+                with self._reference_weights(), evaluation_mode(self.model):
                     outputs = self.model(**kwargs)
         return outputs.log_probs[:, -length:]
 
@@ -418,16 +417,6 @@ class DeepSafetySFTTrainer(SFTTrainer):
             return
         with use_adapter(model, "ref" if "ref" in model.peft_config else None):
             yield
-
-    @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        """Inside, the model has no dropout, no embedding noise and no checkpointing."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _count(
         self,
@@ -445,8 +434,8 @@ class DeepSafetySFTTrainer(SFTTrainer):
         )
         constrained = mask & (betas > 0)
         weights = constraint_weights(logps, ref_logps, betas)
-        window_tokens = len(self.args.betas) - 1 if self.args.betas is not None else self.args.num_initial_tokens
-        buckets = (positions == 1, (positions > 1) & (positions <= window_tokens), positions > window_tokens)
+        window = self.args.window_tokens
+        buckets = (positions == 1, (positions > 1) & (positions <= window), positions > window)
         zero = torch.zeros((), device=logps.device)
         sums = [losses.sum(dtype=torch.float32), mask.sum()]
         for bucket in buckets:
