@@ -97,7 +97,7 @@ class Scale(NamedTuple):
     test_prompts: int
 
 
-FULL = Scale(slots_per_template=3, teach_steps=60, deepen_steps=20, attack_steps=20, benign_steps=20, test_prompts=48)
+FULL = Scale(slots_per_template=3, teach_steps=60, deepen_steps=40, attack_steps=20, benign_steps=20, test_prompts=48)
 QUICK = Scale(slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, test_prompts=6)
 
 

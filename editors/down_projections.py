@@ -1,0 +1,245 @@
+"""Where a decoder keeps its facts: the MLP's down-projection of every layer, found by structure and checked by numbers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+# Path inside a layer; seen in Llama, Mistral, Qwen, Gemma, Phi-3 | GPT-2 | Phi | GPT-J | OPT | GPT-NeoX, Falcon, BLOOM.
+NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """
+    The last linear layer of one decoder layer's MLP.
+
+    Args:
+        index (`int`):
+            Number of the decoder layer.
+        name (`str`):
+            Path of the module in the model.
+        module (`torch.nn.Module`):
+            A linear layer (also a quantised one) or a `Conv1D`.
+        layer (`torch.nn.Module`):
+            The decoder layer.
+        adds_to_residual (`bool`):
+            Whether the layer's output moves by exactly what the projection's output moves by; not so when a norm or a
+            factor stands between, as in Gemma 2 and OLMo 2.
+        layer_returns_tuple (`bool`):
+            Whether the layer returns its hidden states in a tuple, as in GPT-J and Falcon.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    layer: nn.Module
+    adds_to_residual: bool
+    layer_returns_tuple: bool
+
+    @property
+    def target(self) -> nn.Module:
+        """The module at whose output a target state is sought."""
+        return self.layer if self.adds_to_residual else self.module
+
+    @property
+    def is_conv1d(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx if self.is_conv1d else self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.module.nf if self.is_conv1d else self.module.out_features
+
+    def as_stored(self, delta: torch.Tensor) -> torch.Tensor:
+        """An update of shape `(out_features, in_features)` as the weight is stored: `Conv1D` keeps it transposed."""
+        return delta.T if self.is_conv1d else delta
+
+
+class _Stop(Exception):
+    """Ends a forward once everything wanted was seen."""
+
+
+def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
+    """
+    Find the down-projection of every layer of a dense decoder.
+
+    By the names that transformers uses; failing these, the last linear layer with as many outputs as the hidden size that
+    is called in a layer. Each is then checked by numbers: its output is moved at one token, and the layer's must move.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            A causal language model.
+
+    Returns:
+        `list[DownProjection]`: one a layer, in order.
+
+    Raises:
+        ValueError: for mixture-of-experts models, models without such layers, and when the check fails.
+    """
+    config = model.config.get_text_config(decoder=True)
+    inside = set(model.get_decoder().modules())
+    layers = next(
+        (
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and module in inside
+        ),
+        None,
+    )
+    if layers is None:
+        raise ValueError(
+            f"Expected a decoder with a list of its {config.num_hidden_layers} layers, got {type(model).__name__}."
+        )
+    prefix, stack = layers
+    found = []
+    for index, layer in enumerate(stack):
+        if any("expert" in name for name, _ in layer.named_modules()):
+            raise ValueError(
+                f"Expected a dense decoder, got mixture-of-experts layers in {type(model).__name__}: a token's keys go "
+                "through other weights for other routes, so one linear update cannot hold the fact. Edit a dense model."
+            )
+        name = next((name for name in NAMES if _is_linear(layer, name, config.hidden_size)), None)
+        found.append((index, layer, name))
+    if any(name is None for _, _, name in found):
+        name = _last_linear_called(model, stack[0], config.hidden_size)
+        found = [(index, layer, name) for index, layer, _ in found]
+    probed = _probe(model, stack[0], stack[0].get_submodule(name or ""))
+    return [
+        DownProjection(index, f"{prefix}.{index}.{name}", layer.get_submodule(name), layer, *probed)
+        for index, layer, name in found
+        if name is not None
+    ]
+
+
+def _is_linear(layer: nn.Module, name: str, hidden_size: int) -> bool:
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        return False
+    return getattr(module, "nf", getattr(module, "out_features", None)) == hidden_size
+
+
+def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: int) -> str:
+    """Name of the last linear layer with the right number of outputs that a forward of the layer calls."""
+    called: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in layer.named_modules()
+        if _is_linear(layer, name, hidden_size) and "attn" not in name and "attention" not in name
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[0]], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not called:
+        raise ValueError(
+            f"Expected a linear layer with {hidden_size} outputs at the end of each MLP of {type(model).__name__}, got "
+            f"none among {[name for name, _ in layer.named_modules() if name]}."
+        )
+    return called[-1]
+
+
+def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple[bool, bool]:
+    """
+    Move the projection's output at one token; the layer's output must move there alone. Is it the same move, and does the
+    layer return a tuple?
+    """
+    returned: list[type] = []
+    ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
+    shift: torch.Tensor | None = None
+
+    def move(_, __, output: torch.Tensor) -> torch.Tensor:
+        nonlocal shift
+        if shift is None:
+            return output
+        moved = output.clone().view(1, 3, -1)
+        moved[0, 1] += shift.to(output)
+        return moved.view_as(output)
+
+    with torch.no_grad(), capture({"layer": (layer, "output")}) as seen:
+        hooks = [
+            module.register_forward_hook(move),
+            layer.register_forward_hook(lambda _, __, output: returned.append(type(output))),
+        ]
+        try:
+            run_until(model, layer, input_ids=ids)
+            before = seen["layer"].float()
+            shift = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.abs().mean()
+            run_until(model, layer, input_ids=ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    moved = seen["layer"].float() - before
+    if moved[0, 0].any() or not moved[0, 1].any():
+        raise ValueError(
+            f"Expected {type(module).__name__} to be the MLP's last layer of {type(model).__name__}, but moving its output "
+            "at one token did not move the layer's output at that token alone."
+        )
+    tolerance = 8 * torch.finfo(seen["layer"].dtype).eps * (before[0, 1].abs() + shift.abs())
+    return bool(((moved[0, 1] - shift).abs() <= tolerance).all()), issubclass(returned[0], tuple)
+
+
+@contextmanager
+def capture(wanted: dict[Any, tuple[nn.Module, str]]) -> Iterator[dict[Any, torch.Tensor]]:
+    """
+    Keep what modules receive or return during the forwards in a `with` block.
+
+    Args:
+        wanted (`dict`):
+            For each key of the result a module and `"input"` or `"output"`.
+
+    Returns:
+        `dict`: filled by every forward; a layer's tuple counts as its first tensor.
+    """
+    seen: dict[Any, torch.Tensor] = {}
+
+    def keep(key: Any, side: str) -> Callable:
+        def hook(_, inputs, output) -> None:
+            value = inputs if side == "input" else output
+            seen[key] = (value[0] if isinstance(value, tuple) else value).detach()
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(key, side)) for key, (module, side) in wanted.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_until(model: PreTrainedModel, module: nn.Module, **inputs: Any) -> None:
+    """
+    Run a model only as far as one of its modules: what stands above is not computed.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            The model.
+        module (`torch.nn.Module`):
+            The last module to be run.
+        inputs (`dict`):
+            Arguments of the model's forward.
+    """
+
+    def stop(*_) -> None:
+        raise _Stop
+
+    hook = module.register_forward_hook(stop)
+    try:
+        model(**{"use_cache": False, **inputs})
+    except _Stop:
+        pass
+    finally:
+        hook.remove()

@@ -1,0 +1,160 @@
+"""The record of all edits: one line of JSON an event, one safetensors file a batch, nothing ever half-written."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .edit_request import EditRequest
+
+
+LEDGER_NAME = "ledger.jsonl"
+BATCHES = "batches"
+
+
+@dataclass
+class EditBatch:
+    """
+    Edits that were made together.
+
+    Args:
+        name (`str`):
+            Name of its file.
+        requests (`list[EditRequest]`):
+            The edits.
+        states (`torch.Tensor` of shape `(n, hidden_size)`):
+            Their target states.
+        residuals (`dict[int, torch.Tensor]`):
+            For each layer, of shape `(o, r)`.
+        factors (`dict[int, torch.Tensor]`):
+            For each layer, of shape `(r, d)`: the update is `residuals @ factors`.
+        keys (`dict[int, torch.Tensor]`):
+            For each layer, of shape `(d, n)`.
+        edits (`list[dict]`):
+            Their rows of [`EditReport`].
+        layers (`list[dict]`):
+            The layers' rows of [`EditReport`].
+    """
+
+    name: str
+    requests: list[EditRequest]
+    states: torch.Tensor
+    residuals: dict[int, torch.Tensor] = field(default_factory=dict)
+    factors: dict[int, torch.Tensor] = field(default_factory=dict)
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write the batch's tensors to `folder/batches`, whole or not at all; a file that is there is the same one."""
+        path = folder / BATCHES / f"{self.name}.safetensors"
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"states": self.states.contiguous()}
+        for kind in ("residuals", "factors", "keys"):
+            tensors |= {f"{kind}.{layer}": value.contiguous() for layer, value in getattr(self, kind).items()}
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, part)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, folder: Path, record: dict[str, Any]) -> "EditBatch":
+        """The batch of a ledger line's record and its file."""
+        path = folder / BATCHES / f"{record['name']}.safetensors"
+        if not path.exists():
+            raise ValueError(f"Expected {path}, of which the ledger speaks, got no such file.")
+        batch = cls(
+            name=record["name"],
+            requests=[EditRequest.from_dict(request) for request in record["requests"]],
+            states=torch.empty(0),
+            edits=record["edits"],
+            layers=record["layers"],
+        )
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                kind, _, layer = name.partition(".")
+                if layer:
+                    getattr(batch, kind)[int(layer)] = file.get_tensor(name)
+                else:
+                    batch.states = file.get_tensor(name)
+        return batch
+
+    def record(self) -> dict[str, Any]:
+        """What of it stands in the ledger."""
+        return {
+            "name": self.name,
+            "requests": [request.to_dict() for request in self.requests],
+            "edits": self.edits,
+            "layers": self.layers,
+        }
+
+
+def append_event(folder: Path, event: dict[str, Any]) -> None:
+    """
+    Add one line to the ledger and have it on the disk before returning.
+
+    Args:
+        folder (`Path`):
+            Where the ledger is.
+        event (`dict`):
+            `event` (`"edit"`, `"undo"` or `"remove"`), and the `batches` made or how many were `undone`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LEDGER_NAME
+    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with path.open("a") as file:
+        # After a kill in the middle of a line that line stays, unread, and the next one starts anew.
+        file.write("\n" * torn + json.dumps(event) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """
+    The events of a ledger, without a line that was cut short.
+
+    Args:
+        folder (`Path`):
+            Where the ledger is.
+
+    Returns:
+        `list[dict]`
+
+    Raises:
+        ValueError: when there is no ledger.
+    """
+    path = folder / LEDGER_NAME
+    if not path.exists():
+        raise ValueError(f"Expected {LEDGER_NAME} in {folder}, got none: no edits were saved there.")
+    events = []
+    for line in path.read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def batches_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    What is in force after some events.
+
+    Args:
+        events (`list[dict]`):
+            Lines of a ledger.
+
+    Returns:
+        `list[dict]`: the records of the batches, in order.
+    """
+    batches: list[dict[str, Any]] = []
+    for event in events:
+        if event["undone"]:
+            del batches[-event["undone"] :]
+        batches += event["batches"]
+    return batches

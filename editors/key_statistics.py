@@ -1,0 +1,491 @@
+"""Second moments of what the down-projections of a model read: what an edit must leave alone."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .down_projections import DownProjection, capture, find_down_projections, run_until
+
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "key_statistics.safetensors"
+_MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in float64
+
+
+@dataclass
+class KeyStatistics:
+    """
+    Sums of k k^T over the tokens of a text, k the input of a layer's down-projection.
+
+    Make them with [`KeyStatistics.from_dataset`]. Sums of two texts add: `first + second`.
+
+    Args:
+        sums (`dict[int, torch.Tensor]`):
+            For each layer the float64 sum of k k^T, of shape `(d, d)`.
+        module_names (`dict[int, str]`):
+            Path of each layer's down-projection in the model.
+        tokens (`int`):
+            How many keys were added.
+        rows (`int`):
+            From how many rows of text, read in order.
+        model_name (`str`):
+            Repository or folder the model came from.
+        model_revision (`str`, *optional*):
+            Its commit.
+        weights_hash (`str`):
+            [`hash_weights`] of the model: statistics of another model are refused.
+        datasets (`list[str]`):
+            Fingerprints of the texts.
+    """
+
+    sums: dict[int, torch.Tensor]
+    module_names: dict[int, str]
+    tokens: int
+    rows: int
+    model_name: str
+    model_revision: str | None
+    weights_hash: str
+    datasets: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset | Iterable[dict[str, Any]],
+        text_column: str = "text",
+        layers: str | Sequence[int] = "auto",
+        max_tokens: int = 200_000,
+        max_length: int = 512,
+        batch_size: int = 8,
+        skip_first_token: bool = False,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> "KeyStatistics":
+        """
+        Run the model once over a text and add up the keys of all layers wanted.
+
+        In a run of several processes each takes every n-th row and the sums are added; all of them get the result.
+
+        Args:
+            model (`~transformers.PreTrainedModel`):
+                A dense causal language model.
+            tokenizer (`~transformers.PreTrainedTokenizerBase`):
+                Its tokenizer.
+            dataset (`datasets.Dataset` or iterable of `dict`):
+                Rows of general text, of the kind that must not change.
+            text_column (`str`, *optional*, defaults to `"text"`):
+                Column with the text.
+            layers (`str` or `list[int]`, *optional*, defaults to `"auto"`):
+                Numbers of the layers, `"auto"` for those that [`AlphaEditConfig`] edits, or `"all"`.
+            max_tokens (`int`, *optional*, defaults to 200,000):
+                Tokens in all, at most. The paper has 100,000 articles; fewer than 100 times d is too few for a tight null space.
+            max_length (`int`, *optional*, defaults to 512):
+                Tokens of a row at most.
+            batch_size (`int`, *optional*, defaults to 8):
+                Rows in one forward.
+            skip_first_token (`bool`, *optional*, defaults to `False`):
+                Leave out each row's first token, whose keys are huge in many models and say nothing about the text.
+            checkpoint (`str` or `Path`, *optional*):
+                Folder in which the sums so far are kept; an interrupted run goes on from there.
+            progress (`bool`, *optional*, defaults to `True`):
+                Show a progress bar.
+
+        Returns:
+            [`KeyStatistics`]
+
+        Raises:
+            ValueError: when the dataset has no such column or no text, a layer does not exist, or a key is not finite.
+        """
+        projections = choose_layers(find_down_projections(model), layers)
+        if isinstance(dataset, Dataset) and text_column not in dataset.column_names:
+            raise ValueError(
+                f"Expected a column {text_column!r} with text, got {dataset.column_names}. Pass text_column=..."
+            )
+        state = PartialState()
+        share = -(-max_tokens // state.num_processes)
+        folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
+        made = cls(
+            sums={
+                p.index: torch.zeros(p.in_features, p.in_features, dtype=torch.float64, device=model.device)
+                for p in projections
+            },
+            module_names={p.index: p.name for p in projections},
+            tokens=0,
+            rows=0,
+            model_name=model.config.name_or_path,
+            model_revision=getattr(model.config, "_commit_hash", None),
+            weights_hash=hash_weights(model),
+            datasets=[_fingerprint(dataset, text_column, max_tokens, max_length, skip_first_token)],
+        )
+        if folder is not None and (folder / FILE_NAME).exists():
+            kept = cls.from_pretrained(folder)
+            kept.check_model(model)
+            if (kept.datasets, kept.layers) != (made.datasets, made.layers):
+                raise ValueError(
+                    f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other text or "
+                    "settings. Pass another checkpoint folder or remove this one."
+                )
+            made.tokens, made.rows = kept.tokens, kept.rows
+            made.sums = {layer: kept.sums[layer].to(made.sums[layer]) for layer in made.layers}
+
+        rows = range(state.process_index, len(dataset), state.num_processes) if isinstance(dataset, Dataset) else None
+        source = dataset.select(rows) if rows is not None else dataset
+        batches = _batches(source, tokenizer, text_column, max_length, batch_size, made.rows)
+        training = model.training
+        model.eval()
+        bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
+        try:
+            for number, batch in enumerate(batches, start=1):
+                before = made.tokens
+                made._add(model, projections, batch, share, skip_first_token)
+                bar.update(made.tokens - before)
+                if made.tokens >= share:
+                    break
+                if folder is not None and number % 50 == 0:
+                    made.save_pretrained(folder)
+        finally:
+            bar.close()
+            model.train(training)
+        if state.num_processes > 1:
+            made.tokens, made.rows = reduce(torch.tensor([made.tokens, made.rows], device=state.device), "sum").tolist()
+            made.sums = {
+                layer: reduce(value.to(state.device), "sum").to(value.device) for layer, value in made.sums.items()
+            }
+        if made.tokens == 0:
+            raise ValueError(f"Expected rows with text in column {text_column!r}, got none.")
+        made.sums = {layer: value.cpu() for layer, value in made.sums.items()}
+        return made
+
+    def _add(
+        self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int, skip_first: bool
+    ) -> None:
+        ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        with torch.no_grad(), capture({p.index: (p.module, "input") for p in projections}) as keys:
+            run_until(model, projections[-1].layer, input_ids=ids, attention_mask=mask)
+        counted = mask.bool()
+        if skip_first:
+            first = counted.long().argmax(1, keepdim=True)
+            counted = counted.scatter(1, first, False)
+        counted &= (counted.flatten().long().cumsum(0) <= share - self.tokens).view_as(counted)
+        for p in projections:
+            rows = keys[p.index].reshape(*mask.shape, -1)[counted.to(keys[p.index].device)].float()
+            if not rows.isfinite().all():
+                raise ValueError(f"Expected finite keys at {p.name}, got NaN or infinity. Load the model in float32.")
+            size = rows.square().sum(1)
+            massive = size > _MASSIVE * size.median()
+            huge, usual = rows[massive].double(), rows[~massive]
+            self.sums[p.index] += (usual.T @ usual).to(self.sums[p.index]) + (huge.T @ huge).to(self.sums[p.index])
+        self.tokens += int(counted.sum())
+        self.rows += len(mask)
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers, in order."""
+        return sorted(self.sums)
+
+    def second_moment(self, layer: int) -> torch.Tensor:
+        """
+        Mean of k k^T.
+
+        Args:
+            layer (`int`):
+                Number of the layer.
+
+        Returns:
+            `torch.Tensor` of shape `(d, d)`, float64.
+
+        Raises:
+            ValueError: when the layer is not among the statistics or they are not finite.
+        """
+        if layer not in self.sums:
+            raise ValueError(
+                f"Expected statistics of layer {layer}, got those of {self.layers}. Collect them with layers=[...]."
+            )
+        moment = self.sums[layer] / self.tokens
+        if not moment.isfinite().all():
+            raise ValueError(f"Expected finite statistics, got NaN or infinity in layer {layer}. Collect them again.")
+        return moment
+
+    def preserved(
+        self,
+        layer: int,
+        threshold: float | None = None,
+        energy: float | None = None,
+        rank: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Directions in which the text's keys lie; their complement is the null space of
+        https://huggingface.co/papers/2410.02355.
+
+        Args:
+            layer (`int`):
+                Number of the layer.
+            threshold (`float`, *optional*):
+                Keep eigenvectors of the second moment whose eigenvalue is at least this, the paper's rule with 2e-2.
+            energy (`float`, *optional*):
+                Keep the fewest eigenvectors with this share of the sum of eigenvalues.
+            rank (`int`, *optional*):
+                Keep this many.
+
+        Returns:
+            `torch.Tensor` of shape `(d, m)`, float64, orthonormal columns, largest eigenvalue first.
+
+        Raises:
+            ValueError: unless exactly one of `threshold`, `energy` and `rank` is given, and within its range.
+        """
+        check_null_space_rule(threshold, energy, rank)
+        values, vectors = torch.linalg.eigh(self.second_moment(layer))
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        if threshold is not None:
+            count = int((values >= threshold).sum())
+        elif energy is not None:
+            count = int((values.cumsum(0) < energy * values.sum()).sum()) + 1 if energy > 0 else 0
+        else:
+            count = min(rank or 0, len(values))
+        return vectors[:, : min(count, len(values))].contiguous()
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """
+        Make sure that the statistics are those of a model.
+
+        Args:
+            model (`~transformers.PreTrainedModel`):
+                The unedited model.
+
+        Raises:
+            ValueError: when its weights are others.
+        """
+        if hash_weights(model) != self.weights_hash:
+            raise ValueError(
+                f"Expected statistics of this model, got those of {self.model_name!r} (revision {self.model_revision}), whose "
+                "weights differ. Collect them from this model: `KeyStatistics.from_dataset(model, tokenizer, dataset)`."
+            )
+
+    def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
+        if (self.weights_hash, self.module_names) != (other.weights_hash, other.module_names):
+            raise ValueError(
+                f"Expected statistics of the same model and layers, got {self.model_name!r} {self.layers} and "
+                f"{other.model_name!r} {other.layers}."
+            )
+        return KeyStatistics(
+            sums={layer: self.sums[layer] + other.sums[layer] for layer in self.layers},
+            module_names=self.module_names,
+            tokens=self.tokens + other.tokens,
+            rows=self.rows + other.rows,
+            model_name=self.model_name,
+            model_revision=self.model_revision,
+            weights_hash=self.weights_hash,
+            datasets=self.datasets + other.datasets,
+        )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Write `key_statistics.safetensors` and a model card, each whole or not at all.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, made if need be.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {name: value for name, value in asdict(self).items() if name != "sums"}
+        # One file: sums and count must never be of different moments.
+        tensors = {str(layer): value.cpu().contiguous() for layer, value in self.sums.items()}
+        part = folder / f".{FILE_NAME}.{os.getpid()}"
+        save_file(tensors, part, metadata={"hf_iclr": json.dumps(about)})
+        os.replace(part, folder / FILE_NAME)
+        self._card().save(folder / "README.md")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "KeyStatistics":
+        """
+        Read what [`~KeyStatistics.save_pretrained`] or [`~KeyStatistics.push_to_hub`] wrote.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or repository.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+
+        Returns:
+            [`KeyStatistics`]
+
+        Raises:
+            ValueError: when the folder holds no statistics.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[FILE_NAME]))
+        if not (folder / FILE_NAME).exists():
+            raise ValueError(f"Expected a folder or repository with {FILE_NAME}, got {name_or_path}, which has none.")
+        with safe_open(folder / FILE_NAME, "pt") as file:
+            about = json.loads(file.metadata()["hf_iclr"])
+            sums = {int(layer): file.get_tensor(layer) for layer in file.keys()}  # noqa: SIM118
+        about["module_names"] = {int(layer): name for layer, name in about["module_names"].items()}
+        return cls(sums=sums, **about)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: Any = None):
+        """
+        Upload what [`~KeyStatistics.save_pretrained`] writes.
+
+        Args:
+            repo_id (`str`):
+                Repository, made if need be.
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+            revision (`str`, *optional*):
+                Branch to push to.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Key statistics")
+
+    def _card(self) -> ModelCard:
+        data = ModelCardData(library_name="hf_iclr", tags=["knowledge-editing", "key-statistics"])
+        lines = "\n".join(
+            f"| {layer} | `{self.module_names[layer]}` | {len(self.sums[layer])} | {self.sums[layer].trace() / self.tokens:.4g} |"
+            for layer in self.layers
+        )
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# Key statistics of {self.model_name}\n\nFloat64 sums of k k^T over {self.tokens:,} "
+            f"tokens, k the input of each layer's down-projection (revision {self.model_revision}). Load them with "
+            "`hf_iclr.KeyStatistics.from_pretrained`.\n\n| layer | module | size | mean squared norm |\n| --- | --- | --- | --- |\n"
+            f"{lines}\n"
+        )
+
+
+def check_null_space_rule(threshold: float | None, energy: float | None, rank: int | None) -> None:
+    """
+    Exactly one rule for the null space must be given, within its range.
+
+    Args:
+        threshold (`float`, *optional*):
+            Smallest eigenvalue that is preserved, >= 0.
+        energy (`float`, *optional*):
+            Share of the sum of eigenvalues, in [0, 1].
+        rank (`int`, *optional*):
+            Number of directions, >= 0.
+
+    Raises:
+        ValueError: when none or several are given, or one is out of range.
+    """
+    rules = {"nullspace_threshold": threshold, "nullspace_energy": energy, "nullspace_rank": rank}
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Expected exactly one of {', '.join(rules)}, got {given or 'none'}.")
+    (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
+    if not 0 <= value <= upper:
+        raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
+
+
+def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
+    """
+    The layers to look at or to edit.
+
+    Args:
+        projections (`list[DownProjection]`):
+            Those of the whole model.
+        layers (`str` or `list[int]`):
+            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long; only the
+            last of them where layers normalise the projection's output, because a residual cannot be spread there.
+
+    Returns:
+        `list[DownProjection]`: in order.
+
+    Raises:
+        ValueError: when a number does not exist.
+    """
+    depth = len(projections)
+    if layers == "all":
+        return projections
+    if layers == "auto":
+        first, end = depth // 8, depth // 8 - (-3 * depth // 20)
+        return projections[first if projections[0].adds_to_residual else end - 1 : end]
+    if isinstance(layers, str) or not layers or not all(isinstance(i, int) and 0 <= i < depth for i in layers):
+        raise ValueError(f"Expected layers among 0 to {depth - 1}, 'auto' or 'all', got {layers!r}.")
+    return [projections[index] for index in sorted(set(layers))]
+
+
+def hash_weights(model: PreTrainedModel) -> str:
+    """
+    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the same
+    checkpoint has one name in float32 and in bfloat16.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            The model.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
+        if sample.is_floating_point():
+            sample = sample.to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(dataset: Any, *settings: Any) -> str:
+    name = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
+    return " ".join(map(str, (name, *settings)))
+
+
+def _batches(
+    dataset: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    max_length: int,
+    batch_size: int,
+    skip: int,
+) -> Iterable[dict[str, torch.Tensor]]:
+    encode = partial(tokenizer, truncation=True, max_length=max_length)
+    batch: list[list[int]] = []
+    for number, row in enumerate(dataset):
+        if number < skip:
+            continue
+        if text_column not in row:
+            raise ValueError(f"Expected a column {text_column!r} with text, got {sorted(row)}. Pass text_column=...")
+        batch.append(encode(row[text_column])["input_ids"])
+        if len(batch) == batch_size:
+            yield _pad(batch)
+            batch = []
+    if batch:
+        yield _pad(batch)
+
+
+def _pad(batch: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(1, max(map(len, batch)))
+    ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, : len(tokens)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
