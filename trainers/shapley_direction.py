@@ -1,0 +1,222 @@
+"""Along which direction a row's gradient lowers a validation loss: its gradient, preconditioned, perhaps sketched."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass
+class LowRank:
+    """`left @ right`, of shapes `(rows, rank)` and `(rank, columns)`."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+Direction = torch.Tensor | LowRank
+
+
+def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRank:
+    """
+    A randomised rank-`rank` approximation with one power step and Cholesky-QR (Halko, Martinsson and Tropp, 2011,
+    algorithm 4.4). It is exact if the matrix has no higher rank.
+
+    Args:
+        matrix (`torch.Tensor` of shape `(rows, columns)`):
+            What to approximate.
+        rank (`int`):
+            Columns of the basis.
+        generator (`torch.Generator`):
+            Of the CPU.
+    """
+    wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
+    start = torch.randn(wide.shape[1], rank, generator=generator).to(wide)
+    basis = _orthonormal(wide @ start)
+    basis = _orthonormal(wide @ _orthonormal(wide.T @ basis))
+    return LowRank(basis.to(matrix.dtype), (basis.T @ wide).to(matrix.dtype))
+
+
+def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
+    """(`torch.Tensor` scalar): the inner product of a direction and a gradient of the same parameter."""
+    if isinstance(direction, LowRank):
+        gradient = gradient.to(direction.left.dtype)
+        return torch.sum((direction.left.T @ gradient) * direction.right, dtype=_wide(direction.left.dtype))
+    if gradient.dtype != direction.dtype or gradient.dtype in (torch.bfloat16, torch.float16):
+        return torch.dot(gradient.flatten().float(), direction.flatten().float())
+    return torch.dot(gradient.flatten(), direction.flatten())
+
+
+def squared_norm(direction: Direction) -> torch.Tensor:
+    """(`torch.Tensor` scalar): the squared Frobenius norm; the left factor is orthonormal."""
+    tensor = direction.right if isinstance(direction, LowRank) else direction
+    return tensor.to(_wide(tensor.dtype)).square().sum()
+
+
+def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
+    """
+    What an optimiser multiplies a gradient by over time, apart from the learning rate, element by element.
+
+    Adam divides by the root of the second moment as it was before the step (https://huggingface.co/papers/2602.00329),
+    `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment
+    hands the gradient on in shares `(1 - beta1) beta1^k`, which sum to one. SGD with momentum hands it on in shares that sum to
+    `(1 - dampening) / (1 - momentum)`. Any other optimiser is treated as SGD, as the paper does with AdamW.
+
+    Returns:
+        `torch.Tensor` of the parameter's shape, or `float`.
+    """
+    state = optimizer.state.get(parameter, {})
+    second = state.get("exp_avg_sq")
+    if second is not None and "betas" in group:
+        second = state.get("max_exp_avg_sq", second) if group.get("amsgrad") else second
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        second = whole(second)
+        return (second > 0) / ((second / correction).sqrt() + group["eps"])
+    momentum = group.get("momentum", 0.0)
+    return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
+
+
+def applied_gain(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter, direction: Direction
+) -> torch.Tensor | None:
+    """
+    First-order gain, in nats, of the step that Adam or SGD with momentum has just made, without weight decay.
+
+    `direction` is the preconditioned one, so that Adam's `lr <m_t / (1 - beta1^t), D g_val>` is an inner product with
+    the first moment.
+
+    Returns:
+        `torch.Tensor` scalar, or `None` if the optimiser has no momentum.
+    """
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg" in state and "betas" in group:
+        correction = 1 - group["betas"][0] ** float(state["step"])
+        return inner(direction, whole(state["exp_avg"])) * (group["lr"] / correction)
+    if state.get("momentum_buffer") is not None:
+        share = (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
+        return inner(direction, whole(state["momentum_buffer"])) * (group["lr"] * share)
+    return None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of one that FSDP2 has sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def validation_gradient(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[tuple[Any, int]],
+    compute_loss: Callable[[nn.Module, Any], torch.Tensor],
+    *,
+    seed: int = 0,
+    with_gradient: bool = True,
+) -> tuple[list[torch.Tensor], float]:
+    """
+    Loss of a validation set and its gradient, by a pass in evaluation mode that leaves `.grad`, random states and
+    modes as they were. Processes share the batches.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, not wrapped by DDP.
+        parameters (list of `torch.nn.Parameter`):
+            What to differentiate by.
+        batches (list of `(batch, rows)`):
+            All batches, the same in every process, and how many rows each has.
+        compute_loss (`Callable`):
+            `compute_loss(model, batch)`: mean loss of the rows, in nats.
+        seed (`int`, *optional*, defaults to 0):
+            Of losses that draw noise.
+        with_gradient (`bool`, *optional*, defaults to `True`):
+            `False` for the loss alone.
+
+    Returns:
+        `(list[torch.Tensor], float)`: gradients, whole where parameters are sharded; loss, averaged over rows.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    total = sum(rows for _, rows in batches)
+    gradients = [torch.zeros(0)] * len(parameters)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    device = parameters[0].device
+    with untouched(model, device, seed), torch.set_grad_enabled(with_gradient):
+        for start in range(0, len(batches), world):  # every process makes as many passes: losses may gather metrics
+            mine = start + rank
+            batch, rows = batches[mine] if mine < len(batches) else (batches[0][0], 0)
+            loss = compute_loss(model, _move(batch, device)) * (rows / total)
+            loss_sum += loss.detach().double().cpu()
+            if not with_gradient:
+                continue
+            if sharded:  # FSDP differentiates copies, so that only `.grad` of the shards is right
+                loss.backward()
+                continue
+            for position, found in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+                if found is not None:
+                    known = gradients[position]
+                    gradients[position] = found if known.numel() == 0 else known.add_(found)
+    if sharded and with_gradient:
+        for position, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                gradients[position] = whole(parameter.grad) * world  # of which FSDP took the mean
+                parameter.grad = None
+    if with_gradient:
+        gradients = [
+            torch.zeros(parameter.shape, dtype=parameter.dtype, device=device) if found.numel() == 0 else found
+            for found, parameter in zip(gradients, parameters, strict=True)
+        ]
+    if world > 1:
+        loss_sum = loss_sum.to(device)
+        dist.all_reduce(loss_sum)
+        if with_gradient and not sharded:
+            for found in gradients:
+                dist.all_reduce(found)
+    return (gradients if with_gradient else []), loss_sum.item()
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Evaluation mode, and random states of our own; both restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    from accelerate.utils import send_to_device
+
+    return send_to_device(copy.copy(batch), device)
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Cholesky-QR, twice; Householder's where columns depend on one another."""
+    wide = columns.double()
+    for _ in range(2):
+        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+        if failed or factor.diagonal().min() <= 1e-7 * factor.diagonal().max():
+            return torch.linalg.qr(columns.double()).Q.to(columns.dtype)
+        wide = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False)
+    return wide.to(columns.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,131 @@
+"""Which row of the training set each position of a micro-batch belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class RowLayout:
+    """
+    Rows of one forward pass.
+
+    Args:
+        rows (`int`):
+            Rows of the training set in it.
+        batch (`int`):
+            Leading dimension of the model's inputs: `rows`, a multiple of it for pairs, which TRL lays out as
+            `[chosen; rejected]`, or 1 if rows were flattened.
+        length (`int`, *optional*):
+            Tokens of one input, if the inputs are tokens.
+        segments (`torch.Tensor` of shape `(batch * length,)`, *optional*):
+            Row of each token, if rows were flattened. Padding has the number `rows`.
+        tokens (`torch.Tensor` of shape `(rows,)`):
+            Tokens with a label, else tokens, else 1.
+        mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+            False where there is padding.
+    """
+
+    rows: int
+    batch: int
+    length: int | None
+    segments: torch.Tensor | None
+    tokens: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def positions(self) -> list[np.ndarray]:
+        """Where the tokens of each row are, as masks of shape `(batch, length)` without padding."""
+        owner = torch.arange(self.batch).remainder(self.rows)[:, None].expand(-1, self.length or 1)
+        if self.segments is not None:
+            owner = self.segments.view(self.batch, -1).cpu()
+        if self.mask is not None:
+            owner = owner.masked_fill(~self.mask.cpu(), self.rows)
+        return [(owner == row).numpy() for row in range(self.rows)]
+
+    def fits(self, shape: torch.Size, is_embedding: bool) -> bool:
+        """Whether a module's input of this shape, channels excluded, can be split into rows."""
+        count = shape.numel()
+        if self.segments is not None:
+            return count == self.segments.numel()
+        if not shape:
+            return False
+        if shape[0] == self.batch and not (len(shape) == 1 and self.length not in (None, 1) and is_embedding):
+            return True
+        if len(shape) == 1 and self.length is not None:
+            return count == self.batch * self.length
+        return not is_embedding and len(shape) > 1 and shape[0] % self.batch == 0
+
+    def sum_rows(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        (`torch.Tensor` of shape `(rows, targets)`): scores of shape `(positions, ..., targets)`, summed by row.
+        """
+        targets = scores.shape[-1]
+        if self.segments is not None:
+            total = scores.new_zeros(self.rows + 1, targets)
+            return total.index_add_(0, self.segments, scores.reshape(-1, targets))[: self.rows]
+        return scores.reshape(self.batch, -1, targets).sum(1).view(-1, self.rows, targets).sum(0)
+
+
+def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
+    """
+    Read the layout off what the model is called with.
+
+    Args:
+        inputs (`Mapping`):
+            Arguments of the model's forward pass, by name; positional ones under any name.
+        rows (`int`):
+            Rows the data loader put into the batch.
+
+    Raises:
+        ValueError: if the inputs can't be divided into that many rows.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    if not tensors:
+        raise ValueError("Expected the model to be called with tensors, got none: rows can't be told apart.")
+    main = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
+    is_text = main is not None
+    if main is None:
+        main = next(iter(tensors.values()))
+    batch = main.shape[0]
+    length = main.shape[1] if is_text and main.dim() > 1 else None
+    segments = None
+    if batch < rows:
+        segments = _segments(tensors, rows)
+    elif batch % rows:
+        raise ValueError(
+            f"Expected the model to get a multiple of the {rows} rows the data loader yielded, got {batch} inputs: "
+            "which input belongs to which row is unknown."
+        )
+    layout = RowLayout(rows, batch, length, segments, torch.ones(rows, dtype=torch.long))
+    mask = tensors.get("attention_mask")
+    if length is not None and mask is not None and mask.shape == (batch, length):
+        layout.mask = mask.bool()
+    layout.tokens = _count_tokens(layout, tensors, main if is_text else None)
+    return layout
+
+
+def _segments(tensors: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
+    if "seq_idx" in tensors:
+        segments = tensors["seq_idx"].reshape(-1).long()
+    elif "position_ids" in tensors:
+        segments = (tensors["position_ids"].reshape(-1) == 0).cumsum(0) - 1
+    else:
+        raise ValueError(
+            f"Expected {rows} inputs, or flattened rows with `position_ids`, got a batch of fewer inputs without them."
+        )
+    return segments.clamp(max=rows)
+
+
+def _count_tokens(layout: RowLayout, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
+    labels = tensors.get("labels")
+    if labels is not None and labels.dim() == 2 and (layout.length is None or labels.shape[1] == layout.length):
+        counted = (labels != -100).unsqueeze(-1)
+    elif ids is None:
+        return layout.tokens
+    elif layout.mask is not None:
+        counted = layout.mask.unsqueeze(-1)
+    else:
+        counted = torch.ones(*ids.shape[:2], 1, dtype=torch.bool, device=ids.device)
+    return layout.sum_rows(counted.long())[:, 0]

@@ -1,0 +1,332 @@
+"""Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .shapley_direction import Direction, LowRank
+from .shapley_rows import RowLayout
+
+
+@dataclass
+class TappedModule:
+    """A module and the trainable parameters that its own forward pass uses, by their name in it."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    index: int
+    kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
+    directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
+    rows: torch.Tensor | None = None  # gradient of each row, (rows, parameters of the module), if they are kept
+
+
+class Taps:
+    """
+    Scores rows against directions: `<dL_i, u> = sum_t <b_t, D f(x_t)[u]>` with `b` the gradient of a module's output.
+
+    For a linear layer it is `b_t . (U x_t)`; section 4.2 of https://huggingface.co/papers/2406.11011 contracts the
+    same product in another order. For any other module it is a Jacobian-vector product by `torch.func.jvp`. The
+    gradient is that of the row's share in the loss as it is trained, whatever its scale.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model whose trainable parameters are scored.
+
+    Attributes:
+        on (`bool`): whether forward passes in training mode are tapped.
+        scores (`torch.Tensor` of shape `(modules, rows, targets)`): of the present micro-batch.
+        tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
+        fired (`set` of `int`): modules that scored something since it was cleared.
+        misfits (`dict`): why a module could not be scored, by its index.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = find_tapped(model)
+        self.on, self.keep_rows = False, False
+        self.excluded: set[int] = set()
+        self.fired: set[int] = set()
+        self.misfits: dict[int, str] = {}
+        self.layout: RowLayout | None = None
+        self.scores = torch.empty(0)
+        self.tokens: torch.Tensor | None = None
+        self.weights: list[float] = [1.0] * len(self.modules)
+        self._handles: list[Any] = []
+        self._copy = any(getattr(module, "inplace", False) for module in model.modules())
+
+    def attach(self) -> None:
+        """Hook all modules that are not excluded."""
+        for tapped in self.modules:
+            if tapped.index not in self.excluded:
+                hook = _Hook(self, tapped)
+                self._handles.append(tapped.module.register_forward_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        self.on = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start(self, layout: RowLayout, targets: int, with_tokens: bool = False) -> None:
+        """Begin a micro-batch of these rows."""
+        self.layout = layout
+        device = layout.tokens.device
+        dtype = next(iter(self.modules[0].parameters.values())).dtype
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
+        self.tokens = None
+        if with_tokens and layout.length is not None:
+            self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def score(self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor) -> None:
+        """Add the scores of one call of a module, from its inputs and the gradient of its output."""
+        if self.keep_rows:
+            rows = row_gradients(tapped, arguments[0][0], b, layout)
+            tapped.rows = rows if tapped.rows is None else tapped.rows + rows
+            self.fired.add(tapped.index)
+            return
+        try:
+            by_target = [token_scores(tapped, which, arguments, b, self) for which in tapped.directions]
+        except (NotImplementedError, RuntimeError) as error:
+            self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
+            return
+        scores = torch.stack(by_target, dim=-1)
+        self.fired.add(tapped.index)
+        self.scores[tapped.index] += layout.sum_rows(scores).to(self.scores.dtype)
+        if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
+            self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
+
+
+class _Hook:
+    """Forward hook of one module: puts a tap behind its output."""
+
+    def __init__(self, taps: Taps, tapped: TappedModule) -> None:
+        self.taps, self.tapped = taps, tapped
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        taps = self.taps
+        if not (taps.on and taps.layout is not None and module.training and torch.is_grad_enabled()):
+            return None
+        if not (isinstance(output, torch.Tensor) and output.requires_grad):
+            return None
+        layout, spread = taps.layout, False
+        is_embedding = self.tapped.kind == "embedding" or isinstance(module, nn.Embedding)
+        shape = args[0].shape if is_embedding else output.shape[: _leading(self.tapped, output)]
+        if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch:
+            spread = True  # one row for all, like position embeddings: keep rows apart
+        elif not layout.fits(shape, is_embedding):
+            taps.misfits[self.tapped.index] = (
+                f"its {'input' if is_embedding else 'output'} of shape {tuple(shape)} can't be split into rows"
+            )
+            return None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        return _Tap.apply(output, self, layout, spread, (args, kwargs), *tensors)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass scores. Inputs go through saved tensors, so that checkpointing recomputes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, hook: _Hook, layout: RowLayout, spread: bool, call: Any, *tensors: Any
+    ):
+        ctx.hook, ctx.layout, ctx.spread = hook, layout, spread
+        args, kwargs = call
+        hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
+        ctx.call = [hole(value) for value in args], {name: hole(value) for name, value in kwargs.items()}
+        ctx.save_for_backward(*tensors)
+        if spread:
+            return output.expand(layout.batch, *output.shape[1:])
+        return output.clone() if hook.taps._copy else output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        args, kwargs = ctx.call
+        args = [next(saved).detach() if value is _Hole else value for value in args]
+        kwargs = {name: next(saved).detach() if value is _Hole else value for name, value in kwargs.items()}
+        if ctx.hook.taps.on:
+            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, (args, kwargs), b)
+        needed = b.sum(0, keepdim=True) if ctx.spread else b
+        return (needed, *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+class _Hole:
+    """Where a tensor stood among a module's arguments."""
+
+
+def token_scores(
+    tapped: TappedModule, directions: dict[str, Direction], arguments: Any, b: torch.Tensor, taps: Taps
+) -> torch.Tensor:
+    """
+    Directional derivative of the loss along one direction, by position.
+
+    Args:
+        tapped ([`TappedModule`]):
+            The module.
+        directions (`dict`):
+            Direction of each of its parameters.
+        arguments (`tuple`):
+            Positional and named arguments of the call.
+        b (`torch.Tensor` of shape `(batch, ..., channels)`):
+            Gradient of the loss by the output.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, ...)`: at least in float32.
+    """
+    (x, *_), _ = arguments
+    u = directions.get("weight")
+    if tapped.kind in ("linear", "conv1d"):
+        scores = None
+        if u is not None:
+            scores = _linear_scores(u, x.to(b.dtype), b, out_first=tapped.kind == "linear")
+        if "bias" in directions:
+            bias = _product(b, _dense(directions["bias"]).to(b.dtype))
+            scores = bias if scores is None else scores + bias
+        assert scores is not None
+        return scores
+    if tapped.kind == "embedding":
+        assert u is not None
+        if isinstance(u, LowRank):
+            thin = b @ u.right.T.to(b.dtype)
+            scores = _sum_product(thin, F.embedding(x, u.left).to(b.dtype))
+        else:
+            scores = _sum_product(b, F.embedding(x, u).to(b.dtype))
+    elif tapped.kind == "norm":
+        scores = _sum_product(b, _norm_output(tapped.module, x, directions).to(b.dtype), _leading(tapped, b))
+    else:
+        scores = _sum_product(b, _jvp(tapped, directions, arguments, taps).to(b.dtype), _leading(tapped, b))
+    padding = getattr(tapped.module, "padding_idx", None)
+    if isinstance(tapped.module, nn.Embedding) and padding is not None:
+        scores = scores.masked_fill(x == padding, 0)  # whose weight gets no gradient
+    return scores
+
+
+def row_gradients(tapped: TappedModule, x: torch.Tensor, b: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """
+    (`torch.Tensor` of shape `(rows, weights)`): gradient of each row by the weight, and the bias, of a linear layer.
+    """
+    x = x.to(b.dtype)
+    if layout.segments is not None:
+        x, b = x.reshape(-1, x.shape[-1]), b.reshape(-1, b.shape[-1])
+        pieces = [(b[layout.segments == row], x[layout.segments == row]) for row in range(layout.rows)]
+        weight = torch.stack([left.T @ right for left, right in pieces])
+        bias = torch.stack([left.sum(0) for left, _ in pieces])
+    else:
+        x, b = x.reshape(layout.batch, -1, x.shape[-1]), b.reshape(layout.batch, -1, b.shape[-1])
+        weight = torch.einsum("bto,bti->boi", b, x).view(-1, layout.rows, b.shape[-1], x.shape[-1]).sum(0)
+        bias = b.sum(1).view(-1, layout.rows, b.shape[-1]).sum(0)
+    if tapped.kind == "conv1d":
+        weight = weight.transpose(1, 2)
+    found = {"weight": weight.flatten(1), "bias": bias}
+    return torch.cat([found[name].to(_wide(b.dtype)) for name in tapped.parameters], dim=1)
+
+
+def find_tapped(model: nn.Module) -> list[TappedModule]:
+    """Modules that own trainable parameters; those of parameter lists and dicts belong to the module around them."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen: set[tuple[int, str]] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        owner, _, local = name.rpartition(".")
+        while isinstance(modules[owner], (nn.ParameterDict, nn.ParameterList)):
+            owner, _, last = owner.rpartition(".")
+            local = f"{last}.{local}"
+        if (id(modules[owner]), local) not in seen:
+            seen.add((id(modules[owner]), local))
+            found.setdefault(owner, {})[local] = parameter
+    return [
+        TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
+        for index, (name, parameters) in enumerate(found.items())
+    ]
+
+
+def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    plain = set(parameters) <= {"weight", "bias"}
+    forward = type(module).forward
+    if plain and forward is nn.Linear.forward:
+        return "linear"
+    if plain and forward is Conv1D.forward:
+        return "conv1d"
+    if plain and forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
+        return "embedding"
+    if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
+        return "norm"
+    return "other"
+
+
+def _leading(tapped: TappedModule, output: torch.Tensor) -> int:
+    """How many leading dimensions of an output are positions rather than channels."""
+    if tapped.kind in ("linear", "conv1d", "embedding"):
+        return output.dim() - 1
+    if isinstance(tapped.module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return 1
+    return max(output.dim() - 1, 1)
+
+
+def _linear_scores(u: Direction, x: torch.Tensor, b: torch.Tensor, out_first: bool) -> torch.Tensor:
+    if isinstance(u, LowRank):
+        left, right = (u.left, u.right.T) if out_first else (u.right.T, u.left)
+        return _sum_product(b @ left.to(b.dtype), x @ right.to(b.dtype))
+    weight = u.to(b.dtype) if out_first else u.T.to(b.dtype)
+    if weight.shape[0] <= weight.shape[1]:
+        return _sum_product(b, F.linear(x, weight))
+    return _sum_product(b @ weight, x)
+
+
+def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = None) -> torch.Tensor:
+    left, right = left.to(_wide(left.dtype)), right.to(_wide(right.dtype))
+    product = left * right
+    return product.flatten(leading if leading is not None else product.dim() - 1).sum(-1)
+
+
+def _product(b: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (b @ vector).to(_wide(b.dtype))
+
+
+def _dense(direction: Direction) -> torch.Tensor:
+    return direction.left @ direction.right if isinstance(direction, LowRank) else direction
+
+
+def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
+    """Output of a normalisation whose weight and bias are the direction: it is linear in both."""
+    weight, bias = (
+        _dense(directions[name]).to(x.dtype) if name in directions else _zero(getattr(module, name, None), x)
+        for name in ("weight", "bias")
+    )
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=module.eps)  # type: ignore[arg-type]
+
+
+def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if parameter is None else torch.zeros_like(parameter, dtype=x.dtype)
+
+
+def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any, taps: Taps) -> torch.Tensor:
+    module, (args, kwargs) = tapped.module, arguments
+    if any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in module.modules()):
+        raise NotImplementedError("it draws dropout masks")
+    primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
+    tangents = {name: _dense(directions[name]).to(primals[name].dtype) for name in primals}
+    run: Callable[..., torch.Tensor] = lambda values: torch.func.functional_call(module, values, tuple(args), kwargs)  # noqa: E731
+    was, taps.on = taps.on, False
+    try:
+        return torch.func.jvp(run, (primals,), (tangents,))[1]
+    finally:
+        taps.on = was
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
