@@ -126,15 +126,15 @@ def token_page(
         ValueError: if the values or the ids of tokens are not known.
     """
     if "token_values" not in rows:
-        raise ValueError("Expected values of tokens, but the run stored those of whole rows only.")
+        raise ValueError("Expected values of tokens, but those of whole rows were kept. Give token_values_for=[...].")
     if not isinstance(train_dataset, Dataset) or "input_ids" not in train_dataset.column_names:
         raise ValueError("Expected rows with input_ids, as trainer.train_dataset has: give train_dataset=...")
     places = {name: place for place, name in enumerate(row_keys(train_dataset, rows[key], id_column))}
     texts = []
     for name in chosen:
-        stored = rows.loc[rows[key] == name, "token_values"].to_list()
+        stored = rows.loc[rows[key] == name, "token_values"].dropna().to_list()
         if not stored:
-            raise ValueError(f"Expected rows that were trained on, got {name!r}. Take them from result.top().index.")
+            raise ValueError(f"Expected rows of token_values_for that were trained on, got {name!r}.")
         values = np.sum(stored, axis=0)
         largest = np.abs(values).max() or 1.0
         ids = train_dataset[places[name]]["input_ids"]

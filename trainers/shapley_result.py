@@ -141,13 +141,16 @@ class DataShapleyResult:
         Returns:
             `pandas.DataFrame` by `target`: `rows` with a value, `value` (nats, the sum), `harmful` (share of rows with
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
-            [`~DataShapleyResult.explained_ratio`]), and the means over steps of what was recorded as `energy` and
-            `unattributed`.
+            [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
+            kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
+            earlier steps and thus no row's).
         """
         lines = []
         for target in self.targets:
             values = self.values(target)
             losses = self._record("loss", target)
+            momentum = self._record("unattributed", target)
+            gained = momentum + self._record("sum", target).reindex(momentum.index)
             lines.append(
                 {
                     "target": target,
@@ -158,7 +161,7 @@ class DataShapleyResult:
                     "loss_last": losses.iloc[-1] if len(losses) else math.nan,
                     "explained": self.explained_ratio(target),
                     "energy": self._record("energy", target).mean(),
-                    "unattributed": self._record("unattributed", target).mean(),
+                    "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
                 }
             )
         return pd.DataFrame(lines).set_index("target")

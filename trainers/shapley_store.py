@@ -41,10 +41,8 @@ class ShapleyStore:
         if not after_step:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif snapshot.is_dir():
-            shutil.rmtree(self.folder, ignore_errors=True)
             _copy_folder(snapshot, self.folder)
-        else:
-            self._drop_after(after_step)
+        self._drop_after(after_step)
 
     def _drop_after(self, step: int) -> None:
         names = {path.name for path in self.folder.glob("steps/part-*.parquet")}
@@ -130,7 +128,8 @@ class ShapleyStore:
                 f"Expected the values of a run in {self.folder}, found none. Give the output folder of a run that had "
                 "InRunDataShapleyCallback among its callbacks."
             )
-        return pd.concat(rows, ignore_index=True), pd.concat(steps, ignore_index=True)
+        with_rows = [part for part in rows if len(part)] or rows[:1]  # the rest would only blur the column types
+        return pd.concat(with_rows, ignore_index=True), pd.concat(steps, ignore_index=True)
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:

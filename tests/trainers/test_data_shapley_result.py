@@ -99,6 +99,11 @@ def test_explained_ratio_and_summary(result):
         4, pytest.approx(3.6), 0.5, 5.0, 2.0,
     ]  # fmt: skip
     assert summary.loc["safety", "value"] == pytest.approx(-7.2)
+    assert math.isnan(summary.loc["safety", "unattributed"])
+    # Of 3 + 1 nats that steps 1 and 3 gained, 2 + 0.5 were momentum.
+    recorded = {"sum_safety": [1.0, 9.0, 0.5, 9.0], "unattributed_safety": [2.0, None, 0.5, None]}
+    summary = DataShapleyResult(result.rows, result.steps.assign(**recorded)).summary()
+    assert summary.loc["safety", "unattributed"] == pytest.approx(2.5 / 4)
 
 
 def test_explained_ratio_step_by_step(result):
@@ -194,10 +199,10 @@ def test_token_page_shows_each_token_with_its_value(result, tmp_path, word_token
     assert ">w1<" in page and ">w10<" in page and page.count("0.750") == 7
     with pytest.raises(ValueError, match="give train_dataset"):
         result.token_heatmap(0, word_tokenizer)
-    with pytest.raises(ValueError, match="trained on, got 4"):
+    with pytest.raises(ValueError, match="rows of token_values_for that were trained on, got 4"):
         result.token_heatmap(4, word_tokenizer, TRAIN)
     without = DataShapleyResult(result.rows.drop(columns="token_values"), result.steps, TRAIN)
-    with pytest.raises(ValueError, match="those of whole rows only"):
+    with pytest.raises(ValueError, match="token_values_for="):
         without.token_heatmap(0, word_tokenizer)
 
 

@@ -138,6 +138,16 @@ def test_resuming_takes_what_the_checkpoint_holds(tmp_path):
     assert_equal(train(tmp_path / "cut", 11, 20), whole)
 
 
+def test_a_run_that_had_ended_goes_on_after_its_last_step(tmp_path):
+    ended = train(tmp_path / "ended", 1, 10)
+    nothing = {name: values[:0] for name, values in rows_of(11).items()}
+    ended.add(11, nothing, {"loss_validation": -6.0})  # measured at the end, before a step that isn't made
+    (tmp_path / "ended" / "checkpoint-10").mkdir()
+    ended.snapshot(tmp_path / "ended" / "checkpoint-10")
+    assert ended.read()[1]["loss_validation"].iloc[-1] == -6.0 and ended.read()[0]["step"].max() == 10
+    assert_equal(train(tmp_path / "ended", 11, 20), train(tmp_path / "whole", 1, 20))
+
+
 def test_a_snapshot_is_the_store_of_that_step(tmp_path):
     store = train(tmp_path, 1, 6)
     store.snapshot(tmp_path / "checkpoint-6")
