@@ -26,6 +26,15 @@ def _register_cascade_pipeline(upstream, pipeline_class) -> None:
     )
 
 
+def _register_video_pipeline(upstream, pipeline_class) -> None:
+    from transformers import AutoModel
+
+    task = "promptable-video-segmentation"
+    upstream.PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, AutoModel, type="video")
+    # With it, a saved pipeline would ask for remote code, though this class is all it needs.
+    del pipeline_class._registered_impl
+
+
 # upstream module, our module, its class, how to register it
 _TABLE = [
     (
@@ -57,6 +66,12 @@ _TABLE = [
         "hf_iclr.generation.pipeline_speculative_cascade",
         "SpeculativeCascadePipeline",
         _register_cascade_pipeline,
+    ),
+    (
+        "transformers.pipelines",
+        "hf_iclr.vision.pipeline_promptable_video_segmentation",
+        "Sam2VideoPipeline",
+        _register_video_pipeline,
     ),
 ]
 _complete: set[str] = set()  # the modules of the table whose import has ended

@@ -1,0 +1,149 @@
+"""The smallest legal video segmenters of each family, with random weights that make masks worth comparing."""
+
+import importlib.util
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    EdgeTamVideoConfig,
+    EdgeTamVideoModel,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2VideoConfig,
+    Sam2VideoMaskDecoderConfig,
+    Sam2VideoModel,
+    Sam2VideoProcessor,
+    Sam2VideoPromptEncoderConfig,
+    Sam2VideoVideoProcessor,
+    Sam2VisionConfig,
+    Sam3ImageProcessor,
+    Sam3TrackerVideoConfig,
+    Sam3TrackerVideoModel,
+    Sam3TrackerVideoProcessor,
+)
+
+from hf_iclr.vision.pipeline_promptable_video_segmentation import Sam2VideoPipeline
+
+
+SIDE = 64  # pixels of the model's square
+HIDDEN = 128  # a hidden size equal to the memory's 64 is not legal
+FAMILIES = ("sam2_video", "sam3_tracker_video", "edgetam_video")
+_SIZES = [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2]
+
+
+def _shared(**kwargs) -> dict:
+    """What the three configurations have in common beside the vision encoder."""
+    return {
+        "memory_attention_hidden_size": HIDDEN,
+        "memory_attention_num_layers": 1,
+        "memory_attention_rope_feat_sizes": [SIDE // 16] * 2,
+        "memory_encoder_hidden_size": HIDDEN,
+        "mask_downsampler_embed_dim": HIDDEN,
+        "memory_fuser_embed_dim": HIDDEN,
+        "memory_fuser_intermediate_dim": HIDDEN,
+        "memory_fuser_layer_scale_init_value": 0.3,
+        **kwargs,
+    }
+
+
+def _prompt_encoder(patch_size: int = 16) -> dict:
+    return {"hidden_size": HIDDEN, "image_size": SIDE, "patch_size": patch_size}
+
+
+def _mask_decoder() -> dict:
+    return {"hidden_size": HIDDEN, "mlp_dim": HIDDEN, "num_attention_heads": 2, "iou_head_hidden_dim": HIDDEN}
+
+
+def tiny_config(family: str = "sam2_video", **kwargs):
+    """A configuration; `kwargs` change it. The EdgeTAM one needs timm and skips the test without it."""
+    if family == "sam3_tracker_video":
+        vit = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vit |= {"patch_size": 16, "image_size": SIDE, "pretrain_image_size": SIDE, "window_size": 2}
+        vision = {"backbone_config": {"model_type": "sam3_vit_model", **vit}, "fpn_hidden_size": HIDDEN}
+        return Sam3TrackerVideoConfig(
+            vision_config={"model_type": "sam3_vision_model", **vision},
+            prompt_encoder_config=_prompt_encoder(),
+            mask_decoder_config=_mask_decoder(),
+            image_size=SIDE,
+            **_shared(memory_attention_feed_forward_hidden_size=HIDDEN, **kwargs),
+        )
+    if family == "edgetam_video":
+        if importlib.util.find_spec("timm") is None:
+            pytest.skip("EdgeTAM's backbone needs timm, which is not installed")
+        return EdgeTamVideoConfig(
+            prompt_encoder_config=_prompt_encoder(),
+            mask_decoder_config=_mask_decoder(),
+            image_size=SIDE,
+            **_shared(memory_attention_mlp_hidden_size=HIDDEN, **kwargs),
+        )
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[SIDE, SIDE],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        blocks_per_stage=[1, 1, 2, 1],
+        global_attention_blocks=[3],
+        window_size_per_stage=[8, 4, 4, 2],
+        window_positional_embedding_background_size=[7, 7],
+        mlp_ratio=2.0,
+    )
+    return Sam2VideoConfig(
+        vision_config=Sam2VisionConfig(
+            backbone_config=backbone,
+            backbone_channel_list=[64, 32, 16, 8],
+            backbone_feature_sizes=_SIZES,
+            fpn_hidden_size=HIDDEN,
+        ),
+        prompt_encoder_config=Sam2VideoPromptEncoderConfig(**_prompt_encoder()),
+        mask_decoder_config=Sam2VideoMaskDecoderConfig(**_mask_decoder()),
+        image_size=SIDE,
+        **_shared(memory_attention_feed_forward_hidden_size=HIDDEN, **kwargs),
+    )
+
+
+def tiny_model(family: str = "sam2_video", **kwargs):
+    """A model whose masks follow prompts, memories and time, so that a mistake shows."""
+    config = tiny_config(family, **kwargs)
+    torch.manual_seed(0)
+    classes = {
+        "sam2_video": Sam2VideoModel,
+        "sam3_tracker_video": Sam3TrackerVideoModel,
+        "edgetam_video": EdgeTamVideoModel,
+    }
+    model = classes[family](config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision_encoder" not in name:
+                parameter.mul_(4)
+        model.memory_temporal_positional_encoding.normal_(0, 0.5)
+        model.no_memory_embedding.normal_(0, 0.5)
+        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(3.0)
+    return model
+
+
+def tiny_processor(family: str = "sam2_video"):
+    """The processor of a tiny model."""
+    size = {"height": SIDE, "width": SIDE}
+    sam3 = family == "sam3_tracker_video"
+    image_processor = (Sam3ImageProcessor if sam3 else Sam2ImageProcessor)(
+        size=size, mask_size={"height": SIDE // 4, "width": SIDE // 4}
+    )
+    processor_class = Sam3TrackerVideoProcessor if sam3 else Sam2VideoProcessor
+    return processor_class(image_processor, Sam2VideoVideoProcessor(size=size), target_size=SIDE)
+
+
+@cache
+def tiny_pipe(family: str = "sam2_video") -> Sam2VideoPipeline:
+    """A pipeline, made once; tests must not change its model."""
+    return Sam2VideoPipeline(model=tiny_model(family), processor=tiny_processor(family), device="cpu")
+
+
+def clip(frames: int = 6, height: int = 48, width: int = 80, seed: int = 0) -> np.ndarray:
+    """A moving bright rectangle over noise, `(frames, height, width, 3)` in uint8."""
+    video = np.random.default_rng(seed).integers(0, 160, (frames, height, width, 3), dtype=np.uint8)
+    for number in range(frames):
+        left = 8 + 2 * number % (width // 2)
+        video[number, 12:30, left : left + 20] = (250, 60, 30)
+    return video
