@@ -41,8 +41,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     the loss as it is trained, clipping included, and summed over steps. With Adam the second gradient is divided,
     element by element, by the root of the second moment before the step, https://huggingface.co/papers/2602.00329.
     With `order=2` it is the mean of the validation gradients before and after the step, which equals the paper's
-    second order up to third-order terms and needs no Hessian. Sums of values come close to the fall of the validation loss
-    where steps are small: look at `shapley/explained_ratio`.
+    second order up to third-order terms and needs no Hessian. Sums of values come close to the fall of the validation
+    loss where steps are small: look at `shapley/explained_ratio`.
 
     Limits: the first order equals TracIn with every step as a checkpoint (https://huggingface.co/papers/2002.08484).
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the

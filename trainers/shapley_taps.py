@@ -1,6 +1,6 @@
 """Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,7 @@ class Taps:
     def score(self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         if self.keep_rows:
-            rows = row_gradients(tapped, arguments[0][0], b, layout)
+            rows = row_gradients(tapped, _first(*arguments), b, layout)
             tapped.rows = rows if tapped.rows is None else tapped.rows + rows
             self.fired.add(tapped.index)
             return
@@ -118,7 +118,7 @@ class _Hook:
             return None
         layout, spread = taps.layout, False
         is_embedding = self.tapped.kind == "embedding" or isinstance(module, nn.Embedding)
-        shape = args[0].shape if is_embedding else output.shape[: _leading(self.tapped, output)]
+        shape = _first(args, kwargs).shape if is_embedding else output.shape[: _leading(self.tapped, output)]
         if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch:
             spread = True  # one row for all, like position embeddings: keep rows apart
         elif not layout.fits(shape, is_embedding):
@@ -181,7 +181,7 @@ def token_scores(
     Returns:
         `torch.Tensor` of shape `(batch, ...)`: at least in float32.
     """
-    (x, *_), _ = arguments
+    x = _first(*arguments)
     u = directions.get("weight")
     if tapped.kind in ("linear", "conv1d"):
         scores = None
@@ -248,6 +248,11 @@ def find_tapped(model: nn.Module) -> list[TappedModule]:
         TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
         for index, (name, parameters) in enumerate(found.items())
     ]
+
+
+def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The input of a module with one input, given by position or name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
