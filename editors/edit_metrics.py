@@ -25,8 +25,8 @@ def edit_success(
     accuracy: Sequence[float],
 ) -> dict[str, float]:
     """
-    Efficacy, generalisation and specificity of edits as in https://huggingface.co/papers/2410.02355, and their harmonic
-    mean. Each argument has one value a prompt; prompts are averaged within their request, then requests.
+    Efficacy, generalisation and specificity of edits as in https://huggingface.co/papers/2410.02355, and their
+    harmonic mean. Each argument has one value a prompt; prompts are averaged within their request, then requests.
 
     On the edited prompt and its paraphrases the new answer should win, on prompts of the neighbourhood the true one
     (as the code has it: the paper's equation 21 prints the sign the other way).
