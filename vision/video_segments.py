@@ -33,15 +33,17 @@ def encode_mask(logits: np.ndarray, output: str) -> Any:
 
 
 def to_polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """The outlines of a boolean mask, each an array `(n, 2)` of x, y through the middles of the border's pixels."""
+    """
+    The outlines of a boolean mask, each an array `(n, 2)` of x, y, halfway between the pixels in it and those beside
+    it; whole numbers are middles of pixels. Outlines of holes come too: what two outlines hold is not in the mask.
+    """
     padded = np.pad(mask.astype(float), 1)
     return [line[:-1] - 1 for line in contour_generator(z=padded).lines(0.5) if len(line) > 3]
 
 
 def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """
-    The boolean mask of any form of `encode_mask`. Of polygons, inner outlines are cut out; their border may be a pixel
-    off.
+    The boolean mask of any form of `encode_mask`.
 
     Args:
         mask (`np.ndarray`, `dict` or `list`): Mask or logits, COCO RLE, polygons.
@@ -53,9 +55,10 @@ def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
         return mask if mask.dtype == bool else mask > 0
     filled = np.zeros(size, dtype=bool)
     for polygon in mask:
-        canvas = Image.new("1", size[::-1])
-        ImageDraw.Draw(canvas).polygon([tuple(point) for point in polygon.tolist()], fill=1)
-        filled ^= np.asarray(canvas)
+        # Twice as large, outlines run through whole pixels of their own, and every second one is the mask's.
+        canvas = Image.new("1", (2 * size[1], 2 * size[0]))
+        ImageDraw.Draw(canvas).polygon([(2 * x, 2 * y) for x, y in polygon.tolist()], fill=1)
+        filled ^= np.asarray(canvas)[::2, ::2]
     return filled
 
 
