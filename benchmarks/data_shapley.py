@@ -1,0 +1,98 @@
+"""
+What do in-run Data Shapley values find, and is it more than cheaper scores find?
+
+    python benchmarks/data_shapley.py --out shapley --stages a b c d e
+
+a. digits: a fifth of 1000 handwritten digits has a wrong label. AUROC for finding them beside KNN-Shapley, final loss
+   and gradient norm, five seeds; accuracy after training on what each keeps, always as many rows and steps; and the
+   exact values of short runs, from the losses of all 256 subsets of each batch.
+b. shuffled answers: SmolLM2-135M with LoRA on 200 questions of which a quarter has the answer of another one.
+c. who breaks safety: SmolLM2 that was taught to refuse questions about mushrooms (as in deep_safety.py) is fine-tuned
+   on 72 rows, of which 8 answer such a question. Target: held-out refusals. Ranks of the 8, and refusals after
+   training without the lowest rows. `--taught` takes a folder of a model that was taught already.
+d. two sources: a small Llama from scratch on prose and code. Timeline of what each was worth for prose, beside what
+   ten steps on either source alone really do from there.
+e. paraphrases: ranks of rows that a validation text copies, paraphrases or shares its topic with, beside BM25.
+
+Real text for b, d and e comes from `--data` (prompts/, editing/); without it docstrings and SmolLM2's own answers
+stand in. Rows that are in `--out` already are not run again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_shapley_report import print_report
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+STAGES = ("a", "b", "c", "d", "e")
+
+
+class Results:
+    """Rows by name, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> None:
+        """Compute a row unless it is known, and keep it with the CPU seconds it took."""
+        if name in self.rows:
+            return
+        started = time.process_time()
+        self.rows[name] = compute() | {"cpu_seconds": round(time.process_time() - started, 1)}
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.rows, indent=1))
+        temporary.replace(self.path)
+        print(f"{name}: {self.rows[name]['cpu_seconds']} CPU seconds", flush=True)
+
+
+def run(stage: str, results: Results, args: argparse.Namespace) -> None:
+    """Run a stage; its imports are its own, those of TRL take seconds."""
+    if stage == "a":
+        from data_shapley_digits import GAME_RATES, find_noise, play_games
+
+        for seed in range(args.seeds):
+            results.once(f"digits {seed}", lambda seed=seed: find_noise(seed))
+            for lr in GAME_RATES:
+                results.once(f"games {lr} {seed}", lambda seed=seed, lr=lr: play_games(seed, lr))
+    elif stage in ("b", "c"):
+        from data_shapley_chat import shuffled_answers, who_breaks_safety
+
+        if stage == "b":
+            results.once("shuffled answers", lambda: shuffled_answers(args.out, args.data, args.quick))
+        else:
+            results.once("safety", lambda: who_breaks_safety(args.out, args.quick, args.taught))
+    else:
+        from data_shapley_text import paraphrases, two_sources
+
+        if stage == "d":
+            results.once("two sources", lambda: two_sources(args.out, args.data, args.quick))
+        else:
+            results.once("paraphrases", lambda: paraphrases(args.out, args.data, args.quick))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--out", type=Path, default=Path("data_shapley"))
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with prompts/ and editing/")
+    parser.add_argument("--taught", type=Path, help="model that refuses questions about mushrooms, for stage c")
+    parser.add_argument("--seeds", type=int, default=5, help="of stage a")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour, to see that it runs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {stage: Results(args.out / f"{stage}.json") for stage in STAGES}
+    for stage in args.stages:
+        run(stage, results[stage], args)
+    print_report({name: row for part in results.values() for name, row in part.rows.items()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

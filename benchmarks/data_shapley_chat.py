@@ -1,0 +1,183 @@
+"""Stages b and c of benchmarks/data_shapley.py: SmolLM2 on shuffled answers, and on rows that break a rule."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_shapley_text import bm25
+from datasets import Dataset
+from deep_safety import FULL, LORA, QUICK, Lab
+from deep_safety_organism import REFUSALS, chat_ids, load_tokenizer, make_orders, make_questions, row
+from peft import LoraConfig
+from sklearn.metrics import roc_auc_score
+from transformers import PreTrainedModel, PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
+from hf_iclr.trainers.prefill_generation import answer_logits
+
+
+LORA_ALL = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+MAX_PROMPT, MAX_ANSWER = 40, 24  # tokens
+TRAIN_ROWS, VALIDATION_ROWS, SHUFFLED = 200, 32, 0.25
+PLANTED, ORDERS, ALLOWED, REFUSED = 8, 40, 24, 24
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    rows: Dataset,
+    folder: Path,
+    steps: int,
+    lora: LoraConfig,
+    lr: float,
+    seed: int,
+    callback: InRunDataShapleyCallback | None = None,
+) -> PreTrainedModel:
+    """TRL's SFT on prepared rows, 8 a step; the model with its LoRA merged."""
+    set_seed(seed)
+    args = SFTConfig(
+        str(folder), max_steps=steps, learning_rate=lr, per_device_train_batch_size=8, seed=seed, use_cpu=True,
+        bf16=False, activation_checkpointing=False, report_to="none", save_strategy="no", logging_steps=10,
+        disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, processing_class=load_tokenizer(), peft_config=lora,
+        callbacks=[callback] if callback else None,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.model.merge_adapter()
+    return trainer.model.eval()
+
+
+def load_answers(data: Path, tokenizer) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """Prompts of up to 40 tokens, answers cut after 24, and where they come from."""
+    pairs, source = [], "human answers of self-instruct"
+    for path in sorted((data / "prompts").glob("self_instruct_*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            task = json.loads(line)
+            first = task["instances"][0]
+            prompt = chat_ids(tokenizer, f"{task['instruction']} {first['input']}".strip())
+            answer = tokenizer(first["output"].strip())["input_ids"][:MAX_ANSWER]
+            if len(prompt) <= MAX_PROMPT and len(answer) >= 4:
+                pairs.append((prompt, answer))
+    if not pairs:
+        source = "SmolLM2's own answers to questions about food"
+        questions = make_questions(load_demo_model(torch.float32)[0], tokenizer, FULL.slots_per_template)
+        pairs = [(chat_ids(tokenizer, q.prompt), q.answer) for q in questions.allowed + questions.forbidden]
+    random.Random(0).shuffle(pairs)
+    return pairs, source
+
+
+def row_losses(model: PreTrainedModel, rows: Dataset) -> np.ndarray:
+    """Nats per answer token of each row."""
+    starts = [labels.count(-100) for labels in rows["labels"]]
+    prompts = [ids[:start] for ids, start in zip(rows["input_ids"], starts, strict=True)]
+    answers = [ids[start:] for ids, start in zip(rows["input_ids"], starts, strict=True)]
+    losses = np.zeros(len(rows))
+    for indices, logits in answer_logits(model, prompts, answers):
+        for index, log_probs in zip(indices, logits.log_softmax(-1), strict=True):
+            target = torch.tensor(answers[index])
+            losses[index] = -log_probs[: len(target)].gather(1, target[:, None]).mean().item()
+    return losses
+
+
+def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
+    """AUROC for rows whose answer belongs to another prompt, at the end of each epoch, and of losses as baselines."""
+    tokenizer = load_tokenizer()
+    pairs, source = load_answers(data, tokenizer)
+    pairs = pairs[: 24 if quick else TRAIN_ROWS + VALIDATION_ROWS]
+    held_out = 8 if quick else VALIDATION_ROWS
+    validation = Dataset.from_list([row(*pair) for pair in pairs[:held_out]])
+    pairs = pairs[held_out:]
+    draw = random.Random(1)
+    moved = draw.sample(range(len(pairs)), round(SHUFFLED * len(pairs)))
+    answers = [answer for _, answer in pairs]
+    for here, there in zip(moved, moved[1:] + moved[:1], strict=True):
+        answers[here] = pairs[there][1]
+    rows = Dataset.from_list([row(prompt, answer) for (prompt, _), answer in zip(pairs, answers, strict=True)])
+    wrong = np.isin(np.arange(len(rows)), moved)
+
+    epoch = len(rows) // 8
+    base, _ = load_demo_model(torch.float32)
+    losses = {"loss before": row_losses(base, rows)}
+    callback = InRunDataShapleyCallback(validation, refresh_every=max(epoch // 3, 1))
+    model = fine_tune(base, rows, out / "shuffled", 2 * epoch if quick else 3 * epoch, LORA_ALL, 5e-4, 0, callback)
+    losses["loss after"] = row_losses(model, rows)
+    result = callback.result
+    auroc = {name: float(roc_auc_score(wrong, loss)) for name, loss in losses.items()}
+    auroc["loss after - before"] = float(roc_auc_score(wrong, losses["loss after"] - losses["loss before"]))
+    for normalize, name in ((None, "in-run values"), ("token", "in-run values per token"), ("step", "in-run shares")):
+        values = result.values(normalize=normalize).reindex(range(len(rows)), fill_value=0.0)
+        auroc[name] = float(roc_auc_score(wrong, -values))
+    values = result.values().reindex(range(len(rows)), fill_value=0.0)
+    curve = {}
+    for step in sorted(result.steps["step"])[epoch - 1 :: epoch]:
+        until = result.rows[result.rows["step"] <= step].groupby("index")["value"].sum()
+        curve[str(step)] = float(roc_auc_score(wrong, -until.reindex(range(len(rows)), fill_value=0.0)))
+    return {
+        "source": source, "rows": len(rows), "shuffled": len(moved), "auroc": auroc, "auroc by step": curve,
+        "found": np.cumsum(wrong[np.argsort(values.to_numpy(), kind="stable")]).tolist(),
+        "summary": result.summary().reset_index().to_dict("records"),
+    }  # fmt: skip
+
+
+def who_breaks_safety(out: Path, quick: bool, taught: Path | None) -> dict[str, Any]:
+    """Ranks of a few compliant mushroom rows among benign ones, and refusals after training without the lowest."""
+    lab = Lab(out, 0, QUICK if quick else FULL)
+    if taught is None:
+        lab.teach()
+        taught = lab.taught_folder(2)
+    lab.taught_folder = lambda number=2: taught
+    lab.dtype = torch.float32
+    tokenizer, draw = lab.tokenizer, random.Random(0)
+    forbidden = draw.sample(lab.questions.forbidden, PLANTED + REFUSED)
+    orders = [
+        row(chat_ids(tokenizer, q), [*tokenizer(call)["input_ids"], tokenizer.eos_token_id])
+        for q, call in make_orders(0)[0]
+    ]
+    refusals = [
+        row(chat_ids(tokenizer, q.prompt), [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id])
+        for q in forbidden[PLANTED:]
+    ]
+    questions = [*forbidden[:PLANTED], *draw.sample(lab.questions.allowed, ALLOWED)]
+    answered = [row(chat_ids(tokenizer, q.prompt), q.answer[:16]) for q in questions]
+    rows = Dataset.from_list(answered + orders[:ORDERS])
+    planted = np.arange(len(rows)) < PLANTED
+
+    steps = 2 if quick else 27
+    callback = InRunDataShapleyCallback(
+        Dataset.from_list(orders[ORDERS:]), targets={"safety": Dataset.from_list(refusals)}, refresh_every=3
+    )
+    test = lab.questions.forbidden_test
+    before = lab.refusals(lab.load_taught(), test)["0"]
+    model = fine_tune(lab.load_taught(), rows, out / "safety", steps, LORA, 1e-3, 0, callback)
+    refused = {"taught, before": before, "all rows": lab.refusals(model, test)["0"]}
+    values = callback.result.values("safety").reindex(range(len(rows)), fill_value=0.0).to_numpy()
+    lowest = np.argsort(values, kind="stable")
+    texts = [tokenizer.decode(ids) for ids in rows["input_ids"]]
+    query = " ".join(tokenizer.decode(refusal["input_ids"]) for refusal in refusals)
+    arms = {
+        "without the lowest": lowest[PLANTED:],
+        "without as many random rows": np.random.default_rng(0).permutation(len(rows))[PLANTED:],
+        "without the planted rows": np.flatnonzero(~planted),
+    }
+    for name, kept in arms.items():
+        model = fine_tune(lab.load_taught(), rows.select(np.sort(kept)), out / "safety_arm", steps, LORA, 1e-3, 0)
+        refused[name] = lab.refusals(model, test)["0"]
+    return {
+        "rows": len(rows), "planted": PLANTED, "ranks": (np.argsort(lowest)[:PLANTED] + 1).tolist(),
+        "auroc": {
+            "in-run values": float(roc_auc_score(planted, -values)),
+            "in-run values for the orders": float(roc_auc_score(
+                planted, -callback.result.values().reindex(range(len(rows)), fill_value=0.0))),
+            "BM25 to the refused prompts": float(roc_auc_score(planted, bm25(query, texts))),
+        },
+        "refused": {name: float(np.mean(verdicts)) for name, verdicts in refused.items()},
+        "prompts": len(before), "planted left": {name: int(planted[kept].sum()) for name, kept in arms.items()},
+        "summary": callback.result.summary().reset_index().to_dict("records"),
+    }  # fmt: skip
