@@ -21,19 +21,19 @@ class AlphaEditConfig:
 
     Args:
         solver (`str`, *optional*, defaults to `"alphaedit"`):
-            `"alphaedit"`, `"memit"` (second moment as a soft constraint), `"memit_seq"` (that and earlier edits' keys) or
-            `"ridge"` (neither).
+            `"alphaedit"`, `"memit"` (second moment as a soft constraint), `"memit_seq"` (that and earlier edits' keys)
+            or `"ridge"` (neither).
         project (`bool`, *optional*):
             Project the update onto the null space, the paper's one line for other methods. Left out: only for
             `"alphaedit"`, which has it in its system.
         post_processing (`str`, *optional*):
-            `"rect"` keeps the 40 % of an update's entries that change a weight most, `"prune"` compresses large singular
-            values of all updates.
+            `"rect"` keeps the 40 % of an update's entries that change a weight most, `"prune"` compresses large
+            singular values of all updates.
         layers (`str` or `list[int]`, *optional*, defaults to `"auto"`):
             Layers to edit; `"auto"` as in [`KeyStatistics.from_dataset`].
         nullspace_threshold (`float`, *optional*):
-            Directions with an eigenvalue of at least this are preserved; 2e-2 in the paper, and here when no rule is given.
-            One number means other things in other models: look at the report's editable share.
+            Directions with an eigenvalue of at least this are preserved; 2e-2 in the paper, and here when no rule is
+            given. One number means other things in other models: look at the report's editable share.
         nullspace_energy (`float`, *optional*):
             Instead: share of the sum of eigenvalues that is preserved.
         nullspace_rank (`int`, *optional*):
@@ -59,7 +59,8 @@ class AlphaEditConfig:
         context_length (`int`, *optional*, defaults to 10):
             Tokens of a context.
         context_templates (`list[str]`, *optional*):
-            Contexts to use, each ending in `{}`, the first of them `"{}"`. Left out: sampled at the first edit and kept.
+            Contexts to use, each ending in `{}`, the first of them `"{}"`. Left out: sampled at the first edit and
+            kept.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
         seed (`int`, *optional*, defaults to 0):
@@ -121,14 +122,16 @@ class AlphaEditConfig:
             self.project = self.solver == "alphaedit"
         elif self.solver == "alphaedit" and not self.project:
             raise ValueError(
-                "Expected project=True with the solver 'alphaedit', which is the projection. Without it: solver='ridge'."
+                "Expected project=True with the solver 'alphaedit', which is the projection. Without it: "
+                "solver='ridge'."
             )
         for template in self.context_templates or []:
             if not template.endswith("{}") or template.count("{}") != 1:
                 raise ValueError(f"Expected context templates that end in {{}} and have it once, got {template!r}.")
         if self.context_templates and self.context_templates[0] != "{}":
             raise ValueError(
-                f"Expected the first context template to be '{{}}', the plain prompt, got {self.context_templates[0]!r}."
+                f"Expected the first context template to be '{{}}', the plain prompt, got "
+                f"{self.context_templates[0]!r}."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,17 +19,15 @@ def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
     return keys - preserved @ (preserved.T @ keys)
 
 
-def null_space_factor(
-    keys: torch.Tensor, previous: torch.Tensor, preserved: torch.Tensor, l2: float
-) -> torch.Tensor:
+def null_space_factor(keys: torch.Tensor, previous: torch.Tensor, preserved: torch.Tensor, l2: float) -> torch.Tensor:
     """
     AlphaEdit's update in its exact low-rank form. The paper's R K^T P (Kp Kp^T P + K K^T P + l2 I)^-1
     (https://huggingface.co/papers/2410.02355; it prints 1 for what its code calls `L2`) equals `R @ factor` with
 
         M = [Kp | K],  factor^T = P M (M^T P M + l2 I)^-1 E,  E the columns of K in M,
 
-    by the push-through identity: one Cholesky of as many rows as there are keys instead of d. With more keys than d the
-    same is solved in d dimensions.
+    by the push-through identity: one Cholesky of as many rows as there are keys instead of d. With more keys than d
+    the same is solved in d dimensions.
 
     Args:
         keys (`torch.Tensor` of shape `(d, n)`):
@@ -56,8 +54,8 @@ def null_space_factor(
 
 def covariance_factor(keys: torch.Tensor, previous: torch.Tensor, cholesky: torch.Tensor) -> torch.Tensor:
     """
-    MEMIT's update R K^T (S + Kp Kp^T + K K^T)^-1 (equation 14 of https://huggingface.co/papers/2210.07229, with previous
-    keys when p > 0) as a factor: with Y = S^-1 [Kp | K] it is the last n rows of (I + [Kp | K]^T Y)^-1 Y^T.
+    MEMIT's update R K^T (S + Kp Kp^T + K K^T)^-1 (equation 14 of https://huggingface.co/papers/2210.07229, with
+    previous keys when p > 0) as a factor: with Y = S^-1 [Kp | K] it is the last n rows of (I + [Kp | K]^T Y)^-1 Y^T.
 
     Args:
         keys (`torch.Tensor` of shape `(d, n)`):
@@ -107,8 +105,8 @@ def cholesky_of_moment(second_moment: torch.Tensor, weight: float) -> torch.Tens
 
 def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: float = 0.4) -> torch.Tensor:
     """
-    RECT (https://huggingface.co/papers/2401.04700): keep the entries of an update that change a weight most, relative to
-    it, and drop the others.
+    RECT (https://huggingface.co/papers/2401.04700): keep the entries of an update that change a weight most, relative
+    to it, and drop the others.
 
     Args:
         delta (`torch.Tensor` of shape `(o, d)`):
@@ -130,8 +128,8 @@ def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: floa
 
 def prune_singular_values(delta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
-    PRUNE (https://huggingface.co/papers/2405.16821): singular values s of the update above the weight's largest, s0, become
-    s0 + ln(s / s0), so that many edits cannot blow up the weight's condition number.
+    PRUNE (https://huggingface.co/papers/2405.16821): singular values s of the update above the weight's largest, s0,
+    become s0 + ln(s / s0), so that many edits cannot blow up the weight's condition number.
 
     Args:
         delta (`torch.Tensor` of shape `(o, d)`):

@@ -1,4 +1,5 @@
-"""Where a decoder keeps its facts: the MLP's down-projection of every layer, found by structure and checked by numbers."""
+"""Where a decoder keeps its facts: the MLP's down-projection of every layer, found by structure and checked by "
+"numbers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-# Path inside a layer; seen in Llama, Mistral, Qwen, Gemma, Phi-3 | GPT-2 | Phi | GPT-J | OPT | GPT-NeoX, Falcon, BLOOM.
+# Paths inside a layer: Llama, Mistral, Qwen, Gemma, Phi-3; GPT-2; Phi; GPT-J; OPT; GPT-NeoX, Falcon, BLOOM.
 NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
 
 
@@ -73,8 +74,9 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
     """
     Find the down-projection of every layer of a dense decoder.
 
-    By the names that transformers uses; failing these, the last linear layer with as many outputs as the hidden size that
-    is called in a layer. Each is then checked by numbers: its output is moved at one token, and the layer's must move.
+    By the names that transformers uses; failing these, the last linear layer with as many outputs as the hidden size
+    that is called in a layer. Each is then checked by numbers: its output is moved at one token, and the layer's must
+    move.
 
     Args:
         model (`~transformers.PreTrainedModel`):
@@ -105,8 +107,9 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
     for index, layer in enumerate(stack):
         if any("expert" in name for name, _ in layer.named_modules()):
             raise ValueError(
-                f"Expected a dense decoder, got mixture-of-experts layers in {type(model).__name__}: a token's keys go "
-                "through other weights for other routes, so one linear update cannot hold the fact. Edit a dense model."
+                f"Expected a dense decoder, got mixture-of-experts layers in {type(model).__name__}: a token's keys "
+                "go through other weights for other routes, so one linear update cannot hold the fact. Edit a dense "
+                "model."
             )
         name = next((name for name in NAMES if _is_linear(layer, name, config.hidden_size)), None)
         found.append((index, layer, name))
@@ -145,16 +148,16 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
             hook.remove()
     if not called:
         raise ValueError(
-            f"Expected a linear layer with {hidden_size} outputs at the end of each MLP of {type(model).__name__}, got "
-            f"none among {[name for name, _ in layer.named_modules() if name]}."
+            f"Expected a linear layer with {hidden_size} outputs at the end of each MLP of {type(model).__name__}, "
+            f"got none among {[name for name, _ in layer.named_modules() if name]}."
         )
     return called[-1]
 
 
 def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple[bool, bool]:
     """
-    Move the projection's output at one token; the layer's output must move there alone. Is it the same move, and does the
-    layer return a tuple?
+    Move the projection's output at one token; the layer's output must move there alone. Is it the same move, and does
+    the layer return a tuple?
     """
     returned: list[type] = []
     ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
@@ -184,8 +187,8 @@ def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple
     moved = seen["layer"].float() - before
     if moved[0, 0].any() or not moved[0, 1].any():
         raise ValueError(
-            f"Expected {type(module).__name__} to be the MLP's last layer of {type(model).__name__}, but moving its output "
-            "at one token did not move the layer's output at that token alone."
+            f"Expected {type(module).__name__} to be the MLP's last layer of {type(model).__name__}, but moving its "
+            "output at one token did not move the layer's output at that token alone."
         )
     tolerance = 8 * torch.finfo(seen["layer"].dtype).eps * (before[0, 1].abs() + shift.abs())
     return bool(((moved[0, 1] - shift).abs() <= tolerance).all()), issubclass(returned[0], tuple)

@@ -13,15 +13,15 @@ class EditReport:
 
     Args:
         edits (`list[dict]`):
-            For each edit made: `id`, `prompt`, `subject`, `target_new`, `batch`, `p_before` and `p_after` (probability of
-            the target after the plain prompt: the geometric mean of its tokens), `loss` (nats per target token when the
-            target state was found), `steps`, `collision` (largest |cosine| of its key with that of another edit, over
-            layers).
+            For each edit made: `id`, `prompt`, `subject`, `target_new`, `batch`, `p_before` and `p_after` (probability
+            of the target after the plain prompt: the geometric mean of its tokens), `loss` (nats per target token when
+            the target state was found), `steps`, `collision` (largest |cosine| of its key with that of another edit,
+            over layers).
         rejected (`list[dict]`):
             Requests that were not made: `id`, `prompt`, `subject`, `target_new`, `reason`.
         layers (`list[dict]`):
-            For each batch and layer: `batch`, `layer`, `preserved` (m), `width` (d), `editable` (||P k|| / ||k||, mean),
-            `residual` (mean norm), `change` (norm of the update by that of the weight).
+            For each batch and layer: `batch`, `layer`, `preserved` (m), `width` (d), `editable` (||P k|| / ||k||,
+            mean), `residual` (mean norm), `change` (norm of the update by that of the weight).
     """
 
     edits: list[dict[str, Any]] = field(default_factory=list)
@@ -37,6 +37,7 @@ class EditReport:
             return f"no edit made, {len(self.rejected)} rejected"
         table = pd.DataFrame(self.edits)
         return (
-            f"{len(table)} edits made, {len(self.rejected)} rejected; target's probability {table.p_before.mean():.3f} -> "
-            f"{table.p_after.mean():.3f} (mean), {(table.p_after > 0.5).mean():.0%} above one half"
+            f"{len(table)} edits made, {len(self.rejected)} rejected; target's probability "
+            f"{table.p_before.mean():.3f} -> {table.p_after.mean():.3f} (mean), {(table.p_after > 0.5).mean():.0%} "
+            "above one half"
         )

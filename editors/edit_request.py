@@ -98,6 +98,7 @@ class EditRequest:
         missing = {"prompt", "subject", "target_new"} - set(values)
         if missing or set(values) - known:
             raise ValueError(
-                f"Expected an edit with prompt, subject and target_new and maybe {sorted(known)}, got {sorted(values)}."
+                f"Expected an edit with prompt, subject and target_new and maybe {sorted(known)}, got "
+                f"{sorted(values)}."
             )
         return cls(**values)

@@ -10,8 +10,8 @@ from .down_projections import DownProjection
 
 class EditedWeight:
     """
-    Adds low-rank updates to a down-projection. A floating-point weight is written: original + sum, added in float32 and
-    rounded once. Any other (a quantised one) is left alone, and the updates are added to the module's output.
+    Adds low-rank updates to a down-projection. A floating-point weight is written: original + sum, added in float32
+    and rounded once. Any other (a quantised one) is left alone, and the updates are added to the module's output.
 
     Args:
         projection (`DownProjection`):

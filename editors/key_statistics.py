@@ -97,7 +97,8 @@ class KeyStatistics:
             layers (`str` or `list[int]`, *optional*, defaults to `"auto"`):
                 Numbers of the layers, `"auto"` for those that [`AlphaEditConfig`] edits, or `"all"`.
             max_tokens (`int`, *optional*, defaults to 200,000):
-                Tokens in all, at most. The paper has 100,000 articles; fewer than 100 times d is too few for a tight null space.
+                Tokens in all, at most. The paper has 100,000 articles; fewer than 100 times d is too few for a tight
+                null space.
             max_length (`int`, *optional*, defaults to 512):
                 Tokens of a row at most.
             batch_size (`int`, *optional*, defaults to 8):
@@ -141,8 +142,8 @@ class KeyStatistics:
             kept.check_model(model)
             if (kept.datasets, kept.layers) != (made.datasets, made.layers):
                 raise ValueError(
-                    f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other text or "
-                    "settings. Pass another checkpoint folder or remove this one."
+                    f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other "
+                    "text or settings. Pass another checkpoint folder or remove this one."
                 )
             made.tokens, made.rows = kept.tokens, kept.rows
             made.sums = {layer: kept.sums[layer].to(made.sums[layer]) for layer in made.layers}
@@ -166,7 +167,9 @@ class KeyStatistics:
             bar.close()
             model.train(training)
         if state.num_processes > 1:
-            made.tokens, made.rows = reduce(torch.tensor([made.tokens, made.rows], device=state.device), "sum").tolist()
+            made.tokens, made.rows = reduce(
+                torch.tensor([made.tokens, made.rows], device=state.device), "sum"
+            ).tolist()
             made.sums = {
                 layer: reduce(value.to(state.device), "sum").to(value.device) for layer, value in made.sums.items()
             }
@@ -276,8 +279,9 @@ class KeyStatistics:
         """
         if hash_weights(model) != self.weights_hash:
             raise ValueError(
-                f"Expected statistics of this model, got those of {self.model_name!r} (revision {self.model_revision}), whose "
-                "weights differ. Collect them from this model: `KeyStatistics.from_dataset(model, tokenizer, dataset)`."
+                f"Expected statistics of this model, got those of {self.model_name!r} (revision "
+                f"{self.model_revision}), whose weights differ. Collect them from this model: "
+                "`KeyStatistics.from_dataset(model, tokenizer, dataset)`."
             )
 
     def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
@@ -364,19 +368,22 @@ class KeyStatistics:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Key statistics")
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Key statistics"
+            )
 
     def _card(self) -> ModelCard:
         data = ModelCardData(library_name="hf_iclr", tags=["knowledge-editing", "key-statistics"])
-        lines = "\n".join(
-            f"| {layer} | `{self.module_names[layer]}` | {len(self.sums[layer])} | {self.sums[layer].trace() / self.tokens:.4g} |"
-            for layer in self.layers
-        )
+        rows = [
+            (layer, f"`{self.module_names[layer]}`", len(total), f"{total.trace() / self.tokens:.4g}")
+            for layer, total in sorted(self.sums.items())
+        ]
+        lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
         return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# Key statistics of {self.model_name}\n\nFloat64 sums of k k^T over {self.tokens:,} "
-            f"tokens, k the input of each layer's down-projection (revision {self.model_revision}). Load them with "
-            "`hf_iclr.KeyStatistics.from_pretrained`.\n\n| layer | module | size | mean squared norm |\n| --- | --- | --- | --- |\n"
-            f"{lines}\n"
+            f"---\n{data.to_yaml()}\n---\n\n# Key statistics of {self.model_name}\n\nFloat64 sums of k k^T over "
+            f"{self.tokens:,} tokens, k the input of each layer's down-projection (revision {self.model_revision}). "
+            "Load them with `hf_iclr.KeyStatistics.from_pretrained`.\n\n| layer | module | size | mean squared norm "
+            f"|\n| --- | --- | --- | --- |\n{lines}\n"
         )
 
 
@@ -412,8 +419,9 @@ def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]
         projections (`list[DownProjection]`):
             Those of the whole model.
         layers (`str` or `list[int]`):
-            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long; only the
-            last of them where layers normalise the projection's output, because a residual cannot be spread there.
+            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long;
+            only the last of them where layers normalise the projection's output, because a residual cannot be spread
+            there.
 
     Returns:
         `list[DownProjection]`: in order.
@@ -434,8 +442,8 @@ def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]
 
 def hash_weights(model: PreTrainedModel) -> str:
     """
-    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the same
-    checkpoint has one name in float32 and in bfloat16.
+    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the
+    same checkpoint has one name in float32 and in bfloat16.
 
     Args:
         model (`~transformers.PreTrainedModel`):

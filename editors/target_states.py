@@ -19,7 +19,6 @@ from .edit_prompts import EditRow, encode_request
 from .edit_request import EditRequest
 
 
-
 @dataclass
 class TargetStates:
     """
@@ -33,7 +32,7 @@ class TargetStates:
         steps (`torch.Tensor` of shape `(n,)`):
             Steps taken.
         log_probs (`torch.Tensor` of shape `(n,)`):
-            Log-probability of the whole target after the plain prompt before anything moved, in nats.
+            Mean log-probability of the target's tokens after the plain prompt before anything moved, in nats.
     """
 
     states: torch.Tensor
@@ -54,9 +53,9 @@ def find_target_states(
     Optimise a move of the last edited layer's output for many requests at once (section 3.1 and appendix of
     https://huggingface.co/papers/2210.07229, as AlphaEdit takes it over).
 
-    Tokens before the subject's last one never see the move, nor do layers up to the edited one: both are computed once.
-    A step runs the layers above on the tokens from there on, with logits at the target's positions only, and requests
-    that are done leave the batch.
+    Tokens before the subject's last one never see the move, nor do layers up to the edited one: both are computed
+    once. A step runs the layers above on the tokens from there on, with logits at the target's positions only, and
+    requests that are done leave the batch.
 
     Args:
         model (`~transformers.PreTrainedModel`):
@@ -99,7 +98,8 @@ def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: A
 
 
 class _Search:
-    """One batch of requests. All rows stand so that their subjects end in one column: a prefix before, a suffix after."""
+    """One batch of requests. All rows stand so that their subjects end in one column: a prefix before, a suffix "
+    "after."""
 
     def __init__(
         self,
@@ -125,26 +125,34 @@ class _Search:
         self.before, self.ids, self.mask = before, ids, mask
         self.positions = (mask.cumsum(1) - 1).clamp_min(0)
         # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
-        num_texts = self.rows_each - (1 if config.kl_factor else 0)
+        self.num_texts = self.rows_each - (1 if config.kl_factor else 0)
         places = [
-            (line, place - 1 - row.subject, row.ids[place], 1 / (len(row.ids) - row.start) / num_texts)
+            (line, place - 1 - row.subject, row.ids[place], 1 / (len(row.ids) - row.start) / self.num_texts)
             for line, row in enumerate(flat)
             for place in range(row.start, len(row.ids))
         ]
-        self.row, self.column, self.token = (torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3])
+        self.row, self.column, self.token = (
+            torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3]
+        )
         self.weight = torch.tensor([place[3] for place in places], device=device)
 
     def inputs(self, start: int, end: int, cache: DynamicCache | None, lines: Any = slice(None)) -> dict[str, Any]:
         """Arguments of a forward over columns `start` to `end`, those before them in the cache."""
-        inputs = {"input_ids": self.ids[lines, start:end], "attention_mask": self.mask[lines, :end], "use_cache": False}
+        inputs = {
+            "input_ids": self.ids[lines, start:end],
+            "attention_mask": self.mask[lines, :end],
+            "use_cache": False,
+        }
         if self.takes_positions:
             inputs["position_ids"] = self.positions[lines, start:end]
         return inputs if cache is None else inputs | {"past_key_values": _shallow(cache), "use_cache": True}
 
     @torch.no_grad()
     def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
-        """Cache of the tokens before the subjects' last, and on the others the input of the last edited layer and the output
-        that is to be moved."""
+        """
+        Cache of the tokens before the subjects' last, and on the others the input of the last edited layer and the output
+        that is to be moved.
+        """
         cache = None
         if self.before:
             cache = DynamicCache()
@@ -178,7 +186,8 @@ class _Search:
                 loss = loss + config.kl_factor * (kl_log_probs.exp() * (kl_log_probs - before[active])).sum(1)
             if step == 0:
                 plain = batch.line % each == 0
-                log_probs.index_add_(0, batch.owner[plain], token_log_probs.detach()[plain])
+                own = (token_log_probs.detach() * batch.weight)[plain]
+                log_probs.index_add_(0, batch.owner[plain], own * self.num_texts)
             losses[active] = loss.detach()
             done = (loss < config.loss_threshold) | ~loss.isfinite()
             if step == config.num_steps - 1 or done.all():
@@ -190,7 +199,9 @@ class _Search:
             steps[rest] += 1
             first[rest] = 0.9 * first[rest] + 0.1 * gradient
             second[rest] = 0.999 * second[rest] + 0.001 * gradient**2
-            ratio = (first[rest] / (1 - 0.9 ** (step + 1))) / ((second[rest] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            ratio = (first[rest] / (1 - 0.9 ** (step + 1))) / (
+                (second[rest] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            )
             moved = delta[rest] - config.learning_rate * ratio
             limit = config.clamp_factor * size[rest]
             delta[rest] = moved * (limit / moved.norm(dim=1)).clamp_max(1)[:, None]

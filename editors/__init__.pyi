@@ -1,0 +1,13 @@
+from .alpha_edit_config import AlphaEditConfig
+from .alpha_editor import AlphaEditor
+from .edit_report import EditReport
+from .edit_request import EditRequest
+from .key_statistics import KeyStatistics
+
+__all__ = [
+    "AlphaEditConfig",
+    "AlphaEditor",
+    "EditReport",
+    "EditRequest",
+    "KeyStatistics",
+]

@@ -1,0 +1,208 @@
+"""From target states to updates of the edited layers: reads keys, solves, and writes the weights layer by layer."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .alpha_edit_config import AlphaEditConfig
+from .closed_form import (
+    cholesky_of_moment,
+    covariance_factor,
+    keep_relative_changes,
+    low_rank_factors,
+    null_space_factor,
+    project_out,
+    prune_singular_values,
+)
+from .down_projections import DownProjection, capture, run_until
+from .edit_ledger import EditBatch
+from .edit_prompts import EditRow, encode_request
+from .edit_request import EditRequest
+from .edited_weight import EditedWeight
+from .key_statistics import KeyStatistics
+
+
+logger = logging.getLogger(__name__)
+
+_ROWS_READ = 64  # in one forward
+
+
+class EditSolver:
+    """
+    Solves batches of edits and keeps the weights.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            The unedited model.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            Its tokenizer.
+        config ([`AlphaEditConfig`]):
+            With its context templates by the time of the first batch.
+        projections (`list[DownProjection]`):
+            The edited layers.
+        preserved (`dict[int, torch.Tensor]`):
+            For each layer the directions that must not change, of shape `(d, m)`; empty when nothing is projected.
+        statistics ([`KeyStatistics`], *optional*):
+            For the solvers `"memit"` and `"memit_seq"`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AlphaEditConfig,
+        projections: list[DownProjection],
+        preserved: dict[int, torch.Tensor],
+        statistics: KeyStatistics | None,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.projections, self.preserved, self.statistics = projections, preserved, statistics
+        self._weights = {p.index: EditedWeight(p) for p in projections}
+        self._cholesky: dict[int, torch.Tensor] = {}
+
+    def write(self, batches: Sequence[EditBatch]) -> None:
+        """Make the weights the original ones plus these batches, in their order."""
+        for layer, weight in self._weights.items():
+            weight.set([(batch.residuals[layer], batch.factors[layer]) for batch in batches])
+
+    def solve(
+        self, name: str, requests: list[EditRequest], states: torch.Tensor, before: list[EditBatch]
+    ) -> EditBatch:
+        """
+        The updates of one batch, layer by layer: each is in the weights when the next layer's keys are read. The
+        caller writes the weights anew should this fail.
+
+        Args:
+            name (`str`):
+                The batch's name.
+            requests (`list[EditRequest]`):
+                The edits.
+            states (`torch.Tensor` of shape `(n, hidden_size)`):
+                Their target states.
+            before (`list[EditBatch]`):
+                Batches in the weights.
+
+        Returns:
+            [`EditBatch`]: without the rows of the edits' report.
+
+        Raises:
+            ValueError: when the equations cannot be solved or the update is not finite.
+        """
+        batch = EditBatch(name, requests, states)
+        rows = [self._rows_to_subject(request) for request in requests]
+        for number, projection in enumerate(self.projections):
+            layer, weight = projection.index, self._weights[projection.index]
+            keys, reached = self._read(rows, projection)
+            residuals = ((states.to(reached) - reached) / (len(self.projections) - number)).double().T
+            keys = keys.double().T.cpu()
+            previous = [other.keys[layer].double() for other in before]
+            factor = self._factor(layer, keys, torch.cat([keys[:, :0], *previous], 1))
+            residuals = residuals.cpu()
+            if not (residuals.isfinite().all() and factor.isfinite().all()):
+                raise ValueError(
+                    f"Expected a finite update of layer {layer}, got NaN or infinity; the batch is not made."
+                )
+            if self.config.post_processing is not None:
+                residuals, factor = self._post_process(layer, residuals @ factor, before)
+            batch.keys[layer] = keys.float()
+            batch.residuals[layer], batch.factors[layer] = residuals.float(), factor.float()
+            updates = [(other.residuals[layer], other.factors[layer]) for other in [*before, batch]]
+            weight.set(updates)
+            outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
+            batch.layers.append(
+                {"batch": batch.name, "layer": layer, "width": keys.shape[0],
+                 "preserved": self.preserved[layer].shape[1] if layer in self.preserved else 0,
+                 "editable": (outside.norm(dim=0) / keys.norm(dim=0)).mean().item(),
+                 "residual": batch.residuals[layer].norm(dim=0).mean().item(),
+                 "change": self._relative_change(layer, residuals, factor)}
+            )  # fmt: skip
+            if batch.layers[-1]["editable"] < 0.3:
+                logger.warning(
+                    "Layer %d: only %.0f %% of the keys' norm is editable, the rest lies in preserved directions. "
+                    "Raise nullspace_threshold, lower nullspace_energy or nullspace_rank, or edit lower layers.",
+                    layer, 100 * batch.layers[-1]["editable"],
+                )  # fmt: skip
+        return batch
+
+    def _factor(self, layer: int, keys: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        empty = keys[:, :0]
+        if config.solver in ("alphaedit", "ridge"):
+            inside = self.preserved[layer] if config.solver == "alphaedit" else empty
+            factor = null_space_factor(keys, previous, inside, config.l2)
+        else:
+            assert self._statistics is not None
+            if layer not in self._cholesky:
+                moment = self._statistics.second_moment(layer)
+                self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
+            seen = previous if config.solver == "memit_seq" else empty
+            factor = covariance_factor(keys, seen, self._cholesky[layer])
+        if config.project and config.solver != "alphaedit":
+            factor = project_out(factor.T, self.preserved[layer]).T
+        return factor
+
+    def _post_process(
+        self, layer: int, delta: torch.Tensor, before: list[EditBatch]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        projection, weight = self._weights[layer].projection, self._weights[layer]
+        if weight.original is None:
+            raise ValueError("Expected a floating-point model for post_processing, got a quantised one. Leave it out.")
+        current = [(other.residuals[layer], other.factors[layer]) for other in before]
+        if self.config.post_processing == "rect":
+            delta = keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
+        else:
+            original = projection.as_stored(weight.original.double()).cpu()
+            sofar = projection.as_stored(weight.total(current).double()).cpu() - original
+            delta = prune_singular_values(sofar + delta, original) - sofar
+        return low_rank_factors(delta)
+
+    def _relative_change(self, layer: int, residuals: torch.Tensor, factor: torch.Tensor) -> float:
+        original = self._weights[layer].original
+        if original is None:
+            return float("nan")
+        squared = ((residuals.T @ residuals) * (factor @ factor.T)).sum().clamp_min(0)
+        return float(squared.sqrt() / original.double().norm().cpu())
+
+    def _rows_to_subject(self, request: EditRequest) -> list[EditRow]:
+        templates = self.config.context_templates or ["{}"]
+        rows = [encode_request(self.tokenizer, request.prompt, request.subject, "", context) for context in templates]
+        return [EditRow(row.ids[: row.subject + 1], row.subject, row.subject + 1) for row in rows]
+
+    def _read(self, rows: list[list[EditRow]], projection: DownProjection) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys of one layer, (n, d): half of each is the plain prompt's, half the mean over contexts; and the last edited
+        layer's present output on the plain prompts, (n, hidden_size).
+        """
+        last = self.projections[-1]
+        plain = self._read_rows(
+            [row[0] for row in rows], last.layer, {"key": (projection.module, "input"), "out": (last.target, "output")}
+        )
+        if len(rows[0]) == 1:
+            return plain["key"], plain["out"]
+        others = [row for request in rows for row in request[1:]]
+        contexts = self._read_rows(others, projection.layer, {"key": (projection.module, "input")})["key"]
+        mean = contexts.view(len(rows), -1, contexts.shape[-1]).mean(1)
+        return (plain["key"] + mean) / 2, plain["out"]
+
+    @torch.no_grad()
+    def _read_rows(
+        self, rows: list[EditRow], until: torch.nn.Module, wanted: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+        for first in range(0, len(order), _ROWS_READ):
+            chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
+            ids, mask = torch.zeros(2, len(chosen), max(map(len, chosen)), dtype=torch.long, device=self.model.device)
+            for line, tokens in enumerate(chosen):
+                ids[line, : len(tokens)], mask[line, : len(tokens)] = torch.tensor(tokens), 1
+            ends = mask.sum(1) - 1
+            with capture(wanted) as seen:
+                run_until(self.model, until, input_ids=ids, attention_mask=mask)
+            for name, value in seen.items():
+                shaped = value.reshape(*ids.shape, -1)
+                parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
+        back = torch.tensor(order).argsort()
+        return {name: torch.cat(values)[back] for name, values in parts.items()}
