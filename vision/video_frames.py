@@ -258,7 +258,7 @@ def to_rgb(frame: Any) -> np.ndarray:
     if isinstance(frame, Mapping) and (frame.get("bytes") is not None or frame.get("path") is not None):
         frame = Image.open(io.BytesIO(frame["bytes"]) if frame.get("bytes") is not None else frame["path"])
     if isinstance(frame, Image.Image):
-        return _with_pixels(np.asarray(frame.convert("RGB")))
+        return _with_pixels(np.array(frame.convert("RGB")))
     if isinstance(frame, torch.Tensor):
         frame = frame.detach().cpu().numpy()
     if not isinstance(frame, np.ndarray):

@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image as ImageFeature
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_iclr.vision.video_frames import StreamedFrames, open_video, to_rgb

@@ -8,8 +8,8 @@ import torch
 
 from hf_iclr.vision.video_session import VideoSession
 from tests.vision.direct import corrected_masks, direct_masks
-from tests.vision.tiny import clip, tiny_pipe
 from tests.vision.test_video_frames import smooth, write_video
+from tests.vision.tiny import clip, tiny_pipe
 
 
 VIDEO = clip(8)

@@ -1,14 +1,18 @@
 """The smallest legal video segmenters of each family, with random weights that make masks worth comparing."""
 
-import importlib.util
 from functools import cache
 
 import numpy as np
-import pytest
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     EdgeTamVideoConfig,
     EdgeTamVideoModel,
+    EdgeTamVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     Sam2HieraDetConfig,
     Sam2ImageProcessor,
     Sam2VideoConfig,
@@ -23,6 +27,7 @@ from transformers import (
     Sam3TrackerVideoModel,
     Sam3TrackerVideoProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_iclr.vision.pipeline_promptable_video_segmentation import Sam2VideoPipeline
 
@@ -31,6 +36,40 @@ SIDE = 64  # pixels of the model's square
 HIDDEN = 128  # a hidden size equal to the memory's 64 is not legal
 FAMILIES = ("sam2_video", "sam3_tracker_video", "edgetam_video")
 _SIZES = [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2]
+
+
+class PyramidConfig(PreTrainedConfig):
+    """Of a stand-in for EdgeTAM's backbone, which would need timm."""
+
+    model_type = "tiny_pyramid"
+    channels: tuple[int, ...] = (8, 16, 16, 16)
+
+
+class PyramidModel(PreTrainedModel):
+    """Feature maps at strides 4, 8, 16 and 32, one convolution each."""
+
+    config_class = PyramidConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths = [3, *config.channels]
+        self.levels = nn.ModuleList(
+            nn.Conv2d(widths[level], widths[level + 1], 4 if level == 0 else 2, stride=4 if level == 0 else 2)
+            for level in range(4)
+        )
+        self.post_init()
+
+    def forward(self, pixel_values, **kwargs):
+        maps = []
+        for level in self.levels:
+            pixel_values = level(pixel_values).relu()
+            maps.append(pixel_values)
+        return BaseModelOutput(last_hidden_state=maps)
+
+
+AutoConfig.register("tiny_pyramid", PyramidConfig, exist_ok=True)
+AutoModel.register(PyramidConfig, PyramidModel, exist_ok=True)
 
 
 def _shared(**kwargs) -> dict:
@@ -57,7 +96,7 @@ def _mask_decoder() -> dict:
 
 
 def tiny_config(family: str = "sam2_video", **kwargs):
-    """A configuration; `kwargs` change it. The EdgeTAM one needs timm and skips the test without it."""
+    """A configuration; `kwargs` change it."""
     if family == "sam3_tracker_video":
         vit = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         vit |= {"patch_size": 16, "image_size": SIDE, "pretrain_image_size": SIDE, "window_size": 2}
@@ -70,12 +109,19 @@ def tiny_config(family: str = "sam2_video", **kwargs):
             **_shared(memory_attention_feed_forward_hidden_size=HIDDEN, **kwargs),
         )
     if family == "edgetam_video":
-        if importlib.util.find_spec("timm") is None:
-            pytest.skip("EdgeTAM's backbone needs timm, which is not installed")
         return EdgeTamVideoConfig(
+            vision_config=EdgeTamVisionConfig(
+                backbone_config=PyramidConfig(),
+                backbone_channel_list=[16, 16, 16, 8],
+                backbone_feature_sizes=_SIZES,
+                fpn_hidden_size=HIDDEN,
+            ),
             prompt_encoder_config=_prompt_encoder(),
             mask_decoder_config=_mask_decoder(),
             image_size=SIDE,
+            memory_attention_rope_k_sizes=[2, 2],
+            perceiver_resampler_num_latents=4,
+            perceiver_resampler_num_latents_2d=4,
             **_shared(memory_attention_mlp_hidden_size=HIDDEN, **kwargs),
         )
     backbone = Sam2HieraDetConfig(
