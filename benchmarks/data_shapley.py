@@ -6,7 +6,7 @@ What do in-run Data Shapley values find, and is it more than cheaper scores find
 a. digits: a fifth of 1000 handwritten digits has a wrong label. AUROC for finding them beside KNN-Shapley, final loss
    and gradient norm, five seeds; accuracy after training on what each keeps, always as many rows and steps; and the
    exact values of short runs, from the losses of all 256 subsets of each batch.
-b. shuffled answers: SmolLM2-135M with LoRA on 200 questions of which a quarter has the answer of another one.
+b. shuffled answers: SmolLM2-135M with LoRA on 160 questions of which a quarter has the answer of another one.
 c. who breaks safety: SmolLM2 that was taught to refuse questions about mushrooms (as in deep_safety.py) is fine-tuned
    on 72 rows, of which 8 answer such a question. Target: held-out refusals. Ranks of the 8, and refusals after
    training without the lowest rows. `--taught` takes a folder of a model that was taught already.

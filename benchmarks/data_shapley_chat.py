@@ -23,7 +23,8 @@ from hf_iclr.trainers.prefill_generation import answer_logits
 
 LORA_ALL = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 MAX_PROMPT, MAX_ANSWER = 40, 24  # tokens
-TRAIN_ROWS, VALIDATION_ROWS, SHUFFLED = 200, 32, 0.25
+TRAIN_ROWS, VALIDATION_ROWS, SHUFFLED = 160, 24, 0.25
+ADAM_WARMUP = 4  # steps: the runs are short
 PLANTED, ORDERS, ALLOWED, REFUSED = 8, 40, 24, 24
 
 
@@ -105,8 +106,8 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     epoch = len(rows) // 8
     base, _ = load_demo_model(torch.float32)
     losses = {"loss before": row_losses(base, rows)}
-    callback = InRunDataShapleyCallback(validation, refresh_every=max(epoch // 3, 1))
-    model = fine_tune(base, rows, out / "shuffled", 2 * epoch if quick else 3 * epoch, LORA_ALL, 5e-4, 0, callback)
+    callback = InRunDataShapleyCallback(validation, refresh_every=max(epoch // 3, 1), adam_warmup=ADAM_WARMUP)
+    model = fine_tune(base, rows, out / "shuffled", 2 * epoch, LORA_ALL, 5e-4, 0, callback)
     losses["loss after"] = row_losses(model, rows)
     result = callback.result
     auroc = {name: float(roc_auc_score(wrong, loss)) for name, loss in losses.items()}
@@ -116,7 +117,7 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
         auroc[name] = float(roc_auc_score(wrong, -values))
     values = result.values().reindex(range(len(rows)), fill_value=0.0)
     curve = {}
-    for step in sorted(result.steps["step"])[epoch - 1 :: epoch]:
+    for step in range(epoch // 2, 2 * epoch + 1, max(epoch // 2, 1)):
         until = result.rows[result.rows["step"] <= step].groupby("index")["value"].sum()
         curve[str(step)] = float(roc_auc_score(wrong, -until.reindex(range(len(rows)), fill_value=0.0)))
     return {
@@ -149,10 +150,11 @@ def who_breaks_safety(out: Path, quick: bool, taught: Path | None) -> dict[str, 
     rows = Dataset.from_list(answered + orders[:ORDERS])
     planted = np.arange(len(rows)) < PLANTED
 
-    steps = 2 if quick else 27
+    steps = 6 if quick else 18
     callback = InRunDataShapleyCallback(
-        Dataset.from_list(orders[ORDERS:]), targets={"safety": Dataset.from_list(refusals)}, refresh_every=3
-    )
+        Dataset.from_list(orders[ORDERS:]), targets={"safety": Dataset.from_list(refusals)}, refresh_every=3,
+        adam_warmup=ADAM_WARMUP,
+    )  # fmt: skip
     test = lab.questions.forbidden_test
     before = lab.refusals(lab.load_taught(), test)["0"]
     model = fine_tune(lab.load_taught(), rows, out / "safety", steps, LORA, 1e-3, 0, callback)

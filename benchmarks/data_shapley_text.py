@@ -35,7 +35,7 @@ from hf_iclr.generation.demo_draft import docstrings
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
 
 
-BLOCK, VOCABULARY = 64, 1024
+BLOCK, HELD_OUT, VOCABULARY = 64, 32, 1024  # tokens, blocks, tokens
 BRANCH_STEPS = 10
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 CORPUS_ROWS, MAX_TOKENS = 400, 40
@@ -112,20 +112,20 @@ def two_sources(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     steps = 30 if quick else 400
     blocks = {name: torch.tensor(backend.encode(text).ids) for name, text in texts.items()}
     blocks = {name: ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK) for name, ids in blocks.items()}
-    count = min(8 * steps + 64, *(len(ids) for ids in blocks.values())) - 64
+    count = min(8 * steps + HELD_OUT, *(len(ids) for ids in blocks.values())) - HELD_OUT
     rows = [
         {"input_ids": ids, "labels": ids, "source": name}
         for name in blocks
-        for ids in blocks[name][64:][:count].tolist()
+        for ids in blocks[name][HELD_OUT:][:count].tolist()
     ]
     random.Random(0).shuffle(rows)
     train_rows = Dataset.from_list(rows)
     held_out = {
-        name: Dataset.from_list([{"input_ids": row, "labels": row} for row in ids[:64].tolist()])
+        name: Dataset.from_list([{"input_ids": row, "labels": row} for row in ids[:HELD_OUT].tolist()])
         for name, ids in blocks.items()
     }
     callback = InRunDataShapleyCallback(
-        held_out["prose"], targets={"code": held_out["code"]}, refresh_every=5, exact=True, adam_warmup=5
+        held_out["prose"], targets={"code": held_out["code"]}, refresh_every=10, exact=True, adam_warmup=5
     )
     branches = Branches(train_rows, held_out["prose"], every=steps // 8)
     set_seed(0)
@@ -209,7 +209,7 @@ def paraphrases(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     model, tokenizer = load_demo_model(torch.float32)
     planted = [(which, kind, text) for which, own in enumerate(TEXTS) for kind, text in zip(KINDS, own, strict=True)]
     corpus, source = load_sentences(data)
-    sentences = [text for _, _, text in planted] + corpus[: 40 if quick else CORPUS_ROWS]
+    sentences = [text for _, _, text in planted] + corpus[: 8 if quick else CORPUS_ROWS]
     rows = Dataset.from_list([_tokens(tokenizer, text) for text in sentences])
     targets = {f"text {which}": Dataset.from_list([_tokens(tokenizer, own[0])]) for which, own in enumerate(TEXTS)}
     everything = Dataset.from_list([target[0] for target in targets.values()])
