@@ -177,7 +177,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         batch_size = self.batch_size or args.per_device_eval_batch_size
         batches = {
-            name: trainer_batches(trainer, name, dataset, loader, batch_size)
+            name: trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
         }
         compute_loss = self.compute_loss or functools.partial(_trainer_loss, trainer)

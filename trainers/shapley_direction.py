@@ -68,7 +68,8 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     Adam divides by the root of the second moment as it was before the step (https://huggingface.co/papers/2602.00329),
     `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment
     hands the gradient on in shares `(1 - beta1) beta1^k`, which sum to one. SGD with momentum hands it on in
-    shares that sum to `(1 - dampening) / (1 - momentum)`. Any other optimiser is treated as SGD, as the paper does with AdamW.
+    shares that sum to `(1 - dampening) / (1 - momentum)`. Any other optimiser is treated as
+    SGD, as the paper treats AdamW.
 
     Returns:
         `torch.Tensor` of the parameter's shape, or `float`.

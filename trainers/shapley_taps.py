@@ -1,6 +1,6 @@
 """Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,7 +325,10 @@ def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any,
         raise NotImplementedError("it draws dropout masks")
     primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
     tangents = {name: _dense(directions[name]).to(primals[name].dtype) for name in primals}
-    run: Callable[..., torch.Tensor] = lambda values: torch.func.functional_call(module, values, tuple(args), kwargs)  # noqa: E731
+
+    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
+        return torch.func.functional_call(module, values, tuple(args), kwargs, tie_weights=False)
+
     was, taps.on = taps.on, False
     try:
         return torch.func.jvp(run, (primals,), (tangents,))[1]

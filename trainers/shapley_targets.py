@@ -18,7 +18,9 @@ _ONLY_TRAINING = {"seq_lengths", "ref_chosen_logps", "ref_rejected_logps"}
 Batches = list[tuple[Any, int]]
 
 
-def trainer_batches(trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int) -> Batches:
+def trainer_batches(
+    trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int, id_column: str | None = None
+) -> Batches:
     """
     Batches of a validation set as the trainer would make them of its training set, and how many rows each has.
 
@@ -33,6 +35,8 @@ def trainer_batches(trainer: Trainer, name: str, dataset: Any, loader: Any, batc
             The training set's.
         batch_size (`int`):
             Rows of a batch.
+        id_column (`str`, *optional*):
+            Column that validation rows don't need.
 
     Raises:
         ValueError: if the set is empty or its columns aren't the training set's.
@@ -46,8 +50,9 @@ def trainer_batches(trainer: Trainer, name: str, dataset: Any, loader: Any, batc
                 dataset = trainer._precompute_ref_logps(dataset, name, batch_size)
         columns = getattr(base.dataset, "column_names", None)
         if columns:
+            columns = [column for column in columns if column != id_column]
             missing = set(columns) - set(dataset.column_names) - _ONLY_TRAINING
-            if missing:
+            if missing and (trainer.args.remove_unused_columns or missing == set(columns)):
                 raise ValueError(
                     f"Expected the validation set {name!r} to have the columns the trainer trains on, {columns}, got "
                     f"{dataset.column_names}. Prepare it like the training set."

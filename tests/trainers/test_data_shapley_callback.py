@@ -71,14 +71,14 @@ def test_a_value_is_learning_rate_times_the_product_of_two_gradients(tmp_path):
         weights = recorder.before[line.step - 1]
         mine, theirs = (gradient(model, weights, batch) for batch in (token_rows(12).select([line.index]), val))
         lr = 0.1 * (1 - (line.step - 1) / 3)
-        expected = lr * sum((a * b).sum() for a, b in zip(mine, theirs)).item() / 4
+        expected = lr * sum((a * b).sum() for a, b in zip(mine, theirs, strict=True)).item() / 4
         assert line.value == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert line.tokens == 8 and line.target == "validation"
 
 
 def test_values_add_up_to_the_fall_of_the_validation_loss(tmp_path):
     shapley = callback(targets={"other": token_rows(3, seed=4)})
-    trainer = make(tmp_path, callbacks=[shapley], max_steps=10, learning_rate=1e-3)
+    trainer = make(tmp_path, lora(tiny_llama()).double(), [shapley], max_steps=10, learning_rate=1e-5)
     trainer.train()
     for target in ("validation", "other"):
         assert shapley.result.explained_ratio(target) == pytest.approx(1, abs=0.02)
@@ -147,7 +147,8 @@ def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path)
         model = model if full else lora(model, lora_dropout=0.3)
         make(tmp_path, model, [last, *([shapley] if shapley else [])], **SETTINGS[name]).train()
         after.append(last)
-    assert len(shapley.result.rows) == 12 and shapley.result.rows["value"].abs().max() > 0
+    assert len(shapley.result.rows) == (8 if "Adam" in name else 12)  # Adam's second moment is 0 at first
+    assert shapley.result.rows["value"].abs().max() > 0
     for part in ("weights", "state"):
         assert all(torch.equal(a, b) for a, b in zip(*(getattr(last, part) for last in after), strict=True))
     assert torch.equal(after[0].random, after[1].random)
@@ -207,15 +208,15 @@ def test_a_loss_that_hands_the_model_only_some_inputs_keeps_identities(tmp_path)
 
 
 def test_adam_waits_for_its_second_moment_and_reports_what_momentum_did(tmp_path):
-    shapley = callback(adam_warmup=3)
-    settings = {"optim": "adamw_torch", "learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.5}
-    trainer = make(tmp_path, callbacks=[shapley], max_steps=8, **settings)
+    shapley = callback(adam_warmup=15)
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-5, "lr_scheduler_type": "constant", "weight_decay": 0.5}
+    trainer = make(tmp_path, lora(tiny_llama()).double(), [shapley], max_steps=20, **settings)
     trainer.train()
-    assert shapley.result.rows["step"].min() == 4
+    assert shapley.result.rows["step"].min() == 16
     steps = shapley.result.steps.set_index("step")
     gains = steps["sum_validation"] + steps["unattributed_validation"]  # of the whole step, to first order
     falls = -steps["loss_validation"].diff().shift(-1)
-    assert gains[4:8].tolist() == pytest.approx(falls[4:8].tolist(), rel=0.05)
+    assert gains.loc[16:20].tolist() == pytest.approx(falls.loc[16:20].tolist(), rel=0.1)
     assert "shapley/unattributed" in trainer.state.log_history[-4] | trainer.state.log_history[-5]
 
 

@@ -66,7 +66,11 @@ def row_by_row(model, batch, rows, parameters, directions, loss_of):
     for row in range(rows):
         alone = {name: value[row : row + 1] for name, value in batch.items()}
         gradients = torch.autograd.grad(loss_of(model, alone), parameters, allow_unused=True)
-        scores.append(sum(torch.sum(g.double() * u.double()) for g, u in zip(gradients, directions) if g is not None))
+        scores.append(
+            sum(
+                torch.sum(g.double() * u.double()) for g, u in zip(gradients, directions, strict=True) if g is not None
+            )
+        )
     return torch.stack(scores)
 
 
@@ -75,7 +79,8 @@ def check(model, batch, loss_of, tolerance=1e-5):
     rows = len(next(iter(batch.values())))
     taps, parameters, directions = scored(model, batch, rows, loss_of)
     got = taps.scores.double().sum(0)[:, 0]
-    total = sum(torch.sum(p.grad.double() * u.double()) for p, u in zip(parameters, directions) if p.grad is not None)
+    pairs = [(p.grad, u) for p, u in zip(parameters, directions, strict=True) if p.grad is not None]
+    total = sum(torch.sum(g.double() * u.double()) for g, u in pairs)
     expected = row_by_row(model, batch, rows, parameters, directions, loss_of)
     scale = expected.abs().max()
     assert (got - expected).abs().max() <= tolerance * scale
@@ -197,8 +202,8 @@ def test_dropout_masks_are_those_of_training_and_random_states_untouched():
     model.zero_grad()
     lm_loss(40)(model, batch).backward()
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients))
-    total = sum(torch.sum(p.grad * u) for p, u in zip(parameters, directions))
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
+    total = sum(torch.sum(p.grad * u) for p, u in zip(parameters, directions, strict=True))
     assert taps.scores.sum().item() == pytest.approx(total.item(), rel=1e-9)
 
 
@@ -211,7 +216,7 @@ def test_checkpointing_changes_nothing(use_reentrant, name):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     recomputed, _, _ = scored(model, batch, 6, lm_loss(40))
     assert torch.equal(plain.scores, recomputed.scores)
-    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients))
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
 
 
 def test_a_plain_checkpoint_recomputes_inputs_rather_than_keeping_them():
