@@ -1,7 +1,9 @@
 """What a tracker remembers: the past of an object, as far as the model can look back, and features of frames."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +94,7 @@ class FeatureCache:
         self._latest: tuple[int, list[torch.Tensor]] | None = None
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._positions: list[torch.Tensor] = []
+        self._constants: dict[tuple, torch.Tensor] = {}
         self.memory_positions: torch.Tensor | None = None  # of the memory encoder, the same for all frames too
 
     def __contains__(self, frame: int) -> bool:
@@ -122,6 +125,28 @@ class FeatureCache:
         size = sum(level.numel() * (self.dtype or level.dtype).itemsize for level in levels)
         if frame not in self._kept and self.kept_bytes + size <= self.limit_bytes:
             self._kept[frame] = [level.to(self.device or level.device, self.dtype or level.dtype) for level in levels]
+
+    @contextmanager
+    def constants_of(self, model) -> Iterator[None]:
+        """
+        While it lasts, `model` computes the position encodings of its features and of its mask decoder once rather
+        than for every frame: they depend on shapes and weights alone.
+        """
+        encoding = model.vision_encoder.neck.position_encoding
+        methods = ((encoding, "forward"), (model, "get_image_wide_positional_embeddings"))
+        for owner, name in methods:
+            setattr(owner, name, partial(self._constant, name, getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in methods:
+                delattr(owner, name)
+
+    def _constant(self, name: str, compute: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        key = (name, *args)
+        if key not in self._constants:
+            self._constants[key] = compute(*args)
+        return self._constants[key]
 
 
 class ObjectMemory(Sam2VideoInferenceSession):
@@ -204,7 +229,8 @@ class ObjectMemory(Sam2VideoInferenceSession):
         self.tracked = self._attended(frame, reverse)
         streamed = {} if self._num_frames is not None else {"frame": torch.empty(0)}
         try:
-            model(self, frame_idx=frame, reverse=reverse, **streamed)
+            with self.cache.constants_of(model):
+                model(self, frame_idx=frame, reverse=reverse, **streamed)
         finally:
             for hook in hooks:
                 hook.remove()

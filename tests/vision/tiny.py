@@ -181,9 +181,14 @@ def tiny_processor(family: str = "sam2_video"):
 
 
 @cache
-def tiny_pipe(family: str = "sam2_video") -> Sam2VideoPipeline:
+def tiny_pipe(family: str = "sam2_video", **kwargs) -> Sam2VideoPipeline:
     """A pipeline, made once; tests must not change its model."""
-    return Sam2VideoPipeline(model=tiny_model(family), processor=tiny_processor(family), device="cpu")
+    return Sam2VideoPipeline(model=tiny_model(family, **kwargs), processor=tiny_processor(family), device="cpu")
+
+
+def near_pipe() -> Sam2VideoPipeline:
+    """One that looks back 2 frames at masks and 4 at pointers, so that short clips are long for it."""
+    return tiny_pipe(num_maskmem=3, max_object_pointers_in_encoder=5)
 
 
 def clip(frames: int = 6, height: int = 48, width: int = 80, seed: int = 0) -> np.ndarray:
