@@ -19,7 +19,7 @@ from hf_iclr.trainers.shapley_result import DataShapleyResult
 
 
 NOISE, TRAIN_ROWS, VALIDATION_ROWS = 0.2, 1000, 300
-OPTIMIZERS = {"SGD": ("sgd", 0.1), "AdamW": ("adamw_torch", 1e-3)}
+OPTIMIZERS = {"SGD": ("sgd", 0.1), "small-step SGD": ("sgd", 0.02), "AdamW": ("adamw_torch", 1e-3)}
 GAME_RATES = (0.1, 0.01)
 EPOCHS, RETRAIN_EPOCHS, BATCH = 5, 15, 32
 GAME_ROWS, GAME_BATCH, GAME_EPOCHS = 48, 8, 3
@@ -73,6 +73,7 @@ def train(
     batch: int = BATCH,
     callback: InRunDataShapleyCallback | None = None,
     lr: float | None = None,
+    schedule: str = "constant",
 ) -> tuple[Classifier, DataShapleyResult | None]:
     """A new classifier trained on the rows, and the values that the callback measured."""
     set_seed(seed)
@@ -81,7 +82,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, per_device_train_batch_size=batch, num_train_epochs=epochs, learning_rate=lr or default_lr,
-            optim=optim, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, seed=seed, use_cpu=True,
+            optim=optim, lr_scheduler_type=schedule, max_grad_norm=0.0, weight_decay=0.0, seed=seed, use_cpu=True,
             report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no",
         )  # fmt: skip
         trainer = Trainer(
@@ -111,7 +112,10 @@ def find_noise(seed: int) -> dict[str, Any]:
 
 
 def retrain(digits: Digits, scores: dict[str, np.ndarray], optimizer: str, seed: int) -> dict[str, dict[str, float]]:
-    """Test accuracy and share of wrong labels left, for as many rows and steps as have a positive in-run value."""
+    """
+    Test accuracy and share of wrong labels left, each time with as many rows as have a positive in-run value and as
+    many steps. The learning rate falls to zero, so that the last steps do not decide.
+    """
     values = -scores[f"in-run values, {optimizer}"]
     count = int((values > 0).sum())
     best = {
@@ -125,7 +129,7 @@ def retrain(digits: Digits, scores: dict[str, np.ndarray], optimizer: str, seed:
     found = {}
     for name, rows in best.items():
         epochs = steps / math.ceil(len(rows) / BATCH)
-        model, _ = train(digits.train.select(np.sort(rows)), optimizer, seed + 100, epochs)
+        model, _ = train(digits.train.select(np.sort(rows)), optimizer, seed + 100, epochs, schedule="linear")
         found[name] = {"rows": len(rows), "wrong": float(digits.wrong[rows].mean()), **accuracy(model, digits.test)}
     return found
 

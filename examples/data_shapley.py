@@ -30,7 +30,7 @@ answers = [
     }
     for number, pair in enumerate(demo_pairs())
 ]
-train_dataset, val_dataset = Dataset.from_list(answers[:24]), Dataset.from_list(answers[24:])
+train_dataset, val_dataset = Dataset.from_list(answers[:24]), Dataset.from_list(answers[24:36])
 
 shapley = InRunDataShapleyCallback(val_dataset, refresh_every=4, adam_warmup=3)  # new
 model, tokenizer = load_demo_model(torch.float32)
@@ -54,7 +54,7 @@ for title, table in (("Most helpful", result.top(4)), ("Least helpful", result.b
     for index, value in table["value"].items():
         row = train_dataset[index]
         print(f"{value:+.5f} ({row['source']}) {row['prompt'].splitlines()[0]}{row['completion']}")
-print("\n", result.by_source("source", train_dataset).totals.round(5), sep="")
+print("\n", result.by_source("source", train_dataset).totals[["value", "rows", "value_per_token"]].round(5), sep="")
 print("\nSum of values / fall of the validation loss:", round(result.explained_ratio(), 2))
 kept = result.filter(train_dataset, keep=0.75)
 print(f"The best three quarters have {sum(row['source'] == 'poor' for row in kept)} of the 6 poor answers.")

@@ -143,7 +143,7 @@ class DataShapleyResult:
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
             [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
             kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
-            earlier steps and thus no row's).
+            earlier steps and thus no row's; negative if momentum took back part of what their rows gained).
         """
         lines = []
         for target in self.targets:
