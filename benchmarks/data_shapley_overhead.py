@@ -1,9 +1,9 @@
 """What scoring rows costs a training step, beside the ghost dot product on concatenated batches.
 
-    python benchmarks/data_shapley_overhead.py [--steps 5] [--rows 4] [--tokens 256] [--out overhead.json]
+    python benchmarks/data_shapley_overhead.py [--steps 5] [--rows 4] [--tokens 256] [--kinds LoRA full]
 
-Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median step time
-and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of the
+Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time of
+a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of the
 direction, and floating-point operations, counted on meta tensors also for Llamas of 1 and 8 billion parameters.
 SmolLM2-135M in float32, one thread.
 """
@@ -172,9 +172,10 @@ def rows(count: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
 
 
 def timed(function) -> float:
-    begin = time.perf_counter()
+    """CPU seconds, on one thread, which other processes of the machine change little."""
+    begin = time.process_time()
     function()
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def flops(function) -> int:
@@ -183,45 +184,44 @@ def flops(function) -> int:
     return counter.get_total_flops()
 
 
-def measure_times(args: argparse.Namespace) -> pd.DataFrame:
+def measure_times(kind: str, args: argparse.Namespace) -> pd.DataFrame:
     table = []
-    for kind in ("LoRA", "full"):
-        model, _ = load_demo_model(torch.float32)
-        model = with_lora(model) if kind == "LoRA" else model
-        batch = rows(args.rows, args.tokens, model.config.vocab_size)
-        val = rows(1, args.tokens, model.config.vocab_size)
-        plain = Plain(model, batch, val)
-        variants = {"plain": plain}
-        if kind == "LoRA":
-            variants["LoRA"] = Scored(model, batch, val, rank=16)
-        else:
-            variants |= {"full, sketch": Scored(model, batch, val, rank=16), "full, ghost": Ghost(model, batch, val)}
-        scored = variants["LoRA" if kind == "LoRA" else "full, sketch"]
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for turn in range(args.steps + 1):
-            for name, variant in variants.items():
-                took = timed(variant.step)
-                if turn:  # the first warms up
-                    seconds[name].append(took)
-        scored.engine.step, scored.engine._refreshed = 1, 1  # a refresh without the comparison with exact scores
-        refresh = min(timed(scored.engine.refresh) for _ in range(2))
-        base = seconds["plain"]
-        for name, times in seconds.items():
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))
-            mine = name == "LoRA" or name == "full, sketch"
-            table.append(
-                {
-                    "trained": kind,
-                    "variant": name,
-                    "step (s)": statistics.median(times),
-                    "ratio": ratio,
-                    "ratio of medians": statistics.median(times) / statistics.median(base),
-                    "refresh, one row (s)": refresh if mine else None,
-                    "with refresh": ratio + refresh / REFRESH_EVERY / statistics.median(base) if mine else None,
-                    "direction (MB)": variants[name].direction_bytes() / 1e6 if mine else None,
-                    "bar": BARS.get(name),
-                }
-            )
+    model, _ = load_demo_model(torch.float32)
+    model = with_lora(model) if kind == "LoRA" else model
+    batch = rows(args.rows, args.tokens, model.config.vocab_size)
+    val = rows(1, args.tokens, model.config.vocab_size)
+    plain = Plain(model, batch, val)
+    variants = {"plain": plain}
+    if kind == "LoRA":
+        variants["LoRA"] = Scored(model, batch, val, rank=16)
+    else:
+        variants |= {"full, sketch": Scored(model, batch, val, rank=16), "full, ghost": Ghost(model, batch, val)}
+    scored = variants["LoRA" if kind == "LoRA" else "full, sketch"]
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(args.steps + 1):
+        for name, variant in variants.items():
+            took = timed(variant.step)
+            if turn:  # the first warms up
+                seconds[name].append(took)
+    scored.engine.step, scored.engine._refreshed = 1, 1  # a refresh without the comparison with exact scores
+    refresh = min(timed(scored.engine.refresh) for _ in range(2))
+    base = seconds["plain"]
+    for name, times in seconds.items():
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))
+        mine = name in BARS
+        table.append(
+            {
+                "trained": kind,
+                "variant": name,
+                "step (s)": statistics.median(times),
+                "ratio": ratio,
+                "ratio of medians": statistics.median(times) / statistics.median(base),
+                "refresh, one row (s)": refresh if mine else None,
+                "with refresh": ratio + refresh / REFRESH_EVERY / statistics.median(base) if mine else None,
+                "direction (MB)": variants[name].direction_bytes() / 1e6 if mine else None,
+                "bar": BARS.get(name),
+            }
+        )
     return pd.DataFrame(table)
 
 
@@ -288,29 +288,31 @@ def meta_scored(model: nn.Module, batch: dict[str, torch.Tensor], kind: str) -> 
     model.zero_grad()
 
 
+def report(table: pd.DataFrame, column: str) -> list[dict]:
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep=""), flush=True)
+    for line in table.dropna(subset=["bar"]).to_dict("records"):
+        verdict = "reached" if line[column] <= line["bar"] else "NOT reached"
+        print(f"{line.get('model', '')} {line['variant']}: {column} {line[column]:.4f}, bar {line['bar']}: {verdict}")
+    return table.to_dict("records")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--kinds", nargs="+", choices=("LoRA", "full"), default=("LoRA", "full"))
     parser.add_argument("--skip-times", action="store_true", help="count operations only")
+    parser.add_argument("--skip-flops", action="store_true", help="measure times only")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    counted = pd.DataFrame([line for name, found in LLAMAS.items() for line in count_flops(name, found, 512)])
-    print(counted.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep=""))
-    tables = {"flops": counted.to_dict("records")}
+    tables = {}
+    if not args.skip_flops:
+        counted = pd.DataFrame([line for name, found in LLAMAS.items() for line in count_flops(name, found, 512)])
+        tables["flops"] = report(counted, "FLOP ratio")
     if not args.skip_times:
-        times = measure_times(args)
-        print(times.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
-        tables["times"] = times.to_dict("records")
-        for row in times.dropna(subset=["bar"]).itertuples(index=False):
-            verdict = "reached" if row.ratio <= row.bar else "NOT reached"
-            print(f"{row.variant}: {row.ratio:.3f} x, bar {row.bar:.2f} x: {verdict}")
-    for row in counted.dropna(subset=["bar"]).itertuples(index=False):
-        ratio = counted.loc[(counted["model"] == row.model) & (counted["variant"] == row.variant), "FLOP ratio"].item()
-        verdict = "reached" if ratio <= row.bar else "NOT reached"
-        print(f"{row.model} {row.variant}: {ratio:.4f} x operations, bar {row.bar} x: {verdict}")
+        tables["times"] = [line for kind in args.kinds for line in report(measure_times(kind, args), "ratio")]
     if args.out:
         args.out.write_text(json.dumps(tables, indent=1))
 

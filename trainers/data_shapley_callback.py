@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .shapley_engine import EngineSettings, ShapleyEngine, StepValues
+from .shapley_engine import EngineSettings, ShapleyEngine
 from .shapley_identity import RowWatch, take_rows
+from .shapley_records import RunTotals, StepValues, gather_columns
 from .shapley_result import VALIDATION, DataShapleyResult
 from .shapley_store import ShapleyStore
-from .shapley_support import check_trainer
+from .shapley_support import calling_trainer, check_trainer, model_loss, trainer_loss
 from .shapley_targets import check_mean, loop_batches, trainer_batches
 
 
@@ -147,10 +147,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._engine: ShapleyEngine | None = None
         self._hook: Any = None
         self._collected: list[StepValues] = []
-        self._counts = {"rows": 0, "harmful": 0}
-        self._first_losses: dict[str, float] = {}
-        self._sums: dict[str, float] = {}
-        self._train_dataset: Any = None
+        self._totals = RunTotals(list(self.datasets))
 
     @property
     def result(self) -> DataShapleyResult:
@@ -172,7 +169,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close()
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         check_trainer(trainer)
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         batch_size = self.batch_size or args.per_device_eval_batch_size
@@ -180,7 +177,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             name: trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
         }
-        compute_loss = self.compute_loss or functools.partial(_trainer_loss, trainer)
+        compute_loss = self.compute_loss or functools.partial(trainer_loss, trainer)
         self._start(model, kwargs["optimizer"], batches, compute_loss, Path(args.output_dir), state, args.seed)
         warmup = self.adam_warmup if any("betas" in group for group in self._running.optimizer.param_groups) else 0
         if 0 < state.max_steps <= warmup:
@@ -226,7 +223,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         if fresh or last:
             should_log = control.should_log
             # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew
-            Trainer.log(_calling_trainer(), self._logs())
+            Trainer.log(calling_trainer(), self._totals.logs())
             control.should_log = should_log  # which every log resets
         if last or len(self._collected) >= FLUSH_EVERY:
             self._flush()
@@ -238,10 +235,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             self._store.snapshot(folder)
             tensors = self._running.state()
             for name in self.datasets:
-                if name in self._first_losses:
-                    tensors[f"explained.{name}"] = torch.tensor(
-                        [self._first_losses[name], self._sums[name]], dtype=torch.float64
-                    )
+                if name in self._totals.first_losses:
+                    known = [self._totals.first_losses[name], self._totals.sums[name]]
+                    tensors[f"explained.{name}"] = torch.tensor(known, dtype=torch.float64)
             save_file(tensors, folder / _STATE_FILE)
 
     def on_train_end(
@@ -296,7 +292,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         batches = {name: loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(output_dir or temporary)
-            self._start(model, plain, batches, self.compute_loss or _model_loss, folder, TrainerState(), seed=0)
+            self._start(model, plain, batches, self.compute_loss or model_loss, folder, TrainerState(), seed=0)
             done = 0
 
             def on_batch() -> None:
@@ -319,12 +315,12 @@ class InRunDataShapleyCallback(TrainerCallback):
             self._watch = RowWatch(dataloader, self.id_column, on_batch=on_batch)
             try:
                 yield self
-                if self._collected or self._first_losses:
+                if self._collected or self._totals.first_losses:
                     self._running.close_step()
                     self._measure_end(done + 1)
                 self._flush()
-                if output_dir is None and self._store is not None and self._first_losses:
-                    self._result = DataShapleyResult.from_store(self._store, id_column=self.id_column)
+                if output_dir is None and self._totals.first_losses and _is_first_process():
+                    self._result = self.result
             finally:
                 for handle in handles:
                     handle.remove()
@@ -361,8 +357,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         for name, found in batches.items():
             check_mean(model, compute_loss, found, name)
         self._store, self._result, self._collected = ShapleyStore(folder), None, []
-        self._counts, self._first_losses = {"rows": 0, "harmful": 0}, {}
-        self._sums = dict.fromkeys(self.datasets, 0.0)
+        self._totals = RunTotals(list(self.datasets))
         if _is_first_process():
             self._store.truncate(state.global_step)
         if state.global_step:
@@ -376,7 +371,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         for name in self.datasets:
             known = tensors.pop(f"explained.{name}", None)
             if known is not None:
-                self._first_losses[name], self._sums[name] = known.tolist()
+                self._totals.first_losses[name], self._totals.sums[name] = known.tolist()
         if "counts" in tensors:
             self._running.load_state(tensors)
 
@@ -398,106 +393,37 @@ class InRunDataShapleyCallback(TrainerCallback):
         return args, kwargs
 
     def _collect(self, found: StepValues | None) -> None:
-        if found is None:
-            return
-        self._collected.append(found)
-        self._counts["rows"] += len(found.values)
-        self._counts["harmful"] += int((found.values[:, 0] < 0).sum())
-        for name in self.datasets:
-            if f"loss_{name}" in found.record:
-                self._first_losses.setdefault(name, found.record[f"loss_{name}"])
-            self._sums[name] += found.record[f"sum_{name}"]
+        if found is not None:
+            self._collected.append(found)
+            self._totals.add(found)
 
     def _measure_end(self, step: int) -> None:
         """The validation losses after the last step, as a step without rows."""
-        if not self._first_losses:
+        if not self._totals.first_losses:
             return
         losses = self._running.measure_losses()
-        self._running.losses = losses
         record = {f"loss_{name}": loss for name, loss in losses.items()}
-        nothing = np.zeros((0, len(losses)))
-        self._collected.append(StepValues(step, [], nothing, np.zeros(0, dtype=np.int64), [], record))
-        ratio = self._explained()
+        last = StepValues(step, [], np.zeros((0, len(losses))), np.zeros(0, dtype=np.int64), [], record)
+        self._collect(last)
+        ratio = self._totals.explained_ratio(VALIDATION)
         if not 0.5 <= ratio <= 2:
             logger.warning(
                 "The values add up to %.3g times the fall of the validation loss (%.4g to %.4g nats). Their sizes "
                 "mean little, their order may still: take smaller steps, or refresh more often.",
                 ratio,
-                self._first_losses[VALIDATION],
+                self._totals.first_losses[VALIDATION],
                 losses[VALIDATION],
             )
-
-    def _explained(self) -> float:
-        drop = self._first_losses[VALIDATION] - self._running.losses[VALIDATION]
-        return self._explained_sum / drop if drop else float("nan")
-
-    @property
-    def _explained_sum(self) -> float:
-        """Sum of the values of steps before the last measurement."""
-        return self._sums[VALIDATION] - self._since_measured
-
-    @property
-    def _since_measured(self) -> float:
-        last = self._collected[-1] if self._collected else None
-        if last is None or f"sum_{VALIDATION}" not in last.record:
-            return 0.0
-        return last.record[f"sum_{VALIDATION}"]
-
-    def _logs(self) -> dict[str, float]:
-        if not self._first_losses:
-            return {}
-        record = next(found.record for found in reversed(self._collected) if f"loss_{VALIDATION}" in found.record)
-        logs = {f"shapley/loss_{name}": record[f"loss_{name}"] for name in self.datasets}
-        ratio = self._explained()
-        if ratio == ratio:  # noqa: PLR0124
-            logs["shapley/explained_ratio"] = ratio
-        logs["shapley/harmful_share"] = self._counts["harmful"] / max(self._counts["rows"], 1)
-        for key in ("energy", "unattributed"):
-            if f"{key}_{VALIDATION}" in record:
-                logs[f"shapley/{key}"] = record[f"{key}_{VALIDATION}"]
-        self._counts = {"rows": 0, "harmful": 0}
-        return logs
 
     def _flush(self) -> None:
         """Bring the rows of all processes together and write them."""
         collected, self._collected = self._collected, []
-        parts = [collected]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, collected)
+        columns = gather_columns(collected, list(self.datasets), bool(self.token_values_for))
         if self._store is None or not _is_first_process():
             return
-        for position, found in enumerate(collected):
-            together = [part[position] for part in parts]
-            self._store.add(found.step, self._columns(together), found.record)
+        for found, rows in zip(collected, columns, strict=True):
+            self._store.add(found.step, rows, found.record)
         self._store.flush()
-
-    def _columns(self, parts: list[StepValues]) -> dict[str, np.ndarray]:
-        ids = [identity for part in parts for identity in part.ids]
-        values = np.concatenate([part.values for part in parts])
-        tokens = np.concatenate([part.tokens for part in parts])
-        names, count = list(self.datasets), len(ids)
-        rows = {
-            "target": np.repeat(np.array(names, dtype=object), count),
-            "value": values.T.reshape(-1),
-            "tokens": np.tile(tokens, len(names)),
-        }
-        if self.token_values_for:
-            kept = [found for part in parts for found in part.token_values]
-            listed = np.empty(count * len(names), dtype=object)
-            for which in range(len(names)):
-                for row, found in enumerate(kept):
-                    listed[which * count + row] = None if found is None else found[which].tolist()
-            rows["token_values"] = listed
-        numbered = not ids or not isinstance(ids[0], str)
-        if numbered and not (not ids and self._stores_ids):
-            rows["index"] = np.tile(np.array(ids, dtype=np.int64), len(names))
-        else:
-            self._stores_ids = True
-            rows["id"] = np.tile(np.array(ids, dtype=object), len(names))
-        return rows
-
-    _stores_ids = False
 
     def _end_broken_step(self) -> None:
         if self._engine is not None and self._engine.open:
@@ -517,38 +443,6 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-
-
-def _calling_trainer() -> Trainer:
-    """The trainer whose event is being handled, which transformers doesn't hand to callbacks."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
-
-
-def _trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor:
-    """The trainer's own loss, without an entry in the metrics that TRL collects."""
-    metrics = getattr(trainer, "_metrics", None)
-    kept = None if metrics is None else {key: list(value) for key, value in metrics["eval"].items()}
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(model, dict(batch))
-    if metrics is not None and kept is not None:
-        metrics["eval"].clear()
-        metrics["eval"].update(kept)
-    return loss
-
-
-def _model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"Expected batches that name the model's inputs, got {type(batch).__name__}. Give "
-            "`compute_loss=lambda model, batch: ...`, the mean loss of a batch's rows."
-        )
-    return model(**batch).loss
 
 
 def _is_first_process() -> bool:

@@ -1,12 +1,19 @@
 """Whether the scores of all rows add up to the gradient that was applied, and which parameters they miss."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import nn
 
-from .shapley_taps import TappedModule
+from .shapley_direction import Direction, inner, whole
+from .shapley_taps import TappedModule, Taps
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,7 +81,7 @@ def applied_factor(ratio: float, scale: float) -> float:
         `float`: the ratio if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is
         still going to divide them. Clipping never raises a gradient, so the two can be told apart.
     """
-    return ratio / scale if scale > 1 and ratio > 1 / np.sqrt(scale) else ratio
+    return ratio / scale if scale > 1 and ratio > np.sqrt(scale) else ratio
 
 
 def find_gaps(
@@ -94,3 +101,78 @@ def find_gaps(
     error = np.abs(gradient - factor * scores)
     size = np.abs(factor) * sizes + np.abs(gradient)
     return [int(group) for group in np.flatnonzero(error > tolerance * size) if size[group] > 1e-7 * size.sum()]
+
+
+def check_scores(
+    scores: torch.Tensor,
+    groups: Sequence[Group],
+    taps: Taps,
+    parameters: Sequence[nn.Parameter],
+    directions: Sequence[Direction],
+    scale: float,
+) -> float:
+    """
+    Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
+
+    Args:
+        scores (`torch.Tensor` of shape `(modules, rows)`):
+            Of all rows of this process.
+        groups (list of [`Group`]), taps ([`Taps`]), parameters (list of `torch.nn.Parameter`), directions:
+            What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
+        scale (`float`):
+            Of an fp16 scaler, else 1.
+
+    Returns:
+        `float`: the clip factor.
+
+    Raises:
+        ValueError: if nothing adds up.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    sums = torch.stack(
+        [torch.stack([scores[group.modules].sum(), scores[group.modules].abs().sum()]) for group in groups]
+    ).double()
+    if world > 1:
+        dist.all_reduce(sums)
+    zero = scores.new_zeros(())
+    gradients = [
+        sum((_product(directions[index], parameters[index]) for index in group.parameters), zero) for group in groups
+    ]
+    active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
+    found = torch.stack(gradients).double().cpu().numpy() * active
+    expected, sizes = (sums.cpu().numpy() / world / scale).T * active
+    ratio = clip_factor(found, expected)
+    coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+    coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
+    gaps = find_gaps(found, expected, sizes, ratio, 0.05 if coarse else 1e-3)
+    if gaps:
+        _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
+    return applied_factor(ratio, scale)
+
+
+def _product(direction: Direction, parameter: nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:
+        return torch.zeros((), device=parameter.device)
+    return inner(direction, whole(parameter.grad))
+
+
+def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> None:
+    reasons = []
+    for group in gaps:
+        why = [taps.misfits[index] for index in group.modules if index in taps.misfits]
+        silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
+        if not why and silent:
+            why = [f"{silent[0]} is used without being called, as by a fused output layer"]
+        reasons.append(f"{', '.join(group.names)} ({why[0] if why else 'used outside of the module they belong to'})")
+        taps.excluded.update(group.modules)
+    if len(gaps) == active:
+        raise ValueError(
+            "The scores of the rows add up to the gradient of no parameter, so values would be wrong: "
+            f"{'; '.join(reasons[:3])}."
+        )
+    logger.warning(
+        "Values leave out %d of %d groups of parameters, whose gradient the rows' scores don't add up to: %s.",
+        len(gaps),
+        total,
+        "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else ""),
+    )

@@ -85,26 +85,70 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 
 
-def applied_gain(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter, direction: Direction
-) -> torch.Tensor | None:
+def step_gain(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    groups: Sequence[dict[str, Any]],
+    directions: Sequence[Direction],
+) -> float | None:
     """
-    First-order gain, in nats, of the step that Adam or SGD with momentum has just made, without weight decay.
+    First-order gain, in nats, of the step that Adam or SGD with momentum has just made, without decoupled decay.
 
-    `direction` is the preconditioned one, so that Adam's `lr <m_t / (1 - beta1^t), D g_val>` is an inner product with
+    Directions are the preconditioned ones, so that Adam's `lr <m_t / (1 - beta1^t), D g_val>` is an inner product with
     the first moment.
 
     Returns:
-        `torch.Tensor` scalar, or `None` if the optimiser has no momentum.
+        `float`, or `None` if the optimiser has no momentum: then its gain is the sum of its rows' values.
     """
-    state = optimizer.state.get(parameter, {})
-    if "exp_avg" in state and "betas" in group:
-        correction = 1 - group["betas"][0] ** float(state["step"])
-        return inner(direction, whole(state["exp_avg"])) * (group["lr"] / correction)
-    if state.get("momentum_buffer") is not None:
-        share = (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
-        return inner(direction, whole(state["momentum_buffer"])) * (group["lr"] * share)
-    return None
+    gains = []
+    for parameter, group, direction in zip(parameters, groups, directions, strict=True):
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg" in state and "betas" in group:
+            correction = 1 - group["betas"][0] ** float(state["step"])
+            gains.append(inner(direction, whole(state["exp_avg"])) * (group["lr"] / correction))
+        elif state.get("momentum_buffer") is not None:
+            share = (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
+            gains.append(inner(direction, whole(state["momentum_buffer"])) * (group["lr"] * share))
+    return float(torch.stack([gain.double() for gain in gains]).sum()) if gains else None
+
+
+def decay_gain(
+    parameters: Sequence[nn.Parameter], groups: Sequence[dict[str, Any]], gradients: Sequence[torch.Tensor]
+) -> float:
+    """First-order gain, in nats, of a step's weight decay apart from momentum, `lr * weight_decay * <w, g_val>`."""
+    total = 0.0
+    for parameter, group, gradient in zip(parameters, groups, gradients, strict=True):
+        apart = group.get("decoupled_weight_decay") or not ("betas" in group or group.get("momentum"))
+        if group.get("weight_decay") and apart:
+            rate = float(group["lr"]) * group["weight_decay"]
+            total += rate * float(inner(gradient, whole(parameter.detach())))
+    return total
+
+
+def pack_directions(directions: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
+    """Directions of each target and parameter as tensors by name, for a file."""
+    tensors = {}
+    for which, by_parameter in enumerate(directions):
+        for index, direction in enumerate(by_parameter):
+            parts = [direction] if isinstance(direction, torch.Tensor) else [direction.left, direction.right]
+            for part, tensor in enumerate(parts):
+                tensors[f"{which}.{index}.{part}"] = tensor.contiguous().cpu()
+    return tensors
+
+
+def unpack_directions(
+    tensors: dict[str, torch.Tensor], targets: int, parameters: Sequence[nn.Parameter]
+) -> list[list[Direction]]:
+    """What [`pack_directions`] has packed, on the parameters' devices."""
+    unpacked: list[list[Direction]] = []
+    for which in range(targets):
+        unpacked.append([])
+        for index, parameter in enumerate(parameters):
+            found = [
+                tensors[key].to(parameter.device) for part in range(2) if (key := f"{which}.{index}.{part}") in tensors
+            ]
+            unpacked[-1].append(found[0] if len(found) == 1 else LowRank(*found))
+    return unpacked
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,17 +11,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .shapley_coverage import applied_factor, clip_factor, find_gaps, group_modules
+from .shapley_coverage import check_scores, group_modules
 from .shapley_direction import (
     Direction,
-    applied_gain,
-    inner,
+    decay_gain,
+    pack_directions,
     preconditioner,
     sketch,
     squared_norm,
+    step_gain,
+    unpack_directions,
     validation_gradient,
-    whole,
 )
+from .shapley_records import StepValues
 from .shapley_rows import RowLayout, find_layout
 from .shapley_taps import TappedModule, Taps
 
@@ -41,18 +43,6 @@ class EngineSettings:
     adam_warmup: int = 20
     token_values_for: frozenset[int | str] = frozenset()
     seed: int = 0
-
-
-@dataclass
-class StepValues:
-    """What a step found out: rows in the order they came, values of shape `(rows, targets)` in nats."""
-
-    step: int
-    ids: list[int] | list[str]
-    values: np.ndarray
-    tokens: np.ndarray
-    token_values: list[list[np.ndarray] | None]
-    record: dict[str, float]
 
 
 @dataclass
@@ -116,7 +106,7 @@ class ShapleyEngine:
         self._energy = np.ones(len(targets))
         self._refreshed = 0
         self._next: tuple[list[list[torch.Tensor]], list[float]] | None = None  # gradients at the present weights
-        self._exact: list[list[torch.Tensor]] | None = None
+        self._exact: list[list[Direction]] | None = None
         self._micro: list[_MicroBatch] = []
         self._fresh = False
         self.step = 0
@@ -179,14 +169,14 @@ class ShapleyEngine:
             preconditioner(self.optimizer, group, parameter)
             for parameter, group in zip(self.parameters, self.param_groups, strict=True)
         ]
-        self._decay = np.array([self._decay_gain(found) for found in gradients])
+        self._decay = np.array([decay_gain(self.parameters, self.param_groups, found) for found in gradients])
         check = any(self._low_rank) and self._refreshed % CHECK_SKETCH_EVERY == 1
         self.directions, self._exact = [], [] if check else None
         generator = torch.Generator().manual_seed(self.settings.seed + self.step)
         for which, found in enumerate(gradients):
             kept = total = 0.0
             directions: list[Direction] = []
-            exact = []
+            exact: list[Direction] = []
             for index, gradient in enumerate(found):
                 direction = (
                     gradient.mul_(self._scales[index])
@@ -244,7 +234,7 @@ class ShapleyEngine:
         ):
             raise ValueError("Expected gradients before the optimizer's step, got none: values can't be checked.")
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
-        clip = self._check(scores[..., 0], scale)
+        clip = check_scores(scores[..., 0], self.groups, self.taps, self.parameters, self.directions[0], scale)
         factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
         rates = torch.tensor(self.taps.weights, dtype=scores.dtype, device=scores.device)
         for index in self.taps.excluded:
@@ -262,7 +252,11 @@ class ShapleyEngine:
             [identity for batch in micro for identity in batch.ids],
             values,
             torch.cat([batch.layout.tokens for batch in micro]).cpu().numpy(),  # type: ignore[union-attr]
-            [found for batch in micro for found in self._token_values(batch, factor)],
+            [
+                found
+                for batch in micro
+                for found in _token_values(batch, self.settings.token_values_for, values.shape[1], factor)
+            ],
             record,
         )
         if self.settings.order == 2:
@@ -288,42 +282,28 @@ class ShapleyEngine:
         for which, name in enumerate(self.names):
             found.record[f"sum_{name}"] = float(totals[which])
             if self._fresh:
-                gain = self._applied(which)
-                if gain is not None:
-                    found.record[f"unattributed_{name}"] = gain - float(totals[which])
+                gain = step_gain(self.optimizer, self.parameters, self.param_groups, self.directions[which])
+                if gain is not None or self._decay[which]:
+                    momentum = 0.0 if gain is None else gain - float(totals[which])
+                    found.record[f"unattributed_{name}"] = momentum + float(self._decay[which])
         return found
 
     def drop(self) -> None:
         """The optimizer has skipped its step."""
         self.pending = self._kept = None
 
-    # State of a checkpoint
-
     def state(self) -> dict[str, torch.Tensor]:
         """Directions as tensors by name, for a run that is resumed between two refreshes."""
-        tensors = {}
-        for which, directions in enumerate(self.directions):
-            for index, direction in enumerate(directions):
-                parts = [direction] if isinstance(direction, torch.Tensor) else [direction.left, direction.right]
-                for part, tensor in enumerate(parts):
-                    tensors[f"{which}.{index}.{part}"] = tensor.contiguous().cpu()
-        excluded = sorted(self.taps.excluded)
-        return tensors | {"counts": torch.tensor([self._refreshed, *excluded])} if tensors else {}
+        if not self.directions:
+            return {}
+        counts = torch.tensor([self._refreshed, *sorted(self.taps.excluded)])
+        return pack_directions(self.directions) | {"counts": counts}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what [`~ShapleyEngine.state`] returned."""
-        from .shapley_direction import LowRank
-
         self._refreshed, *excluded = tensors["counts"].tolist()
         self.taps.excluded = set(excluded)
-        self.directions = []
-        for which in range(len(self.names)):
-            directions: list[Direction] = []
-            for index, parameter in enumerate(self.parameters):
-                parts = [tensors.get(f"{which}.{index}.{part}") for part in range(2)]
-                found = [part.to(parameter.device) for part in parts if part is not None]
-                directions.append(found[0] if len(found) == 1 else LowRank(*found))
-            self.directions.append(directions)
+        self.directions = unpack_directions(tensors, len(self.names), self.parameters)
         self._point_taps()
 
     def _pass(self, name: str, with_gradient: bool) -> tuple[list[torch.Tensor], float]:
@@ -341,10 +321,11 @@ class ShapleyEngine:
         return [gradients for gradients, _ in found], [loss for _, loss in found]
 
     def _point_taps(self) -> None:
+        every: list[list[Direction]] = [*self.directions, *(self._exact or [])]
         for tapped in self.taps.modules:
             tapped.directions = [
                 {name: directions[self._position[id(p)]] for name, p in tapped.parameters.items()}
-                for directions in [*self.directions, *(self._exact or [])]
+                for directions in every
             ]
 
     def _sketched(self) -> list[bool]:
@@ -379,29 +360,6 @@ class ShapleyEngine:
     def _learning_rate(self, tapped: TappedModule) -> float:
         return float(self.param_groups[self._position[id(next(iter(tapped.parameters.values())))]]["lr"])
 
-    def _decay_gain(self, gradients: list[torch.Tensor]) -> float:
-        total = 0.0
-        for parameter, group, gradient in zip(self.parameters, self.param_groups, gradients, strict=True):
-            apart = group.get("decoupled_weight_decay") or not ("betas" in group or group.get("momentum"))
-            if group.get("weight_decay") and apart:
-                decay = float(inner(gradient, whole(parameter.detach())))
-                total += float(group["lr"]) * group["weight_decay"] * decay
-        return total
-
-    def _applied(self, which: int) -> float | None:
-        gains = [
-            applied_gain(self.optimizer, group, parameter, direction)
-            for parameter, group, direction in zip(
-                self.parameters, self.param_groups, self.directions[which], strict=True
-            )
-        ]
-        known = [gain.double() for gain in gains if gain is not None]
-        if not known and not self._decay[which]:
-            return None
-        if not known:  # plain SGD: its step is the scores' sum
-            return None
-        return float(torch.stack(known).sum()) + float(self._decay[which])
-
     def _store_scores(self) -> None:
         if not self._micro or self._micro[-1].layout is None:
             return
@@ -421,7 +379,8 @@ class ShapleyEngine:
             if rows is None:
                 continue
             for which, found in enumerate(directions):
-                u = torch.cat([found[self._position[id(p)]].flatten() for p in tapped.parameters.values()])
+                parts = [found[self._position[id(p)]] for p in tapped.parameters.values()]
+                u = torch.cat([part.flatten() for part in parts if isinstance(part, torch.Tensor)])
                 scores[tapped.index, :, which] = rows @ u.to(rows.dtype)
         return scores
 
@@ -439,59 +398,6 @@ class ShapleyEngine:
         after = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
         return (values + after) / 2
 
-    def _check(self, scores: torch.Tensor, scale: float) -> float:
-        """Compare scores with the gradient, group by group; leave out groups that have a gap; the applied factor."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        taps = self.taps
-        sums = torch.stack(
-            [torch.stack([scores[g.modules].sum(), scores[g.modules].abs().sum()]) for g in self.groups]
-        ).double()
-        if world > 1:
-            dist.all_reduce(sums)
-        gradients, zero = [], scores.new_zeros(())
-        for group in self.groups:
-            total = zero
-            for index in group.parameters:
-                gradient = self.parameters[index].grad
-                if gradient is not None:
-                    total = total + inner(self.directions[0][index], whole(gradient))
-            gradients.append(total)
-        found = torch.stack(gradients).double().cpu().numpy()
-        expected, sizes = (sums.cpu().numpy() / world / scale).T
-        active = np.array([not taps.excluded.issuperset(group.modules) for group in self.groups])
-        found, expected, sizes = found * active, expected * active, sizes * active
-        ratio = clip_factor(found, expected)
-        low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters)
-        tolerance = 0.05 if low or torch.is_autocast_enabled("cpu") or scale > 1 else 1e-3
-        gaps = find_gaps(found, expected, sizes, ratio, tolerance)
-        if gaps:
-            self._leave_out(gaps, active)
-        return applied_factor(ratio, scale)
-
-    def _leave_out(self, gaps: list[int], active: np.ndarray) -> None:
-        reasons = []
-        for gap in gaps:
-            group = self.groups[gap]
-            why = [self.taps.misfits[index] for index in group.modules if index in self.taps.misfits]
-            silent = [index for index in group.modules if index not in self.taps.fired]
-            if not why and silent:
-                why = [f"{self.taps.modules[silent[0]].name} is used without being called, as by a fused output layer"]
-            reasons.append(
-                f"{', '.join(group.names)} ({why[0] if why else 'used outside of the module they belong to'})"
-            )
-            self.taps.excluded.update(group.modules)
-        if len(gaps) == active.sum():
-            raise ValueError(
-                "The scores of the rows add up to the gradient of no parameter, so values would be wrong: "
-                f"{'; '.join(reasons[:3])}."
-            )
-        logger.warning(
-            "Values leave out %d of %d groups of parameters, whose gradient the rows' scores don't add up to: %s.",
-            len(gaps),
-            len(self.groups),
-            "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else ""),
-        )
-
     def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
         sketched, exact = np.split(rows, 2, axis=1)
         for which, name in enumerate(self.names):
@@ -500,18 +406,19 @@ class ShapleyEngine:
         self._exact = None
         self._point_taps()
 
-    def _token_values(self, batch: _MicroBatch, factor: float) -> list[list[np.ndarray] | None]:
-        if batch.token_scores is None or batch.layout is None:
-            return [None] * len(batch.ids)
-        scores = batch.token_scores[..., : len(self.names)].double().cpu().numpy() * factor
-        return [
-            [scores[..., which][positions] for which in range(len(self.names))]
-            if identity in self.settings.token_values_for
-            else None
-            for identity, positions in zip(batch.ids, batch.layout.positions(), strict=True)
-        ]
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or tensor parallelism shards the model's parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _token_values(
+    batch: _MicroBatch, wanted: frozenset[int | str], targets: int, factor: float
+) -> list[list[np.ndarray] | None]:
+    if batch.token_scores is None or batch.layout is None:
+        return [None] * len(batch.ids)
+    scores = batch.token_scores[..., :targets].double().cpu().numpy() * factor
+    return [
+        [scores[..., which][positions] for which in range(targets)] if identity in wanted else None
+        for identity, positions in zip(batch.ids, batch.layout.positions(), strict=True)
+    ]

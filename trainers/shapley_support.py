@@ -1,7 +1,11 @@
-"""Which set-ups of a trainer rows can't be scored in, and why."""
+"""What a callback has to do with the trainer it is in: find it, check it, compute its loss."""
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import Trainer
 
 from .shapley_engine import is_sharded
@@ -34,6 +38,39 @@ def check_trainer(trainer: Trainer) -> None:
         raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
     if any("lora_magnitude_vector" in name for name in trained):
         raise _refuse("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
+
+
+def calling_trainer() -> Trainer:
+    """The trainer whose event is being handled, which transformers doesn't hand to callbacks."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
+
+
+def trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The trainer's own loss, without an entry in the metrics that TRL collects."""
+    metrics = getattr(trainer, "_metrics", None)
+    kept = None if metrics is None else {key: list(value) for key, value in metrics["eval"].items()}
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, dict(batch))
+    if metrics is not None and kept is not None:
+        metrics["eval"].clear()
+        metrics["eval"].update(kept)
+    return loss
+
+
+def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss that a model returns for a batch of its inputs by name."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Expected batches that name the model's inputs, got {type(batch).__name__}. Give "
+            "`compute_loss=lambda model, batch: ...`, the mean loss of a batch's rows."
+        )
+    return model(**batch).loss
 
 
 def _refuse(what: str, instead: str) -> ValueError:

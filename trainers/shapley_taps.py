@@ -44,11 +44,12 @@ class Taps:
         tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
         fired (`set` of `int`): modules that scored something since it was cleared.
         misfits (`dict`): why a module could not be scored, by its index.
+        low_precision (`bool`): whether some gradients are in half precision, as under autocast.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.keep_rows = False, False
+        self.on, self.keep_rows, self.low_precision = False, False, False
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
@@ -87,6 +88,7 @@ class Taps:
     @torch.no_grad()
     def score(self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
+        self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         if self.keep_rows:
             rows = row_gradients(tapped, _first(*arguments), b, layout)
             tapped.rows = rows if tapped.rows is None else tapped.rows + rows

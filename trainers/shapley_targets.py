@@ -145,7 +145,8 @@ def _check_length(name: str, dataset: Any) -> None:
 
 
 def _check_vocabulary(name: str, batches: Batches, model: nn.Module) -> None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embeddings = find()
     size = getattr(embeddings, "num_embeddings", None)
     for batch, _ in batches:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None

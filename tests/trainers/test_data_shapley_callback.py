@@ -140,7 +140,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path):
+def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path, caplog):
     after = []
     for shapley in (None, callback(rank=2, order=1 if full else 2)):
         last, model = Last(), tiny_llama(attention_dropout=0.2)
@@ -152,6 +152,7 @@ def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path)
     for part in ("weights", "state"):
         assert all(torch.equal(a, b) for a, b in zip(*(getattr(last, part) for last in after), strict=True))
     assert torch.equal(after[0].random, after[1].random)
+    assert "leave out" not in caplog.text
 
 
 def leftovers(model):
