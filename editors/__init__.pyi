@@ -3,6 +3,7 @@ from .alpha_editor import AlphaEditor
 from .edit_report import EditReport
 from .edit_request import EditRequest
 from .key_statistics import KeyStatistics
+from .null_space_callback import NullSpaceCallback
 
 __all__ = [
     "AlphaEditConfig",
@@ -10,4 +11,5 @@ __all__ = [
     "EditReport",
     "EditRequest",
     "KeyStatistics",
+    "NullSpaceCallback",
 ]

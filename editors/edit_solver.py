@@ -134,9 +134,9 @@ class EditSolver:
             inside = self.preserved[layer] if config.solver == "alphaedit" else empty
             factor = null_space_factor(keys, previous, inside, config.l2)
         else:
-            assert self._statistics is not None
+            assert self.statistics is not None
             if layer not in self._cholesky:
-                moment = self._statistics.second_moment(layer)
+                moment = self.statistics.second_moment(layer)
                 self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
             seen = previous if config.solver == "memit_seq" else empty
             factor = covariance_factor(keys, seen, self._cholesky[layer])

@@ -1,3 +1,4 @@
+from .editors import AlphaEditConfig, AlphaEditor, EditReport, EditRequest, KeyStatistics, NullSpaceCallback
 from .generation import (
     DEFERRAL_RULES,
     SpeculativeCascadeConfig,
@@ -10,6 +11,7 @@ from .generation import (
     sweep_cascade,
     target_distribution,
 )
+from .metrics import load_metric
 from .trainers import (
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
@@ -31,8 +33,14 @@ __version__: str
 
 __all__ = [
     "DEFERRAL_RULES",
+    "AlphaEditConfig",
+    "AlphaEditor",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "EditReport",
+    "EditRequest",
+    "KeyStatistics",
+    "NullSpaceCallback",
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",
@@ -52,6 +60,7 @@ __all__ = [
     "constrained_sft_loss",
     "enable_cascade",
     "extend_for_sft",
+    "load_metric",
     "make_safety_recovery_dataset",
     "sweep_cascade",
     "target_distribution",
