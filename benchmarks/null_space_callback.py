@@ -85,21 +85,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--out", type=Path, default=Path("results/null_space_callback.json"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--facts", type=int, default=50, help="facts a seed")
-    parser.add_argument("--until-loss", type=float, default=0.1, help="nats per token")
+    parser.add_argument("--facts", type=int, default=24, help="facts a seed")
+    parser.add_argument("--until-loss", type=float, default=0.2, help="nats per token")
     parser.add_argument("--steps", type=int, default=60, help="at most")
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threshold", type=float, default=2e-2, help="smallest preserved eigenvalue")
-    parser.add_argument("--tokens", type=int, default=40_000, help="tokens of the statistics")
-    parser.add_argument("--texts", type=int, default=120, help="sentences of perplexity; a third as many of wikitext")
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the statistics")
+    parser.add_argument("--texts", type=int, default=80, help="sentences of perplexity; half as many of wikitext")
     args = parser.parse_args()
 
     model, tokenizer = load_demo_model(torch.float32)
     sentences = [row["text"] for row in read(args.data / "me_ppl_4k.jsonl")]
     texts = {
         "same source": sentences[-args.texts :],
-        "wikitext": [row["text"] for row in read(args.data / "wikitext2_valid_detok.jsonl")][: args.texts // 3],
+        "wikitext": [row["text"] for row in read(args.data / "wikitext2_valid_detok.jsonl")][: args.texts // 2],
     }
     requests = [
         EditRequest(**{**vars(request), "neighborhood": ()})
@@ -128,7 +128,7 @@ def main() -> None:
 
     def perplexities() -> dict[str, float]:
         return {
-            name: perplexity(model, tokenizer, part, max_length=64, progress=False) for name, part in texts.items()
+            name: perplexity(model, tokenizer, part, max_length=48, progress=False) for name, part in texts.items()
         }
 
     untouched, rows = perplexities(), []

@@ -183,8 +183,8 @@ class ConceptEditor:
             raise ValueError(f"Expected a finite update, got NaN or infinity. Raise l2, now {self.settings['l2']:g}.")
         for row in table[table["editable"] < 0.3].itertuples():
             logger.warning(
-                "%.0f %% of the states of %r lie in the retained directions and can't be edited. Retain fewer "
-                "prompts, or raise nullspace_threshold.",
+                "%.0f %% of the states of %r lie in the retained directions; the rest needs a large update, which "
+                "moves what is not retained. Retain fewer prompts, or raise nullspace_threshold.",
                 100 * (1 - row.editable),
                 row.concept,
             )
