@@ -184,6 +184,75 @@ def audit(
 
 
 @app.command()
+def edit(
+    model: Annotated[str | None, typer.Argument(help="Model to edit: repository or folder.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Argument(help="JSON lines with prompt (with {}), subject and target_new; or CounterFact or zsRE rows."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, ledger and card.")] = Path("edits"),
+    statistics: Annotated[
+        str | None, typer.Option(help="Key statistics of the model: folder or repository. Left out: made from --text.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text that must not change: .txt, a paragraph a line.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to read at most.")] = 200_000,
+    solver: Annotated[str, typer.Option(help="alphaedit, memit, memit_seq or ridge.")] = "alphaedit",
+    batch_size: Annotated[int, typer.Option(help="Facts solved for at once.")] = 100,
+    undo: Annotated[int, typer.Option(help="Take back the last so many batches in --out instead.")] = 0,
+) -> None:
+    """Write facts into a model and save them as an adapter that can be undone; a killed run keeps its whole batches."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
+
+    console = Console()
+    try:
+        if undo:
+            editor = AlphaEditor.from_pretrained(out)
+            gone = editor.undo(undo)
+            editor.save_pretrained(out)
+            console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.")
+            return
+        if model is None or requests is None or (statistics is None) == (text is None):
+            raise ValueError(
+                "Expected a model, a file of requests and one of --statistics and --text, or --undo N. For instance "
+                "`hf-iclr edit MODEL requests.jsonl --text wikipedia.txt --out edits`."
+            )
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from hf_iclr.editors.edit_datasets import edit_requests
+
+        facts = edit_requests([json.loads(line) for line in requests.read_text().splitlines() if line.strip()])
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if text is not None:
+            rows = Dataset.from_dict({"text": [line for line in text.read_text().splitlines() if line.strip()]})
+            keys = KeyStatistics.from_dataset(
+                loaded, tokenizer, rows, max_tokens=max_tokens, checkpoint=out / "statistics" / "part"
+            )
+            keys.save_pretrained(out / "statistics")
+        else:
+            keys = KeyStatistics.from_pretrained(str(statistics))
+        editor = AlphaEditor(loaded, tokenizer, AlphaEditConfig(solver=solver), keys, folder=out)
+        report = editor.edit(facts, batch_size=batch_size)
+        editor.save_pretrained(out)
+    except (ValueError, json.JSONDecodeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    table = Table("edit", "new answer", "before", "after", "", title=str(report), title_justify="left")
+    for row in report.edits:
+        asked = row["prompt"].replace("{}", row["subject"])
+        table.add_row(asked, row["target_new"], f"{row['p_before']:.3f}", f"{row['p_after']:.3f}", "")
+    for row in report.rejected:
+        table.add_row(row["prompt"].replace("{}", row["subject"]), row["target_new"], "", "", row["reason"])
+    console.print(table)
+    console.print(f"Saved to {out}: an adapter for PEFT and `pipeline('text-generation', model={str(out)!r})`.")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and whether the upstream code we lean on still has its shape."""
     from rich.console import Console
