@@ -216,14 +216,15 @@ class FineTuning:
 
 def print_tables(before: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """A row a method and seed at 100 edits and at the end, curves, and the bars."""
-    pd.set_option("display.width", 200, "display.max_columns", 20)
     rows = [row_of("unedited", "-", before, before)]
     for result in results:
         rows += [row_of(result["method"], result["seed"], at, before) for at in result["curve"] if "oldest" in at]
     table = pd.DataFrame(rows).sort_values(["edits", "method", "seed"])
-    print(table.to_markdown(index=False, floatfmt=".1f"))
+    for line in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)):
+        print("| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in line) + " |")
     print(
-        "\nCurves (20 edits and a third of the texts, all at 100 and at the end): efficacy / specificity / perplexity on other text, % more than before"
+        "\nCurves (20 edits and a third of the texts; all at 100 and at the end): efficacy / specificity / perplexity on "
+        "other text, % more than before"
     )
     for result in results:
         points = [
@@ -245,9 +246,8 @@ def print_tables(before: dict[str, Any], results: list[dict[str, Any]]) -> None:
             ):
                 reached = got >= wanted if higher else got <= wanted
                 sign = ">=" if higher else "<="
-                print(
-                    f"- {'reached' if reached else 'NOT REACHED'}: {edits} edits, {name} {sign} {wanted} (got {got:.1f})"
-                )
+                verdict = "reached" if reached else "NOT REACHED"
+                print(f"- {verdict}: {edits} edits, {name} {sign} {wanted} (got {got:.1f})")
         for result in results:
             if result["method"] == "no projector":
                 ours = next(r for r in results if r["method"] == "alphaedit" and r["seed"] == result["seed"])
