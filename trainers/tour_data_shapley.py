@@ -83,8 +83,7 @@ def section(out_dir: Path, quick: bool, progress):
             bar.update()
         result = shapley.result
         page = out_dir / "data_shapley_tokens.html"
-        worst = [index for index, _ in result.bottom(3)["value"].items()]
-        result.token_heatmap(worst, tokenizer, trainer.train_dataset, path=page)
+        result.token_heatmap(result.bottom(3).index, tokenizer, trainer.train_dataset, path=page)
     result.to_csv(out_dir / "data_shapley.csv")
     values = result.values().reindex(range(count), fill_value=0.0)
     summary = result.summary().loc["validation"]
@@ -113,7 +112,7 @@ def section(out_dir: Path, quick: bool, progress):
 def _table(result: DataShapleyResult, rows: Dataset, poor: np.ndarray) -> pd.DataFrame:
     lines = []
     for part in (result.top(3), result.bottom(3).iloc[::-1]):
-        for index, value in part["value"].items():
+        for index, value in zip(part.index.tolist(), part["value"], strict=True):
             answer = rows[index]["completion"].strip()
             lines.append(
                 {
