@@ -418,7 +418,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     def _flush(self) -> None:
         """Bring the rows of all processes together and write them."""
         collected, self._collected = self._collected, []
-        columns = gather_columns(collected, list(self.datasets), bool(self.token_values_for))
+        columns = gather_columns(collected, list(self.datasets), bool(self.token_values_for), self._totals.text_ids)
         if self._store is None or not _is_first_process():
             return
         for found, rows in zip(collected, columns, strict=True):

@@ -192,6 +192,10 @@ def validation_gradient(
     gradients = [torch.zeros(0)] * len(parameters)
     loss_sum = torch.zeros((), dtype=torch.float64)
     device = parameters[0].device
+    kept = [parameter.grad for parameter in parameters]
+    if sharded:
+        for parameter in parameters:
+            parameter.grad = None
     with untouched(model, device, seed), torch.set_grad_enabled(with_gradient):
         for start in range(0, len(batches), world):  # every process makes as many passes: losses may gather metrics
             mine = start + rank
@@ -211,7 +215,9 @@ def validation_gradient(
         for position, parameter in enumerate(parameters):
             if parameter.grad is not None:
                 gradients[position] = whole(parameter.grad) * world  # of which FSDP took the mean
-                parameter.grad = None
+    if sharded:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
     if with_gradient:
         gradients = [
             torch.zeros(parameter.shape, dtype=parameter.dtype, device=device) if found.numel() == 0 else found

@@ -32,6 +32,7 @@ class RunTotals:
     Attributes:
         first_losses (`dict`): of each target before its first scored step, in nats.
         sums (`dict`): of each target's values so far, in nats, over all processes.
+        text_ids (`bool`): whether rows are known by text rather than by number.
     """
 
     def __init__(self, targets: list[str]) -> None:
@@ -40,10 +41,12 @@ class RunTotals:
         self.sums = dict.fromkeys(targets, 0.0)
         self._measured: dict[str, tuple[float, float]] = {}  # last loss, and the sum of values before it
         self._last: dict[str, float] = {}
+        self.text_ids = False
         self._rows = self._harmful = 0
 
     def add(self, found: StepValues) -> None:
         """Count a step."""
+        self.text_ids = self.text_ids or bool(found.ids) and isinstance(found.ids[0], str)
         for name in self.targets:
             loss = found.record.get(f"loss_{name}")
             if loss is not None:
@@ -77,7 +80,9 @@ class RunTotals:
         return logs
 
 
-def gather_columns(steps: Sequence[StepValues], targets: list[str], with_tokens: bool) -> list[dict[str, np.ndarray]]:
+def gather_columns(
+    steps: Sequence[StepValues], targets: list[str], with_tokens: bool, text_ids: bool
+) -> list[dict[str, np.ndarray]]:
     """
     Rows of each step, of all processes, as columns for [`ShapleyStore.add`]: one entry for each row and target.
 
@@ -88,15 +93,19 @@ def gather_columns(steps: Sequence[StepValues], targets: list[str], with_tokens:
             Names of the validation sets.
         with_tokens (`bool`):
             Whether there is a column with values of tokens.
+        text_ids (`bool`):
+            Whether rows are known by text rather than by number; steps without rows don't show it.
     """
     parts = [list(steps)]
     if dist.is_initialized() and dist.get_world_size() > 1:
         parts = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, list(steps))
-    return [_columns([part[position] for part in parts], targets, with_tokens) for position in range(len(steps))]
+    return [
+        _columns([part[position] for part in parts], targets, with_tokens, text_ids) for position in range(len(steps))
+    ]
 
 
-def _columns(parts: list[StepValues], targets: list[str], with_tokens: bool) -> dict[str, np.ndarray]:
+def _columns(parts: list[StepValues], targets: list[str], with_tokens: bool, text_ids: bool) -> dict[str, np.ndarray]:
     ids = [identity for part in parts for identity in part.ids]
     values = np.concatenate([part.values for part in parts])
     rows = {
@@ -111,8 +120,8 @@ def _columns(parts: list[StepValues], targets: list[str], with_tokens: bool) -> 
             which, row = divmod(entry, len(ids))
             found = kept[row]
             rows["token_values"][entry] = None if found is None else found[which].tolist()
-    if ids and isinstance(ids[0], str):
+    if text_ids:
         rows["id"] = np.tile(np.array(ids, dtype=object), len(targets))
-    elif ids:
+    else:
         rows["index"] = np.tile(np.array(ids, dtype=np.int64), len(targets))
     return rows
