@@ -150,8 +150,8 @@ class _Search:
     @torch.no_grad()
     def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
         """
-        Cache of the tokens before the subjects' last; on the others the last edited layer's input and the output that is
-        to be moved.
+        Cache of the tokens before the subjects' last; on the others the last edited layer's input and the output that
+        is to be moved.
         """
         cache = None
         if self.before:

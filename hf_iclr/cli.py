@@ -200,7 +200,7 @@ def edit(
     batch_size: Annotated[int, typer.Option(help="Facts solved for at once.")] = 100,
     undo: Annotated[int, typer.Option(help="Take back the last so many batches in --out instead.")] = 0,
 ) -> None:
-    """Write facts into a model and save them as an adapter; a killed run keeps its whole batches, --undo takes back."""
+    """Write facts into a model and save them as an adapter, or take the last back; a kill loses no whole batch."""
     import json
 
     from rich.console import Console
