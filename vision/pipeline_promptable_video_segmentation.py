@@ -87,7 +87,8 @@ class Sam2VideoPipeline(Pipeline):
             several = prompts if isinstance(prompts, list) else [prompts] * len(video)
             if len(several) != len(video):
                 raise ValueError(f"Expected prompts for each of {len(video)} videos, got {len(several)}.")
-            return [self(one, own, **kwargs) for one, own in zip(video, several, strict=True)]
+            pairs = zip(video, several, strict=True)
+            return [super(Sam2VideoPipeline, self).__call__({"video": v, "prompts": p}, **kwargs) for v, p in pairs]
         if isinstance(prompts, list):
             raise ValueError("Expected prompts of one video, got a list. Pass a list of videos with it.")  # noqa: TRY004
         return super().__call__({"video": video, "prompts": prompts}, **kwargs)
@@ -160,7 +161,10 @@ class Sam2VideoPipeline(Pipeline):
             raise ValueError(
                 'Nothing says what to segment. Pass prompts={0: {1: {"points": [[x, y]]}}} or prompts="auto".'
             )
-        session = self.session(inputs["video"], **{"keep": "window", "undo_levels": 0, **(options or {})})
+        # One way over the video needs neither old features nor old states.
+        once: dict[str, Any] = {"keep": "window", "feature_cache_bytes": 0, "undo_levels": 0}
+        once |= {**self._preprocess_params.get("options", {}), **(options or {})}
+        session = self.session(inputs["video"], **once)
         if not session.streaming:
             checked.check(session.size, session.num_frames)
         return {"session": session, "prompts": checked, "finder": finder}
@@ -187,11 +191,14 @@ class Sam2VideoPipeline(Pipeline):
                 raise ValueError(
                     f"Nothing was found on frame {finder.frame}. Lower pred_iou_thresh, or prompt by hand."
                 )
+        searched = -1 if finder is None or session.streaming else finder.frame
         for segments in session.iterate(direction):
-            since = segments.frame - finder.frame if finder is not None else -1
-            if since > 0 and finder.every and since % finder.every == 0 or since == 0 and session.streaming:
-                self._add_found(session, segments.frame, finder)
-                segments = session.segments(segments.frame)
+            since = -1 if finder is None else segments.frame - finder.frame
+            if finder is not None and segments.frame > searched and since >= 0:
+                if since == 0 or finder.every and since % finder.every == 0:
+                    self._add_found(session, segments.frame, finder)
+                    segments = session.segments(segments.frame)
+                searched = segments.frame
             yield segments
 
     def _add_found(self, session: VideoSession, frame: int, finder: AutomaticMaskConfig) -> None:

@@ -52,6 +52,8 @@ class VideoFrames:
         self.damage: str | None = None  # a sentence, once a damaged place was met
 
     def __getitem__(self, index: int) -> np.ndarray:
+        if index < 0 or self.num_frames is not None and index >= self.num_frames:
+            raise EndOfVideo(self.damage or f"The video has {self.num_frames} frames, there is no frame {index}.")
         frame = to_rgb(self._read(index))
         if self.size is None:
             self.size = frame.shape[:2]
@@ -103,7 +105,7 @@ class FileFrames(VideoFrames):
         self._file = io.BytesIO(file) if isinstance(file, bytes) else file
         self._name = "The video" if isinstance(file, bytes) else file
         try:
-            self._container = av.open(self._file)
+            self._container: Any = av.open(self._file)
         except (av.error.FFmpegError, OSError) as error:
             raise ValueError(f"{self._name} is no video that FFmpeg can read ({error}).") from None
         if not self._container.streams.video:
@@ -111,7 +113,7 @@ class FileFrames(VideoFrames):
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         packets = self._packets()
-        self._numbers = {pts: number for number, (pts, _) in enumerate(packets)}
+        self._numbers: dict[Any, int] = {pts: number for number, (pts, _) in enumerate(packets)}
         self._keys = [number for number, (_, key) in enumerate(packets) if key] or [0]
         self._times = list(self._numbers)
         super().__init__(self._decode, len(packets), None if isinstance(file, bytes) else file)
@@ -137,8 +139,6 @@ class FileFrames(VideoFrames):
     def _decode(self, index: int) -> np.ndarray:
         if index in self._decoded:
             return self._decoded[index]
-        if self.num_frames is not None and index >= self.num_frames:
-            raise EndOfVideo(self.damage or f"{self._name} has {self.num_frames} frames, there is no frame {index}.")
         key = max(number for number in self._keys if number <= max(index, self._keys[0]))
         if index <= self._position or key > self._position + 1:
             self._rewind(key)

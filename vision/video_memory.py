@@ -94,16 +94,12 @@ class FeatureCache:
         self._latest: tuple[int, list[torch.Tensor]] | None = None
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._positions: list[torch.Tensor] = []
-        self._constants: dict[tuple, torch.Tensor] = {}
+        self._constants: dict[tuple, Any] = {}
+        self.kept_bytes = 0  # of what is kept beside the latest frame and the position encodings
         self.memory_positions: torch.Tensor | None = None  # of the memory encoder, the same for all frames too
 
     def __contains__(self, frame: int) -> bool:
         return frame in self._kept or (self._latest is not None and self._latest[0] == frame)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Size of what is kept beside the latest frame and the position encodings."""
-        return sum(feature.nbytes for features in self._kept.values() for feature in features)
 
     def get_vision_features(self, frame: int) -> dict[str, list[torch.Tensor]] | None:
         """Features of a frame as the model computed them; called by the model."""
@@ -124,26 +120,35 @@ class FeatureCache:
         self._latest = (frame, levels)
         size = sum(level.numel() * (self.dtype or level.dtype).itemsize for level in levels)
         if frame not in self._kept and self.kept_bytes + size <= self.limit_bytes:
+            self.kept_bytes += size
             self._kept[frame] = [level.to(self.device or level.device, self.dtype or level.dtype) for level in levels]
 
     @contextmanager
     def constants_of(self, model) -> Iterator[None]:
         """
-        While it lasts, `model` computes the position encodings of its features and of its mask decoder once rather
-        than for every frame: they depend on shapes and weights alone.
+        While it lasts, `model` computes its position encodings once rather than for every frame and object: they
+        depend on shapes and weights alone.
         """
-        encoding = model.vision_encoder.neck.position_encoding
-        methods = ((encoding, "forward"), (model, "get_image_wide_positional_embeddings"))
+        methods = (
+            (model.vision_encoder.neck.position_encoding, "forward"),
+            (model.memory_attention.rotary_emb, "forward"),
+            (model, "get_image_wide_positional_embeddings"),
+        )
         for owner, name in methods:
-            setattr(owner, name, partial(self._constant, name, getattr(owner, name)))
+            setattr(owner, name, partial(self._constant, id(owner), getattr(owner, name)))
         try:
             yield
         finally:
             for owner, name in methods:
                 delattr(owner, name)
 
-    def _constant(self, name: str, compute: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        key = (name, *args)
+    def _constant(self, owner: int, compute: Callable[..., Any], *args) -> Any:
+        # Of features only the kind counts; whole numbers are positions, which tensor of the model it is.
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        key = (owner, *(arg for arg in args if not isinstance(arg, torch.Tensor)))
+        for tensor in tensors:
+            position = 0 if tensor.is_floating_point() else tensor.data_ptr()
+            key = (*key, tensor.shape, tensor.dtype, tensor.device, position)
         if key not in self._constants:
             self._constants[key] = compute(*args)
         return self._constants[key]
@@ -276,7 +281,7 @@ class ObjectMemory(Sam2VideoInferenceSession):
         conditioning, tracked, directions = state
         self.output_dict_per_obj[0] = {"cond_frame_outputs": conditioning, "non_cond_frame_outputs": tracked}
         self.frames_tracked_per_obj[0] = directions
-        self.obj_with_new_inputs = []
+        self.obj_with_new_inputs.clear()
 
     def forget(self, frame: int, reverse: bool, anchors: Iterable[tuple[int, bool]] = (), keep_masks=False) -> None:
         """

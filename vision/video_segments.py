@@ -38,7 +38,8 @@ def to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     it; whole numbers are middles of pixels. Outlines of holes come too: what two outlines hold is not in the mask.
     """
     padded = np.pad(mask.astype(float), 1)
-    return [line[:-1] - 1 for line in contour_generator(z=padded).lines(0.5) if len(line) > 3]
+    lines: Any = contour_generator(z=padded).lines(0.5)
+    return [line[:-1] - 1 for line in lines]
 
 
 def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:

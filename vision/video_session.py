@@ -19,6 +19,7 @@ from .video_session_file import read_session, restore_session, write_session
 
 
 DIRECTIONS = ("forward", "backward", "both")
+_FRAMES_AHEAD = 4  # frames preprocessed at once, which costs a third of one by one
 
 
 class VideoSession:
@@ -71,6 +72,8 @@ class VideoSession:
         self._corrected: set[tuple[int, int]] = set()
         self._queue: dict[int, dict[int, ObjectPrompt]] = {}  # prompts of a stream for frames to come
         self._latest = -1  # the frame tracked last
+        self._step = 1  # 1 forward, -1 backward
+        self._ahead: dict[int, torch.Tensor] = {}  # preprocessed frames, the next ones of a pass
         self._undo: deque[tuple] = deque(maxlen=self.config.undo_levels)
 
     @property
@@ -115,7 +118,7 @@ class VideoSession:
         """
         ((frame, prompts),) = VideoPrompts({frame: {obj: ObjectPrompt(points, labels, box, mask)}}).items()
         ((obj, prompt),) = prompts.items()
-        if self.streaming and frame > max(self.frames.position, 0):
+        if isinstance(self.frames, StreamedFrames) and frame > max(self.frames.position, 0):
             self._queue.setdefault(frame, {})[obj] = prompt
             return None
         self._check(frame, prompt)
@@ -217,8 +220,8 @@ class VideoSession:
 
     def segments(self, frame: int, smoothed: dict[int, torch.Tensor] | None = None) -> FrameSegments:
         """The masks known of a frame, without tracking."""
-        outputs = {obj: memory.output(frame) for obj, memory in self._memories.items()}
-        outputs = {obj: output for obj, output in outputs.items() if output is not None and "pred_masks" in output}
+        outputs = {obj: memory.output(frame) or {} for obj, memory in self._memories.items()}
+        outputs = {obj: output for obj, output in outputs.items() if "pred_masks" in output}
         masks: dict[int, Any] = {}
         if outputs:
             logits = {obj: output["pred_masks"].to(self.model.device) for obj, output in outputs.items()}
@@ -267,7 +270,7 @@ class VideoSession:
         return self.streaming or self.config.keep == "window"
 
     def _check(self, frame: int, prompt: ObjectPrompt | None = None) -> None:
-        last = self.frames.position if isinstance(self.frames, StreamedFrames) else self.num_frames - 1
+        last = self.frames.position if isinstance(self.frames, StreamedFrames) else (self.num_frames or 0) - 1
         if not (isinstance(frame, (int, np.integer)) and 0 <= frame <= max(last, 0)):
             raise ValueError(f"Expected a frame in 0..{last}, got {frame!r}.")
         if prompt is not None:
@@ -298,10 +301,19 @@ class VideoSession:
         )
 
     def _pixel_values(self, frame: int) -> torch.Tensor:
-        pixels, kwargs = self.frames[frame], {"return_tensors": "pt", "device": self.model.device}
+        kwargs = {"return_tensors": "pt", "device": self.model.device}
         if self.streaming:  # the processor's own way with a stream and with a video
-            return self.processor.image_processor(pixels, **kwargs)["pixel_values"][0]
-        return self.processor.video_processor(pixels[None], **kwargs)["pixel_values_videos"][0, 0]
+            return self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
+        if frame not in self._ahead:
+            pixels = [self.frames[frame]]
+            for number in range(1, _FRAMES_AHEAD):
+                try:
+                    pixels.append(self.frames[frame + number * self._step])
+                except (ValueError, TypeError):
+                    break  # told when its turn comes
+            values = self.processor.video_processor(np.stack(pixels), **kwargs)["pixel_values_videos"][0]
+            self._ahead = {frame + number * self._step: value for number, value in enumerate(values)}
+        return self._ahead[frame]
 
     def _run_prompt(self, frame: int, obj: int, prompt: ObjectPrompt, logits: torch.Tensor | None = None) -> None:
         memory = self._memories.setdefault(obj, self._new_memory(obj))
@@ -368,7 +380,8 @@ class VideoSession:
     ) -> Iterator[FrameSegments]:
         """One way over the video; an object joins at its origin, or at its first prompt if there are no origins."""
         smoothed: dict[int, torch.Tensor] = {}
-        frame, step = begin, -1 if reverse else 1
+        frame = begin
+        self._step = -1 if reverse else 1
         while frame >= 0 and (max_frames is None or abs(frame - begin) < max_frames):
             if self.num_frames is not None and frame >= self.num_frames:
                 return
@@ -390,7 +403,7 @@ class VideoSession:
                     ahead = [(min(memory.conditioning) - 1, True)] if both else []
                     memory.forget(frame, reverse, ahead, keep_masks=both)
             yield segments
-            frame += step
+            frame += -1 if reverse else 1
 
     def _take_queued(self, frame: int) -> None:
         self.frames[frame]  # the stream ends here, or the frame is bad
