@@ -72,7 +72,7 @@ def loop(processes, sharded):
             optimizer.step()
             optimizer.zero_grad()
         stored = [(step.step, step.values[:, 0], step.record) for step in shapley._collected]
-    kind = type(next(model.parameters())).__name__
+    kind = type(next(p for p in model.parameters() if p.requires_grad)).__name__
     return [(step, values.tolist(), record) for step, values, record in stored], kind
 
 
