@@ -34,11 +34,10 @@ from tqdm import tqdm
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.editors.demo_facts import demo_requests, demo_text
-from hf_iclr.editors.down_projections import find_down_projections
+from hf_iclr.editors.down_projections import choose_layers, find_down_projections
 from hf_iclr.editors.edit_datasets import edit_requests
 from hf_iclr.editors.edit_ledger import EditBatch
 from hf_iclr.editors.edit_scoring import continue_texts, evaluate_edits, perplexity, score_edits
-from hf_iclr.editors.key_statistics import choose_layers
 from hf_iclr.metrics import load_metric
 
 
@@ -223,8 +222,8 @@ def print_tables(before: dict[str, Any], results: list[dict[str, Any]]) -> None:
     for line in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)):
         print("| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in line) + " |")
     print(
-        "\nCurves (20 edits and a third of the texts; all at 100 and at the end): efficacy / specificity / perplexity on "
-        "other text, % more than before"
+        "\nCurves (20 edits and a third of the texts; all at 100 and at the end): efficacy / specificity / perplexity "
+        "on other text, % more than before"
     )
     for result in results:
         points = [

@@ -5,8 +5,8 @@ What an edit costs: target states in batches against one by one, and the low-ran
 
 The one-by-one path is the reference algorithm as it states itself: every step runs the whole model on every row of one
 request and computes the logits of every position. Both take the same number of steps, without stopping early, and CPU
-time is compared. The dense solve is float32 `torch.linalg.solve` on d x d, as in the reference, with P and the cache of
-previous keys made beforehand.
+time is compared. The dense solve is float32 `torch.linalg.solve` on d x d, as in the reference, with P and the cache
+of previous keys made beforehand.
 """
 
 import argparse
@@ -20,9 +20,8 @@ from hf_iclr import AlphaEditConfig, EditRequest
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.editors.closed_form import null_space_factor
 from hf_iclr.editors.demo_facts import demo_requests
-from hf_iclr.editors.down_projections import DownProjection, find_down_projections
+from hf_iclr.editors.down_projections import DownProjection, choose_layers, find_down_projections
 from hf_iclr.editors.edit_prompts import encode_request
-from hf_iclr.editors.key_statistics import choose_layers
 from hf_iclr.editors.target_states import find_target_states
 
 
@@ -125,12 +124,10 @@ def main() -> None:
     print("\n| solve, d = 1536, m = 400 | low rank, ms | dense, ms | |\n| --- | --- | --- | --- |")
     for previous, new in ((0, 50), (50, 50), (200, 100), (450, 50)):
         fast, dense = solve_times(1536, previous, new, 400)
-        print(
-            f"| {previous} keys before, {new} new | {1e3 * fast:.1f} | {1e3 * dense:.1f} | {dense / fast:.1f} x faster |"
-        )
-    print(
-        f"\nStored for it: {1536 * 400 * 8 / 1e6:.1f} MB a layer (d x m float64); the dense P and cache: {2 * 1536**2 * 4 / 1e6:.1f} MB."
-    )
+        times = f"{1e3 * fast:.1f} | {1e3 * dense:.1f} | {dense / fast:.1f} x faster"
+        print(f"| {previous} keys before, {new} new | {times} |")
+    small, large = 1536 * 400 * 8 / 1e6, 2 * 1536**2 * 4 / 1e6
+    print(f"\nStored for it: {small:.1f} MB a layer (d x m float64); the dense P and cache: {large:.1f} MB.")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .alpha_edit_config import AlphaEditConfig
-from .down_projections import DownProjection, find_down_projections
+from .down_projections import DownProjection, choose_layers, find_down_projections
 from .edit_adapter import Updates, add_adapters, concatenate_updates, save_adapter
 from .edit_card import edit_card
 from .edit_ledger import LEDGER_NAME, EditBatch, append_event, batches_of, read_events
-from .edit_prompts import encode_request, find_conflicts, sample_contexts
+from .edit_prompts import reasons_against, sample_contexts
 from .edit_report import EditReport
 from .edit_request import EditRequest
 from .edit_scoring import score_edits
 from .edit_solver import EditSolver
-from .key_statistics import KeyStatistics, choose_layers, hash_weights
+from .key_statistics import KeyStatistics, cached_revision, hash_weights
 from .target_states import find_target_states
 
 
@@ -110,7 +110,7 @@ class AlphaEditor:
         _warn_of_odd_null_spaces(config, preserved, statistics)
         self._set_up(model, tokenizer, config, projections, preserved, statistics)
         config.base_model_name_or_path = model.config.name_or_path or None
-        config.base_model_revision = getattr(model.config, "_commit_hash", None)
+        config.base_model_revision = cached_revision(model.config.name_or_path)
         config.base_model_hash = hash_weights(model)
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
@@ -181,7 +181,9 @@ class AlphaEditor:
             if self._folder is not None:
                 self.config.save_pretrained(self._folder)
         report = EditReport()
-        reasons = self._reasons_against(requests)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        made = {edit.id for edit in self.edits}
+        reasons = reasons_against(requests, self.tokenizer, self.config.context_templates, limit, made)
         accepted = []
         for index, request in enumerate(requests):
             if index in reasons:
@@ -434,23 +436,6 @@ class AlphaEditor:
                 f"Expected statistics to go on editing with the solver {self.config.solver!r}, got none. Pass them: "
                 "`AlphaEditor.from_pretrained(..., statistics=KeyStatistics.from_pretrained(...))`."
             )
-
-    def _reasons_against(self, requests: Sequence[EditRequest]) -> dict[int, str]:
-        reasons = find_conflicts(requests)
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        templates = self.config.context_templates or ["{}"]
-        longest = max(templates, key=len)
-        for index, request in enumerate(requests):
-            try:
-                row = encode_request(self.tokenizer, request.prompt, request.subject, request.target_new, longest)
-            except ValueError as error:
-                reasons.setdefault(index, str(error))
-                continue
-            if limit is not None and len(row.ids) > limit:
-                reasons.setdefault(index, f"{len(row.ids)} tokens with context and target, the model takes {limit}")
-            if request.id in {edit.id for edit in self.edits}:
-                reasons.setdefault(index, "this edit is in force already")
-        return reasons
 
     @staticmethod
     def _reject(report: EditReport, request: EditRequest, reason: str) -> None:

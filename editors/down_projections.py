@@ -1,7 +1,7 @@
 """Where a decoder keeps its facts: the MLP's down-projection of every layer, found by structure and checked by "
 "numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +122,35 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
         for index, layer, name in found
         if name is not None
     ]
+
+
+def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
+    """
+    The layers to look at or to edit.
+
+    Args:
+        projections (`list[DownProjection]`):
+            Those of the whole model.
+        layers (`str` or `list[int]`):
+            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long;
+            only the last of them where layers normalise the projection's output, because a residual cannot be spread
+            there.
+
+    Returns:
+        `list[DownProjection]`: in order.
+
+    Raises:
+        ValueError: when a number does not exist.
+    """
+    depth = len(projections)
+    if layers == "all":
+        return projections
+    if layers == "auto":
+        first, end = depth // 8, depth // 8 - (-3 * depth // 20)
+        return projections[first if projections[0].adds_to_residual else end - 1 : end]
+    if isinstance(layers, str) or not layers or not all(isinstance(i, int) and 0 <= i < depth for i in layers):
+        raise ValueError(f"Expected layers among 0 to {depth - 1}, 'auto' or 'all', got {layers!r}.")
+    return [projections[index] for index in sorted(set(layers))]
 
 
 def _is_linear(layer: nn.Module, name: str, hidden_size: int) -> bool:

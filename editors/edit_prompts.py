@@ -1,6 +1,6 @@
 """Requests as token rows: prompt and target in each context, and where the subject ends."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,26 +117,52 @@ def sample_contexts(
     return templates
 
 
-def find_conflicts(requests: Sequence[EditRequest]) -> dict[int, str]:
+def reasons_against(
+    requests: Sequence[EditRequest],
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Sequence[str],
+    max_length: int | None,
+    made: Collection[str],
+) -> dict[int, str]:
     """
-    Requests that cannot be in one batch with an earlier one.
+    Requests that cannot be made, or not together with an earlier one.
 
     Args:
         requests (`list[EditRequest]`):
-            A batch.
+            All that is asked for.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        templates (`list[str]`):
+            Contexts.
+        max_length (`int`, *optional*):
+            Tokens the model takes.
+        made (collection of `str`):
+            Ids of edits in force.
 
     Returns:
         `dict[int, str]`: for the index of each of them the reason.
     """
     seen: dict[tuple[str, str], int] = {}
-    reasons = {}
+    reasons: dict[int, str] = {}
     for index, request in enumerate(requests):
         other = seen.setdefault((request.prompt, request.subject), index)
-        if other != index:
-            same = requests[other].target_new.strip() == request.target_new.strip()
-            reasons[index] = (
-                f"the same edit as request {other}"
-                if same
-                else f"contradicts request {other}, which sets {request.text!r} to {requests[other].target_new!r}"
-            )
+        if request.id in made:
+            reasons[index] = "this edit is in force already"
+        elif other != index and requests[other].target_new.strip() == request.target_new.strip():
+            reasons[index] = f"the same edit as request {other}"
+        elif other != index:
+            set_to = f"{request.text!r} to {requests[other].target_new!r}"
+            reasons[index] = f"contradicts request {other}, which sets {set_to}"
+        else:
+            try:
+                rows = [
+                    encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
+                    for context in templates
+                ]
+            except ValueError as error:
+                reasons[index] = str(error)
+                continue
+            longest = max(len(row.ids) for row in rows)
+            if max_length is not None and longest > max_length:
+                reasons[index] = f"{longest} tokens with context and target, the model takes {max_length}"
     return reasons

@@ -23,8 +23,9 @@ class EditRequest:
             What it answered before; only measured.
         paraphrases (`tuple[str]`, *optional*):
             Other prompts that should get the new answer; only measured.
-        neighborhood (`tuple[str]`, *optional*):
-            Prompts about other subjects whose answer should stay `target_true`; only measured.
+        neighborhood (`tuple`, *optional*):
+            Prompts about other subjects whose answer should stay `target_true`, or pairs of a prompt and its own answer;
+            only measured.
         id (`str`, *optional*):
             Name in the ledger. Left out: derived from prompt, subject and target.
         source (`str`, *optional*):
@@ -42,7 +43,7 @@ class EditRequest:
     target_new: str
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
-    neighborhood: tuple[str, ...] = ()
+    neighborhood: tuple[str | tuple[str, str], ...] = ()
     id: str = ""
     source: str | None = None
     license: str | None = None

@@ -15,13 +15,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .down_projections import DownProjection, capture, find_down_projections, run_until
+from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class KeyStatistics:
             tokens=0,
             rows=0,
             model_name=model.config.name_or_path,
-            model_revision=getattr(model.config, "_commit_hash", None),
+            model_revision=cached_revision(model.config.name_or_path),
             weights_hash=hash_weights(model),
             datasets=[_fingerprint(dataset, text_column, max_tokens, max_length, skip_first_token)],
         )
@@ -411,33 +411,22 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 
-def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
+def cached_revision(name: str) -> str | None:
     """
-    The layers to look at or to edit.
+    Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it is
+    the model's is for [`hash_weights`] to say.
 
     Args:
-        projections (`list[DownProjection]`):
-            Those of the whole model.
-        layers (`str` or `list[int]`):
-            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long;
-            only the last of them where layers normalise the projection's output, because a residual cannot be spread
-            there.
+        name (`str`):
+            Repository or folder.
 
     Returns:
-        `list[DownProjection]`: in order.
-
-    Raises:
-        ValueError: when a number does not exist.
+        `str`, *optional*: `None` for a folder and for what is not in the cache.
     """
-    depth = len(projections)
-    if layers == "all":
-        return projections
-    if layers == "auto":
-        first, end = depth // 8, depth // 8 - (-3 * depth // 20)
-        return projections[first if projections[0].adds_to_residual else end - 1 : end]
-    if isinstance(layers, str) or not layers or not all(isinstance(i, int) and 0 <= i < depth for i in layers):
-        raise ValueError(f"Expected layers among 0 to {depth - 1}, 'auto' or 'all', got {layers!r}.")
-    return [projections[index] for index in sorted(set(layers))]
+    if not name or Path(name).exists():
+        return None
+    path = try_to_load_from_cache(name, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def hash_weights(model: PreTrainedModel) -> str:

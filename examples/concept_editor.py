@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
-from hf_iclr.editors.concept_editor import ConceptEditor
+from hf_iclr import ConceptEditor
 from hf_iclr.editors.demo_pipeline import build_demo_pipeline
 
 

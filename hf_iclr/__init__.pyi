@@ -1,4 +1,12 @@
-from .editors import AlphaEditConfig, AlphaEditor, EditReport, EditRequest, KeyStatistics, NullSpaceCallback
+from .editors import (
+    AlphaEditConfig,
+    AlphaEditor,
+    ConceptEditor,
+    EditReport,
+    EditRequest,
+    KeyStatistics,
+    NullSpaceCallback,
+)
 from .generation import (
     DEFERRAL_RULES,
     SpeculativeCascadeConfig,
@@ -13,8 +21,10 @@ from .generation import (
 )
 from .metrics import load_metric
 from .trainers import (
+    DataShapleyResult,
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
+    InRunDataShapleyCallback,
     RefusalJudge,
     SafetyDriftCallback,
     SafetyReport,
@@ -35,10 +45,13 @@ __all__ = [
     "DEFERRAL_RULES",
     "AlphaEditConfig",
     "AlphaEditor",
+    "ConceptEditor",
+    "DataShapleyResult",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
     "EditReport",
     "EditRequest",
+    "InRunDataShapleyCallback",
     "KeyStatistics",
     "NullSpaceCallback",
     "RefusalJudge",

@@ -371,3 +371,21 @@ def test_same_subject_twice_is_seen_as_a_collision(word_tokenizer):
     again = EditRequest(REQUESTS[0].prompt, REQUESTS[0].subject, "w40")
     report = editor.edit([again, REQUESTS[1]], progress=False)
     assert report.edits[0]["collision"] > 0.99 > report.edits[1]["collision"]
+
+
+def test_layers_spread_over_devices_are_edited_alike(word_tokenizer):
+    """`device_map` puts hooks of accelerate's around every layer's forward."""
+    from accelerate import dispatch_model
+
+    plain, spread = tiny_model("llama"), tiny_model("llama")
+    editor = make_editor(word_tokenizer, model=plain)
+    statistics = tiny_statistics(plain, word_tokenizer, layers=[1, 2])
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts |= {f"model.layers.{layer}": "cpu" for layer in range(4)}
+    spread = dispatch_model(spread, parts, main_device="cpu", force_hooks=True)
+    assert hasattr(spread.model.layers[1], "_hf_hook")
+    other = AlphaEditor(spread, word_tokenizer, quick_config(), statistics)
+    for each in (editor, other):
+        each.edit(REQUESTS, batch_size=2, progress=False)
+    assert torch.equal(logits(plain), logits(spread))
+    assert hasattr(spread.model.layers[1], "_hf_hook")

@@ -156,7 +156,6 @@ def test_a_line_cut_short_is_as_if_it_were_not_there(tmp_path):
 KILLED = """
     import sys, torch
     torch.set_num_threads(1)
-    from tests.conftest import *
     from tests.editors.tiny import *
     from hf_iclr.editors import alpha_editor, edit_ledger
     from transformers import PreTrainedTokenizerFast

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_iclr.editors.down_projections import find_down_projections
-from hf_iclr.editors.key_statistics import KeyStatistics, choose_layers, hash_weights
+from hf_iclr.editors.down_projections import choose_layers, find_down_projections
+from hf_iclr.editors.key_statistics import KeyStatistics, hash_weights
 from tests.editors.tiny import text_rows, tiny_model, tiny_statistics
 from tests.trainers.distributed import run_in_two
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_iclr.editors.down_projections import find_down_projections
-from hf_iclr.editors.edit_prompts import encode_request, find_conflicts, sample_contexts
+from hf_iclr.editors.edit_prompts import encode_request, reasons_against, sample_contexts
 from hf_iclr.editors.edit_request import EditRequest
 from hf_iclr.editors.target_states import find_target_states
 from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
@@ -134,11 +134,11 @@ def test_subject_and_target_are_found_by_characters(byte_tokenizer):
     assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "A {b. In Ro{me"
 
 
-def test_conflicts_within_a_batch_are_told_apart():
+def test_conflicts_within_a_batch_are_told_apart(word_tokenizer):
     first = EditRequest("w1 {} w2", "w3", "w4")
     again = EditRequest("w1 {} w2", "w3", "w4", id="again")
     other = EditRequest("w1 {} w2", "w3", "w5")
-    reasons = find_conflicts([first, again, other])
+    reasons = reasons_against([first, again, other], word_tokenizer, ["{}"], None, ())
     assert reasons == {
         1: "the same edit as request 0",
         2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
