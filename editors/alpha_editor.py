@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_iclr.saving import push_saved, write_safetensors
 
 from .alpha_edit_config import AlphaEditConfig
 from .down_projections import DownProjection, choose_layers, find_down_projections
@@ -73,6 +73,8 @@ class AlphaEditor:
     ```
     """
 
+    _folder: Path | None
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -112,13 +114,13 @@ class AlphaEditor:
         config.base_model_name_or_path = model.config.name_or_path or None
         config.base_model_revision = cached_revision(model.config.name_or_path)
         config.base_model_hash = hash_weights(model)
-        self._folder = None if folder is None else Path(folder)
-        if self._folder is not None:
-            if (self._folder / LEDGER_NAME).exists():
+        if folder is not None:
+            if (Path(folder) / LEDGER_NAME).exists():
                 raise ValueError(
                     f"Expected a folder without edits, got {folder}, which has some. Go on with them by "
                     f"`AlphaEditor.from_pretrained({str(folder)!r})`, or pass another folder."
                 )
+            self._folder = Path(folder)
             self._write_settings(self._folder)
 
     def _set_up(
@@ -136,7 +138,7 @@ class AlphaEditor:
         self.batches: list[EditBatch] = []
         self._up_to_last = projections[: self.projections[-1].index + 1]
         self._solver = EditSolver(model, tokenizer, config, self.projections, preserved, statistics)
-        self._folder: Path | None = None
+        self._folder = None
         self._events: list[dict[str, Any]] = []
         self._peft: PeftModel | None = None
 
@@ -357,13 +359,7 @@ class AlphaEditor:
         Returns:
             `huggingface_hub.CommitInfo`
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-            )
+        return push_saved(self.save_pretrained, repo_id, private, revision, token, commit_message)
 
     @classmethod
     def from_pretrained(
@@ -514,9 +510,7 @@ class AlphaEditor:
     def _write_settings(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
         if self.preserved and not (folder / _NULL_SPACE).exists():
-            part = folder / f".{_NULL_SPACE}.{os.getpid()}"
-            save_file({str(layer): value for layer, value in self.preserved.items()}, part)
-            os.replace(part, folder / _NULL_SPACE)
+            write_safetensors({str(layer): value for layer, value in self.preserved.items()}, folder / _NULL_SPACE)
 
 
 def _warn_of_odd_null_spaces(

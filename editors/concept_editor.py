@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
+
+from hf_iclr.saving import push_saved
 
 from .closed_form import null_space_factor, project_out
 from .concept_card import concept_card
@@ -326,7 +327,13 @@ class ConceptEditor:
         editor._write()
         return editor
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: Any = None):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
         """
         Upload what [`~ConceptEditor.save_pretrained`] writes.
 
@@ -343,13 +350,7 @@ class ConceptEditor:
         Returns:
             `huggingface_hub.CommitInfo`
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Concept edits"
-            )
+        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Concept edits")
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_prompts(self.pipeline, prompts, self.settings["encode_options"], self.layers)

@@ -39,7 +39,7 @@ class DownProjection:
 
     index: int
     name: str
-    module: nn.Module
+    module: Any
     layer: nn.Module
     adds_to_residual: bool
     layer_returns_tuple: bool

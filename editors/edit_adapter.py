@@ -1,13 +1,13 @@
 """Edits as a PEFT LoRA adapter: r = alpha, `lora_A` the factor and `lora_B` the residuals."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
+
+from hf_iclr.saving import write_safetensors
 
 from .closed_form import low_rank_factors
 from .down_projections import DownProjection
@@ -126,9 +126,7 @@ def save_adapter(
     tensors = {}
     for p in projections:
         residuals, factor = updates[p.index]
-        tensors[f"base_model.model.{p.name}.lora_B.weight"] = residuals.contiguous()
-        tensors[f"base_model.model.{p.name}.lora_A.weight"] = factor.contiguous()
-    part = folder / f".adapter_model.{os.getpid()}"
-    save_file(tensors, part, metadata={"format": "pt"})
+        tensors[f"base_model.model.{p.name}.lora_B.weight"] = residuals
+        tensors[f"base_model.model.{p.name}.lora_A.weight"] = factor
     lora_config(projections, updates, base_model).save_pretrained(folder)
-    os.replace(part, folder / "adapter_model.safetensors")
+    write_safetensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

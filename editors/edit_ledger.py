@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from hf_iclr.saving import write_safetensors
 
 from .edit_request import EditRequest
 
@@ -55,13 +56,10 @@ class EditBatch:
         path = folder / BATCHES / f"{self.name}.safetensors"
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"states": self.states.contiguous()}
+        tensors = {"states": self.states}
         for kind in ("residuals", "factors", "keys"):
-            tensors |= {f"{kind}.{layer}": value.contiguous() for layer, value in getattr(self, kind).items()}
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, part)
-        os.replace(part, path)
+            tensors |= {f"{kind}.{layer}": value for layer, value in getattr(self, kind).items()}
+        write_safetensors(tensors, path)
 
     @classmethod
     def load(cls, folder: Path, record: dict[str, Any]) -> "EditBatch":

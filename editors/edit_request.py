@@ -24,8 +24,8 @@ class EditRequest:
         paraphrases (`tuple[str]`, *optional*):
             Other prompts that should get the new answer; only measured.
         neighborhood (`tuple`, *optional*):
-            Prompts about other subjects whose answer should stay `target_true`, or pairs of a prompt and its own answer;
-            only measured.
+            Prompts about other subjects whose answer should stay `target_true`, or pairs of a prompt and its own
+            answer; only measured.
         id (`str`, *optional*):
             Name in the ledger. Left out: derived from prompt, subject and target.
         source (`str`, *optional*):

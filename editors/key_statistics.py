@@ -1,10 +1,9 @@
 """Second moments of what the down-projections of a model read: what an edit must leave alone."""
 
 import hashlib
+import itertools
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,11 +14,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download, try_to_load_from_cache
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_iclr.saving import push_saved, write_safetensors
 
 from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
@@ -148,8 +148,7 @@ class KeyStatistics:
             made.tokens, made.rows = kept.tokens, kept.rows
             made.sums = {layer: kept.sums[layer].to(made.sums[layer]) for layer in made.layers}
 
-        rows = range(state.process_index, len(dataset), state.num_processes) if isinstance(dataset, Dataset) else None
-        source = dataset.select(rows) if rows is not None else dataset
+        source = itertools.islice(dataset, state.process_index, None, state.num_processes)
         batches = _batches(source, tokenizer, text_column, max_length, batch_size, made.rows)
         training = model.training
         model.eval()
@@ -313,10 +312,8 @@ class KeyStatistics:
         folder.mkdir(parents=True, exist_ok=True)
         about = {name: value for name, value in asdict(self).items() if name != "sums"}
         # One file: sums and count must never be of different moments.
-        tensors = {str(layer): value.cpu().contiguous() for layer, value in self.sums.items()}
-        part = folder / f".{FILE_NAME}.{os.getpid()}"
-        save_file(tensors, part, metadata={"hf_iclr": json.dumps(about)})
-        os.replace(part, folder / FILE_NAME)
+        tensors = {str(layer): value.cpu() for layer, value in self.sums.items()}
+        write_safetensors(tensors, folder / FILE_NAME, {"hf_iclr": json.dumps(about)})
         self._card().save(folder / "README.md")
 
     @classmethod
@@ -347,7 +344,13 @@ class KeyStatistics:
         about["module_names"] = {int(layer): name for layer, name in about["module_names"].items()}
         return cls(sums=sums, **about)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: Any = None):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
         """
         Upload what [`~KeyStatistics.save_pretrained`] writes.
 
@@ -364,13 +367,7 @@ class KeyStatistics:
         Returns:
             `huggingface_hub.CommitInfo`
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Key statistics"
-            )
+        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Key statistics")
 
     def _card(self) -> ModelCard:
         data = ModelCardData(library_name="hf_iclr", tags=["knowledge-editing", "key-statistics"])
@@ -413,8 +410,8 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
 
 def cached_revision(name: str) -> str | None:
     """
-    Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it is
-    the model's is for [`hash_weights`] to say.
+    Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it
+    is the model's is for [`hash_weights`] to say.
 
     Args:
         name (`str`):

@@ -271,15 +271,15 @@ def _replay(
         hook = projection.module.register_forward_hook(lambda _, __, output: moved.reshape(output.shape))
     before = {module: vars(module).get("forward") for module in replaced}
     for module, forward in replaced.items():
-        module.forward = forward
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, earlier in before.items():
+            if earlier is None:
                 del module.forward
             else:
-                module.forward = forward
+                vars(module)["forward"] = earlier  # what accelerate put there
         if hook is not None:
             hook.remove()
 

@@ -157,23 +157,24 @@ KILLED = """
     import sys, torch
     torch.set_num_threads(1)
     from tests.editors.tiny import *
-    from hf_iclr.editors import alpha_editor, edit_ledger
+    from hf_iclr import saving
+    from hf_iclr.editors import alpha_editor
     from transformers import PreTrainedTokenizerFast
     tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
     moment = sys.argv[3]
     def die(*_, **__):
         print("here", flush=True)
         import time; time.sleep(60)
-    save, made = edit_ledger.save_file, []
+    save, made = saving.save_file, []
     def save_and_count(tensors, path, *args, **kwargs):
         made.append(path)
-        if moment == "in a file" and len(made) == 3:
+        if moment == "in a file" and len(made) == 4:
             path.write_bytes(b"half")
             die()
         save(tensors, path, *args, **kwargs)
-        if moment == "before the ledger" and len(made) == 3:
+        if moment == "before the ledger" and len(made) == 4:
             die()
-    edit_ledger.save_file = save_and_count
+    saving.save_file = save_and_count
     model = tiny_model("llama")
     statistics = tiny_statistics(model, tokenizer, layers=[1, 2])
     editor = alpha_editor.AlphaEditor(model, tokenizer, quick_config(), statistics, folder=sys.argv[2])

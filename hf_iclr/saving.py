@@ -1,0 +1,63 @@
+"""Files that are whole or not there, and folders pushed to the Hub."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from safetensors.torch import save_file
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """
+    Write tensors so that a kill at any moment leaves the file that was there or the new one.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`):
+            What to write.
+        path (`Path`):
+            Where to; its folder is made if need be.
+        metadata (`dict[str, str]`, *optional*):
+            Kept in the file's header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    os.replace(part, path)
+
+
+def push_saved(
+    save: Callable[[str], None],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    token: str | bool | None,
+    commit_message: str,
+) -> CommitInfo:
+    """
+    Upload what `save` writes to a folder.
+
+    Args:
+        save (`Callable`):
+            A `save_pretrained`.
+        repo_id (`str`):
+            Model repository, made if need be.
+        private (`bool`, *optional*):
+            Whether a new repository is private.
+        revision (`str`, *optional*):
+            Branch to push to.
+        token (`str` or `bool`, *optional*):
+            Token of the Hub.
+        commit_message (`str`):
+            First line of the commit.
+
+    Returns:
+        `huggingface_hub.CommitInfo`
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
