@@ -99,7 +99,7 @@ class Taps:
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
-        scores = torch.stack(by_target, dim=-1)
+        scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
         self.fired.add(tapped.index)
         self.scores[tapped.index] += layout.sum_rows(scores).to(self.scores.dtype)
         if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
