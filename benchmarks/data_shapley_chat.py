@@ -104,10 +104,11 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     wrong = np.isin(np.arange(len(rows)), moved)
 
     epoch = len(rows) // 8
+    steps = 4 * epoch if quick else 2 * epoch
     base, _ = load_demo_model(torch.float32)
     losses = {"loss before": row_losses(base, rows)}
     callback = InRunDataShapleyCallback(validation, refresh_every=max(epoch // 3, 1), adam_warmup=ADAM_WARMUP)
-    model = fine_tune(base, rows, out / "shuffled", 2 * epoch, LORA_ALL, 5e-4, 0, callback)
+    model = fine_tune(base, rows, out / "shuffled", steps, LORA_ALL, 5e-4, 0, callback)
     losses["loss after"] = row_losses(model, rows)
     result = callback.result
     auroc = {name: float(roc_auc_score(wrong, loss)) for name, loss in losses.items()}
@@ -117,7 +118,7 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
         auroc[name] = float(roc_auc_score(wrong, -values))
     values = result.values().reindex(range(len(rows)), fill_value=0.0)
     curve = {}
-    for step in range(epoch // 2, 2 * epoch + 1, max(epoch // 2, 1)):
+    for step in range(epoch // 2, steps + 1, max(epoch // 2, 1)):
         until = result.rows[result.rows["step"] <= step].groupby("index")["value"].sum()
         curve[str(step)] = float(roc_auc_score(wrong, -until.reindex(range(len(rows)), fill_value=0.0)))
     return {
