@@ -3,8 +3,8 @@
     python benchmarks/data_shapley_overhead.py [--steps 5] [--rows 4] [--tokens 256] [--out times.json]
 
 Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time
-of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of the
-direction, and floating-point operations, counted on meta tensors also for Llamas of 1 and 8 billion parameters.
+of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of
+the direction, and floating-point operations, counted on meta tensors also for Llamas of 1 and 8 billion parameters.
 SmolLM2-135M in float32, one thread.
 """
 
