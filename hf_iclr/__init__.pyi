@@ -38,6 +38,7 @@ from .trainers import (
     extend_for_sft,
     make_safety_recovery_dataset,
 )
+from .vision import FrameSegments, Sam2VideoPipeline, VideoPrompts, VideoSegments, VideoSession
 
 __version__: str
 
@@ -51,12 +52,14 @@ __all__ = [
     "DeepSafetySFTTrainer",
     "EditReport",
     "EditRequest",
+    "FrameSegments",
     "InRunDataShapleyCallback",
     "KeyStatistics",
     "NullSpaceCallback",
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",
+    "Sam2VideoPipeline",
     "SpeculativeCascadeConfig",
     "SpeculativeCascadeForCausalLM",
     "SpeculativeCascadeGenerationMixin",
@@ -65,6 +68,9 @@ __all__ = [
     "SqueezeDPOTrainer",
     "SqueezeProbeCallback",
     "SqueezeStoppingCallback",
+    "VideoPrompts",
+    "VideoSegments",
+    "VideoSession",
     "__version__",
     "audit_safety",
     "build_draft_model",

@@ -97,6 +97,47 @@ SEAMS = {
     "trl.scripts.dpo:main": "(script_args, training_args, model_args, dataset_args)",
     "trl.scripts.dpo:make_parser": "(subparsers=None, prog=None)",
     "datasets.arrow_dataset:Dataset._get_cache_file_path": "(self, fingerprint)",
+    "transformers.cache_utils:DynamicLayer.update": "(self, key_states, value_states, *args, **kwargs)",
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.__init__": (
+        "(self, video=None, video_height=None, video_width=None, inference_device='cpu', inference_state_device='cpu', "
+        "video_storage_device='cpu', dtype='float32', max_vision_features_cache_size=1)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.get_frame": "(self, frame_idx)",
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.add_new_frame": (
+        "(self, pixel_values, frame_idx=None)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.obj_id_to_idx": "(self, obj_id)",
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache.cache_vision_features": (
+        "(self, frame_idx, features)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache.get_vision_features": (
+        "(self, frame_idx)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.forward": (
+        "(self, inference_session, frame_idx=None, frame=None, reverse=False, run_mem_encoder=True, **kwargs)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_embeddings": (
+        "(self, pixel_values, **kwargs)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_prompt_embeddings": (
+        "(self, input_points=None, input_labels=None, input_boxes=None, input_masks=None)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_wide_positional_embeddings": "(self)",
+    "transformers.models.sam2_video.processing_sam2_video:Sam2VideoProcessor.add_inputs_to_inference_session": (
+        "(self, inference_session, frame_idx, obj_ids, input_points=None, input_labels=None, input_boxes=None, "
+        "input_masks=None, original_size=None, clear_old_inputs=True)"
+    ),
+    "transformers.models.sam2_video.processing_sam2_video:Sam2VideoProcessor.post_process_masks": (
+        "(self, masks, original_sizes, mask_threshold=0.0, binarize=True, max_hole_area=0.0, max_sprinkle_area=0.0, "
+        "apply_non_overlapping_constraints=False, **kwargs)"
+    ),
+    "evaluate.module:Metric._info": "(self)",
+    "evaluate.module:Metric._compute": "(self, *, predictions=None, references=None, **kwargs)",
+    "diffusers.loaders.lora_pipeline:StableDiffusionLoraLoaderMixin.save_lora_weights": (
+        "(save_directory, unet_lora_layers=None, text_encoder_lora_layers=None, is_main_process=True, weight_name=None, "
+        "save_function=None, safe_serialization=True, unet_lora_adapter_metadata=None, "
+        "text_encoder_lora_adapter_metadata=None)"
+    ),
 }
 
 

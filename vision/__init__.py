@@ -1,1 +1,6 @@
-"""What sees. Nothing is here yet."""
+"""What sees: prompts on any frame of a video, corrections that hold, endless streams in constant memory."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,12 @@
+from .pipeline_promptable_video_segmentation import Sam2VideoPipeline
+from .video_prompts import VideoPrompts
+from .video_segments import FrameSegments, VideoSegments
+from .video_session import VideoSession
+
+__all__ = [
+    "FrameSegments",
+    "Sam2VideoPipeline",
+    "VideoPrompts",
+    "VideoSegments",
+    "VideoSession",
+]
