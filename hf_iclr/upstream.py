@@ -99,7 +99,8 @@ SEAMS = {
     "datasets.arrow_dataset:Dataset._get_cache_file_path": "(self, fingerprint)",
     "transformers.cache_utils:DynamicLayer.update": "(self, key_states, value_states, *args, **kwargs)",
     "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.__init__": (
-        "(self, video=None, video_height=None, video_width=None, inference_device='cpu', inference_state_device='cpu', "
+        "(self, video=None, video_height=None, video_width=None, inference_device='cpu', "
+        "inference_state_device='cpu', "
         "video_storage_device='cpu', dtype='float32', max_vision_features_cache_size=1)"
     ),
     "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.get_frame": "(self, frame_idx)",
@@ -134,7 +135,8 @@ SEAMS = {
     "evaluate.module:Metric._info": "(self)",
     "evaluate.module:Metric._compute": "(self, *, predictions=None, references=None, **kwargs)",
     "diffusers.loaders.lora_pipeline:StableDiffusionLoraLoaderMixin.save_lora_weights": (
-        "(save_directory, unet_lora_layers=None, text_encoder_lora_layers=None, is_main_process=True, weight_name=None, "
+        "(save_directory, unet_lora_layers=None, text_encoder_lora_layers=None, is_main_process=True, "
+        "weight_name=None, "
         "save_function=None, safe_serialization=True, unet_lora_adapter_metadata=None, "
         "text_encoder_lora_adapter_metadata=None)"
     ),
