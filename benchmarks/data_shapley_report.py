@@ -32,7 +32,7 @@ def print_report(rows: Rows, out: Path) -> None:
 def _print_digits(seeds: list[Rows]) -> None:
     print(f"\n## a. Digits, 20 % wrong labels, {len(seeds)} seeds\n")
     auroc = {name: [seed["auroc"][name] for seed in seeds] for name in seeds[0]["auroc"]}
-    table(["AUROC for wrong labels", "mean and 95 % interval"], [[n, interval(v)] for n, v in auroc.items()])
+    table(["AUROC for wrong labels", "mean and 95 % interval"], [[name, interval(v)] for name, v in auroc.items()])
     for ours in (name for name in auroc if name.startswith("in-run")):
         own = ours.split(", ")[1]
         for baseline in ("KNN-Shapley", f"final loss, {own}", f"gradient norm, {own}"):
@@ -49,8 +49,15 @@ def _print_digits(seeds: list[Rows]) -> None:
             ],
         )
         accuracy = {name: [row["accuracy"] for row in found] for name, found in arms.items()}
-        for baseline in list(accuracy)[1:]:
-            compare("in-run values > 0", accuracy["in-run values > 0"], baseline, accuracy[baseline])
+        ours = "in-run values > 0"
+        for baseline in list(arms)[1:]:
+            compare(f"accuracy: {ours}", accuracy[ours], baseline, accuracy[baseline])
+            compare(
+                f"loss (negative): {ours}",
+                [-row["loss"] for row in arms[ours]],
+                baseline,
+                [-row["loss"] for row in arms[baseline]],
+            )
     for key in (key for key in seeds[0] if key.startswith(("explained", "harmful"))):
         print(f"{key}: {interval([seed[key] for seed in seeds])}")
 
