@@ -1,11 +1,7 @@
 """Edits as adapters, files and repositories: exact, whole after a kill, and refused by another base."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from hf_iclr import saving
 from hf_iclr.editors.alpha_editor import AlphaEditor
 from hf_iclr.editors.edit_ledger import append_event, batches_of, read_events
 from tests.editors.test_alpha_editor import logits, make_editor, weights_of
@@ -153,48 +150,42 @@ def test_a_line_cut_short_is_as_if_it_were_not_there(tmp_path):
     assert [batch["name"] for batch in batches_of(read_events(tmp_path))] == ["a", "b"]
 
 
-KILLED = """
-    import sys, torch
-    torch.set_num_threads(1)
-    from tests.editors.tiny import *
-    from hf_iclr import saving
-    from hf_iclr.editors import alpha_editor
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
-    moment = sys.argv[3]
-    def die(*_, **__):
-        print("here", flush=True)
-        import time; time.sleep(60)
-    save, made = saving.save_file, []
+def edit_until(moment, tokenizer, folder, reached):
+    """Edits four batches and hangs at a moment, in the middle of what it does there."""
+
+    def hang(*_, **__):
+        reached.set()
+        time.sleep(60)
+
+    made, save = [], saving.save_file
+
     def save_and_count(tensors, path, *args, **kwargs):
         made.append(path)
-        if moment == "in a file" and len(made) == 4:
+        if moment == "in a file" and len(made) == 4:  # the null space and two batches are there
             path.write_bytes(b"half")
-            die()
+            hang()
         save(tensors, path, *args, **kwargs)
         if moment == "before the ledger" and len(made) == 4:
-            die()
+            hang()
+
     saving.save_file = save_and_count
     model = tiny_model("llama")
     statistics = tiny_statistics(model, tokenizer, layers=[1, 2])
-    editor = alpha_editor.AlphaEditor(model, tokenizer, quick_config(), statistics, folder=sys.argv[2])
+    editor = AlphaEditor(model, tokenizer, quick_config(), statistics, folder=folder)
     editor.edit(REQUESTS, batch_size=1, progress=False)
-    if moment == "in save_pretrained":
-        editor.tokenizer.save_pretrained = die
-        editor.save_pretrained(sys.argv[2])
-"""
+    editor.tokenizer.save_pretrained = hang
+    editor.save_pretrained(folder)
 
 
 @pytest.mark.parametrize(("moment", "whole"), [("in a file", 2), ("before the ledger", 2), ("in save_pretrained", 4)])
 def test_a_kill_leaves_the_last_whole_batch(moment, whole, word_tokenizer, tmp_path):
-    word_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "tokenizer"), str(tmp_path / "edits"), moment],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    fork = multiprocessing.get_context("fork")
+    reached = fork.Event()
+    process = fork.Process(target=edit_until, args=(moment, word_tokenizer, tmp_path / "edits", reached))
+    process.start()
+    assert reached.wait(60)
+    process.kill()
+    process.join()
     loaded = AlphaEditor.from_pretrained(tmp_path / "edits", model=tiny_model("llama"), tokenizer=word_tokenizer)
     assert [edit.id for edit in loaded.edits] == [request.id for request in REQUESTS[:whole]]
     memory = make_editor(word_tokenizer)
@@ -206,18 +197,16 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     word_tokenizer.save_pretrained(tmp_path / "base")
-    hub.run(f"""
-        from huggingface_hub import HfApi
-        HfApi().create_repo("user/base")
-        HfApi().upload_folder(repo_id="user/base", folder_path={str(tmp_path / "base")!r})
-    """)
     pushed = hub.run(
-        """
+        f"""
         import torch
+        from huggingface_hub import HfApi
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from hf_iclr import AlphaEditor
         from tests.editors.test_alpha_editor import STRONG
         from tests.editors.tiny import ENDING, quick_config, tiny_statistics
+        HfApi().create_repo("user/base")
+        HfApi().upload_folder(repo_id="user/base", folder_path={str(tmp_path / "base")!r})
         model = AutoModelForCausalLM.from_pretrained("user/base")
         tokenizer = AutoTokenizer.from_pretrained("user/base")
         config = quick_config(**STRONG)
@@ -225,9 +214,12 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
         editor.edit(ENDING, batch_size=2, progress=False)
         editor.push_to_hub("user/edits")
         print("says", model(torch.tensor([[1, 2, 3, 4]])).logits[0, -1].argmax().item())
+        loaded = AlphaEditor.from_pretrained("user/edits")
+        print(len(loaded.edits), loaded.config.base_model_revision is not None)
     """,
         PYTHONPATH=str(Path(__file__).parents[2]),
     )
+    assert "4 True" in pushed
     assert "says 5" in pushed  # w1 w2 w3 w4 -> w5
     plain = hub.run("""
         from transformers import pipeline
@@ -235,14 +227,6 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
         print("says", pipe("w1 w2 w3 w4", max_new_tokens=1, do_sample=False)[0]["generated_text"][-2:])
     """)
     assert "says w5" in plain
-    loaded = hub.run("""
-        from hf_iclr import AlphaEditor
-        editor = AlphaEditor.from_pretrained("user/edits")
-        print(len(editor.edits), editor.config.base_model_revision is not None)
-        editor.undo(2)
-        editor.model.push_to_hub("user/restored")
-    """)
-    assert "4 True" in loaded
 
 
 def test_card_and_ledger_keep_source_and_licence(word_tokenizer, tmp_path):

@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_iclr.editors.key_statistics import KeyStatistics, hash_weights
 from hf_iclr.editors.null_space_callback import NullSpaceCallback, project_weight
-from tests.trainers.test_squeeze_distributed import in_two_processes
+from tests.trainers.distributed import run_in_two
 from tests.trainers.tiny import QUICK, losses, tiny_llama, word_rows
 
 
@@ -200,7 +200,7 @@ def train_and_return(folder, batch_size):
 
 
 def test_two_processes_equal_one(tmp_path):
-    first, second = in_two_processes(train_and_return, (str(tmp_path), 2), tmp_path)
+    first, second = run_in_two(train_and_return, tmp_path, str(tmp_path), 2)
     one = train_and_return(str(tmp_path), 4)
     assert all(torch.equal(first[name], second[name]) for name in one)
     assert all(torch.allclose(first[name], one[name], atol=1e-5) for name in one)

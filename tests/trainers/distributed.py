@@ -1,52 +1,49 @@
-"""Run a snippet in two gloo processes that meet over a file, and get back what each returned."""
+"""Run a function in two gloo processes and get back what each returned."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 def run_in_two(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """
-    Call `function(*arguments)` in two processes of one gloo group.
+    Call `function(*arguments)` in two processes of one gloo group. They are forked, so that nothing is imported again.
 
     Args:
         function (`Callable`):
-            A function of a module, so that it can be found again in the new processes.
+            Any function.
         folder (`pathlib.Path`):
-            Empty folder for the results.
+            Folder for the results.
         arguments (`Any`):
-            Anything that can be pickled.
+            Passed on.
 
     Returns:
-        `list`: what each process returned, saved and loaded by torch.
+        `list[Any]`: what each process returned, saved and loaded by torch.
     """
-    torch.multiprocessing.spawn(_worker, (function, str(folder), arguments, _free_port()), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_child, (port, function, arguments, folder), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def _worker(rank: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...], port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )
-    torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+def reset_accelerate() -> None:
+    """Forget the processes that accelerate knows of."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def _child(rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    reset_accelerate()
+    torch.save(function(*arguments), folder / f"{rank}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

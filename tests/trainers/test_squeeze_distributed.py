@@ -1,11 +1,7 @@
 """Two gloo processes against one: the same metrics and weights with DDP, and with FSDP2's sharded parameters."""
 
-import os
-import socket
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trl.trainer import add_fused_lm_head
@@ -15,6 +11,7 @@ from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze_metrics import batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
 
+from .distributed import run_in_two
 from .squeeze_toy import pair_rows
 from .tiny import QUICK, tiny_llama
 
@@ -22,29 +19,6 @@ from .tiny import QUICK, tiny_llama
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 OUTPUTS = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs")
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-
-
-def child(rank, port, task, arguments, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
-    reset_accelerate()
-    torch.save(task(*arguments), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def in_two_processes(task, arguments, folder):
-    """Forked, so that nothing is imported again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(child, (port, task, arguments, folder), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def train(processes, tokenizer, folder):
@@ -74,7 +48,7 @@ def train(processes, tokenizer, folder):
 def test_two_processes_are_one(word_tokenizer, tmp_path):
     metrics, weights = train(1, word_tokenizer, tmp_path)
     assert sum("eval_squeeze/rest_logmass_chosen" in entry for entry in metrics) == 1
-    for others, other_weights in in_two_processes(train, (2, word_tokenizer, tmp_path), tmp_path):
+    for others, other_weights in run_in_two(train, tmp_path, 2, word_tokenizer, tmp_path):
         for entry, other in zip(metrics, others, strict=True):
             assert other == pytest.approx(entry, rel=1e-4, abs=1e-6)
         for name, weight in weights.items():
@@ -111,7 +85,7 @@ def measure(sharded):
 def test_sharded_parameters_give_the_same(tmp_path):
     metrics, norm, sharded_head = measure(False)
     assert not sharded_head and metrics["squeeze/argmax_gap_rejected"] > 0
-    for others, other_norm, other_head in in_two_processes(measure, (True,), tmp_path):
+    for others, other_norm, other_head in run_in_two(measure, tmp_path, True):
         assert other_head
         assert others == pytest.approx(metrics, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)

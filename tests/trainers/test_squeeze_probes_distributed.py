@@ -12,8 +12,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_iclr.trainers.probe_scoring import COLUMNS, decode_answers, score_answers
 from hf_iclr.trainers.squeeze_probes import SqueezeProbeCallback, build_probe_set
 
+from .distributed import run_in_two
 from .squeeze_toy import pair_rows
-from .test_squeeze_distributed import in_two_processes
 from .tiny import QUICK, tiny_llama
 
 
@@ -41,7 +41,7 @@ def train(processes, tokenizer, folder):
 def test_two_processes_are_one(word_tokenizer, tmp_path):
     alone = train(1, word_tokenizer, tmp_path)
     assert len(alone) == 3 and alone[-1]["probe/permuted/delta0"] != 0
-    for logged in in_two_processes(train, (2, word_tokenizer, tmp_path), tmp_path):
+    for logged in run_in_two(train, tmp_path, 2, word_tokenizer, tmp_path):
         for entry, other in zip(alone, logged, strict=True):
             assert other == pytest.approx(entry, rel=1e-3, abs=1e-5)
 
@@ -67,7 +67,7 @@ def test_sharded_parameters_give_the_same(word_tokenizer, tmp_path):
     table, greedy, _ = measure(False, word_tokenizer)
     assert table[:, 0].tolist() == [2, 4, 1] and (table[:, COLUMNS.index("logp_tok")] < 0).all()
     assert (table[:, COLUMNS.index("logp_argmax")] < 0).tolist() == [True, False, True]
-    for others, other_greedy, weight in in_two_processes(measure, (True, word_tokenizer), tmp_path):
+    for others, other_greedy, weight in run_in_two(measure, tmp_path, True, word_tokenizer):
         assert weight == "DTensor"
         torch.testing.assert_close(others, table, rtol=1e-5, atol=1e-6)
         assert other_greedy == greedy
