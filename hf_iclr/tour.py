@@ -32,6 +32,7 @@ SECTIONS = [
     "hf_iclr.generation.tour_cascade:section",
     "hf_iclr.trainers.tour_deep_safety:section",
     "hf_iclr.trainers.tour_squeeze:section",
+    "hf_iclr.trainers.tour_data_shapley:section",
     "hf_iclr.editors.tour_alpha_edit:section",
 ]
 

@@ -148,6 +148,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._hook: Any = None
         self._collected: list[StepValues] = []
         self._totals = RunTotals(list(self.datasets))
+        self._train_dataset: Any = None  # the trainer's, for the result's tables by source
 
     @property
     def result(self) -> DataShapleyResult:
@@ -161,7 +162,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             return self._result
         if self._store is None:
             raise ValueError("Expected a training before its result. Call `trainer.train()` first.")
-        return DataShapleyResult.from_store(self._store, id_column=self.id_column)
+        return DataShapleyResult.from_store(self._store, self._train_dataset, self.id_column)
 
     # In a Trainer
 
@@ -171,6 +172,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._close()
         trainer = calling_trainer()
         check_trainer(trainer)
+        self._train_dataset = trainer.train_dataset
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         batch_size = self.batch_size or args.per_device_eval_batch_size
         batches = {

@@ -328,3 +328,13 @@ def test_options_out_of_range_are_refused(settings):
 def test_a_result_before_a_training_is_refused():
     with pytest.raises(ValueError, match="trainer.train"):
         callback().result  # noqa: B018
+
+
+def test_sources_are_looked_up_in_the_trainers_own_rows(tmp_path):
+    """`result.by_source("source")` needs nothing more when the training set has the column."""
+    rows = token_rows(12)
+    rows = rows.add_column("source", ["even", "odd"] * 6)
+    shapley = callback()
+    make(tmp_path, callbacks=[shapley], rows=rows).train()
+    totals = shapley.result.by_source("source").totals
+    assert sorted(totals.index) == ["even", "odd"]
