@@ -40,9 +40,9 @@ def exact(past: list[Remembered], slots: int) -> list[int]:
 
 def motion_gated(past: list[Remembered], slots: int) -> list[int]:
     """
-    The most recent frames whose mask is trusted, whose object is visible and whose motion is plausible, with the
-    thresholds 0.5, 0 and 0 of SAMURAI (https://huggingface.co/papers/2411.11922, section 4.2; its Kalman filter is
-    replaced by constant velocity).
+    The most recent frames whose mask is trusted, whose object is visible and whose motion is plausible, after the idea of
+    SAMURAI (https://huggingface.co/papers/2411.11922); thresholds and the constant velocity, where it has a Kalman
+    filter, are ours.
     """
     return [seen.frame for seen in past if seen.mask_score > 0.5 and seen.object_score > 0 and seen.motion_score > 0][
         -slots:
