@@ -40,8 +40,8 @@ def exact(past: list[Remembered], slots: int) -> list[int]:
 
 def motion_gated(past: list[Remembered], slots: int) -> list[int]:
     """
-    The most recent frames whose mask is trusted, whose object is visible and whose motion is plausible, after the idea of
-    SAMURAI (https://huggingface.co/papers/2411.11922); thresholds and the constant velocity, where it has a Kalman
+    The most recent frames whose mask is trusted, whose object is visible and whose motion is plausible, after an idea
+    of SAMURAI (https://huggingface.co/papers/2411.11922); thresholds and constant velocity, where it has a Kalman
     filter, are ours.
     """
     return [seen.frame for seen in past if seen.mask_score > 0.5 and seen.object_score > 0 and seen.motion_score > 0][
