@@ -55,8 +55,7 @@ class AlphaEditor:
 
     Raises:
         ValueError: when the statistics are another model's or lack a layer, the folder holds edits already, or the
-        model is
-            none that can be edited.
+            model is none that can be edited.
         TypeError: when the model is a PEFT model.
 
     Example:
@@ -166,8 +165,7 @@ class AlphaEditor:
         Raises:
             TypeError: when something is no [`EditRequest`].
             ValueError: when there is no request, `batch_size` is not positive, or a batch's equations cannot be
-            solved; the
-                batches before it stay, and nothing of that batch.
+                solved; the batches before it stay, and nothing of that batch.
         """
         for request in requests:
             if not isinstance(request, EditRequest):
@@ -229,7 +227,7 @@ class AlphaEditor:
 
         Raises:
             ValueError: when no such edit is in force, or the equations without it cannot be solved; then nothing
-            changes.
+                changes.
         """
         at = next((i for i, batch in enumerate(self.batches) if edit_id in [r.id for r in batch.requests]), None)
         if at is None:
@@ -250,8 +248,9 @@ class AlphaEditor:
                     new.edits = [{**batch.edits[i], "batch": name} for i in stays]
                     redone.append(new)
             self._commit({"event": "remove", "id": edit_id}, len(later), redone)
-        finally:
+        except BaseException:  # also an interrupt: nothing half-applied may stay
             self._solver.write(self.batches)
+            raise
 
     def to_peft(self, rank: int | None = None) -> PeftModel:
         """
@@ -471,8 +470,9 @@ class AlphaEditor:
                 for i, request, after, collision in zip(keep, made, nll, self._collisions(batch), strict=True)
             ]
             self._commit({"event": "edit"}, 0, [batch])
-        finally:
+        except BaseException:  # also an interrupt: nothing half-applied may stay
             self._solver.write(self.batches)
+            raise
         report.edits += batch.edits
         report.layers += batch.layers
 
@@ -528,6 +528,5 @@ def _warn_of_odd_null_spaces(
     if statistics is not None and statistics.tokens < 10 * width:
         logger.warning(
             "The statistics have %d tokens for %d directions: too few to know what text needs. A hundred times as "
-            "many "
-            "tokens as directions is a fair number.", statistics.tokens, width,
+            "many tokens as directions is a fair number.", statistics.tokens, width,
         )  # fmt: skip

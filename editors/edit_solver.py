@@ -22,7 +22,7 @@ from .edit_ledger import EditBatch
 from .edit_prompts import EditRow, encode_request
 from .edit_request import EditRequest
 from .edited_weight import EditedWeight
-from .key_statistics import KeyStatistics
+from .key_statistics import KeyStatistics, right_padded
 
 
 logger = logging.getLogger(__name__)
@@ -195,14 +195,12 @@ class EditSolver:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
         for first in range(0, len(order), _ROWS_READ):
             chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
-            ids, mask = torch.zeros(2, len(chosen), max(map(len, chosen)), dtype=torch.long, device=self.model.device)
-            for line, tokens in enumerate(chosen):
-                ids[line, : len(tokens)], mask[line, : len(tokens)] = torch.tensor(tokens), 1
-            ends = mask.sum(1) - 1
+            batch = {name: value.to(self.model.device) for name, value in right_padded(chosen).items()}
+            ends = batch["attention_mask"].sum(1) - 1
             with capture(wanted) as seen:
-                run_until(self.model, until, input_ids=ids, attention_mask=mask)
+                run_until(self.model, until, **batch)
             for name, value in seen.items():
-                shaped = value.reshape(*ids.shape, -1)
+                shaped = value.reshape(*batch["input_ids"].shape, -1)
                 parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
         back = torch.tensor(order).argsort()
         return {name: torch.cat(values)[back] for name, values in parts.items()}

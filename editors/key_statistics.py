@@ -470,13 +470,23 @@ def _batches(
             raise ValueError(f"Expected a column {text_column!r} with text, got {sorted(row)}. Pass text_column=...")
         batch.append(encode(row[text_column])["input_ids"])
         if len(batch) == batch_size:
-            yield _pad(batch)
+            yield right_padded(batch)
             batch = []
     if batch:
-        yield _pad(batch)
+        yield right_padded(batch)
 
 
-def _pad(batch: list[list[int]]) -> dict[str, torch.Tensor]:
+def right_padded(batch: list[list[int]]) -> dict[str, torch.Tensor]:
+    """
+    Rows of token ids as one batch, padding at the right.
+
+    Args:
+        batch (`list[list[int]]`):
+            Rows of any lengths.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, both of shape `(rows, longest)`.
+    """
     width = max(1, max(map(len, batch)))
     ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
     for row, tokens in enumerate(batch):
