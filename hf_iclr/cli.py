@@ -188,13 +188,20 @@ def edit(
     model: Annotated[str | None, typer.Argument(help="Model to edit: repository or folder.")] = None,
     requests: Annotated[
         Path | None,
-        typer.Argument(help="JSON lines with prompt (with {}), subject and target_new; or CounterFact or zsRE rows."),
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="JSON lines with prompt (with {}), subject and target_new; or CounterFact or zsRE rows.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapter, ledger and card.")] = Path("edits"),
     statistics: Annotated[
         str | None, typer.Option(help="Key statistics of the model: folder or repository. Left out: made from --text.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text that must not change: .txt, a paragraph a line.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text that must not change: .txt, a paragraph a line."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the text to read at most.")] = 200_000,
     solver: Annotated[str, typer.Option(help="alphaedit, memit, memit_seq or ridge.")] = "alphaedit",
     batch_size: Annotated[int, typer.Option(help="Facts solved for at once.")] = 100,
@@ -211,6 +218,8 @@ def edit(
     console = Console()
     try:
         if undo:
+            if not out.is_dir():
+                raise ValueError(f"Expected --out to be a folder with edits, got {out}, which is none.")
             editor = AlphaEditor.from_pretrained(out)
             gone = editor.undo(undo)
             editor.save_pretrained(out)

@@ -128,3 +128,15 @@ def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, name, content, opti
     (tmp_path / name).write_text(content)
     result = run("audit", tiny_model, "--prompts", str(tmp_path / name), *options)
     assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_edit_says_what_is_missing(run, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"promt": 1}')
+    for arguments, sentence in (
+        ([], "Expected a model, a file of requests"),
+        (["m", str(tmp_path / "none.jsonl")], "does not exist"),
+        (["m", str(tmp_path / "bad.jsonl"), "--text", str(tmp_path / "bad.jsonl")], "got ['promt']"),
+        (["--undo", "1", "--out", str(tmp_path / "none")], "a folder with edits"),
+    ):
+        result = run("edit", *arguments)
+        assert result.exit_code == 2 and sentence in result.output
