@@ -103,6 +103,11 @@ class DeepSafetySFTConfig(SFTConfig):
                 f"beta_initial={self.beta_initial}, beta_rest={self.beta_rest}. To leave later tokens free set "
                 '`reference="window"`; to leave the loss alone set `constrain="none"`.'
             )
+        if self.reference == "window" and self.window_tokens < 1:
+            raise ValueError(
+                f"Expected `betas` of at least two values with `reference='window'`, got betas={self.betas}: the last is "
+                "that of all later tokens, so nothing is left for the window. Add one, or set `reference='auto'`."
+            )
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")
         if self.rehearse_refusals and self.constrain != "refused":

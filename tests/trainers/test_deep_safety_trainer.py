@@ -338,6 +338,7 @@ def test_recovery_rows_alone_are_plain_cross_entropy_on_the_refusal(train):
         ({"beta_first": 0.0}, "every beta to be positive"),
         ({"betas": [0.5, -1.0]}, "every beta to be positive"),
         ({"betas": []}, "every beta to be positive"),
+        ({"betas": [0.5], "reference": "window"}, "nothing is left for the window"),
         ({"num_initial_tokens": 0}, "num_initial_tokens"),
         ({"reference": "base"}, "reference"),
         ({"window_start": "middle"}, "window_start"),

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_iclr.trainers.gcg import append_to_prompt, gcg
 from hf_iclr.trainers.safety_audit import audit_safety
 from hf_iclr.trainers.safety_report import Measure, SafetyReport
 
@@ -46,7 +47,8 @@ def ids(text):
 
 def continued(model, prompt, prefix=()):
     row = torch.tensor([ids(prompt) + list(prefix)])
-    new = model.generate(row, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, row.shape[1] :].tolist()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    new = model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :].tolist()
     return " ".join(f"w{token}" for token in new)
 
 
@@ -74,6 +76,19 @@ def test_counts_as_prompt_by_prompt(model, word_tokenizer):
     assert report.prefill_curve()[2] == report.refusal_rate("prefill", "2") == sum(known) / 3
     curve = [rate for rate in report.prefill_curve().values() if not math.isnan(rate)]
     assert report.prefill_auc == pytest.approx(1 - sum(curve) / 3)
+
+
+def test_gcg_asks_each_prompt_with_the_suffix_found_for_it(model, word_tokenizer):
+    report = audit_safety(
+        model, word_tokenizer, PROMPTS, answers=ANSWERS, judge=odd, attacks=["gcg"], gcg_steps=2, **OPTIONS
+    )
+    texts = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        suffix = gcg(model, word_tokenizer, prompt, ids(answer), num_steps=2).suffix if answer else None
+        texts.append(continued(model, append_to_prompt(prompt, suffix)) if answer else None)
+    measure = report.find("gcg")
+    assert measure.texts == texts
+    assert measure.refused == [text and odd([text])[0] for text in texts]
 
 
 def test_joined_texts_begin_with_the_prefix(model, word_tokenizer):
