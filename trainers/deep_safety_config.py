@@ -105,8 +105,8 @@ class DeepSafetySFTConfig(SFTConfig):
             )
         if self.reference == "window" and self.window_tokens < 1:
             raise ValueError(
-                f"Expected `betas` of at least two values with `reference='window'`, got betas={self.betas}: the last is "
-                "that of all later tokens, so nothing is left for the window. Add one, or set `reference='auto'`."
+                f"Expected `betas` of at least two values with `reference='window'`, got betas={self.betas}: the last "
+                "is that of all later tokens, so nothing is left for the window. Add one, or set `reference='auto'`."
             )
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")

@@ -49,7 +49,7 @@ def continued(model, prompt, prefix=()):
     row = torch.tensor([ids(prompt) + list(prefix)])
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     new = model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :].tolist()
-    return " ".join(f"w{token}" for token in new)
+    return " ".join(f"w{token}" for token in new if token)  # w0 is padding
 
 
 def expected_verdicts(model, k):
