@@ -8,6 +8,7 @@ _METRICS = {
     "edit_success": "hf_iclr.editors.edit_metrics:EditSuccess",
     "fluency": "hf_iclr.editors.edit_metrics:Fluency",
     "hidden_drift": "hf_iclr.editors.edit_metrics:HiddenDrift",
+    "j_and_f": "hf_iclr.vision.j_and_f:JAndF",
     "perplexity": "hf_iclr.editors.edit_scoring:Perplexity",
 }
 
@@ -18,7 +19,7 @@ def load_metric(name: str, **kwargs: Any) -> Any:
 
     Args:
         name (`str`):
-            `"edit_success"`, `"fluency"`, `"hidden_drift"` or `"perplexity"`.
+            `"edit_success"`, `"fluency"`, `"hidden_drift"`, `"j_and_f"` or `"perplexity"`.
         kwargs (*optional*):
             Passed to `evaluate.Metric`. Several processes need `num_process`, `process_id` and `experiment_id`; one
             process keeps its numbers in memory unless `keep_in_memory=False`.
