@@ -2,9 +2,9 @@
 
     python benchmarks/sam2_image_claim.py [--repeats 3] [--out sam2_image_claim.json]
 
-Weights are random, which time does not depend on. Both encode one image of 1024 x 1024 in the same process, in turn; printed are
-parameters, floating-point operations (counted on meta tensors) and the fastest CPU seconds. In the paper the whole
-image task, of which the encoder is nearly all, runs at 130.1 and 21.7 frames a second on an A100.
+Weights are random, which time does not depend on. Both encode one image of 1024 x 1024 in the same process, in turn;
+printed are parameters, floating-point operations (counted on meta tensors) and the fastest CPU seconds. In the paper
+the whole image task, of which the encoder is nearly all, runs at 130.1 and 21.7 frames a second on an A100.
 """
 
 import argparse
@@ -77,9 +77,8 @@ def main() -> None:
     table = measure(args.repeats)
     ratios = table.loc["SAM ViT-H"] / table.loc["SAM 2.1 B+"]
     print(table.round(2).to_string())
-    print(
-        f"\nSAM ViT-H takes {ratios['CPU seconds']:.1f} x the time and {ratios['operations (T)']:.1f} x the operations."
-    )
+    slower, larger = ratios["CPU seconds"], ratios["operations (T)"]
+    print(f"\nSAM ViT-H takes {slower:.1f} x the time and {larger:.1f} x the operations.")
     print(f"Paper, one A100: {PAPER:.1f} x.")
     if args.out:
         args.out.write_text(json.dumps({"table": table.to_dict("index"), "ratios": ratios.to_dict()}, indent=2))
