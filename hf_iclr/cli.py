@@ -262,6 +262,40 @@ def edit(
 
 
 @app.command()
+def annotate_ui(
+    video: Annotated[
+        str | None, typer.Argument(help="Video file, URL or folder of images. Left out: chosen on the page.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Segmenter: repository or folder.")] = "facebook/sam2.1-hiera-tiny",
+    out: Annotated[Path, typer.Option(help="JSON file for the masks, written on Done.")] = Path("annotations.json"),
+    host: Annotated[str, typer.Option(help="Where to listen; whoever reaches it can use the page.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 7860,
+) -> None:
+    """Click, track and correct objects of a video in the browser, until Done is pressed."""
+    from rich.console import Console
+    from transformers import pipeline
+
+    from hf_iclr.vision.annotation_page import annotate_in_browser, export_records
+    from hf_iclr.vision.segment_files import write_json
+
+    console = Console()
+    try:
+        pipe = pipeline("promptable-video-segmentation", model=model)
+        session = None if video is None else pipe.session(video, output="rle", undo_levels=20)
+        segments = annotate_in_browser(
+            pipe,
+            session,
+            host,
+            port,
+            lambda url: console.print(f"Open {url} in a browser. Ctrl+C ends without saving."),
+        )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    write_json(export_records(segments), out)
+    console.print(f"Masks of {len(segments)} frames written to {out}.")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and whether the upstream code we lean on still has its shape."""
     from rich.console import Console
