@@ -38,7 +38,15 @@ from .trainers import (
     extend_for_sft,
     make_safety_recovery_dataset,
 )
-from .vision import FrameSegments, Sam2VideoPipeline, VideoPrompts, VideoSegments, VideoSession
+from .vision import (
+    FrameSegments,
+    Sam2VideoPipeline,
+    VideoPrompts,
+    VideoSegments,
+    VideoSession,
+    evaluate_interactive,
+    evaluate_vos,
+)
 
 __version__: str
 
@@ -78,6 +86,8 @@ __all__ = [
     "calibrate_cascade",
     "constrained_sft_loss",
     "enable_cascade",
+    "evaluate_interactive",
+    "evaluate_vos",
     "extend_for_sft",
     "load_metric",
     "make_safety_recovery_dataset",

@@ -97,4 +97,5 @@ def _gif_frame(image: np.ndarray) -> av.VideoFrame:
     colors[:, 0] = 255  # opaque
     used = np.reshape(paletted.getpalette() or [], (-1, 3))
     colors[: len(used), 1:] = used
-    return av.VideoFrame.from_ndarray((np.asarray(paletted), colors), format="pal8")
+    numbers_and_colors: Any = (np.asarray(paletted), colors)  # what PyAV wants, though not in its annotation
+    return av.VideoFrame.from_ndarray(numbers_and_colors, format="pal8")
