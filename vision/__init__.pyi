@@ -1,9 +1,9 @@
-from .evaluate_interactive import evaluate_interactive
-from .evaluate_vos import evaluate_vos
+from .interactive_evaluation import evaluate_interactive
 from .pipeline_promptable_video_segmentation import Sam2VideoPipeline
 from .video_prompts import VideoPrompts
 from .video_segments import FrameSegments, VideoSegments
 from .video_session import VideoSession
+from .vos_evaluation import evaluate_vos
 
 __all__ = [
     "FrameSegments",

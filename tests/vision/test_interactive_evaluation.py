@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from hf_iclr import evaluate_interactive
-from hf_iclr.vision.evaluate_interactive import InteractiveResult
+from hf_iclr.vision.interactive_evaluation import InteractiveResult
 from hf_iclr.vision.j_and_f import j_and_f
 from hf_iclr.vision.simulated_prompts import next_click, prompt_object
 from tests.vision.drifting import DriftingPipe, iou, pixels, truth
