@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from hf_iclr.vision.procedural_clips import procedural_clip
 
 
