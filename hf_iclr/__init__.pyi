@@ -40,6 +40,8 @@ from .trainers import (
 )
 from .vision import (
     FrameSegments,
+    Sam2Trainer,
+    Sam2TrainingConfig,
     Sam2VideoPipeline,
     VideoPrompts,
     VideoSegments,
@@ -67,6 +69,8 @@ __all__ = [
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",
+    "Sam2Trainer",
+    "Sam2TrainingConfig",
     "Sam2VideoPipeline",
     "SpeculativeCascadeConfig",
     "SpeculativeCascadeForCausalLM",

@@ -1,5 +1,7 @@
 from .interactive_evaluation import evaluate_interactive
 from .pipeline_promptable_video_segmentation import Sam2VideoPipeline
+from .sam2_trainer import Sam2Trainer
+from .sam2_training_config import Sam2TrainingConfig
 from .video_prompts import VideoPrompts
 from .video_segments import FrameSegments, VideoSegments
 from .video_session import VideoSession
@@ -7,6 +9,8 @@ from .vos_evaluation import evaluate_vos
 
 __all__ = [
     "FrameSegments",
+    "Sam2Trainer",
+    "Sam2TrainingConfig",
     "Sam2VideoPipeline",
     "VideoPrompts",
     "VideoSegments",
