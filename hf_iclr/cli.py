@@ -275,8 +275,8 @@ def annotate_ui(
     from rich.console import Console
     from transformers import pipeline
 
-    from hf_iclr.vision.annotation_page import annotate_in_browser, export_records
-    from hf_iclr.vision.segment_files import write_json
+    from hf_iclr.vision.annotation_json import write_sav
+    from hf_iclr.vision.annotation_page import annotate_in_browser
 
     console = Console()
     try:
@@ -289,10 +289,124 @@ def annotate_ui(
             port,
             lambda url: console.print(f"Open {url} in a browser. Ctrl+C ends without saving."),
         )
+        write_sav(segments, out)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    write_json(export_records(segments), out)
     console.print(f"Masks of {len(segments)} frames written to {out}.")
+
+
+@app.command()
+def inpaint(
+    video: Annotated[str, typer.Argument(help="Video file, URL or folder of images.")],
+    masks: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Masks of every frame: SA-V JSON, or a folder of PNGs as in DAVIS."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help='Or what to segment: JSON such as {"0": {"1": {"points": [[x, y]]}}}.'
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Segmenter for --prompts.")] = "facebook/sam2.1-hiera-tiny",
+    out: Annotated[Path, typer.Option(help="The painted video: .mp4 or .gif.")] = Path("inpainted.mp4"),
+    object_: Annotated[
+        list[int] | None, typer.Option("--object", help="Object to remove or keep; may be repeated. Left out: all.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="remove or replace_background.")] = "remove",
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="Inpainting pipeline of diffusers: repository or folder. Left out: what other frames show."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the pipeline is to draw.")] = "",
+    dilation: Annotated[int | None, typer.Option(help="Pixels by which the painted region grows.")] = None,
+    feather: Annotated[int, typer.Option(help="Pixels over which it fades out.")] = 2,
+    steps: Annotated[int | None, typer.Option(help="Steps of the pipeline.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    rate: Annotated[float, typer.Option(help="Frames per second of the painted video.")] = 24,
+) -> None:
+    """Take objects out of a video, or put them before another background."""
+    import inspect
+
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from hf_iclr.vision.annotation_json import read_sav
+    from hf_iclr.vision.inpainting import inpaint_video
+    from hf_iclr.vision.mask_folders import read_davis
+    from hf_iclr.vision.video_prompts import VideoPrompts
+
+    try:
+        if (masks is None) == (prompts is None):
+            raise ValueError(
+                "Expected one of --masks and --prompts. For instance `hf-iclr inpaint VIDEO --masks m.json`."
+            )
+        if prompts is not None:
+            segmenter = transformers.pipeline("promptable-video-segmentation", model=model)
+            segments = segmenter(video, VideoPrompts.from_json(prompts), direction="both", output="rle")
+        else:
+            segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
+        painter = None
+        if pipeline is not None:
+            import diffusers
+
+            painter = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+            if {"mask_image", "mask", "mask_video"}.isdisjoint(inspect.signature(painter.__call__).parameters):
+                painter = diffusers.AutoPipelineForInpainting.from_pipe(painter)
+            painter.to("cuda" if torch.cuda.is_available() else "cpu")
+        painted = inpaint_video(
+            video,
+            segments,
+            painter,
+            objects=object_,
+            mode=mode,
+            prompt=prompt,
+            dilation=dilation,
+            feather=feather,
+            seed=seed,
+            **({} if steps is None else {"num_inference_steps": steps}),
+        )
+        painted.save(out, rate)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    shares = ", ".join(f"{share:.0%} {source}" for source, share in painted.sources.items() if share)
+    Console().print(f"{len(painted)} frames written to {out}. Painted pixels: {shares}.")
+
+
+@app.command()
+def segment(
+    video: Annotated[str, typer.Argument(help="Video file, image or folder of images.")],
+    point: Annotated[
+        list[str], typer.Option(help="FRAME:OBJECT:X,Y, or :0 after it for a click beside the object; repeatable.")
+    ] = [],  # noqa: B006
+    box: Annotated[list[str], typer.Option(help="FRAME:OBJECT:X0,Y0,X1,Y1; repeatable.")] = [],  # noqa: B006
+    mask: Annotated[list[str], typer.Option(help="FRAME:OBJECT:IMAGE, black beside the object; repeatable.")] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="New folder for overlay.mp4, masks and JSON.")] = Path("segments"),
+    model: Annotated[str, typer.Option(help="Repository or folder.")] = "facebook/sam2.1-hiera-tiny",
+    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "forward",
+    rate: Annotated[float, typer.Option(min=0.1, help="Frames per second of the overlay.")] = 24.0,
+) -> None:
+    """Follow clicked objects through a video: an overlay, a palette PNG a frame, masks and prompts as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_iclr.vision.segment_command import parse_prompts, segment_video
+
+    try:
+        prompts = parse_prompts(point, box, mask)
+        result = segment_video(video, prompts, out, model, direction, rate)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    table = Table("object", "frames in sight", "mean score", title=f"{len(result)} frames", title_justify="left")
+    for obj, track in result.tracks().items():
+        spans = ", ".join(f"{first}-{last}" for first, last in track["visible"]) or "none"
+        table.add_row(str(obj), spans, f"{sum(track['scores'].values()) / len(track['scores']):.3f}")
+    console.print(table)
+    if result.damage:
+        console.print(f"[yellow]{result.damage}[/]")
+    console.print(f"Saved to {out}: overlay.mp4, masks/, masks.json (COCO) and prompts.json.")
 
 
 @app.command()

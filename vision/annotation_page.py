@@ -3,20 +3,22 @@
 import asyncio
 import base64
 import io
-import json
 import logging
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from aiohttp import web
 from PIL import Image, ImageColor
 from scipy.ndimage import binary_erosion
 
-from .segment_files import rle_of
+from .annotation_json import write_sav
+from .mask_folders import write_davis
 from .video_segments import FrameSegments, VideoSegments
 from .video_session import VideoSession
 
@@ -93,10 +95,9 @@ class AnnotationPage:
         return app
 
     def segments(self) -> VideoSegments:
-        """All masks as they are now; frames without any are left out."""
+        """All masks as they are now, of every frame of the video."""
         session = self._opened()
-        frames = (session.segments(frame) for frame in range(session.num_frames or 0))
-        return VideoSegments([frame for frame in frames if frame.masks], session.frames.damage)
+        return VideoSegments(map(session.segments, range(session.num_frames or 0)), session.frames.damage)
 
     def _opened(self) -> VideoSession:
         if self.session is None:
@@ -163,10 +164,20 @@ class AnnotationPage:
         return web.json_response(await self._run(read))
 
     async def _get_export(self, request: web.Request) -> web.Response:
-        body = await self._run(lambda: json.dumps(export_records(self.segments())))
-        name = f"{Path(self._title).stem or 'video'}.json"
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return web.Response(text=body, content_type="application/json", headers=headers)
+        name = Path(self._title).stem or "video"
+        zipped = request.query.get("format") == "png"
+
+        def write() -> bytes:
+            with TemporaryDirectory() as folder:
+                if not zipped:
+                    write_sav(self.segments(), file := Path(folder, f"{name}.json"))
+                    return file.read_bytes()
+                write_davis(self.segments(), masks := Path(folder, name))
+                return Path(shutil.make_archive(str(masks), "zip", masks)).read_bytes()
+
+        kind = "zip" if zipped else "json"
+        headers = {"Content-Disposition": f'attachment; filename="{quote(name)}.{kind}"'}
+        return web.Response(body=await self._run(write), content_type=f"application/{kind}", headers=headers)
 
     async def _post_open(self, request: web.Request) -> web.Response:
         if not self._can_open:
@@ -314,11 +325,6 @@ def overlay_png(segments: FrameSegments) -> bytes:
     file = io.BytesIO()
     Image.fromarray(canvas).save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def export_records(segments: VideoSegments) -> list[dict[str, Any]]:
-    """One record an object and frame that JSON can hold, masks as COCO RLE."""
-    return [{**record, "mask": rle_of(frame, record["object"])} for frame in segments for record in frame.to_dicts()]
 
 
 def _colour(obj: int) -> str:

@@ -3,10 +3,10 @@
 import asyncio
 import base64
 import io
-import json
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_iclr import cli
-from hf_iclr.vision.annotation_page import AnnotationPage, annotate_in_browser, export_records
-from hf_iclr.vision.video_prompts import decode_rle
+from hf_iclr.vision.annotation_json import read_sav
+from hf_iclr.vision.annotation_page import AnnotationPage, annotate_in_browser
 from tests.vision.test_video_frames import smooth, write_video
 from tests.vision.tiny import clip, tiny_pipe
 
@@ -127,13 +127,25 @@ def test_frames_and_masks_are_those_of_the_session():
     during(steps, session())
 
 
-def test_export_holds_every_mask():
+def test_export_holds_every_mask(tmp_path):
     async def steps(client, page):
-        await post(client, "/prompt", **CLICK)
+        response = await client.get("/export")
+        assert response.status == 400 and "at least one object" in await response.text()
+        await post(client, "/prompt", **{**CLICK, "frame": 2})
         await tracked(client)
-        records = await get(client, "/export")
-        assert records == export_records(page.segments()) and len(records) == 8
-        assert np.array_equal(decode_rle(records[4]["mask"]), page.session.segments(4).binary(1))
+        response = await client.get("/export")
+        assert response.headers["Content-Disposition"] == 'attachment; filename="video.json"'
+        file = tmp_path / "video.json"
+        file.write_bytes(await response.read())
+        segments, about = read_sav(file, stride=1)
+        assert segments.frames == list(range(8)) and about["masklet_first_appeared_frame"] == [2.0]
+        assert np.array_equal(segments[4].binary(1), page.session.segments(4).binary(1))
+
+        response = await client.get("/export?format=png")
+        with ZipFile(io.BytesIO(await response.read())) as archive:
+            assert len(archive.namelist()) == 8
+            labels = np.asarray(Image.open(archive.open("00004.png")))
+        assert np.array_equal(labels == 1, page.session.segments(4).binary(1))
 
     during(steps, session())
 
@@ -291,6 +303,6 @@ def test_the_command_writes_the_masks_on_done(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "Open http://127.0.0.1:7860/ in a browser" in result.output
-    assert len(json.loads((tmp_path / "out.json").read_text())) == 4
+    assert read_sav(tmp_path / "out.json", stride=1)[0].frames == [0, 1, 2, 3]
     result = CliRunner().invoke(cli.app, ["annotate-ui", "none.mp4", "--model", str(tmp_path / "model")])
     assert result.exit_code == 2 and "There is no video none.mp4" in result.output
