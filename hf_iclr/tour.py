@@ -34,6 +34,7 @@ SECTIONS = [
     "hf_iclr.trainers.tour_squeeze:section",
     "hf_iclr.trainers.tour_data_shapley:section",
     "hf_iclr.editors.tour_alpha_edit:section",
+    "hf_iclr.vision.tour_sam2:section",
 ]
 
 
@@ -50,7 +51,7 @@ class TourSection:
         table (`pandas.DataFrame`):
             The figures in short; its index is not shown.
         figures (`list[pathlib.Path]`, *optional*):
-            PNG files written to `out_dir`.
+            PNG or GIF files written to `out_dir`.
         examples (`list[str]`, *optional*):
             Texts to show as they are.
         data (`dict`, *optional*):
@@ -157,9 +158,14 @@ def _page(about: dict[str, Any], results: list[TourSection | FailedSection]) -> 
     )
     environment.filters["cell"] = _format
     environment.filters["is_number"] = _is_number
-    environment.filters["base64"] = lambda path: base64.b64encode(Path(path).read_bytes()).decode()
+    environment.filters["data_url"] = _data_url
     failed = sum(isinstance(result, FailedSection) for result in results)
     return environment.get_template("tour.html").render(about=about, sections=results, failed=failed)
+
+
+def _data_url(path: Path) -> str:
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return f"data:image/{path.suffix[1:]};base64,{encoded}"
 
 
 def _as_json(result: TourSection | FailedSection) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Follow an object through a video from one click, correct it, and write masks, an overlay and an annotation file.
+
+    python examples/segment_video.py --model facebook/sam2.1-hiera-tiny --video clip.mp4 --click 210 350
+
+Without arguments: the package's own small model on a clip that is drawn on the spot.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import pipeline
+
+import hf_iclr  # registers the pipeline's task  # noqa: F401
+from hf_iclr.vision.annotation_json import write_sav
+from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
+from hf_iclr.vision.overlay import write_overlay
+from hf_iclr.vision.procedural_clips import procedural_clip
+from hf_iclr.vision.simulated_prompts import middle_click
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default=str(DEMO_SEGMENTER))
+parser.add_argument("--video")
+parser.add_argument("--click", type=float, nargs=2, metavar=("X", "Y"))
+parser.add_argument("--correct", type=float, nargs=3, metavar=("FRAME", "X", "Y"), help="a click beside the object")
+parser.add_argument("--out", type=Path, default=Path("segments"))
+args = parser.parse_args()
+
+video, click = args.video, args.click
+if video is None:
+    clip = procedural_clip(seed=7, frames=24)
+    video, click = clip.frames, middle_click(clip.masks[1][0])
+elif click is None:
+    parser.error("--video needs a click on the object: --click X Y")
+
+pipe = pipeline("promptable-video-segmentation", model=args.model)
+session = pipe.session(video, output="rle")
+session.add(frame=0, obj=1, points=[click])
+segments = session.propagate()
+if args.correct:
+    frame, x, y = args.correct
+    session.correct(frame=int(frame), obj=1, points=[[x, y]], labels=[0])
+    segments = session.propagate("both")
+
+args.out.mkdir(parents=True, exist_ok=True)
+write_overlay(video, segments, args.out / "overlay.mp4")
+write_sav(segments, args.out / "masklets.json")
+session.save(args.out / "session.safetensors")
+print(segments, segments.tracks()[1]["visible"])
