@@ -1,7 +1,7 @@
 """
 What the memory policies of the video session are worth: J&F of each against the model's own rule, "exact".
 
-    python benchmarks/sam2_memory_policies.py --model DIR --clips 30 --frames 24 --out policies.json
+    python benchmarks/sam2_memory_policies.py --clips 30 --frames 24 --out policies.json
     python benchmarks/sam2_memory_policies.py --model DIR --data DAVIS
 
 Objects are shown on frame 0 by their true mask or one click, and followed by each policy on the same clips: drawn by
@@ -27,6 +27,7 @@ from transformers import pipeline
 
 import hf_iclr
 from hf_iclr.vision.annotated_clips import davis_clips
+from hf_iclr.vision.demo_segmenter import load_demo_segmenter
 from hf_iclr.vision.procedural_clips import procedural_clip
 from hf_iclr.vision.video_memory import MEMORY_POLICIES
 
@@ -65,16 +66,19 @@ def prompt_kind(text: str) -> str | int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a SAM 2 video model: folder or repository")
+    parser.add_argument("--model", help="folder or repository of a SAM 2 video model; left out, the package's own")
     parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
     parser.add_argument("--clips", type=int, default=30, help="drawn clips of each kind")
     parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
     parser.add_argument("--prompts", nargs="+", type=prompt_kind, default=["mask", 1])
-    parser.add_argument("--seed", type=int, default=10_000, help="of the first drawn clip")
+    parser.add_argument(
+        "--seed", type=int, default=2 * 10**13, help="of the first drawn clip; training has those below 2**40"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = pipeline("promptable-video-segmentation", model=args.model, dtype=torch.float32)
+    task = "promptable-video-segmentation"
+    pipe = pipeline(task, model=args.model, dtype=torch.float32) if args.model else load_demo_segmenter()
     rows = [row for kind in (["davis"] if args.data else ["plain", "hard"]) for row in compare(kind, pipe, args)]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
     if args.out:

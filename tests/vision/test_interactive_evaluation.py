@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from benchmarks.sam2_interactive import NativePipe
 from hf_iclr import evaluate_interactive
 from hf_iclr.vision.interactive_evaluation import InteractiveResult
 from hf_iclr.vision.j_and_f import j_and_f
@@ -101,6 +102,18 @@ def test_online_is_the_session_by_hand():
                 mask = session.correct(frame.frame, 4, points=[point], labels=[label]).masks[4]
         masks.append(mask)
     assert left == 0 and result.table["j"].iloc[1] == j_and_f([np.stack(masks)], [MOVING])["j"]
+
+
+def test_native_corrections_are_lost_by_the_next_pass():
+    """The session that the benchmark compares with: as transformers has it, offline clicks change nothing."""
+    native = NativePipe(tiny_pipe())
+    held, lost = (
+        evaluate_interactive(pipe, [(clip(5), {4: MOVING})], "offline", 1, 3).table for pipe in (tiny_pipe(), native)
+    )
+    assert lost["clicks"].tolist() == held["clicks"].tolist() == [1, 2, 3]
+    assert lost["j"].nunique() == 1 and held["j"].nunique() == 3 and lost["j"][0] == held["j"][0]
+    online = evaluate_interactive(native, [(clip(5), {4: MOVING})], "online", 1, 2).table
+    assert online["j"].nunique() == 2  # a click counts for the frames that come
 
 
 @pytest.fixture
