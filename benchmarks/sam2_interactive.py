@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
     parser.add_argument("--max-frames", type=int, default=8, help="frames to click on at most")
     parser.add_argument("--goal", type=float, default=0.8, help="the J&F to reach")
-    parser.add_argument(
-        "--seed", type=int, default=3 * 10**13, help="of the first drawn clip; training has those below 2**40"
-    )
+    parser.add_argument("--seed", type=int, default=3 * 10**13, help="of the first clip; training draws below 2**40")
     parser.add_argument("--out", type=Path, default=Path("interactive"), help="folder for tables and figures")
     args = parser.parse_args()
     torch.set_num_threads(1)

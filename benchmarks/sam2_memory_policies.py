@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=30, help="drawn clips of each kind")
     parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
     parser.add_argument("--prompts", nargs="+", type=prompt_kind, default=["mask", 1])
-    parser.add_argument(
-        "--seed", type=int, default=2 * 10**13, help="of the first drawn clip; training has those below 2**40"
-    )
+    parser.add_argument("--seed", type=int, default=2 * 10**13, help="of the first clip; training draws below 2**40")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
