@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVide
             ordered = sorted(images)
             places = {ordered.index(file.stem): file for file in files}
             pictures = [images[stem] for stem in ordered]
-            videos.append(
-                AnnotatedVideo(pictures, sorted(places), lambda frame, places=places: _labels(places[frame]))
-            )
+            videos.append(AnnotatedVideo(pictures, sorted(places), partial(_labels, places)))
     if not videos:
         raise ValueError(f"Expected folders of the same names with images in {frames} and PNGs in {masks}, got none.")
     return videos
@@ -230,8 +229,8 @@ def collate_clips(clips: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {"clips": clips}
 
 
-def _labels(file: Path) -> dict[int, np.ndarray]:
-    labels = np.array(Image.open(file))
+def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:
+    labels = np.array(Image.open(files[frame]))
     numbers = set(np.unique(labels).tolist()) - {0}
     if numbers != {VOID}:
         numbers -= {VOID}

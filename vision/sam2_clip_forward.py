@@ -128,7 +128,8 @@ class _Tracks:
             pointer = torch.where(visible, pointer, model.no_object_pointer)
             high, appears = given * 20 - 10, visible
         else:
-            points, previous, clicks = None, None, 0
+            points: tuple[torch.Tensor, ...] | None = None
+            previous, clicks = None, 0
             if bank is None:
                 image = image + model.no_memory_embedding[0, 0, :, None, None]
                 points = first_points(self.plan.kind, truth, noise[:, 0])

@@ -148,9 +148,9 @@ class Sam2Trainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent does, with the terms of the loss."""
-        prefix = next((key[:-4] for key in logs if key.endswith("loss") and key != "train_loss"), None)
-        terms = [] if prefix is None else self._terms[prefix == ""]
-        if terms:
+        losses = [key for key in logs if key.endswith("loss") and key != "train_loss"]
+        if losses and (terms := self._terms[losses[0] == "loss"]):
+            prefix = losses[0].removesuffix("loss")
             *sums, objects, visible, count = self.accelerator.reduce(torch.stack(terms).sum(0)).tolist()
             for name, value in zip(("focal", "dice", "iou_error", "iou"), sums, strict=True):
                 logs[prefix + name] = value / max(visible, 1)
