@@ -410,6 +410,71 @@ def segment(
 
 
 @app.command()
+def annotate(
+    folder: Annotated[Path, typer.Argument(help="Videos, or folders of images; or one video.")],
+    out: Annotated[Path, typer.Option(help="Folder for the masklets; what is there already is not done again.")],
+    model: Annotated[
+        str, typer.Option(help="SAM 2 video model: repository or folder.")
+    ] = "facebook/sam2.1-hiera-tiny",
+    points_per_side: Annotated[int, typer.Option(help="Side of the grid of clicks that finds objects.")] = 32,
+    pred_iou_thresh: Annotated[float, typer.Option(help="Least IoU that the model expects of a found mask.")] = 0.8,
+    stability_score_thresh: Annotated[float, typer.Option(help="Least stability of a found mask.")] = 0.95,
+    every: Annotated[int | None, typer.Option(help="Look for new objects again each so many frames.")] = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="Correct what does not pass the quality gate, on a page.")
+    ] = False,
+    push: Annotated[str | None, typer.Option(help="Dataset repository for the accepted masklets.")] = None,
+) -> None:
+    """Find and track everything in videos, as a dataset of masklets; a kill loses no whole video."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import pipeline
+
+    from hf_iclr.vision.annotation_store import annotation_statistics, review_queue
+    from hf_iclr.vision.data_engine import annotate
+
+    console = Console()
+
+    def by_hand(masklet):
+        import webbrowser
+
+        from hf_iclr.vision.annotation_page import annotate_in_browser
+
+        def tell(address: str) -> None:
+            console.print(f"{masklet.name}, object {masklet.object}: {masklet.reason}. Correct it at {address}")
+            webbrowser.open(address)
+
+        return annotate_in_browser(pipe, masklet.session, on_ready=tell)
+
+    try:
+        pipe = pipeline("promptable-video-segmentation", model=model)
+        masklets = annotate(
+            folder,
+            pipe,
+            corrector=by_hand if browser else None,
+            out=out,
+            automatic={
+                "points_per_side": points_per_side,
+                "pred_iou_thresh": pred_iou_thresh,
+                "stability_score_thresh": stability_score_thresh,
+                "every": every,
+            },
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    table = Table("", "", title=masklets.info.description, title_justify="left", show_header=False)
+    for name, value in annotation_statistics(masklets).items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}")
+    console.print(table)
+    for row in review_queue(masklets).select_columns(["name", "object", "reason"]):
+        console.print(f"waits for review: {row['name']}, object {row['object']}, {row['reason']}", markup=False)
+    console.print(f"Saved to {out}: `load_dataset('parquet', data_files='{out}/shards/*.parquet')`.", markup=False)
+    if push is not None:
+        masklets.filter(lambda row: row["status"] == "accepted").push_to_hub(push)
+        console.print(f"Pushed to {push}.")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and whether the upstream code we lean on still has its shape."""
     from rich.console import Console

@@ -251,7 +251,7 @@ def review_queue(annotations: datasets.Dataset) -> datasets.Dataset:
 
 
 def annotation_statistics(
-    annotations: datasets.Dataset, seconds_per_click: float = 7.7, seconds_per_look: float = 0.73
+    annotations: datasets.Dataset, seconds_per_click: float = 7.72, seconds_per_look: float = 0.77
 ) -> dict[str, float]:
     """
     What annotations took, in the terms of the paper's table 1 (https://huggingface.co/papers/2408.00714).
@@ -259,9 +259,9 @@ def annotation_statistics(
     Args:
         annotations (`datasets.Dataset`):
             From [`annotate`], or some of its rows.
-        seconds_per_click (`float`, *optional*, defaults to `7.7`):
+        seconds_per_click (`float`, *optional*, defaults to `7.72`):
             A person's time for one click, with what belongs to it.
-        seconds_per_look (`float`, *optional*, defaults to `0.73`):
+        seconds_per_look (`float`, *optional*, defaults to `0.77`):
             A person's time for looking at a frame. These two are the line of least squares through the three phases of
             the paper's table (clicks a frame, seconds a frame), not measurements of ours.
 

@@ -20,6 +20,7 @@ from .masklets import Masklet, QualityGate, find_masklets, measure_cycles, siste
 from .video_prompts import ObjectPrompt, VideoPrompts
 from .video_segments import VideoSegments
 from .video_session import VideoSession
+from .video_session_config import VideoSessionConfig
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,10 @@ def annotate(
         raise ValueError('`automatic` says how prompts="auto" finds objects. Pass prompts="auto" with it.')
     if max_rounds < 0:
         raise ValueError(f"Expected max_rounds of at least 0, got {max_rounds}.")
-    keep = "window" if corrector is None else "all"
+    pipe._sanitize_parameters(**options)
+    options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **options, "output": "rle"}
+    options = {"keep": "window" if corrector is None else "all", **options}
+    VideoSessionConfig(**options)  # a wrong value is told before any work
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
     engine = _Engine(
         pipe,
@@ -126,12 +130,12 @@ def annotate(
         gate or QualityGate(),
         finder,
         max_rounds,
-        {"keep": keep, "feature_cache_bytes": _FEATURE_CACHE_BYTES, **options, "output": "rle"},
+        options,
     )
     given = list_videos(videos)
     model = pipe.model.config.name_or_path
     store = AnnotationStore(out, {"phase": phase, "model": model})
-    state = PartialState()
+    state = PartialState(cpu=pipe.model.device.type == "cpu")
     skipped = []
     for index, video in enumerate(tqdm(given, desc="Annotating", unit="video", disable=not state.is_main_process)):
         if index % state.num_processes != state.process_index:

@@ -257,7 +257,9 @@ def _encoded_once(session: VideoSession, frame: int) -> Iterator[None]:
             maps, positions = outputs.fpn_hidden_states, outputs.fpn_position_encoding
             session.features.cache_vision_features(frame, {"vision_feats": maps, "vision_pos_embeds": positions})
             known = session.features.get_vision_features(frame)
-        return SimpleNamespace(fpn_hidden_states=list(known["vision_feats"]))
+        return SimpleNamespace(
+            fpn_hidden_states=list(known["vision_feats"]), fpn_position_encoding=known["vision_pos_embeds"]
+        )
 
     model.get_image_features = get_image_features
     try:

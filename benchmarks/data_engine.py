@@ -1,0 +1,190 @@
+"""
+The three phases of SAM 2's data engine compared with a simulated annotator, and what the engine costs.
+
+    python benchmarks/data_engine.py --model MODEL --out data_engine.json
+    python benchmarks/data_engine.py --model MODEL --hard --clips 10
+
+Each phase annotates the same procedural clips until every frame of every masklet has an IoU of 0.75 with the truth, or
+its frames with less were all clicked, or the rounds are spent. Told, as in the paper's table 1: the modelled seconds a
+frame, the share of frames edited, the clicks a clicked frame, and the share of masks that agree (IoU above 0.75) with
+those of phase 1; beside them the mean IoU with the truth. The seconds are not measured: they are a look at every frame
+and a price a click, from the line of least squares through the paper's own table, which is printed.
+
+Then throughput: `annotate` with automatic masklets against a loop of `pipe(video, prompts="auto")`, in random order
+within each repeat, in CPU seconds of one thread, with the number of images encoded. "gate" is the same with the
+forward-backward check, a second pass that the loop does not make.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import datasets
+import numpy as np
+import torch
+from transformers import pipeline
+
+import hf_iclr  # noqa: F401
+from hf_iclr.vision.annotation_store import annotation_statistics, name_video
+from hf_iclr.vision.data_engine import annotate
+from hf_iclr.vision.j_and_f import region_similarity
+from hf_iclr.vision.masklets import QualityGate
+from hf_iclr.vision.procedural_clips import Clip, procedural_clip
+from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
+from hf_iclr.vision.video_prompts import decode_rle
+
+
+# Clicks a clicked frame, share of frames edited, seconds a frame: table 1 of https://huggingface.co/papers/2408.00714.
+PAPER = {1: (4.8, 1.0, 37.8), 2: (3.6, 0.23, 7.4), 3: (2.7, 0.19, 4.5)}
+ANY_QUALITY = QualityGate(min_object_score=0, min_stability=0, min_cycle_iou=None)
+AUTOMATIC = {"points_per_side": 8, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
+
+
+def fit_paper() -> tuple[float, float]:
+    """Seconds a click and seconds a look that explain the paper's three phases best."""
+    clicks, seconds = zip(*((clicks * share, seconds) for clicks, share, seconds in PAPER.values()), strict=True)
+    slope, intercept = np.polyfit(clicks, seconds, 1)
+    return float(slope), float(intercept)
+
+
+def masks_of(row: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Masks of a row on all frames, empty where it has none."""
+    masks = np.zeros(shape, dtype=bool)
+    for frame, mask in zip(row["frames"], row["masks"], strict=True):
+        masks[frame] = decode_rle(mask)
+    return masks
+
+
+def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -> dict[int, dict[str, float]]:
+    told: dict[int, dict[str, float]] = {}
+    first: dict[tuple[str, int], np.ndarray] = {}
+    truth = {name_video(clip)[0]: clip.masks for clip in clips}
+    for phase in (1, 2, 3):
+        hand = SimulatedAnnotator(phase=phase)
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as out:
+            hooks = {"prompts": hand.point, "verifier": hand.verify, "corrector": hand.correct}
+            rows = annotate(clips, pipe, phase=phase, out=out, gate=ANY_QUALITY, **hooks)
+        masks = {(row["name"], row["object"]): masks_of(row, truth[row["name"]][row["object"]].shape) for row in rows}
+        first = first or masks
+        agreement = np.concatenate([region_similarity(masks[key], first[key]) for key in masks])
+        accuracy = np.concatenate([region_similarity(masks[key], truth[key[0]][key[1]]) for key in masks])
+        told[phase] = {
+            **annotation_statistics(rows, per_click, per_look),
+            "agreement_with_phase_1": float((agreement > 0.75).mean()),
+            "mean_iou": float(accuracy.mean()),
+            "cpu_seconds": time.process_time() - started,
+        }
+    return told
+
+
+def measure_throughput(pipe, clips: list[Clip], repeats: int) -> dict[str, dict[str, float]]:
+    encoded: list[int] = []
+    hook = pipe.model.vision_encoder.register_forward_hook(lambda *args: encoded.append(1))
+
+    def loop() -> None:
+        for clip in clips:
+            try:
+                pipe(clip.frames, prompts="auto", automatic=AUTOMATIC, output="rle")
+            except ValueError:  # nothing was found
+                continue
+
+    def engine(gate: QualityGate) -> datasets.Dataset:
+        with tempfile.TemporaryDirectory() as out:
+            return annotate(clips, pipe, out=out, automatic=AUTOMATIC, gate=gate)
+
+    ways = {"loop": loop, "annotate": lambda: engine(ANY_QUALITY), "gate": lambda: engine(QualityGate())}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    calls: dict[str, int] = {}
+    for _ in range(repeats):
+        for name in random.sample(sorted(ways), len(ways)):
+            encoded.clear()
+            started = time.process_time()
+            ways[name]()
+            seconds[name].append(time.process_time() - started)
+            calls[name] = len(encoded)
+    hook.remove()
+    frames = sum(len(clip.frames) for clip in clips)
+    return {
+        name: {
+            "frames_per_second": frames / min(seconds[name]),
+            "encoded_per_frame": calls[name] / frames,
+            "median_speed_to_loop": statistics.median(
+                a / b for a, b in zip(seconds["loop"], seconds[name], strict=True)
+            ),
+        }
+        for name in ways
+    }
+
+
+def judge_gate(pipe, clips: list[Clip]) -> dict[str, float]:
+    """How good automatic masklets are that pass the gate, and those that wait: mean IoU with the nearest object."""
+    with tempfile.TemporaryDirectory() as out:
+        rows = annotate(clips, pipe, out=out, automatic=AUTOMATIC)
+    truth = {name_video(clip)[0]: clip.masks for clip in clips}
+    values: dict[str, list[float]] = {"accepted": [], "waiting": []}
+    for row in rows:
+        objects = truth[row["name"]]
+        best = max(region_similarity(masks_of(row, true.shape), true).mean() for true in objects.values())
+        values[row["status"]].append(float(best))
+    told: dict[str, float] = {f"{status}_masklets": len(ious) for status, ious in values.items()}
+    return told | {f"{status}_mean_iou": statistics.fmean(ious) for status, ious in values.items() if ious}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="repository or folder of a model and its processor")
+    parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--hard", action="store_true", help="three objects that cross and leave the frame")
+    parser.add_argument(
+        "--first-seed", type=int, default=50_000, help="of the clips; none that the model was trained on"
+    )
+    parser.add_argument("--throughput-clips", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("data_engine.json"))
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    random.seed(0)
+    pipe = pipeline("promptable-video-segmentation", model=args.model, dtype=torch.float32, device="cpu")
+    clips = [procedural_clip(args.first_seed + seed, args.hard, args.frames) for seed in range(args.clips)]
+    per_click, per_look = fit_paper()
+    print(f"Seconds a frame = {per_look:.2f} + {per_click:.2f} a click, from the paper's table:")
+    for phase, (clicks, share, seconds) in PAPER.items():
+        print(f"  phase {phase}: {per_look + per_click * clicks * share:.1f} for its {seconds}")
+    results: dict[str, Any] = {"model": args.model, "hard": args.hard, "clips": args.clips, "frames": args.frames}
+    results |= {"seconds_per_click": per_click, "seconds_per_look": per_look}
+
+    results["phases"] = phases = compare_phases(pipe, clips, per_click, per_look)
+    print("\nphase  seconds/frame (model)  edited  clicks/clicked frame  agrees with 1  mean IoU  accepted")
+    for phase, row in phases.items():
+        print(
+            f"{phase:<7}{row['modelled_seconds_per_frame']:<23.1f}{row['edited_share']:<8.1%}"
+            f"{row['clicks_per_clicked_frame']:<22.2f}{row['agreement_with_phase_1']:<15.1%}{row['mean_iou']:<10.3f}"
+            f"{row['accepted']} of {row['masklets']}"
+        )
+    few = clips[: args.throughput_clips]
+    results["throughput"] = measure_throughput(pipe, few, args.repeats)
+    print("\n          frames/s  images encoded/frame  speed to loop (median)")
+    for name, row in results["throughput"].items():
+        print(
+            f"{name:<10}{row['frames_per_second']:<10.2f}{row['encoded_per_frame']:<22.3f}"
+            f"{row['median_speed_to_loop']:.3f}"
+        )
+    results["gate"] = judge_gate(pipe, clips)
+    print(f"\nAutomatic masklets: {results['gate']}")
+    args.out.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
