@@ -46,8 +46,10 @@ from .vision import (
     VideoPrompts,
     VideoSegments,
     VideoSession,
+    annotate,
     evaluate_interactive,
     evaluate_vos,
+    inpaint_video,
 )
 
 __version__: str
@@ -84,6 +86,7 @@ __all__ = [
     "VideoSegments",
     "VideoSession",
     "__version__",
+    "annotate",
     "audit_safety",
     "build_draft_model",
     "build_probe_set",
@@ -93,6 +96,7 @@ __all__ = [
     "evaluate_interactive",
     "evaluate_vos",
     "extend_for_sft",
+    "inpaint_video",
     "load_metric",
     "make_safety_recovery_dataset",
     "sweep_cascade",

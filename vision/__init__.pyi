@@ -1,3 +1,5 @@
+from .data_engine import annotate
+from .inpainting import inpaint_video
 from .interactive_evaluation import evaluate_interactive
 from .pipeline_promptable_video_segmentation import Sam2VideoPipeline
 from .sam2_trainer import Sam2Trainer
@@ -15,6 +17,8 @@ __all__ = [
     "VideoPrompts",
     "VideoSegments",
     "VideoSession",
+    "annotate",
     "evaluate_interactive",
     "evaluate_vos",
+    "inpaint_video",
 ]
