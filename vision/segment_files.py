@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco
 
-from .video_prompts import decode_rle, encode_rle
+from .video_prompts import encode_rle
 from .video_segments import FrameSegments
 
 
@@ -104,7 +105,7 @@ def given_segments(
         scores (`Mapping[int, float]`, *optional*):
             By object.
     """
-    visible = {obj: (decode_rle(mask) if isinstance(mask, Mapping) else mask).any() for obj, mask in masks.items()}
+    visible = {obj: coco.area(mask) > 0 if isinstance(mask, Mapping) else mask.any() for obj, mask in masks.items()}
     return FrameSegments(
         frame,
         size,
