@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import distance_transform_edt, zoom
 
 from .video_frames import VideoFrames
 
@@ -115,24 +115,30 @@ def seen_background(
 
 def fill_smoothly(image: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """
-    Fills a hole from its border inwards by Gaussian averages of what is known, wider and wider ones.
+    Fills a hole from what is known around it: the mean of 2 x 2 pixels, or of 4 x 4 where they are unknown too, and so
+    on, with linear steps in between (push and pull).
 
     Args:
         image (`np.ndarray` of shape `(height, width, 3)`):
             In uint8; it stays as it is.
         unknown (`np.ndarray` of shape `(height, width)`):
-            Where to fill.
+            Where to fill; without anything known, with gray.
     """
-    filled, missing = image.astype(np.float32), unknown.copy()
     if unknown.all():
         return np.full_like(image, 128)
-    sigma = 1.0
-    while missing.any():
-        known = (~unknown).astype(np.float32)
-        weight = gaussian_filter(known, sigma)
-        average = gaussian_filter(image * known[..., None], (sigma, sigma, 0)) / np.maximum(weight, 1e-6)[..., None]
-        reached = missing & (weight > 0.1)
-        filled[reached] = average[reached]
-        missing &= ~reached
-        sigma *= 1.5
-    return filled.round().clip(0, 255).astype(np.uint8)
+    filled = _pull(image.astype(np.float32), (~unknown).astype(np.float32))
+    return np.where(unknown[..., None], filled.round().clip(0, 255), image).astype(np.uint8)
+
+
+def _pull(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Values `(height, width, 3)` where `known` is 1, elsewhere those of a grid half as fine."""
+    if known.all():
+        return values
+    height, width = known.shape
+    even = ((0, height % 2), (0, width % 2))
+    shares = np.pad(known, even).reshape((height + 1) // 2, 2, (width + 1) // 2, 2)
+    sums = np.pad(values * known[..., None], (*even, (0, 0))).reshape(*shares.shape, 3).sum((1, 3))
+    counts = shares.sum((1, 3))
+    coarse = _pull(sums / np.maximum(counts, 1)[..., None], (counts > 0).astype(np.float32))
+    finer = zoom(coarse, (2, 2, 1), order=1, mode="nearest", grid_mode=True)[:height, :width]
+    return np.where(known[..., None] > 0, values, finer)
