@@ -50,6 +50,7 @@ FEATURES = Features(
         "damage": Value("string"),
     }
 )
+_SCHEMA = FEATURES.arrow_schema
 
 
 def list_videos(videos: Any) -> Iterable[Any]:
@@ -209,7 +210,7 @@ class AnnotationStore:
         Raises:
             OSError: if it can't be written, for instance to a full disk. Nothing of it is left then.
         """
-        table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         self._replace(self._path(name), lambda part: pq.write_table(table, part))
 
     def write_json(self, name: str, content: Any) -> None:
@@ -219,12 +220,14 @@ class AnnotationStore:
 
     def read(self, skipped: list[dict[str, str]]) -> datasets.Dataset:
         """All masklets in the folder, by video and object; `skipped` videos are told in its description."""
-        tables = [pq.read_table(path, schema=FEATURES.arrow_schema) for path in sorted(self.shards.glob("*.parquet"))]
-        table = pa.concat_tables(tables) if tables else FEATURES.arrow_schema.empty_table()
+        shards = [path.read_bytes() for path in sorted(self.shards.glob("*.parquet"))]
+        tables = [pq.read_table(pa.BufferReader(shard), schema=_SCHEMA) for shard in shards]
+        table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
         description = f"{len(table)} masklets of {len(tables)} videos."
         if skipped:
             description += f" Skipped: {json.dumps(skipped)}"
-        return datasets.Dataset(table, datasets.DatasetInfo(description=description, features=FEATURES))
+        info = datasets.DatasetInfo(description=description, features=FEATURES)
+        return datasets.Dataset(table, info, fingerprint=_digest(shards))
 
     def _path(self, name: str) -> Path:
         return self.shards / f"{name}.parquet"

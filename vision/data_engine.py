@@ -117,8 +117,11 @@ def annotate(
     if max_rounds < 0:
         raise ValueError(f"Expected max_rounds of at least 0, got {max_rounds}.")
     pipe._sanitize_parameters(**options)
-    options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **options, "output": "rle"}
-    options = {"keep": "window" if corrector is None else "all", **options}
+    gate = gate or QualityGate()
+    passes: dict[str, Any] = {"keep": "window" if corrector is None else "all"}
+    if corrector is None and gate.min_cycle_iou is None:  # no frame is looked at twice
+        passes["feature_cache_bytes"] = 0
+    options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
     VideoSessionConfig(**options)  # a wrong value is told before any work
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
     engine = _Engine(
@@ -127,13 +130,14 @@ def annotate(
         verifier,
         corrector,
         phase,
-        gate or QualityGate(),
+        gate,
         finder,
         max_rounds,
         options,
     )
     given = list_videos(videos)
     model = pipe.model.config.name_or_path
+    revision = cached_revision(model)
     store = AnnotationStore(out, {"phase": phase, "model": model})
     state = PartialState(cpu=pipe.model.device.type == "cpu")
     skipped = []
@@ -151,7 +155,6 @@ def annotate(
             logger.warning("Skipped %s. %s", name, error)
             logger.debug("Where that came from:", exc_info=error)
             continue
-        revision = cached_revision(model)
         store.write(name, [to_row(masklet, path, model, revision) for masklet in masklets])
     skipped = gather_object(skipped)
     if state.is_main_process:
