@@ -50,6 +50,7 @@ def check_sdist(sdist: Path) -> None:
         held = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path.relative_to(ROOT).as_posix() for area in AREAS for path in (ROOT / area).glob("*.py*")}
     expected |= {"pyproject.toml", "LICENSE", "hf_iclr/py.typed", "hf_iclr/templates/tour.html"}
+    expected |= {"vision/annotation_page.html", "vision/demo_sam2/model.safetensors"}
     if missing := expected - held:
         sys.exit(f"Expected these files in {sdist.name}, got none of them: {sorted(missing)}.")
 
