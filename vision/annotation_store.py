@@ -211,7 +211,9 @@ class AnnotationStore:
             OSError: if it can't be written, for instance to a full disk. Nothing of it is left then.
         """
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        self._replace(self._path(name), lambda part: pq.write_table(table, part))
+        self._replace(
+            self._path(name), lambda part: pq.write_table(table, part, use_dictionary=False, write_statistics=False)
+        )
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the folder in the same way."""
@@ -221,7 +223,7 @@ class AnnotationStore:
     def read(self, skipped: list[dict[str, str]]) -> datasets.Dataset:
         """All masklets in the folder, by video and object; `skipped` videos are told in its description."""
         shards = [path.read_bytes() for path in sorted(self.shards.glob("*.parquet"))]
-        tables = [pq.read_table(pa.BufferReader(shard), schema=_SCHEMA) for shard in shards]
+        tables = [pq.ParquetFile(pa.BufferReader(shard)).read() for shard in shards]
         table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
         description = f"{len(table)} masklets of {len(tables)} videos."
         if skipped:

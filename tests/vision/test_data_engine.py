@@ -350,13 +350,13 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
 def _annotate_until_killed(out):
     count = iter(range(9))
 
-    def write(table, path):
+    def write(table, path, **kwargs):
         pyarrow.parquet.write_table(table, path)
         if next(count) == 2:
             path.write_bytes(path.read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    annotation_store.pq = SimpleNamespace(write_table=write, read_table=pyarrow.parquet.read_table)
+    annotation_store.pq = SimpleNamespace(write_table=write, ParquetFile=pyarrow.parquet.ParquetFile)
     run([clip(2, seed=seed) for seed in range(5)], out)
 
 
