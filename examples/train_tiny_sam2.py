@@ -36,6 +36,7 @@ from hf_iclr.vision.training_prompts import PromptPlan
 
 
 SIDE, WIDTH, HIDDEN = 128, 16, 128
+PEAKS = (1e-3, 4e-4)  # learning rates of the two stages
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
@@ -176,7 +177,7 @@ def soft_loss(predicted: MaskPrediction) -> tuple[torch.Tensor, torch.Tensor]:
     return (each * visible).sum() / count + 0.2 * seen, (iou.amax(1) * visible).sum() / count
 
 
-def train(model: Sam2VideoModel, steps: int, seed: int, stage: int = 0, peak: float = 1e-3) -> dict:
+def train(model: Sam2VideoModel, steps: int, seed: int, stage: int, peak: float) -> dict:
     """AdamW, cosine schedule, and the mean of the weights over the second half, which is what stays in `model`."""
     rng = np.random.default_rng(seed + stage)
     parameters = list(model.parameters())
@@ -226,13 +227,13 @@ def train(model: Sam2VideoModel, steps: int, seed: int, stage: int = 0, peak: fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny_sam2"))
-    parser.add_argument("--steps", type=int, nargs=2, default=[1500, 800], help="of the two stages")
+    parser.add_argument("--steps", type=int, nargs=2, default=[1500, 600], help="of the two stages")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = tiny_model(args.seed)
     for stage, steps in enumerate(args.steps):
-        report = train(model, steps, args.seed, stage)
+        report = train(model, steps, args.seed, stage, PEAKS[stage])
         print(json.dumps({key: round(float(value), 3) for key, value in report.items()}))
         model.half().save_pretrained(args.out)
         model = Sam2VideoModel.from_pretrained(args.out, dtype=torch.float32)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class Sam2Trainer(Trainer):
             if hasattr(model, part):
                 getattr(model, part).requires_grad_(False)
         if peft_config is not None:
+            peft_config = copy(peft_config)
             peft_config.target_modules = peft_config.target_modules or ENCODER_LAYERS
             model.vision_encoder.requires_grad_(False)
             others = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -198,12 +198,13 @@ def test_the_optimizer_uses_these_rates(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(run.model.parameters()))
 
 
-def test_resumed_training_ends_where_unbroken_training_does(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
-    whole = trainer(tmp_path / "whole", **settings)
+@pytest.mark.parametrize("adapters", [None, LoraConfig(r=2)])
+def test_resumed_training_ends_where_unbroken_training_does(tmp_path, adapters):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-3, "num_frames": 2}
+    whole = trainer(tmp_path / "whole", peft_config=adapters, **settings)
     whole.train()
-    again = trainer(tmp_path / "again", tiny_model(), **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    again = trainer(tmp_path / "again", tiny_model(), peft_config=adapters, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     for (name, value), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(value, other), name
 
