@@ -38,7 +38,7 @@ def around(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
 def still_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count: int) -> list[range]:
     """
     Frames in spans in which the camera stands still, by what is beside the masks: a span ends where a quarter of the
-    blocks of 4 x 4 pixels differ by 10 of 255 or more from its first frame.
+    blocks of 4 x 4 pixels differ by 10 of 255 or more from its first frame. Where no such pixels are left, it goes on.
 
     Args:
         frames (`VideoFrames`):
@@ -53,7 +53,7 @@ def still_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count
     for number in range(1, count):
         picture, free = _blocks(frames[number]), _blocks(weights(number)) == 0
         difference = np.abs(picture - first)[free & first_free].mean(axis=-1)
-        if not len(difference) or np.quantile(difference, 0.75) >= _STILL:
+        if len(difference) and np.quantile(difference, 0.75) >= _STILL:
             starts.append(number)
             first, first_free = picture, free
     return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]

@@ -52,9 +52,10 @@ class InpaintedVideo:
     def __getitem__(self, frame: int) -> np.ndarray:
         picture = self._frames[frame].copy()
         fill = self._fills[frame]
-        weight = self._weights(frame)[fill.place][..., None]
-        mixed = picture[fill.place] * (1 - weight) + fill.pixels * weight
-        picture[fill.place] = mixed.round()
+        weight = self._weights(frame)[fill.place]
+        inside = weight > 0
+        share, part = weight[inside][:, None], picture[fill.place]
+        part[inside] = (part[inside] * (1 - share) + fill.pixels[inside] * share).round()
         return picture
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -62,6 +62,8 @@ def test_what_moves_under_the_masks_or_in_a_small_place_ends_none():
     video[np.arange(4), :, 4 * np.arange(4)] = 255
     masks = [column(4 * number, 4 * number + 1).astype(np.float32) for number in range(4)]
     assert still_spans(open_video(video), masks.__getitem__, 4) == [range(4)]
+    masks[2][:] = 1  # nothing is left to tell by
+    assert still_spans(open_video(video), masks.__getitem__, 4) == [range(4)]
     small = np.full((4, 16, 16, 3), 100, np.uint8)
     small[2, :8, :4] = 255  # an eighth of the frame
     assert still_spans(open_video(small), lambda _: NONE, 4) == [range(4)]
