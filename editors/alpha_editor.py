@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, push_saved, write_safetensors
 
 from .alpha_edit_config import AlphaEditConfig
 from .down_projections import DownProjection, choose_layers, find_down_projections
@@ -26,7 +26,7 @@ from .edit_report import EditReport
 from .edit_request import EditRequest
 from .edit_scoring import score_edits
 from .edit_solver import EditSolver
-from .key_statistics import KeyStatistics, cached_revision, hash_weights
+from .key_statistics import KeyStatistics, hash_weights
 from .target_states import find_target_states
 
 

@@ -14,12 +14,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download, try_to_load_from_cache
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, push_saved, write_safetensors
 
 from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
@@ -121,7 +121,7 @@ class KeyStatistics:
             raise ValueError(
                 f"Expected a column {text_column!r} with text, got {dataset.column_names}. Pass text_column=..."
             )
-        state = PartialState()
+        state = PartialState(cpu=model.device.type == "cpu")
         share = -(-max_tokens // state.num_processes)
         folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
         made = cls(
@@ -406,24 +406,6 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
     (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
     if not 0 <= value <= upper:
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
-
-
-def cached_revision(name: str) -> str | None:
-    """
-    Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it
-    is the model's is for [`hash_weights`] to say.
-
-    Args:
-        name (`str`):
-            Repository or folder.
-
-    Returns:
-        `str`, *optional*: `None` for a folder and for what is not in the cache.
-    """
-    if not name or Path(name).exists():
-        return None
-    path = try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def hash_weights(model: PreTrainedModel) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from safetensors.torch import save_file
 
 
@@ -26,6 +26,24 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
     part = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
     os.replace(part, path)
+
+
+def cached_revision(name: str) -> str | None:
+    """
+    Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it
+    is the model's, a hash of the weights says.
+
+    Args:
+        name (`str`):
+            Repository or folder.
+
+    Returns:
+        `str`, *optional*: `None` for a folder and for what is not in the cache.
+    """
+    if not name or Path(name).exists():
+        return None
+    path = try_to_load_from_cache(name, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def push_saved(

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from hf_iclr.editors.key_statistics import cached_revision
+from hf_iclr.saving import cached_revision
 
 from .annotation_store import AnnotationStore, list_videos, name_video, open_frames, to_row
 from .automatic_masks import AutomaticMaskConfig
