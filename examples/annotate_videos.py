@@ -3,7 +3,7 @@ Annotate videos with a model in the loop: propose, judge, correct, push.
 
     python examples/annotate_videos.py --model facebook/sam2.1-hiera-tiny clips/        # a folder of videos
     python examples/annotate_videos.py --model MODEL clips/ --browser                   # correct doubtful ones by hand
-    python examples/annotate_videos.py --model MODEL                                    # drawn clips, simulated hand
+    python examples/annotate_videos.py                                                  # drawn clips, simulated hand
 """
 
 import argparse
@@ -15,6 +15,7 @@ import hf_iclr  # noqa: F401
 from hf_iclr.vision.annotation_page import annotate_in_browser
 from hf_iclr.vision.annotation_store import annotation_statistics, review_queue
 from hf_iclr.vision.data_engine import annotate
+from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
 from hf_iclr.vision.procedural_clips import procedural_clip
 from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
 
@@ -22,7 +23,7 @@ from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="?", help="folder of videos, or of folders of images")
-    parser.add_argument("--model", required=True, help="repository or folder of a SAM 2 video model")
+    parser.add_argument("--model", default=str(DEMO_SEGMENTER), help="repository or folder of a SAM 2 video model")
     parser.add_argument("--phase", type=int, default=3, help="of the data engine, with drawn clips: 1, 2 or 3")
     parser.add_argument("--browser", action="store_true", help="correct what does not pass the gate")
     parser.add_argument("--out", default="annotations")
