@@ -474,6 +474,20 @@ def annotate(
         console.print(f"Pushed to {push}.")
 
 
+@app.command(context_settings=_PASS_ON)
+def train_sam2(context: typer.Context) -> None:
+    """Train SAM 2 as CONFIG (YAML or JSON) says: model, data, output_dir, settings of training; --help lists them."""
+    from rich.console import Console
+
+    from hf_iclr.vision.train_command import run_training
+
+    try:
+        folder = run_training(context.args)
+    except (TypeError, ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    Console().print(f"Saved to {folder}: `pipeline('promptable-video-segmentation', model={folder!r})`.", markup=False)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and whether the upstream code we lean on still has its shape."""

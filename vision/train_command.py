@@ -1,0 +1,111 @@
+"""`hf-iclr train-sam2`: SAM 2 trained as a file says."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import load_dataset
+from trl import TrlParser
+
+from .clip_dataset import AnnotatedVideo, read_png_videos, read_rows, read_sav_videos
+from .sam2_trainer import Sam2Trainer
+from .sam2_training_config import Sam2TrainingConfig
+
+
+@dataclass
+class TrainingSources:
+    """
+    What is trained and on what.
+
+    Args:
+        model (`str`, *optional*, defaults to `"facebook/sam2.1-hiera-tiny"`): Repository or folder.
+        data (`list[str]`): Folders as [`read_videos`] takes them.
+        eval_data (`list[str]`, *optional*): The same, to tell the loss on.
+    """
+
+    model: str = field(
+        default="facebook/sam2.1-hiera-tiny", metadata={"help": "SAM 2 to start from: repository or folder."}
+    )
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders to train on: JPEGImages and Annotations as in DAVIS and MOSE, SA-V's JSON beside its "
+            "videos, or what `annotate` wrote."
+        },
+    )
+    eval_data: list[str] | None = field(default=None, metadata={"help": "The same, to tell the loss on."})
+
+
+def run_training(arguments: list[str]) -> str:
+    """
+    Trains as a file says, saves the model and returns its folder.
+
+    Args:
+        arguments (`list[str]`):
+            A file, YAML or JSON, with fields of [`TrainingSources`] and of [`Sam2TrainingConfig`], and flags of the
+            same names, which count more than the file.
+
+    Raises:
+        TypeError: if the model is no SAM 2.
+        ValueError: if a name is no setting, a value is out of its range, or a folder holds no annotated video.
+        OSError: if there is no such file or model.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    parser = TrlParser((TrainingSources, Sam2TrainingConfig), prog="hf-iclr train-sam2")
+    try:
+        sources, args = parser.parse_args_and_config(arguments)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected a file in YAML or JSON. {error}") from error
+    train, evaluate = (
+        [video for folder in _listed(folders) for video in read_videos(folder, split)]
+        for folders, split in ((sources.data, "train"), (sources.eval_data, "val"))
+    )
+    if not train:
+        raise ValueError("Nothing says what to train on. Write for instance `data: [MOSE/train]`, or pass --data.")
+    trainer = Sam2Trainer(sources.model, args, train, evaluate or None)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    return args.output_dir
+
+
+def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo]:
+    """
+    The annotated videos of a folder, by what is in it.
+
+    Args:
+        folder (`str` or `Path`):
+            `JPEGImages` and `Annotations` of DAVIS, MOSE or YouTube-VOS; SA-V's JSON beside its videos, manual
+            masklets if there are any; or what [`annotate`] wrote, of which the accepted masklets count.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which of DAVIS' lists, `ImageSets/2017/{split}.txt`, to keep to; folders without lists are taken whole.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    folder = Path(folder)
+    if (folder / "shards").is_dir():
+        rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
+        videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
+        if not videos:
+            raise ValueError(f"Expected accepted masklets of videos that have a path in {folder}, got none.")
+        return videos
+    if (folder / "Annotations").is_dir():
+        inner = "480p" if (folder / "Annotations" / "480p").is_dir() else ""
+        videos = read_png_videos(folder / "JPEGImages" / inner, folder / "Annotations" / inner)
+        names = folder / "ImageSets" / "2017" / f"{split}.txt"
+        if names.exists():
+            listed = names.read_text().split()
+            videos = [video for video in videos if video.video[0].parent.name in listed]
+        return videos
+    for kind in ("manual", "auto"):
+        if any(folder.rglob(f"*_{kind}.json")):
+            return read_sav_videos(folder, kind)
+    raise ValueError(
+        f"Expected a folder with JPEGImages and Annotations, with name_manual.json beside name.mp4, or with the "
+        f"shards that `annotate` writes, got {folder}."
+    )
+
+
+def _listed(folders: str | list[str] | None) -> list[str]:
+    return [folders] if isinstance(folders, str) else folders or []
