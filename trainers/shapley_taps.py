@@ -57,6 +57,7 @@ class Taps:
         self.scores = torch.empty(0)
         self.tokens: torch.Tensor | None = None
         self.weights: list[float] = [1.0] * len(self.modules)
+        self._inputs: dict[Any, _SharedInput] = {}  # of this micro-batch, by place in memory
         self._handles: list[Any] = []
         self._copy = any(getattr(module, "inplace", False) for module in model.modules())
 
@@ -77,6 +78,7 @@ class Taps:
     def start(self, layout: RowLayout, targets: int, with_tokens: bool = False) -> None:
         """Begin a micro-batch of these rows."""
         self.layout = layout
+        self._inputs.clear()
         device = layout.tokens.device
         dtype = next(iter(self.modules[0].parameters.values())).dtype
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -85,8 +87,17 @@ class Taps:
         if with_tokens and layout.length is not None:
             self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
 
+    def read(self, tapped: TappedModule, x: torch.Tensor) -> "_SharedInput":
+        """Note that a module reads this tensor."""
+        shared = self._inputs.setdefault((x.data_ptr(), x.shape), _SharedInput())
+        shared.readers.append(tapped)
+        shared.to_come += 1
+        return shared
+
     @torch.no_grad()
-    def score(self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor) -> None:
+    def score(
+        self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor, shared: "_SharedInput"
+    ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         if self.keep_rows:
@@ -95,7 +106,11 @@ class Taps:
             self.fired.add(tapped.index)
             return
         try:
-            by_target = [token_scores(tapped, which, arguments, b, self) for which in tapped.directions]
+            products = shared.products(tapped, _first(*arguments), b.dtype)
+            by_target = [
+                token_scores(tapped, which, arguments, b, self, product)
+                for which, product in zip(tapped.directions, products, strict=True)
+            ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
@@ -104,6 +119,45 @@ class Taps:
         self.scores[tapped.index] += layout.sum_rows(scores).to(self.scores.dtype)
         if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
             self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
+
+
+class _SharedInput:
+    """
+    A tensor that several linear layers read, as those of queries, keys and values do. Its products with their thin
+    directions, and with those of all targets, are taken at once, which costs little more than one of them.
+    """
+
+    def __init__(self) -> None:
+        self.readers: list[TappedModule] = []
+        self.to_come = 0  # scores
+        self._place: Any = None
+        self._x: torch.Tensor | None = None
+        self._found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def products(self, tapped: TappedModule, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """By target, what `token_scores` needs of the input; `None` where the direction is not thin."""
+        place = (x.data_ptr(), x.shape, x.stride(), dtype)
+        if self._x is None or self._place != place:
+            # While the tensor is kept, no other can be in its place.
+            self._place, self._x = place, x
+            self._found = self._multiply(x.to(dtype)) if x.is_floating_point() else {}
+        found = [self._found.get((tapped.index, target)) for target in range(len(tapped.directions))]
+        self.to_come -= 1
+        if self.to_come <= 0:
+            self._x, self._found = None, {}
+        return found
+
+    def _multiply(self, x: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
+        thin = {
+            (tapped.index, target): rows.to(x.dtype)
+            for tapped in self.readers
+            for target, directions in enumerate(tapped.directions)
+            if (rows := _thin_rows(tapped, directions)) is not None and rows.shape[1] == x.shape[-1]
+        }
+        if not thin:
+            return {}
+        sizes = [len(rows) for rows in thin.values()]
+        return dict(zip(thin, F.linear(x, torch.cat(list(thin.values()))).split(sizes, dim=-1), strict=True))
 
 
 class _Hook:
@@ -129,7 +183,8 @@ class _Hook:
             )
             return None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        return _Tap.apply(output, self, layout, spread, (args, kwargs), *tensors)
+        shared = taps.read(self.tapped, _first(args, kwargs))
+        return _Tap.apply(output, self, layout, spread, shared, (args, kwargs), *tensors)
 
 
 class _Tap(torch.autograd.Function):
@@ -137,9 +192,16 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, hook: _Hook, layout: RowLayout, spread: bool, call: Any, *tensors: Any
+        ctx: Any,
+        output: torch.Tensor,
+        hook: _Hook,
+        layout: RowLayout,
+        spread: bool,
+        shared: _SharedInput,
+        call: Any,
+        *tensors: Any,
     ):
-        ctx.hook, ctx.layout, ctx.spread = hook, layout, spread
+        ctx.hook, ctx.layout, ctx.spread, ctx.shared = hook, layout, spread, shared
         args, kwargs = call
         hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
         ctx.call = [hole(value) for value in args], {name: hole(value) for name, value in kwargs.items()}
@@ -155,7 +217,7 @@ class _Tap(torch.autograd.Function):
         args = [next(saved).detach() if value is _Hole else value for value in args]
         kwargs = {name: next(saved).detach() if value is _Hole else value for name, value in kwargs.items()}
         if ctx.hook.taps.on:
-            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, (args, kwargs), b)
+            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, (args, kwargs), b, ctx.shared)
         needed = b.sum(0, keepdim=True) if ctx.spread else b
         return (needed, *[None] * (len(ctx.needs_input_grad) - 1))
 
@@ -165,7 +227,12 @@ class _Hole:
 
 
 def token_scores(
-    tapped: TappedModule, directions: dict[str, Direction], arguments: Any, b: torch.Tensor, taps: Taps
+    tapped: TappedModule,
+    directions: dict[str, Direction],
+    arguments: Any,
+    b: torch.Tensor,
+    taps: Taps,
+    product: torch.Tensor | None,
 ) -> torch.Tensor:
     """
     Directional derivative of the loss along one direction, by position.
@@ -179,6 +246,10 @@ def token_scores(
             Positional and named arguments of the call.
         b (`torch.Tensor` of shape `(batch, ..., channels)`):
             Gradient of the loss by the output.
+        taps ([`Taps`]):
+            They are off while a module is run again.
+        product (`torch.Tensor`, *optional*):
+            Input of a linear layer times its thin direction.
 
     Returns:
         `torch.Tensor` of shape `(batch, ...)`: at least in float32.
@@ -188,7 +259,7 @@ def token_scores(
     if tapped.kind in ("linear", "conv1d"):
         scores = None
         if u is not None:
-            scores = _linear_scores(u, x.to(b.dtype), b, out_first=tapped.kind == "linear")
+            scores = _linear_scores(u, x, b, tapped.kind == "linear", product)
         if "bias" in directions:
             bias = _product(b, _dense(directions["bias"]).to(b.dtype))
             scores = bias if scores is None else scores + bias
@@ -280,11 +351,26 @@ def _leading(tapped: TappedModule, output: torch.Tensor) -> int:
     return max(output.dim() - 1, 1)
 
 
-def _linear_scores(u: Direction, x: torch.Tensor, b: torch.Tensor, out_first: bool) -> torch.Tensor:
+def _thin_rows(tapped: TappedModule, directions: dict[str, Direction]) -> torch.Tensor | None:
+    """What a linear layer's input is multiplied by first, `(few, inputs)`, where that is far narrower than it is."""
+    u = directions.get("weight")
+    if u is None or tapped.kind not in ("linear", "conv1d"):
+        return None
     if isinstance(u, LowRank):
-        left, right = (u.left, u.right.T) if out_first else (u.right.T, u.left)
-        return _sum_product(b @ left.to(b.dtype), x @ right.to(b.dtype))
-    weight = u.to(b.dtype) if out_first else u.T.to(b.dtype)
+        return u.right if tapped.kind == "linear" else u.left.T
+    weight = u if tapped.kind == "linear" else u.T
+    return weight if 8 * weight.shape[0] <= weight.shape[1] else None
+
+
+def _linear_scores(
+    u: Direction, x: torch.Tensor, b: torch.Tensor, out_first: bool, product: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(u, LowRank):
+        assert product is not None
+        return _sum_product(b @ (u.left if out_first else u.right.T).to(b.dtype), product)
+    if product is not None:
+        return _sum_product(b, product)
+    weight, x = u.to(b.dtype) if out_first else u.T.to(b.dtype), x.to(b.dtype)
     if weight.shape[0] <= weight.shape[1]:
         return _sum_product(b, F.linear(x, weight))
     return _sum_product(b @ weight, x)
