@@ -129,9 +129,10 @@ def check_scores(
         ValueError: if nothing adds up.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    sums = torch.stack(
-        [torch.stack([scores[group.modules].sum(), scores[group.modules].abs().sum()]) for group in groups]
-    ).double()
+    places = [(index, module) for index, group in enumerate(groups) for module in group.modules]
+    members = torch.zeros(len(groups), len(scores), dtype=torch.float64, device=scores.device)
+    members[tuple(torch.tensor(places).T)] = 1
+    sums = members @ torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()
     if world > 1:
         dist.all_reduce(sums)
     zero = scores.new_zeros(())
