@@ -76,8 +76,9 @@ def predict_clips(model, clips: list[dict[str, Any]], checkpointing: bool = Fals
         taught = torch.zeros_like(truth[:, :, 0, 0])
         if all("remember_truth" in clips[number] for number in members):
             taught = torch.cat([clips[number]["remember_truth"] for number in members])
-        for frame in [*plan.prompted, *(t for t in range(truth.shape[1]) if t not in plan.prompted)]:
-            for decoded in tracks.step(run, frame, truth, noise, taught):
+        order = [*plan.prompted, *(t for t in range(truth.shape[1]) if t not in plan.prompted)]
+        for frame in order:
+            for decoded in tracks.step(run, frame, frame != order[-1], truth, noise, taught):
                 yield MaskPrediction(owners, frame, truth[:, frame], *decoded)
 
 
@@ -100,10 +101,9 @@ class _Tracks:
         self.memories: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.pointers: dict[int, torch.Tensor] = {}
 
-    def step(self, run: Callable, frame: int, truth: torch.Tensor, noise: torch.Tensor, taught: torch.Tensor):
-        """The decodings of a frame, which is remembered if it is not the only one."""
+    def step(self, run: Callable, frame: int, remember: bool, truth, noise, taught) -> list[tuple[torch.Tensor, ...]]:
+        """The decodings of a frame, which is remembered for later ones."""
         bank = None if frame in self.plan.prompted else self._bank(frame, truth.shape[1])
-        remember = truth.shape[1] > 1
         decoded, remembered = run(
             self._step, frame, bank, remember, truth[:, frame], noise[:, frame], taught[:, frame]
         )
@@ -122,6 +122,8 @@ class _Tracks:
         visible = truth.flatten(1).any(dim=1, keepdim=True)
         decoded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         if bank is None and self.plan.kind == "mask":
+            if not remember:
+                return decoded, None
             given = truth[:, None].to(image.dtype)
             _, scores, tokens, seen = self._decode(image, fine, None, model.mask_downsample(given), True)
             pointer = self._pointer(_best(tokens, scores), seen > 0)
