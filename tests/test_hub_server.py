@@ -26,6 +26,7 @@ PUSH_AND_LOAD = """
 """
 
 
+@pytest.mark.slow  # what every part pushes goes the same way
 def test_push_to_hub_and_from_pretrained(hub):
     assert hub.run(PUSH_AND_LOAD).strip().endswith("True")
     assert {"config.json", "model.safetensors"} <= set(hub.files("tester/tiny"))

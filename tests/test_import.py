@@ -37,10 +37,10 @@ def test_unknown_name():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import hf_iclr; from transformers import pipeline",
+        pytest.param("import hf_iclr; from transformers import pipeline", marks=pytest.mark.slow),
         "from transformers import pipeline; import hf_iclr",
         "from hf_iclr import SpeculativeCascadeForCausalLM; from transformers import pipeline",
-        "from hf_iclr import SpeculativeCascadePipeline",
+        pytest.param("from hf_iclr import SpeculativeCascadePipeline", marks=pytest.mark.slow),
     ],
 )
 def test_registered_in_any_order_of_imports(imports):

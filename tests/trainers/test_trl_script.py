@@ -123,7 +123,7 @@ def launch(launcher, script, settings):
     return history(Path(settings["output_dir"]) / "checkpoint-2")
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_scripts_in_two_processes(script, files, pairs):
     """An epoch of 24 rows is 3 steps of twice 5, one of 12 rows is 2; in one process it would be 5 and 3."""
     settings, epoch = (files, 2 / 3) if script == "sft" else (pairs, 1.0)
