@@ -29,7 +29,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from sam2_finetuning import RATES, tune
+from sam2_finetuning import RATES, WAYS, tune
 from scipy import stats
 
 from hf_iclr import annotate
@@ -100,16 +100,18 @@ def verdict(tables: list[pd.DataFrame]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for a CSV a round and set of videos")
-    parser.add_argument("--videos", type=int, default=24, help="to annotate in a round")
+    parser.add_argument("--videos", type=int, default=20, help="to annotate in a round")
     parser.add_argument("--held-out", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2, help="of training")
-    parser.add_argument("--steps", type=int, default=100, help="of a training")
+    parser.add_argument("--steps", type=int, default=80, help="of a training")
+    parser.add_argument("--way", choices=WAYS, default="image", help="to train; of sam2_finetuning.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((DEMO_SEGMENTER / "model.safetensors").read_bytes()).hexdigest()
-    print(f"Weights {weights[:12]}; {args.videos} videos a round, {args.held_out} held out; {args.steps} steps.\n")
+    print(f"Weights {weights[:12]}; {args.videos} videos a round, {args.held_out} held out; trained on {args.way}s,")
+    print(f"{args.steps} steps.\n")
     print("| round | videos | objects | clicks an object | by clicks alone | masks drawn an object |")
     print("|---|---|---|---|---|---|")
 
@@ -133,7 +135,7 @@ def main() -> None:
         if number < args.rounds:
             frames = {name_video(video)[0]: video.frames for video in fresh}
             learnt += [{**row, "video": frames[row["name"]]} for row in rows if row["status"] == "accepted"]
-            pipe, _ = tune(learnt, "video", RATES["video"], args.steps, args.seed + number, args.out / "trainer")
+            pipe, _ = tune(learnt, args.way, RATES[args.way], args.steps, args.seed + number, args.out / "trainer")
     print()
     print("\n".join(verdict(same)))
     print(f"{time.process_time() - began:.0f} CPU seconds.")
