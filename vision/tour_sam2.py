@@ -56,7 +56,7 @@ def section(out_dir: Path, quick: bool, progress):
         title="SAM 2: promptable segmentation of videos",
         summary=[
             f"{objects} objects in {count} drawn clips, which cross, hide and leave, are followed by a model of 1.6 "
-            + "million parameters that this project trained in a quarter of an hour.",
+            + "million parameters that this project trained in half an hour.",
             f"A simulated annotator brought {effort['reached']:.0%} of them to a J&F of 0.8, by "
             + f"{effort['clicks']:.1f} clicks on {effort['frames']:.1f} frames.",
             "The clip shows the video, the masks, and the video without the objects: the median of what was seen of "
