@@ -1,6 +1,7 @@
 """The segmentation section of `hf-iclr tour`: objects are followed, corrected, and taken out of a clip."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,7 +43,7 @@ def section(out_dir: Path, quick: bool, progress):
     clicked.plot(out_dir / "sam2_interactive.png")
 
     clip = clips[0]
-    segments = pipe(clip.frames, prompts={0: {obj: {"mask": masks[0]} for obj, masks in clip.masks.items()}})
+    segments: Any = pipe(clip.frames, prompts={0: {obj: {"mask": masks[0]} for obj, masks in clip.masks.items()}})
     filled = np.stack(list(inpaint_video(clip.frames, segments)))
     hidden = np.any(list(clip.masks.values()), axis=0)
     error = np.abs(filled.astype(float) - clip.background)[hidden].mean()
