@@ -46,8 +46,8 @@ def draw_plan(
 ) -> PromptPlan:
     """
     Draws a plan as the reference does: a mask, a box or a click on up to `max_prompted` frames; unless it was a mask,
-    `clicks` corrections on those and on further frames, up to `max_corrected` in all. An image is never shown by a
-    mask, which would leave nothing to predict.
+    `clicks` corrections on those and on further frames, up to `max_corrected` in all. Masks never show all frames, and
+    an image is never shown by one: nothing would be left to predict.
 
     Args:
         rng (`np.random.Generator`): Where chance comes from.
@@ -62,7 +62,8 @@ def draw_plan(
     if frames == 1:
         probabilities[0] = 0
     kind = str(rng.choice(PROMPT_KINDS, p=probabilities / probabilities.sum()))
-    count = int(rng.integers(1, min(max_prompted, frames) + 1))
+    most = min(max_prompted, frames - 1 if kind == "mask" else frames)
+    count = int(rng.integers(1, most + 1))
     others = [int(frame) for frame in rng.permutation(np.arange(1, frames))]
     prompted = (0, *sorted(others[: count - 1]))
     if kind == "mask" or not clicks or not max_corrected:

@@ -33,6 +33,13 @@ def test_plans_have_the_papers_shares_and_correct_no_true_mask():
     assert any(len(plan.prompted) == 1 and len(plan.corrected) == 2 for plan in plans)
 
 
+def test_masks_leave_a_frame_to_predict():
+    rng = np.random.default_rng(0)
+    plans = [draw_plan(rng, 2) for _ in range(200)]
+    assert {len(plan.prompted) for plan in plans if plan.kind == "mask"} == {1}
+    assert {len(plan.prompted) for plan in plans if plan.kind != "mask"} == {1, 2}
+
+
 def test_images_are_never_shown_by_a_mask():
     rng = np.random.default_rng(0)
     plans = [draw_plan(rng, 1) for _ in range(200)]
