@@ -132,6 +132,23 @@ SEAMS = {
         "(self, masks, original_sizes, mask_threshold=0.0, binarize=True, max_hole_area=0.0, max_sprinkle_area=0.0, "
         "apply_non_overlapping_constraints=False, **kwargs)"
     ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._use_multimask": (
+        "(self, is_init_cond_frame, point_inputs)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._encode_new_memory": (
+        "(self, current_vision_feats, pred_masks_high_res, object_score_logits, is_mask_from_pts)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._process_object_pointers": (
+        "(self, temporal_offsets, pointer_tokens, max_object_pointers_to_use, batch_size, num_channels, device)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._select_closest_cond_frames": (
+        "(self, frame_idx, cond_frame_outputs, max_cond_frame_num)"
+    ),
+    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_features": (
+        "(self, pixel_values, **kwargs)"
+    ),
+    "transformers.trainer:Trainer._save": "(self, output_dir=None, state_dict=None)",
+    "transformers.trainer:Trainer._prepare_inputs": "(self, inputs)",
     "evaluate.module:Metric._info": "(self)",
     "evaluate.module:Metric._compute": "(self, *, predictions=None, references=None, **kwargs)",
     "diffusers.loaders.lora_pipeline:StableDiffusionLoraLoaderMixin.save_lora_weights": (
