@@ -411,7 +411,7 @@ def segment(
 
 @app.command()
 def annotate(
-    folder: Annotated[Path, typer.Argument(help="Videos, or folders of images; or one video.")],
+    folder: Annotated[Path, typer.Argument(help="Videos, or folders of images; or one video.", exists=True)],
     out: Annotated[Path, typer.Option(help="Folder for the masklets; what is there already is not done again.")],
     model: Annotated[
         str, typer.Option(help="SAM 2 video model: repository or folder.")
@@ -460,7 +460,7 @@ def annotate(
                 "every": every,
             },
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     table = Table("", "", title=masklets.info.description, title_justify="left", show_header=False)
     for name, value in annotation_statistics(masklets).items():
