@@ -48,7 +48,9 @@ def null_space_factor(keys: torch.Tensor, previous: torch.Tensor, preserved: tor
     new = keys.shape[1]
     projected = project_out(torch.cat([previous, keys], 1), preserved)
     if projected.shape[1] <= projected.shape[0]:
-        return _solve_ridge(projected.T @ projected, l2, projected.T)[-new:]
+        gram = projected.T @ projected
+        columns = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)[:, -new:]  # E
+        return (projected @ _solve_ridge(gram, l2, columns)).T
     return _solve_ridge(projected @ projected.T, l2, projected[:, -new:]).T
 
 
