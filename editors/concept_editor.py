@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
 
-from hf_iclr.saving import push_saved
+from hf_iclr.saving import push_saved, whole_file
 
 from .closed_form import null_space_factor, project_out
 from .concept_card import concept_card
@@ -257,9 +256,8 @@ class ConceptEditor:
                 for batch in self._batches
             ],
         }
-        part = folder / f".{EDITS_NAME}.{os.getpid()}"
-        part.write_text(json.dumps(about, indent=1, ensure_ascii=False))
-        os.replace(part, folder / EDITS_NAME)
+        with whole_file(folder / EDITS_NAME) as part:
+            part.write_text(json.dumps(about, indent=1, ensure_ascii=False))
         concept_card(about).save(folder / "README.md")
 
     @classmethod

@@ -2,12 +2,32 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from safetensors.torch import save_file
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """
+    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there.
+
+    Args:
+        path (`str` or `Path`):
+            The file; its folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -22,10 +42,8 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
         metadata (`dict[str, str]`, *optional*):
             Kept in the file's header.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
 def cached_revision(name: str) -> str | None:

@@ -127,9 +127,7 @@ def read_coco(path: str | Path) -> dict[str, VideoSegments]:
         ValueError: if the file has no images and annotations.
     """
     record = read_json(path, ("images", "annotations"))
-    by_image: dict[Any, list[dict[str, Any]]] = {}
-    for annotation in record["annotations"]:
-        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    by_image = _annotations_by(record, "image_id")
     videos: dict[str, list] = {}
     for image in record["images"]:
         size = image["height"], image["width"]
@@ -185,11 +183,12 @@ def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
         ValueError: if the file has no videos and annotations.
     """
     record = read_json(path, ("videos", "annotations"))
+    by_video = _annotations_by(record, "video_id")
     videos = {}
     for video in record["videos"]:
         size = video["height"], video["width"]
-        tracks = [annotation for annotation in record["annotations"] if annotation["video_id"] == video["id"]]
-        objects = {int(track.get("object", number)): track for number, track in enumerate(tracks, start=1)}
+        tracks = enumerate(by_video.get(video["id"], []), start=1)
+        objects = {int(track.get("object", number)): track for number, track in tracks}
         frames = []
         for place, file in enumerate(video["file_names"]):
             masks = {o: track["segmentations"][place] for o, track in objects.items()}
@@ -198,6 +197,13 @@ def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
             frames.append(given_segments(int(Path(file).stem), size, masks, scores))
         videos[Path(video["file_names"][0]).parent.name] = VideoSegments(frames)
     return videos
+
+
+def _annotations_by(record: Mapping[str, Any], key: str) -> dict[Any, list[dict[str, Any]]]:
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for annotation in record["annotations"]:
+        found.setdefault(annotation[key], []).append(annotation)
+    return found
 
 
 def _categories(categories: Mapping[int, str] | None):

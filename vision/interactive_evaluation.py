@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from hf_iclr.saving import whole_file
+
 from .annotated_clips import AnnotatedClip, to_clip
 from .j_and_f import j_and_f, region_similarity
-from .segment_files import whole_file
 from .simulated_prompts import correct_object, prompt_object
 from .video_frames import VideoFrames
 from .vos_evaluation import visible_objects

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .segment_files import PALETTE, whole_file
+from hf_iclr.saving import whole_file
+
+from .segment_files import PALETTE
 from .video_frames import open_video
 from .video_segments import FrameSegments
 

@@ -11,27 +11,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
+from hf_iclr.saving import whole_file
+
 from .video_prompts import encode_rle
 from .video_segments import FrameSegments
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """
-    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there.
-
-    Args:
-        path (`str` or `Path`):
-            The file; its folder is made if need be.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

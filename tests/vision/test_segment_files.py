@@ -2,7 +2,8 @@
 
 import pytest
 
-from hf_iclr.vision.segment_files import PALETTE, read_json, whole_file, whole_folder, write_json
+from hf_iclr.saving import whole_file
+from hf_iclr.vision.segment_files import PALETTE, read_json, whole_folder, write_json
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
