@@ -14,6 +14,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_iclr.trainers import shapley_taps
 from hf_iclr.trainers.shapley_direction import inner, sketch
 from hf_iclr.trainers.shapley_rows import find_layout
 from hf_iclr.trainers.shapley_taps import Taps
@@ -100,8 +101,8 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-def with_lora(model, **settings):
-    config = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False, **settings)
+def with_lora(model, r=3, **settings):
+    config = LoraConfig(r=r, lora_alpha=7, target_modules="all-linear", init_lora_weights=False, **settings)
     return get_peft_model(model, config)
 
 
@@ -109,6 +110,7 @@ MODELS = {
     "tied, with biases": lambda: tiny_llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "Conv1D and broadcast positions": gpt2,
     "LoRA": lambda: with_lora(tiny_llama()),
+    "LoRA so thin that layers share a product with their input": lambda: with_lora(tiny_llama(), r=1),
     "rsLoRA on Conv1D": lambda: with_lora(gpt2(), use_rslora=True),
     "LoRA and full embeddings": lambda: with_lora(tiny_llama(), modules_to_save=["embed_tokens"]),
 }
@@ -120,6 +122,20 @@ def test_scores_of_language_models_are_those_of_each_row_alone(name, dtype):
     model, batch = MODELS[name]().to(dtype), token_batch()
     count = (batch["labels"][:, 1:] != -100).sum()
     check(model, batch, lm_loss(count), 1e-9 if dtype == torch.float64 else 1e-5)
+
+
+def test_layers_that_read_one_tensor_are_scored_by_one_product(monkeypatch):
+    multiplied, multiply = [], shapley_taps._SharedInput._multiply
+
+    def counting(shared, x):
+        multiplied.append(len(shared.readers))
+        return multiply(shared, x)
+
+    monkeypatch.setattr(shapley_taps._SharedInput, "_multiply", counting)
+    model = with_lora(tiny_llama(), r=1)
+    check(model, token_batch(), lm_loss(40))
+    # in each block: queries, keys and values; gate and up; output and down; and every second factor alone
+    assert sorted(multiplied) == sorted(model.config.num_hidden_layers * ([3, 2, 1, 1] + 7 * [1]))
 
 
 def test_bfloat16_scores_are_as_good_as_bfloat16_gradients():
