@@ -43,13 +43,19 @@ def seed():
     transformers.set_seed(0)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A local Hub over HTTP, reached by `hub.run(snippet)` or, in this process, by `HfApi(hub.url, token=TOKEN)`."""
-    with hub_server.serve(tmp_path) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+@pytest.fixture(scope="session")
+def served_hub(tmp_path_factory):
+    with hub_server.serve(tmp_path_factory.mktemp("hub")) as server:
         yield server
+
+
+@pytest.fixture
+def hub(served_hub, monkeypatch):
+    """A local Hub over HTTP, reached by `hub.run(snippet)` or, in this process, by `HfApi(hub.url, token=TOKEN)`."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served_hub.url)
+    yield served_hub
+    served_hub.reset()
 
 
 @pytest.fixture(scope="session")

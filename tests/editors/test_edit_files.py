@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -197,8 +196,7 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     word_tokenizer.save_pretrained(tmp_path / "base")
-    pushed = hub.run(
-        f"""
+    pushed = hub.run(f"""
         import torch
         from huggingface_hub import HfApi
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -216,9 +214,7 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
         print("says", model(torch.tensor([[1, 2, 3, 4]])).logits[0, -1].argmax().item())
         loaded = AlphaEditor.from_pretrained("user/edits")
         print(len(loaded.edits), loaded.config.base_model_revision is not None)
-    """,
-        PYTHONPATH=str(Path(__file__).parents[2]),
-    )
+    """)
     assert "4 True" in pushed
     assert "says 5" in pushed  # w1 w2 w3 w4 -> w5
     plain = hub.run("""
