@@ -1,6 +1,7 @@
 """Closed-form updates of a linear layer, each as a factor: with residuals R the update is `R @ factor`."""
 
 import torch
+from torch.nn.functional import pad
 
 
 def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
@@ -19,39 +20,77 @@ def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
     return keys - preserved @ (preserved.T @ keys)
 
 
-def null_space_factor(keys: torch.Tensor, previous: torch.Tensor, preserved: torch.Tensor, l2: float) -> torch.Tensor:
+class EditedKeys:
     """
-    AlphaEdit's update in its exact low-rank form. The paper's R K^T P (Kp Kp^T P + K K^T P + l2 I)^-1
-    (https://huggingface.co/papers/2410.02355; it prints 1 for what its code calls `L2`) equals `R @ factor` with
+    AlphaEdit's update of one layer in its exact low-rank form, with the keys of earlier edits kept as the next solve
+    needs them. The paper's R K^T P (Kp Kp^T P + K K^T P + l2 I)^-1 (https://huggingface.co/papers/2410.02355; it
+    prints 1 for what its code calls `L2`) equals `R @ factor` with
 
         M = [Kp | K],  factor^T = P M (M^T P M + l2 I)^-1 E,  E the columns of K in M,
 
-    by the push-through identity: one Cholesky of as many rows as there are keys instead of d. With more keys than d
-    the same is solved in d dimensions.
+    by the push-through identity. P Kp and the Cholesky factor of Kp^T P Kp + l2 I stay from batch to batch, so a batch
+    costs one system of as many equations as it has keys. With more keys than d the same is solved in d dimensions.
 
     Args:
-        keys (`torch.Tensor` of shape `(d, n)`):
-            Keys K of the new edits.
-        previous (`torch.Tensor` of shape `(d, p)`):
-            Keys Kp of the edits made before; p may be 0.
         preserved (`torch.Tensor` of shape `(d, m)`):
             Orthonormal directions that must not change; m may be 0, which is ridge regression.
         l2 (`float`):
             Ridge, in squared key units.
+    """
 
-    Returns:
-        `torch.Tensor` of shape `(n, d)`.
+    def __init__(self, preserved: torch.Tensor, l2: float) -> None:
+        self.preserved, self.l2, self._count = preserved, l2, 0
+        self._projected = preserved.new_zeros(0, len(preserved))  # (P Kp)^T, with room for more rows
+        self._cholesky = preserved.new_zeros(0, 0)  # of the same rows, while they are no more than d
+
+    def add(self, keys: torch.Tensor) -> torch.Tensor:
+        """
+        The factor of an update at new keys K, which then count to the earlier edits.
+
+        Args:
+            keys (`torch.Tensor` of shape `(d, n)`):
+                Keys of the new edits.
+
+        Returns:
+            `torch.Tensor` of shape `(n, d)`.
+
+        Raises:
+            ValueError: when the system is singular; the keys are not added then.
+        """
+        old, new = self._count, self._count + keys.shape[1]
+        if new > len(self._projected):
+            self._projected = pad(self._projected, (0, 0, 0, 2 * new - len(self._projected)))
+            room = min(2 * new, len(keys)) - len(self._cholesky)
+            self._cholesky = pad(self._cholesky, (0, room, 0, room))
+        self._projected[old:new] = project_out(keys, self.preserved).T
+        earlier, projected = self._projected[:old], self._projected[old:new]
+        if new > len(keys):
+            factor = _solve_ridge(self._projected[:new].T @ self._projected[:new], self.l2, projected.T).T
+        else:
+            triangle = self._cholesky[:old, :old]
+            below = torch.linalg.solve_triangular(triangle, earlier @ projected.T, upper=False)
+            corner = _cholesky_of_ridge(projected @ projected.T - below.T @ below, self.l2)
+            own = torch.cholesky_inverse(corner)
+            factor = own @ projected - torch.linalg.solve_triangular(triangle.T, below @ own, upper=True).T @ earlier
+            self._cholesky[old:new, :old], self._cholesky[old:new, old:new] = below.T, corner
+        self._count = new
+        return factor
+
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` keys."""
+        self._count = count
+
+
+def null_space_factor(keys: torch.Tensor, previous: torch.Tensor, preserved: torch.Tensor, l2: float) -> torch.Tensor:
+    """
+    [`EditedKeys.add`] of keys of shape `(d, n)` after `previous` ones of shape `(d, p)`.
 
     Raises:
         ValueError: when the system is singular.
     """
-    new = keys.shape[1]
-    projected = project_out(torch.cat([previous, keys], 1), preserved)
-    if projected.shape[1] <= projected.shape[0]:
-        gram = projected.T @ projected
-        columns = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)[:, -new:]  # E
-        return (projected @ _solve_ridge(gram, l2, columns)).T
-    return _solve_ridge(projected @ projected.T, l2, projected[:, -new:]).T
+    edited = EditedKeys(preserved, l2)
+    edited.add(previous)
+    return edited.add(keys)
 
 
 def covariance_factor(keys: torch.Tensor, previous: torch.Tensor, cholesky: torch.Tensor) -> torch.Tensor:
@@ -168,6 +207,10 @@ def low_rank_factors(delta: torch.Tensor, rank: int | None = None) -> tuple[torc
 
 
 def _solve_ridge(gram: torch.Tensor, ridge: float, right: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_solve(right, _cholesky_of_ridge(gram, ridge))
+
+
+def _cholesky_of_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     gram.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.any() or not torch.isfinite(factor).all():
@@ -175,4 +218,4 @@ def _solve_ridge(gram: torch.Tensor, ridge: float, right: torch.Tensor) -> torch
             f"Expected a system of {len(gram)} equations that can be solved, got a singular or non-finite one. Raise "
             f"the ridge (`l2`, now {ridge:g}), or look for two edits with the same keys and for statistics with NaN."
         )
-    return torch.cholesky_solve(right, factor)
+    return factor

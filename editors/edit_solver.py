@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .alpha_edit_config import AlphaEditConfig
 from .closed_form import (
+    EditedKeys,
     cholesky_of_moment,
     covariance_factor,
     keep_relative_changes,
     low_rank_factors,
-    null_space_factor,
     project_out,
     prune_singular_values,
 )
@@ -62,6 +62,7 @@ class EditSolver:
         self.projections, self.preserved, self.statistics = projections, preserved, statistics
         self._weights = {p.index: EditedWeight(p) for p in projections}
         self._cholesky: dict[int, torch.Tensor] = {}
+        self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
 
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
@@ -98,8 +99,7 @@ class EditSolver:
             keys, reached = self._read(rows, projection)
             residuals = ((states.to(reached) - reached) / (len(self.projections) - number)).double().T
             keys = keys.double().T.cpu()
-            previous = [other.keys[layer].double() for other in before]
-            factor = self._factor(layer, keys, torch.cat([keys[:, :0], *previous], 1))
+            factor = self._factor(layer, keys, before, batch)
             residuals = residuals.cpu()
             if not (residuals.isfinite().all() and factor.isfinite().all()):
                 raise ValueError(
@@ -127,22 +127,40 @@ class EditSolver:
                 )  # fmt: skip
         return batch
 
-    def _factor(self, layer: int, keys: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
         config = self.config
-        empty = keys[:, :0]
         if config.solver in ("alphaedit", "ridge"):
-            inside = self.preserved[layer] if config.solver == "alphaedit" else empty
-            factor = null_space_factor(keys, previous, inside, config.l2)
+            batches, edited = self._edited_keys(layer, keys, before)
+            factor = edited.add(keys)
+            batches.append(batch)
         else:
             assert self.statistics is not None
             if layer not in self._cholesky:
                 moment = self.statistics.second_moment(layer)
                 self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
-            seen = previous if config.solver == "memit_seq" else empty
-            factor = covariance_factor(keys, seen, self._cholesky[layer])
+            seen = [other.keys[layer].double() for other in before if config.solver == "memit_seq"]
+            factor = covariance_factor(keys, torch.cat([keys[:, :0], *seen], 1), self._cholesky[layer])
         if config.project and config.solver != "alphaedit":
             factor = project_out(factor.T, self.preserved[layer]).T
         return factor
+
+    def _edited_keys(
+        self, layer: int, keys: torch.Tensor, before: list[EditBatch]
+    ) -> tuple[list[EditBatch], EditedKeys]:
+        """Those of the batches before, and these batches: what the last solve has in common with them stays."""
+        if layer not in self._edited:
+            inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
+            self._edited[layer] = [], EditedKeys(inside, self.config.l2)
+        batches, edited = self._edited[layer]
+        common = 0
+        while common < min(len(batches), len(before)) and batches[common] is before[common]:
+            common += 1
+        edited.keep_first(sum(batch.keys[layer].shape[1] for batch in batches[:common]))
+        del batches[common:]
+        for batch in before[common:]:
+            edited.add(batch.keys[layer].double())
+            batches.append(batch)
+        return batches, edited
 
     def _post_process(
         self, layer: int, delta: torch.Tensor, before: list[EditBatch]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_iclr.editors.closed_form import (
+    EditedKeys,
     cholesky_of_moment,
     covariance_factor,
     keep_relative_changes,
@@ -44,6 +45,22 @@ def test_sequential_batches_equal_the_dense_system(system, l2):
         assert torch.linalg.matrix_rank(update) <= keys.shape[1]
         assert (update @ basis).abs().max() < 1e-12  # what is preserved does not move
         cache, previous = cache + keys @ keys.T, torch.cat([previous, keys], 1)
+
+
+def test_keys_kept_from_batch_to_batch_and_forgotten_again(system):
+    basis, batches, residuals = system
+    edited = EditedKeys(basis, 1.0)
+    everything = [*batches, torch.randn(WIDTH, 14, dtype=torch.float64), torch.randn(WIDTH, 6, dtype=torch.float64)]
+    cache, caches = torch.zeros(WIDTH, WIDTH, dtype=torch.float64), []
+    for keys in everything:  # the last two are more than d together
+        wanted = torch.randn(OUT, keys.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(wanted @ edited.add(keys), dense_official(keys, cache, basis, wanted, 1.0))
+        caches.append(cache)
+        cache = cache + keys @ keys.T
+    keys, wanted = batches[2], residuals[2]
+    for count, cache in ((23, caches[4]), (7, caches[2]), (0, caches[0])):
+        edited.keep_first(count)
+        torch.testing.assert_close(wanted @ edited.add(keys), dense_official(keys, cache, basis, wanted, 1.0))
 
 
 def test_more_keys_than_dimensions(system):
