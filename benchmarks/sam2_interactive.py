@@ -24,7 +24,7 @@ import torch
 from transformers import pipeline
 
 import hf_iclr
-from hf_iclr.vision.annotated_clips import davis_clips
+from hf_iclr.vision.annotated_videos import read_videos
 from hf_iclr.vision.demo_segmenter import load_demo_segmenter
 from hf_iclr.vision.interactive_evaluation import MODES
 from hf_iclr.vision.procedural_clips import procedural_clip
@@ -98,7 +98,7 @@ def main() -> None:
     for mode in MODES:
         results = {}
         for name, side in {"held": pipe, "native": NativePipe(pipe)}.items():
-            clips = davis_clips(args.data) if args.data else drawn(args)
+            clips = read_videos(args.data, "val") if args.data else drawn(args)
             results[name] = hf_iclr.evaluate_interactive(side, clips, mode, max_frames=args.max_frames)
             results[name].save(args.out / f"{mode}_{name}")
             efforts.append({"mode": mode, "corrections": name, **results[name].effort(args.goal)})

@@ -26,7 +26,7 @@ from scipy import stats
 from transformers import pipeline
 
 import hf_iclr
-from hf_iclr.vision.annotated_clips import davis_clips
+from hf_iclr.vision.annotated_videos import read_videos
 from hf_iclr.vision.demo_segmenter import load_demo_segmenter
 from hf_iclr.vision.procedural_clips import procedural_clip
 from hf_iclr.vision.video_memory import MEMORY_POLICIES
@@ -34,7 +34,7 @@ from hf_iclr.vision.video_memory import MEMORY_POLICIES
 
 def make_clips(kind: str, args: argparse.Namespace) -> Iterable:
     if args.data is not None:
-        return davis_clips(args.data)
+        return read_videos(args.data, "val")
     return (procedural_clip(args.seed + n, hard=kind == "hard", frames=args.frames) for n in range(args.clips))
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import pipeline
 
 import hf_iclr
-from hf_iclr.vision.annotated_clips import davis_clips
+from hf_iclr.vision.annotated_videos import read_videos
 from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
 from hf_iclr.vision.j_and_f import region_similarity
 from hf_iclr.vision.overlay import write_overlay
@@ -39,16 +39,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = pipeline("promptable-video-segmentation", model=args.model, dtype=torch.float32)
     kinds = [int(kind) if kind.isdigit() else kind for kind in args.prompts]
-    result = hf_iclr.evaluate_vos(pipe, davis_clips(args.data), kinds)
+    result = hf_iclr.evaluate_vos(pipe, read_videos(args.data, "val"), kinds)
     result.save(args.out)
     columns = ["clip", "object", "prompt", "j", "f", "j_and_f", "frames", "seconds"]
     print(result.table[columns].to_string(index=False, float_format="{:.3f}".format))
-    for clip in davis_clips(args.data):
-        masks = clip.masks[1]
+    for clip in read_videos(args.data, "val"):
+        frames, truth = clip.load()
+        masks = truth[1]
         still = region_similarity(np.repeat(masks[:1], len(masks), axis=0), masks)[1:-1].mean()
         print(f"{clip.name}: the first mask held still has J {still:.3f}")
-        shown = pipe(clip.frames, prompts={0: {obj: {"mask": mask[0]} for obj, mask in clip.masks.items()}})
-        write_overlay(clip.frames, shown, args.out / f"{clip.name}.mp4")
+        shown = pipe(frames, prompts={0: {obj: {"mask": mask[0]} for obj, mask in truth.items()}})
+        write_overlay(frames, shown, args.out / f"{clip.name}.mp4")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import torch
 from transformers import Sam2VideoModel, pipeline
 
 from hf_iclr import Sam2Trainer, Sam2TrainingConfig, evaluate_vos
+from hf_iclr.vision.annotated_videos import read_videos
 from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
 from hf_iclr.vision.procedural_clips import procedural_clip
-from hf_iclr.vision.train_command import read_videos
 
 
 parser = argparse.ArgumentParser()
@@ -27,8 +27,9 @@ options = parser.parse_args()
 
 settings = {"num_frames": 8, "frame_checkpointing": True, "bf16": torch.cuda.is_available()}
 if options.data:
-    train = read_videos(options.data)
-    train, held_out = train[5:], train[:5]
+    videos = read_videos(options.data)
+    few = max(1, len(videos) // 5)
+    held_out, train = videos[:few], videos[few:]
 else:
     train = [procedural_clip(seed, hard=bool(seed % 2), shifted=True) for seed in range(100)]
     held_out = [procedural_clip(1000 + seed, shifted=True) for seed in range(6)]

@@ -1,7 +1,7 @@
 """Interactive segmentation with a simulated annotator: what clicks on more and more frames bring."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from hf_iclr.saving import whole_file
 
-from .annotated_clips import AnnotatedClip, to_clip
+from .annotated_videos import to_annotated
 from .j_and_f import j_and_f, region_similarity
 from .simulated_prompts import correct_object, prompt_object
-from .video_frames import VideoFrames
+from .video_session import VideoSession
 from .vos_evaluation import visible_objects
 
 
@@ -143,7 +143,7 @@ def evaluate_interactive(
     Example:
 
     ```python
-    >>> result = evaluate_interactive(pipe, davis_clips("DAVIS"), mode="online")
+    >>> result = evaluate_interactive(pipe, read_videos("DAVIS", split="val"), mode="online")
     >>> result.mean()
     >>> result.effort(j_and_f=0.8)
     ```
@@ -157,10 +157,11 @@ def evaluate_interactive(
         )
     table: list[dict[str, Any]] = []
     for number, item in enumerate(tqdm(clips, desc="clips")):
-        clip = to_clip(item, number)
-        starts, video = visible_objects(clip, 1), clip.open()
-        for obj, start in starts.items():
-            annotator = _Annotator(pipe, clip, video, obj, start, clicks_per_frame, options)
+        clip = to_annotated(item, number)
+        video, truth = clip.load()
+        for obj, start in visible_objects(clip, truth, 1).items():
+            session = partial(pipe.session, video)
+            annotator = _Annotator(session, obj, truth[obj][start:], clip.frames[start:], clicks_per_frame, options)
             rounds = annotator.offline(max_frames) if mode == "offline" else annotator.online(max_frames, pause_below)
             for frames, row in enumerate(rounds, start=1):
                 scores = j_and_f([annotator.masks], [annotator.truth])
@@ -176,19 +177,16 @@ class _Annotator:
 
     def __init__(
         self,
-        pipe: Any,
-        clip: AnnotatedClip,
-        video: VideoFrames,
+        open_session: Callable[..., VideoSession],
         obj: int,
-        start: int,
+        truth: np.ndarray,
+        frames: Sequence[int],
         clicks_per_frame: int,
         options: Mapping[str, Any],
     ):
-        self.open_session = partial(pipe.session, video)
-        self.obj, self.clicks_per_frame, self.options = obj, clicks_per_frame, options
-        self.truth = clip.masks[obj][start:]
-        self.frames = list(clip.annotated[start:])
-        self.masks = np.zeros_like(self.truth)
+        self.open_session, self.obj, self.truth, self.frames = open_session, obj, truth, frames
+        self.clicks_per_frame, self.options = clicks_per_frame, options
+        self.masks = np.zeros_like(truth)
 
     def offline(self, max_frames: int) -> Iterator[dict[str, Any]]:
         """A pass over the whole video for each row."""

@@ -44,7 +44,7 @@ def read_davis(folder: str | Path) -> VideoSegments:
     Raises:
         ValueError: if there are no PNGs numbered by their names.
     """
-    images = {number: _read_labels(file) for number, file in _numbered(folder).items()}
+    images = {number: read_labels(file) for number, file in _numbered(folder).items()}
     return _from_labels(images)
 
 
@@ -121,7 +121,7 @@ def read_youtube_vos(folder: str | Path) -> dict[str, VideoSegments]:
     videos = {}
     for name, record in read_json(Path(folder) / "meta.json", ("videos",))["videos"].items():
         files = _numbered(Path(folder) / "Annotations" / name)
-        images = {number: _read_labels(file) for number, file in files.items()}
+        images = {number: read_labels(file) for number, file in files.items()}
         first = {int(obj): min(map(int, about["frames"]), default=0) for obj, about in record["objects"].items()}
         videos[name] = _from_labels(images, first)
     return videos
@@ -203,7 +203,8 @@ def _save_labels(labels: np.ndarray, path: Path) -> None:
     image.save(path)
 
 
-def _read_labels(file: Path) -> np.ndarray:
+def read_labels(file: Path) -> np.ndarray:
+    """The object numbers of an image's pixels, as [`read_davis`] understands them."""
     image = Image.open(file)
     if image.mode not in ("P", "L", "1"):
         raise ValueError(f"Expected a palette or gray PNG, got {file} in mode {image.mode}.")

@@ -47,8 +47,8 @@ class Sam2Trainer(Trainer):
         args ([`Sam2TrainingConfig`]):
             How to train.
         train_dataset (`Sequence`, *optional*):
-            [`~hf_iclr.vision.clip_dataset.AnnotatedVideo`]s (see `read_png_videos` and `read_sav_videos` there),
-            procedural clips, or a `datasets.Dataset` with masks as COCO RLE, such as `annotate` returns.
+            [`~hf_iclr.vision.annotated_videos.AnnotatedVideo`]s (see `read_videos` there), procedural clips, or a
+            `datasets.Dataset` with masks as COCO RLE, such as `annotate` returns.
         eval_dataset (`Sequence`, *optional*):
             The same, to tell the loss on.
         processing_class (`ProcessorMixin`, *optional*):
@@ -67,9 +67,9 @@ class Sam2Trainer(Trainer):
 
     ```python
     >>> from hf_iclr import Sam2Trainer, Sam2TrainingConfig
-    >>> from hf_iclr.vision.clip_dataset import read_png_videos
+    >>> from hf_iclr.vision.annotated_videos import read_videos
 
-    >>> videos = read_png_videos("DAVIS/JPEGImages/480p", "DAVIS/Annotations/480p")
+    >>> videos = read_videos("DAVIS")
     >>> args = Sam2TrainingConfig("tuned", num_train_epochs=40, bf16=True, frame_checkpointing=True)
     >>> trainer = Sam2Trainer("facebook/sam2.1-hiera-tiny", args, train_dataset=videos)
     >>> trainer.train()

@@ -1,13 +1,11 @@
 """`hf-iclr train-sam2`: SAM 2 trained as a file says."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
-from datasets import load_dataset
 from trl import TrlParser
 
-from .clip_dataset import AnnotatedVideo, read_png_videos, read_rows, read_sav_videos
+from .annotated_videos import read_videos
 from .sam2_trainer import Sam2Trainer
 from .sam2_training_config import Sam2TrainingConfig
 
@@ -19,7 +17,7 @@ class TrainingSources:
 
     Args:
         model (`str`, *optional*, defaults to `"facebook/sam2.1-hiera-tiny"`): Repository or folder.
-        data (`list[str]`): Folders as [`read_videos`] takes them.
+        data (`list[str]`): Folders as [`~hf_iclr.vision.annotated_videos.read_videos`] takes them.
         eval_data (`list[str]`, *optional*): The same, to tell the loss on.
     """
 
@@ -67,44 +65,6 @@ def run_training(arguments: list[str]) -> str:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     return args.output_dir
-
-
-def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo]:
-    """
-    The annotated videos of a folder, by what is in it.
-
-    Args:
-        folder (`str` or `Path`):
-            `JPEGImages` and `Annotations` of DAVIS, MOSE or YouTube-VOS; SA-V's JSON beside its videos, manual
-            masklets if there are any; or what [`annotate`] wrote, of which the accepted masklets count.
-        split (`str`, *optional*, defaults to `"train"`):
-            Which of DAVIS' lists, `ImageSets/2017/{split}.txt`, to keep to; folders without lists are taken whole.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    folder = Path(folder)
-    if (folder / "shards").is_dir():
-        rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
-        videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
-        if not videos:
-            raise ValueError(f"Expected accepted masklets of videos that have a path in {folder}, got none.")
-        return videos
-    if (folder / "Annotations").is_dir():
-        inner = "480p" if (folder / "Annotations" / "480p").is_dir() else ""
-        videos = read_png_videos(folder / "JPEGImages" / inner, folder / "Annotations" / inner)
-        names = folder / "ImageSets" / "2017" / f"{split}.txt"
-        if names.exists():
-            listed = names.read_text().split()
-            videos = [video for video in videos if video.video[0].parent.name in listed]
-        return videos
-    for kind in ("manual", "auto"):
-        if any(folder.rglob(f"*_{kind}.json")):
-            return read_sav_videos(folder, kind)
-    raise ValueError(
-        f"Expected a folder with JPEGImages and Annotations, with name_manual.json beside name.mp4, or with the "
-        f"shards that `annotate` writes, got {folder}."
-    )
 
 
 def _listed(folders: str | list[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hf_iclr.saving import whole_file
 
-from .annotated_clips import AnnotatedClip, to_clip
+from .annotated_videos import AnnotatedVideo, to_annotated
 from .j_and_f import j_and_f
 from .simulated_prompts import check_kind, prompt_object
 
@@ -87,9 +87,9 @@ def evaluate_vos(
         pipe (`Sam2VideoPipeline`):
             Or anything with its method `session`.
         clips (`Iterable`):
-            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.annotated_clips.AnnotatedClip`], a row of a
+            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.annotated_videos.AnnotatedVideo`], a row of a
             dataset with `frames` and `masks`, or anything with these attributes. See also
-            [`~hf_iclr.vision.annotated_clips.davis_clips`].
+            [`~hf_iclr.vision.annotated_videos.read_videos`].
         prompts (`Sequence[str | int]`, *optional*, defaults to `("mask", "box", 1, 3, 5)`):
             "mask", "box", or a number of clicks.
         skip_first_and_last (`bool`, *optional*, defaults to `True`):
@@ -107,7 +107,7 @@ def evaluate_vos(
     Example:
 
     ```python
-    >>> result = evaluate_vos(pipe, davis_clips("DAVIS"))
+    >>> result = evaluate_vos(pipe, read_videos("DAVIS", split="val"))
     >>> result.mean()
     >>> result.save("vos")
     ```
@@ -120,53 +120,55 @@ def evaluate_vos(
     table: list[dict[str, Any]] = []
     frames: list[dict[str, Any]] = []
     for number, item in enumerate(tqdm(clips, desc="clips")):
-        clip = to_clip(item, number)
-        starts = visible_objects(clip, 3 if skip_first_and_last else 1)
-        video = clip.open()
+        clip = to_annotated(item, number)
+        video, truth = clip.load()
+        starts = visible_objects(clip, truth, 3 if skip_first_and_last else 1)
         for kind in prompts if starts else ():
             begin = time.perf_counter()
             session = pipe.session(video, **options)
             clicks = {
-                obj: prompt_object(session, clip.annotated[start], obj, clip.masks[obj][start], kind)
+                obj: prompt_object(session, clip.frames[start], obj, truth[obj][start], kind)
                 for obj, start in starts.items()
             }
-            predictions = {obj: np.zeros_like(clip.masks[obj]) for obj in starts}
-            places = {frame: place for place, frame in enumerate(clip.annotated)}
+            predictions = {obj: np.zeros_like(truth[obj]) for obj in starts}
+            places = {frame: place for place, frame in enumerate(clip.frames)}
             for segments in session.iterate():
                 for obj in segments.objects if segments.frame in places else ():
                     predictions[obj][places[segments.frame]] = segments.binary(obj)
             seconds = (time.perf_counter() - begin) / len(starts)
             for obj, start in starts.items():
                 row = {"clip": clip.name, "object": obj, "prompt": kind}
-                pair = [predictions[obj][start:]], [clip.masks[obj][start:]]
+                pair = [predictions[obj][start:]], [truth[obj][start:]]
                 scores = j_and_f(*pair, skip_first_and_last=skip_first_and_last, per_frame=True)
                 values = scores.pop("j_per_frame")[0], scores.pop("f_per_frame")[0]
-                counted = clip.annotated[start + 1 : -1] if skip_first_and_last else clip.annotated[start:]
+                counted = clip.frames[start + 1 : -1] if skip_first_and_last else clip.frames[start:]
                 table.append({**row, **scores, "frames": len(counted), "clicks": clicks[obj], "seconds": seconds})
                 for frame, j, f in zip(counted, *values, strict=True):
-                    frames.append({**row, "frame": frame, "since": frame - clip.annotated[start], "j": j, "f": f})
+                    frames.append({**row, "frame": frame, "since": frame - clip.frames[start], "j": j, "f": f})
     if not table:
         raise ValueError("Expected clips with visible objects, got none.")
     return VosResult(pd.DataFrame(table), pd.DataFrame(frames))
 
 
-def visible_objects(clip: AnnotatedClip, least: int) -> dict[int, int]:
+def visible_objects(clip: AnnotatedVideo, truth: dict[int, np.ndarray], least: int) -> dict[int, int]:
     """
     By object, the place of the annotated frame that shows it first.
 
     Args:
-        clip (`AnnotatedClip`):
+        clip (`AnnotatedVideo`):
             The clip.
+        truth (`dict[int, np.ndarray]`):
+            Its masks by object.
         least (`int`):
             Objects with fewer annotated frames from there on are left out, and this is logged.
     """
     starts = {}
-    for obj in clip.masks:
-        start = clip.first_visible(obj)
-        if start is None or len(clip.annotated) - start < least:
+    for obj, masks in truth.items():
+        seen = np.flatnonzero(masks.any(axis=(1, 2)))
+        if not len(seen) or len(masks) - seen[0] < least:
             logger.warning("Object %s of %s is left out: too few annotated frames show it.", obj, clip.name)
         else:
-            starts[obj] = start
+            starts[obj] = int(seen[0])
     return starts
 
 

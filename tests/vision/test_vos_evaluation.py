@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from hf_iclr import evaluate_vos
-from hf_iclr.vision.annotated_clips import AnnotatedClip
+from hf_iclr.vision.annotated_videos import AnnotatedVideo
 from hf_iclr.vision.j_and_f import j_and_f
 from tests.vision.drifting import DriftingPipe, iou, pixels, truth
 from tests.vision.tiny import clip, tiny_pipe
@@ -39,7 +39,7 @@ def test_objects_are_shown_where_they_come_first(caplog):
 
 
 def test_only_annotated_frames_count():
-    every_other = AnnotatedClip(pixels(9), {1: truth(5)}, annotated=[0, 2, 4, 6, 8])
+    every_other = AnnotatedVideo.from_masks(pixels(9), {1: truth(5)}, [0, 2, 4, 6, 8])
     result = evaluate_vos(DriftingPipe(), [every_other], ["mask"])
     assert result.frames["frame"].tolist() == [2, 4, 6]
     assert result.frames["j"].tolist() == [iou(2), iou(4), iou(6)]
