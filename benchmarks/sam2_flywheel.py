@@ -1,7 +1,7 @@
 """
 Does the model in the loop get better by what it annotated? Annotate, train, annotate again, on drawn videos.
 
-    python benchmarks/sam2_flywheel.py --out flywheel        # 10 minutes of CPU at most
+    python benchmarks/sam2_flywheel.py --out flywheel        # 15 minutes of CPU
 
 Each round annotates videos it has not seen, of a look that the package's tiny SAM 2 was not trained on (gray striped
 bars under noise), with `annotate` in phase 3 and an annotator who knows the truth: a click on each object, then one at
@@ -100,11 +100,11 @@ def verdict(tables: list[pd.DataFrame]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for a CSV a round and set of videos")
-    parser.add_argument("--videos", type=int, default=20, help="to annotate in a round")
-    parser.add_argument("--held-out", type=int, default=12)
+    parser.add_argument("--videos", type=int, default=60, help="to annotate in a round")
+    parser.add_argument("--held-out", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2, help="of training")
-    parser.add_argument("--steps", type=int, default=80, help="of a training")
-    parser.add_argument("--way", choices=WAYS, default="image", help="to train; of sam2_finetuning.py")
+    parser.add_argument("--steps", type=int, default=200, help="of a training")
+    parser.add_argument("--way", choices=WAYS, default="video", help="to train; of sam2_finetuning.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
