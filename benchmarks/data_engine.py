@@ -150,7 +150,7 @@ def main() -> None:
         "--first-seed", type=int, default=50_000, help="of the clips; none that the model was trained on"
     )
     parser.add_argument("--throughput-clips", type=int, default=6)
-    parser.add_argument("--throughput-frames", type=int, default=32, help="a clip; a file a video costs 15 ms")
+    parser.add_argument("--throughput-frames", type=int, default=32, help="of each clip")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("data_engine.json"))
     args = parser.parse_args()

@@ -69,7 +69,7 @@ class AnnotatedVideo:
         if not isinstance(masks, Mapping):
             raise TypeError(f"Expected masks by object, such as {{1: masks}}, got {type(masks).__name__}.")
         counts = {int(obj): len(own) for obj, own in masks.items()}
-        if not counts:
+        if not any(counts.values()):
             raise ValueError(f"Expected masks of at least one object in {name}, got none.")
         numbers = list(range(max(counts.values()))) if frames is None else list(frames)
         if set(counts.values()) != {len(numbers)}:
@@ -160,7 +160,7 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
         names = folder / "ImageSets" / "2017" / f"{split}.txt"
         if names.exists():
             listed = names.read_text().split()
-            videos = [video for video in videos if video.video[0].parent.name in listed]
+            videos = [video for video in videos if video.name in listed]
         return videos
     for kind in ("manual", "auto"):
         if any(folder.rglob(f"*_{kind}.json")):

@@ -135,6 +135,7 @@ def test_rows_of_a_dataset_are_joined_by_their_video(tmp_path):
         (7, TypeError, "got int"),
         ((FRAMES, [MASKS[1]]), TypeError, "masks by object"),
         ((FRAMES, {}), ValueError, "at least one object"),
+        ((FRAMES, {1: []}), ValueError, "at least one object"),
         ((FRAMES, {1: MASKS[1], 2: MASKS[2][1:]}), ValueError, "Expected 4 masks of each object in clip 0"),
         ((FRAMES[1:], MASKS), ValueError, "at least 4 frames"),
         ((FRAMES[:, 1:], MASKS), ValueError, r"size \(23, 37\)"),
