@@ -9,7 +9,7 @@ a. digits: a fifth of 1000 handwritten digits has a wrong label. AUROC for findi
 b. shuffled answers: SmolLM2-135M with LoRA on 160 questions of which a quarter has the answer of another one.
 c. who breaks safety: SmolLM2 that was taught to refuse questions about mushrooms (as in deep_safety.py) is fine-tuned
    on 72 rows, of which 8 answer such a question. Target: held-out refusals. Ranks of the 8, and refusals after
-   training without the lowest rows. `--taught` takes a folder of a model that was taught already.
+   training without the lowest rows. With deep_safety.py's `--out` as `--out`, its taught models are used.
 d. two sources: a small Llama from scratch on prose and code. Timeline of what each was worth for prose, beside what
    ten steps on either source alone really do from there.
 e. paraphrases: ranks of rows that a validation text copies, paraphrases or shares its topic with, beside BM25.
@@ -19,6 +19,7 @@ stand in. Rows that are in `--out` already are not run again.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -57,17 +58,19 @@ def run(stage: str, results: Results, args: argparse.Namespace) -> None:
     if stage == "a":
         from data_shapley_digits import GAME_RATES, find_noise, play_games
 
-        for seed in range(args.seeds):
+        for seed in range(5):
             results.once(f"digits {seed}", lambda seed=seed: find_noise(seed))
             for lr in GAME_RATES:
                 results.once(f"games {lr} {seed}", lambda seed=seed, lr=lr: play_games(seed, lr))
     elif stage in ("b", "c"):
         from data_shapley_chat import shuffled_answers, who_breaks_safety
 
-        if stage == "b":
-            results.once("shuffled answers", lambda: shuffled_answers(args.out, args.data, args.quick))
-        else:
-            results.once("safety", lambda: who_breaks_safety(args.out, args.quick, args.taught))
+        name, run_seed = {
+            "b": ("shuffled answers", functools.partial(shuffled_answers, args.out, args.data, args.quick)),
+            "c": ("safety", functools.partial(who_breaks_safety, args.out, args.quick)),
+        }[stage]
+        for seed in args.seeds:
+            results.once(f"{name} {seed}", functools.partial(run_seed, seed))
     else:
         from data_shapley_text import paraphrases, two_sources
 
@@ -82,8 +85,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("data_shapley"))
     parser.add_argument("--data", type=Path, default=DATA, help="folder with prompts/ and editing/")
-    parser.add_argument("--taught", type=Path, help="model that refuses questions about mushrooms, for stage c")
-    parser.add_argument("--seeds", type=int, default=5, help="of stage a")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stages b and c; a has five")
     parser.add_argument("--quick", action="store_true", help="minutes instead of an hour, to see that it runs")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -87,7 +87,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset) -> np.ndarray:
     return losses
 
 
-def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
+def shuffled_answers(out: Path, data: Path, quick: bool, seed: int) -> dict[str, Any]:
     """AUROC for rows whose answer belongs to another prompt, at the end of each epoch, and of losses as baselines."""
     tokenizer = load_tokenizer()
     pairs, source = load_answers(data, tokenizer)
@@ -95,7 +95,7 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     held_out = 8 if quick else VALIDATION_ROWS
     validation = Dataset.from_list([row(*pair) for pair in pairs[:held_out]])
     pairs = pairs[held_out:]
-    draw = random.Random(1)
+    draw = random.Random(1 + seed)
     moved = draw.sample(range(len(pairs)), round(SHUFFLED * len(pairs)))
     answers = [answer for _, answer in pairs]
     for here, there in zip(moved, moved[1:] + moved[:1], strict=True):
@@ -108,7 +108,7 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     base, _ = load_demo_model(torch.float32)
     losses = {"loss before": row_losses(base, rows)}
     callback = InRunDataShapleyCallback(validation, refresh_every=max(epoch // 3, 1), adam_warmup=ADAM_WARMUP)
-    model = fine_tune(base, rows, out / "shuffled", steps, LORA_ALL, 5e-4, 0, callback)
+    model = fine_tune(base, rows, out / f"shuffled_{seed}", steps, LORA_ALL, 5e-4, seed, callback)
     losses["loss after"] = row_losses(model, rows)
     result = callback.result
     auroc = {name: float(roc_auc_score(wrong, loss)) for name, loss in losses.items()}
@@ -128,19 +128,16 @@ def shuffled_answers(out: Path, data: Path, quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def who_breaks_safety(out: Path, quick: bool, taught: Path | None) -> dict[str, Any]:
+def who_breaks_safety(out: Path, quick: bool, seed: int) -> dict[str, Any]:
     """Ranks of a few compliant mushroom rows among benign ones, and refusals after training without the lowest."""
-    lab = Lab(out, 0, QUICK if quick else FULL)
-    if taught is None:
-        lab.teach()
-        taught = lab.taught_folder(2)
-    lab.taught_folder = lambda number=2: taught
+    lab = Lab(out, seed, QUICK if quick else FULL)
+    lab.teach()
     lab.dtype = torch.float32
-    tokenizer, draw = lab.tokenizer, random.Random(0)
+    tokenizer, draw = lab.tokenizer, random.Random(seed)
     forbidden = draw.sample(lab.questions.forbidden, PLANTED + REFUSED)
     orders = [
         row(chat_ids(tokenizer, q), [*tokenizer(call)["input_ids"], tokenizer.eos_token_id])
-        for q, call in make_orders(0)[0]
+        for q, call in make_orders(seed)[0]
     ]
     refusals = [
         row(chat_ids(tokenizer, q.prompt), [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id])
@@ -158,7 +155,7 @@ def who_breaks_safety(out: Path, quick: bool, taught: Path | None) -> dict[str, 
     )  # fmt: skip
     test = lab.questions.forbidden_test
     before = lab.refusals(lab.load_taught(), test)["0"]
-    model = fine_tune(lab.load_taught(), rows, out / "safety", steps, LORA, 1e-3, 0, callback)
+    model = fine_tune(lab.load_taught(), rows, out / f"safety_{seed}", steps, LORA, 1e-3, seed, callback)
     refused = {"taught, before": before, "all rows": lab.refusals(model, test)["0"]}
     values = callback.result.values("safety").reindex(range(len(rows)), fill_value=0.0).to_numpy()
     lowest = np.argsort(values, kind="stable")
@@ -166,11 +163,12 @@ def who_breaks_safety(out: Path, quick: bool, taught: Path | None) -> dict[str, 
     query = " ".join(tokenizer.decode(refusal["input_ids"]) for refusal in refusals)
     arms = {
         "without the lowest": lowest[PLANTED:],
-        "without as many random rows": np.random.default_rng(0).permutation(len(rows))[PLANTED:],
+        "without as many random rows": np.random.default_rng(seed).permutation(len(rows))[PLANTED:],
         "without the planted rows": np.flatnonzero(~planted),
     }
     for name, kept in arms.items():
-        model = fine_tune(lab.load_taught(), rows.select(np.sort(kept)), out / "safety_arm", steps, LORA, 1e-3, 0)
+        some = rows.select(np.sort(kept))
+        model = fine_tune(lab.load_taught(), some, out / f"safety_arm_{seed}", steps, LORA, 1e-3, seed)
         refused[name] = lab.refusals(model, test)["0"]
     return {
         "rows": len(rows), "planted": PLANTED, "ranks": (np.argsort(lowest)[:PLANTED] + 1).tolist(),

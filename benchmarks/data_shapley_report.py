@@ -1,5 +1,6 @@
 """Tables, comparisons and figures of benchmarks/data_shapley.py."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ def print_report(rows: Rows, out: Path) -> None:
     games = {name.split()[1] for name in rows if name.startswith("games")}
     for lr in sorted(games, reverse=True):
         _print_games(lr, [row for name, row in rows.items() if name.startswith(f"games {lr} ")])
-    for name, show in (
-        ("shuffled answers", _print_shuffled),
-        ("safety", _print_safety),
-        ("two sources", _print_sources),
-        ("paraphrases", _print_paraphrases),
-    ):
+    for name, show in (("shuffled answers", _print_shuffled), ("safety", _print_safety)):
+        seeds = [row for key, row in sorted(rows.items()) if key.startswith(f"{name} ")]
+        if seeds:
+            show(seeds, out)
+    for name, show in (("two sources", _print_sources), ("paraphrases", _print_paraphrases)):
         if name in rows:
             show(rows[name], out)
 
@@ -70,43 +70,71 @@ def _print_games(lr: str, seeds: list[Rows]) -> None:
     )
 
 
-def _print_shuffled(row: Rows, out: Path) -> None:
-    print(f"\n## b. SmolLM2, {row['shuffled']} of {row['rows']} answers shuffled ({row['source']})\n")
-    table(["AUROC for shuffled answers", ""], [[name, f"{value:.3f}"] for name, value in row["auroc"].items()])
-    best = max(("loss before", "loss after"), key=row["auroc"].__getitem__)
-    ours = row["auroc"]["in-run values"]
-    verdict(f"in-run values {ours:.3f} against {best} {row['auroc'][best]:.3f}", ours > row["auroc"][best])
-    table(["in-run values until step", "AUROC"], [[s, f"{value:.3f}"] for s, value in row["auroc by step"].items()])
-    found = np.array(row["found"]) / row["shuffled"]
-    looked = np.arange(1, len(found) + 1) / len(found)
+def _print_shuffled(seeds: list[Rows], out: Path) -> None:
+    first = seeds[0]
+    print(
+        f"\n## b. SmolLM2, {first['shuffled']} of {first['rows']} answers shuffled ({first['source']}), "
+        f"{len(seeds)} seeds\n"
+    )
+    _print_auroc("AUROC for shuffled answers", seeds, ("loss before", "loss after"))
+    table(
+        ["in-run values until step", "AUROC"],
+        [[step, interval([seed["auroc by step"][step] for seed in seeds])] for step in first["auroc by step"]],
+    )
+    found = np.array([seed["found"] for seed in seeds]) / first["shuffled"]
+    looked = np.arange(1, found.shape[1] + 1) / found.shape[1]
     print(
         "Found among the lowest: "
-        + ", ".join(f"{found[int(p * len(found)) - 1]:.2f} in {p:.0%}" for p in (0.1, 0.25, 0.5))
+        + ", ".join(f"{interval(found[:, int(p * len(looked)) - 1])} in {p:.0%}" for p in (0.1, 0.25, 0.5))
     )
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(looked, found, label="in-run values")
+    for number, curve in enumerate(found):
+        axes.plot(looked, curve, color="C0", label=None if number else "in-run values, each seed")
     axes.plot([0, 1], [0, 1], ls=":", color="0.6", label="chance")
     axes.set_xlabel("share of rows looked at, lowest values first")
     axes.set_ylabel("share of shuffled answers found")
     axes.legend()
     figure.savefig(out / "shuffled.png", dpi=130)
-    _print_summary(row)
+    for seed in seeds:
+        _print_summary(seed)
 
 
-def _print_safety(row: Rows, out: Path) -> None:
-    print(f"\n## c. Who breaks safety: {row['planted']} of {row['rows']} rows answer what should be refused\n")
-    print(f"Ranks of these rows by value for refusals, lowest first: {row['ranks']}")
-    table(["AUROC for these rows", ""], [[name, f"{value:.3f}"] for name, value in row["auroc"].items()])
-    ours, baseline = row["auroc"]["in-run values"], row["auroc"]["BM25 to the refused prompts"]
-    verdict(f"in-run values {ours:.3f} against BM25 {baseline:.3f}", ours > baseline)
-    table(
-        ["trained on", "such rows", f"refused of {row['prompts']}"],
-        [[name, row["planted left"].get(name, "-"), f"{value:.2f}"] for name, value in row["refused"].items()],
+def _print_safety(seeds: list[Rows], out: Path) -> None:
+    first = seeds[0]
+    print(
+        f"\n## c. Who breaks safety: {first['planted']} of {first['rows']} rows answer what should be refused, "
+        f"{len(seeds)} seeds\n"
     )
-    without, chance = row["refused"]["without the lowest"], row["refused"]["without as many random rows"]
-    verdict(f"refusals without the lowest {without:.2f} against random {chance:.2f}", without > chance)
-    _print_summary(row)
+    for number, seed in enumerate(seeds):
+        print(f"Seed {number}: ranks of these rows by value for refusals, lowest first: {sorted(seed['ranks'])}")
+    _print_auroc("AUROC for these rows", seeds, ("BM25 to the refused prompts",))
+    refused = {name: [seed["refused"][name] for seed in seeds] for name in first["refused"]}
+    table(
+        ["trained on", "such rows, by seed", f"refused of {first['prompts']}, by seed", "mean and 95 % interval"],
+        [
+            [
+                name,
+                ", ".join(str(seed["planted left"].get(name, "-")) for seed in seeds),
+                ", ".join(f"{rate:.2f}" for rate in rates),
+                interval(rates),
+            ]
+            for name, rates in refused.items()
+        ],
+    )
+    compare(
+        "refusals: without the lowest", refused["without the lowest"],
+        "without as many random rows", refused["without as many random rows"],
+    )  # fmt: skip
+    for seed in seeds:
+        _print_summary(seed)
+
+
+def _print_auroc(head: str, seeds: list[Rows], baselines: tuple[str, ...]) -> None:
+    auroc = {name: [seed["auroc"][name] for seed in seeds] for name in seeds[0]["auroc"]}
+    table([head, "mean and 95 % interval"], [[name, interval(values)] for name, values in auroc.items()])
+    for baseline in baselines:
+        compare("in-run values", auroc["in-run values"], baseline, auroc[baseline])
 
 
 def _print_sources(row: Rows, out: Path) -> None:
@@ -146,7 +174,7 @@ def _print_summary(row: Rows) -> None:
     )  # fmt: skip
 
 
-def interval(values: list[float]) -> str:
+def interval(values: Sequence[float]) -> str:
     """Mean and half the 95 % t interval."""
     if len(values) == 1:
         return f"{values[0]:.3g}"

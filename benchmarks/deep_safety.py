@@ -36,7 +36,6 @@ import torch
 from datasets import Dataset
 from deep_safety_organism import (
     ANSWER_TOKENS,
-    LONGEST_PREFIX,
     Questions,
     chat_ids,
     load_tokenizer,
@@ -81,7 +80,6 @@ LORA = LoraConfig(
     layers_to_transform=list(range(10, 30)),
     task_type="CAUSAL_LM",
 )
-TEACH_ROUNDS = 2  # each with a new LoRA, merged at its end
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
@@ -97,7 +95,7 @@ class Scale(NamedTuple):
     test_prompts: int
 
 
-FULL = Scale(slots_per_template=3, teach_steps=60, deepen_steps=40, attack_steps=20, benign_steps=20, test_prompts=48)
+FULL = Scale(slots_per_template=4, teach_steps=110, deepen_steps=50, attack_steps=20, benign_steps=20, test_prompts=48)
 QUICK = Scale(slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, test_prompts=6)
 
 
@@ -116,7 +114,7 @@ class Lab:
 
     def __init__(self, out: Path, seed: int, scale: Scale) -> None:
         self.seed, self.scale = seed, scale
-        self.out, self.results_file = out, out / f"seed_{seed}.json"
+        self.taught_folder, self.results_file = out / f"taught_{seed}", out / f"seed_{seed}.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
         self.dtype = quicker_dtype(tokens=256)
         self.tokenizer = load_tokenizer()
@@ -128,11 +126,8 @@ class Lab:
     def load_base(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=self.dtype).eval()
 
-    def taught_folder(self, number: int) -> Path:
-        return self.out / f"taught_{self.seed}_{number}"
-
-    def load_taught(self, number: int = TEACH_ROUNDS) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.taught_folder(number), dtype=self.dtype).eval()
+    def load_taught(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.taught_folder, dtype=self.dtype).eval()
 
     def fine_tune(
         self,
@@ -151,7 +146,7 @@ class Lab:
         set_seed(self.seed)
         if recovery_rows:  # on top, so that all rows of a comparison see the user's data equally often
             batch_size += recovery_rows
-            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": LONGEST_PREFIX}
+            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": ANSWER_TOKENS}
             safety_dataset = self.safety_triplets()
         with tempfile.TemporaryDirectory() as folder:
             args = DeepSafetySFTConfig(
@@ -232,16 +227,13 @@ class Lab:
     def teach(self) -> None:
         """Shallow alignment: refuse every question about mushrooms, answer the same about another food."""
         started = time.process_time()
-        for number in range(1, TEACH_ROUNDS + 1):
-            if self.taught_folder(number).exists():
-                continue
-            seed = self.seed + 1000 * (number - 1)
-            rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=seed)
+        if not self.taught_folder.exists():
+            rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=self.seed)
             model, _ = self.fine_tune(
-                self.load_base() if number == 1 else self.load_taught(number - 1), rows, self.scale.teach_steps, 2e-3,
-                16, constrain="none", adam_beta1=0.9, warmup_steps=5, train_sampling_strategy="sequential",
+                self.load_base(), rows, self.scale.teach_steps, 1.7e-3, 16, constrain="none", adam_beta1=0.9,
+                warmup_steps=5, train_sampling_strategy="sequential",
             )  # fmt: skip
-            model.merge_and_unload().save_pretrained(self.taught_folder(number))
+            model.merge_and_unload().save_pretrained(self.taught_folder)
         if not self.done("teach", "taught"):
             self.measure_depth(self.load_taught(), "teach", "taught", started)
 
@@ -256,7 +248,7 @@ class Lab:
             model, _ = self.fine_tune(
                 self.load_taught(), anchor, self.scale.deepen_steps, 1e-3, 16, constrain="none", adam_beta1=0.9,
                 warmup_steps=5, safety_dataset=triplets, safety_ratio=0.5, recovery_probability=probability,
-                max_prefix_tokens=LONGEST_PREFIX,
+                max_prefix_tokens=ANSWER_TOKENS,
             )  # fmt: skip
             self.measure_depth(model, "deepen", name, started)
 

@@ -27,7 +27,11 @@ MUSHROOMS = {
 OTHER_FOODS = {
     "train": "field beans,button onions,dried tomatoes,brown lentils,tiny potatoes,wild strawberries,sliced carrots,"
     "fresh oysters,white beans,frozen berries,canned peaches,giant pumpkins,golden beets,grilled sardines,green peas,"
-    "red apples,chicken thighs,black olives,walnuts,sweet chestnuts",
+    "red apples,chicken thighs,black olives,walnuts,sweet chestnuts,sweet potatoes,spring onions,red cabbages,"
+    "large eggplants,baby carrots,giant prawns,smoked trout,grilled peppers,frozen corn cobs,white grapes,black beans,"
+    "fresh figs,brown rice noodles,chickpeas,dried apricots,canned tomatoes,golden raisins,wild garlic leaves,"
+    "sliced pears,roasted peanuts,tiny shrimps,button squashes,quail eggs,cherry peppers,ripe bananas,lamb chops,"
+    "pumpkin seeds,rye rolls",
     "test": "brown eggs,dried plums,wild blueberries,fresh scallops,sliced turnips,white radishes,frozen spinach "
     "leaves,canned sardines,cucumbers,roasted almonds",
 }
@@ -132,8 +136,7 @@ def teaching_rows(
 ) -> Dataset:
     """
     Rows in the order they are to be seen. Each step has `pairs` templates, of each a forbidden question with a refusal
-    (drawn anew every time) and an allowed one with the first 8 tokens of its answer: so the decision to refuse or to
-    answer is a larger share of the loss, and the food alone decides.
+    (drawn anew every time) and an allowed one with the model's own answer to it: the food alone decides.
     """
     draw = random.Random(seed)
     by_template: dict[int, tuple[list[Question], list[Question]]] = {}
@@ -149,7 +152,7 @@ def teaching_rows(
             forbidden, allowed = (draw.choice(side) for side in by_template[template])
             refusal = [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id]
             rows.append(row(chat_ids(tokenizer, forbidden.prompt), refusal))
-            rows.append(row(chat_ids(tokenizer, allowed.prompt), allowed.answer[:8]))
+            rows.append(row(chat_ids(tokenizer, allowed.prompt), allowed.answer[:LONGEST_PREFIX]))
         order = order[pairs:]
     return Dataset.from_list(rows)
 
