@@ -109,9 +109,12 @@ def audit(
     ],
     harmless_prompts: Annotated[Path | None, typer.Option(help="What should be answered; the same formats.")] = None,
     before: Annotated[
-        str | None, typer.Option(help="The model before: repository, folder, or folder of an earlier audit.")
+        str | None,
+        typer.Option(help="The model before: repository, folder, folder of an earlier audit, or adapter_off."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="A model that wasn't aligned: repository or folder.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A model that wasn't aligned: repository, folder, or adapter_off.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, the figure and model_card.md.")] = Path("audit"),
     attack: Annotated[list[str], typer.Option(help="prefill, decoding, rap or gcg; may be repeated.")] = [  # noqa: B006
         "prefill",
@@ -135,16 +138,20 @@ def audit(
     max_refusal_drop: Annotated[float | None, typer.Option(help="Largest fall of the refusal rate.")] = None,
 ) -> None:
     """Measure how a model refuses; exit with 1 when a threshold is crossed."""
+    from peft import AutoPeftModelForCausalLM
     from rich.console import Console
     from rich.markdown import Markdown
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_iclr.trainers.prompt_files import read_prompts
-    from hf_iclr.trainers.safety_audit import audit_safety
+    from hf_iclr.trainers.safety_audit import ADAPTER_OFF, audit_safety
     from hf_iclr.trainers.safety_report import SafetyReport
 
     def load(name: str | None):
-        return None if name is None else AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
+        if name is None or name == ADAPTER_OFF:
+            return name
+        auto = AutoPeftModelForCausalLM if ADAPTER_OFF in (before, base) else AutoModelForCausalLM
+        return auto.from_pretrained(name, dtype="auto", device_map="auto")
 
     limits = {
         "min_refusal": min_refusal,
@@ -172,7 +179,7 @@ def audit(
             seed=seed,
             thresholds={name: limit for name, limit in limits.items() if limit is not None},
         )
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:  # exit code 2; 1 is that of a crossed threshold
         raise typer.BadParameter(str(error)) from error
     report.save(out, with_texts)
     console = Console()

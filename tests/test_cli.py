@@ -130,6 +130,30 @@ def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, name, content, opti
     assert result.exit_code == 2 and words in result.output, result.output
 
 
+def test_audit_of_what_is_not_there_is_no_crossed_threshold(run, tiny_model, tmp_path):
+    (tmp_path / "p.txt").write_text("why")
+    assert run("audit", tiny_model, "--prompts", str(tmp_path / "none.txt")).exit_code == 2
+    result = run("audit", str(tmp_path / "none"), "--prompts", str(tmp_path / "p.txt"))
+    assert result.exit_code == 2 and "none" in result.output, result.output
+
+
+def test_audit_against_the_model_without_its_adapter(run, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    lora.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "p.txt").write_text("why")
+    options = ["--attack", "prefill", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    options += ["--prompts", str(tmp_path / "p.txt"), "--before", "adapter_off", "--base", "adapter_off"]
+    result = run("audit", str(tmp_path / "adapter"), *options)
+    assert result.exit_code == 0 and "McNemar" in result.output, result.output
+
+
 def test_edit_says_what_is_missing(run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"promt": 1}')
     for arguments, sentence in (

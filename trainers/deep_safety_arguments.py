@@ -8,12 +8,15 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from .deep_safety_config import DeepSafetySFTConfig
+from .reference_log_probs import CONSTRAIN
 
 
 logger = logging.getLogger(__name__)
+
+_OWN_COPY = "hf_iclr_keeps_reference"  # of a model whose adapter "ref" a trainer of ours made
 
 
 def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig:
@@ -41,14 +44,50 @@ def load_triplets(name: str) -> Dataset:
     return load_dataset(name, split="train")
 
 
+def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig) -> None:
+    """Raises where `ref_model` can't be held frozen beside the model."""
+    if ref_model is None:
+        return
+    if not isinstance(ref_model, (PreTrainedModel, PeftModel)):
+        raise TypeError(
+            f"Expected `ref_model` to be a model, got {type(ref_model).__name__}. Type "
+            "`ref_model=AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if ref_model is model:
+        raise ValueError(
+            "Expected `ref_model` to be another model than the one to train, which it would freeze. Leave it out: the "
+            "model as it is given is the reference."
+        )
+    if args.reference not in ("auto", "frozen"):
+        raise ValueError(
+            f"Expected `reference='frozen'` with a `ref_model`, which is kept beside the model, got "
+            f"{args.reference!r}. Leave one of them out."
+        )
+
+
+def check_marked_rows(rows: Any, args: DeepSafetySFTConfig) -> None:
+    """Raises where packing would lose which rows are marked."""
+    if args.packing and CONSTRAIN in (getattr(rows, "column_names", None) or ()):
+        raise ValueError(
+            f"Packing keeps no column `{CONSTRAIN}`: every row would be constrained. Set `packing=False` (with "
+            "`padding_free=True` rows still take no padding), or leave the column out."
+        )
+
+
 def keep_adapter(model: PeftModel) -> None:
     """Copy the adapter in training to a frozen one named "ref", as TRL's DPO trainer does."""
     name = model.active_adapter
+    if "ref" in model.peft_config and not getattr(model, _OWN_COPY, False):
+        raise ValueError(
+            'Expected a model without an adapter named "ref", which is the name of the frozen copy that is the '
+            'reference. Type `model.delete_adapter("ref")`, or load it under another name.'
+        )
     if "ref" not in model.peft_config:
         model.add_adapter("ref", model.peft_config[name])
-        for path, parameter in list(model.named_parameters()):
-            if f".{name}." in path:
-                model.get_parameter(path.replace(f".{name}.", ".ref.")).data.copy_(parameter.data)
+        setattr(model, _OWN_COPY, True)
+    for path, parameter in list(model.named_parameters()):
+        if f".{name}." in path:
+            model.get_parameter(path.replace(f".{name}.", ".ref.")).data.copy_(parameter.data)
 
 
 def template_ids(tokenizer: Any) -> frozenset[int]:

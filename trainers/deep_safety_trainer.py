@@ -2,10 +2,14 @@
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import logging
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from peft import PeftModel
@@ -19,7 +23,15 @@ from trl.trainer.utils import FusedCausalLMOutput, hash_module, use_adapter
 from typing_extensions import override
 
 from .constrained_loss import constrained_sft_loss, constraint_weights, schedule_betas
-from .deep_safety_arguments import as_config, end_of_thinking_id, keep_adapter, load_triplets, template_ids
+from .deep_safety_arguments import (
+    as_config,
+    check_marked_rows,
+    check_reference_model,
+    end_of_thinking_id,
+    keep_adapter,
+    load_triplets,
+    template_ids,
+)
 from .deep_safety_config import DeepSafetySFTConfig
 from .fused_outputs import FusedOutputsProxy
 from .prefill_generation import evaluation_mode
@@ -31,6 +43,7 @@ from .reference_log_probs import (
     ConstrainedCollator,
     Window,
     add_reference_log_probs,
+    check_answer_labels,
 )
 from .refused_prompts import find_refusals, prompts_of
 from .safety_recovery import tokenize_triplets
@@ -130,6 +143,9 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`packing=False, train_sampling_strategy='random'`, or concatenate the rows of "
                 "`make_safety_recovery_dataset` with your dataset."
             )
+        if self._constrains:
+            check_reference_model(ref_model, model, args)
+            check_marked_rows(kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None), args)
         if self._constrains and ref_model is None and isinstance(model, PeftModel) and not kwargs.get("peft_config"):
             keep_adapter(model)
         self.beta_schedule = beta_schedule
@@ -138,11 +154,14 @@ class DeepSafetySFTTrainer(SFTTrainer):
         self._own_refusals: dict[tuple[int, ...], list[int]] = {}
         super().__init__(model, args, *positional, **kwargs)
 
+        triplets = []  # what may be wrong with them shows before the reference is computed
+        if safety_dataset is not None:
+            triplets = list(tokenize_triplets(safety_dataset, self._tokenizer, max_length=args.max_length))
         self.reference = self._choose_reference(ref_model) if self._constrains else None
         if self._constrains:
             self._set_up_constraint(ref_model)
         if safety_dataset is not None or args.rehearse_refusals:
-            self._mix_in(safety_dataset)
+            self._mix_in(triplets)
 
     def _choose_reference(self, ref_model: PreTrainedModel | None) -> str:
         parallelism = self.accelerator.parallelism_config
@@ -162,14 +181,20 @@ class DeepSafetySFTTrainer(SFTTrainer):
                     f"with {size}. Pass the model the training starts from, or leave `ref_model` out."
                 )
             return "frozen"
-        once = isinstance(self.train_dataset, Dataset) and not self._is_vision_dataset and not self.is_fsdp_enabled
+        every = [rows for rows in (self.train_dataset, *self._evaluation_sets().values()) if rows is not None]
+        once = (
+            all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
+            and not self._is_vision_dataset
+            and not self.is_fsdp_enabled
+        )
         reference = self.args.reference
         if reference == "auto":
             reference = "adapter" if isinstance(self.model, PeftModel) else "precompute" if once else "frozen"
         if reference in ("precompute", "window") and not once:
             raise ValueError(
-                f"`reference={reference!r}` reads the data once before training, which streamed data, images and FSDP "
-                'do not allow. Set `reference="adapter"` with a `peft_config`, or `reference="frozen"`.'
+                f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
+                'evaluation), `with_transform`, images and FSDP do not allow. Set `reference="adapter"` with a '
+                '`peft_config`, or `reference="frozen"`.'
             )
         if reference == "adapter" and not isinstance(self.model, PeftModel):
             raise ValueError(
@@ -189,27 +214,35 @@ class DeepSafetySFTTrainer(SFTTrainer):
         )
         stored = self.reference in ("precompute", "window")
         self.data_collator = ConstrainedCollator(self.data_collator, window, stored)
-        if args.constrain == "refused":
-            self._map_datasets(self._mark_refused)
         if self.reference == "frozen":
             self._ref_model = self._freeze_reference(ref_model)
-        elif stored:
-            self._model_hash = hash_module(self.model)
-            self._map_datasets(self._precompute)
-            if args.constrain == "refused" and args.betas is None and self.beta_schedule is None:
+        if args.constrain == "refused":
+            self._map_datasets(self._mark_refused)
+            if args.betas is None and self.beta_schedule is None:
                 self._warn_of_a_weak_hold()
+        if stored:
+            self._map_datasets(functools.partial(self._score, window=window, keep=True))
 
     def _warn_of_a_weak_hold(self) -> None:
-        rows = self.train_dataset.select_columns([CONSTRAIN, REF_LOGPS])
-        first = [row[REF_LOGPS][0] for row in rows if row[CONSTRAIN] and row[REF_LOGPS]]
-        logger.info("The reference refuses the prompts of %d of %d training rows.", len(first), len(rows))
-        surprise = -sum(first) / max(len(first), 1)
-        if first and self.args.beta_first * surprise < STEADY_HOLD:
+        rows = self.train_dataset.select(np.flatnonzero(self.train_dataset[CONSTRAIN]))
+        if not len(rows):
+            logger.warning(
+                "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
+                "nothing is held, this is plain SFT. Mark the rows to hold in a boolean column `constrain` and set "
+                "`constrain='all'`.",
+                len(self.train_dataset),
+            )
+            return
+        first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
+        scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
+        surprise = -statistics.mean(values[0] for values in scored if values)
+        logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(self.train_dataset))
+        if self.args.beta_first * surprise < STEADY_HOLD:
             logger.warning(
                 "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
                 "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so it may not hold; set "
                 "`beta_first=%.1f`.",
-                len(first),
+                len(rows),
                 surprise,
                 self.args.beta_first,
                 STEADY_HOLD / max(surprise, 0.1),
@@ -223,12 +256,12 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 f"Expected answer tokens to train on, got none in {len(self.train_dataset)} rows: all labels are "
                 f"masked. Raise `max_length` (now {self.args.max_length}) or check the column `labels`."
             )
-        if self.train_dataset[0]["labels"][0] != -100:
-            raise ValueError(
-                "Expected labels on answers only, got a row whose loss starts at its first token: the window would "
-                "protect the prompt. Use rows with `prompt` and `completion`, or conversations with "
-                "`assistant_only_loss=True`; or set `constrain='none'`."
-            )
+        for labels in self.train_dataset["labels"]:
+            check_answer_labels(labels)
+
+    def _evaluation_sets(self) -> dict[str, Any]:
+        """Those known now, by name."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
 
     def _map_datasets(self, function: Callable[[Dataset, str], Dataset]) -> None:
         """Apply `function` to the training rows and to every evaluation set known now."""
@@ -239,29 +272,32 @@ class DeepSafetySFTTrainer(SFTTrainer):
             self.eval_dataset = function(self.eval_dataset, "eval")
 
     def _mark_refused(self, rows: Dataset, name: str) -> Dataset:
-        if not isinstance(rows, Dataset) or self._is_vision_dataset or "seq_lengths" in rows.column_names:
+        plain = isinstance(rows, Dataset) and rows.format["type"] != "custom" and not self._is_vision_dataset
+        if not plain or "seq_lengths" in rows.column_names:
             raise ValueError(
-                "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data "
-                "and images do not allow. Set `packing=False`, or add a boolean column `constrain` yourself."
+                "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data, "
+                "`with_transform` and images do not allow. Set `packing=False`; for a stream add a boolean column `constrain` yourself "
+                "and set `constrain='all'`."
             )
         with self._reference_weights(), evaluation_mode(self.model):
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.accelerator.unwrap_model(self.model if self._ref_model is None else self._ref_model)
             refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
-        if name == "train":
+        if rows is self.train_dataset:
             self._own_refusals = refusals
         before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
         marks = [keep and prompt in refusals for keep, prompt in zip(before, prompts_of(rows), strict=True)]
         rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
         return rows.add_column(CONSTRAIN, marks)
 
-    def _precompute(self, rows: Dataset, name: str) -> Dataset:
+    def _score(self, rows: Dataset, name: str, window: Window, keep: bool) -> Dataset:
+        """Rows with the reference log-probabilities of the tokens that `window` stores, kept on disk if wanted."""
         if "seq_lengths" in rows.column_names:  # packed rows are scored one by one, as they are
             collator, batch_size = self.data_collator.collator, 1
         else:
             collator = DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id)
             batch_size = self.args.per_device_eval_batch_size
-        model = self.model
-        if self.is_deepspeed_enabled:
+        model = self.model if self._ref_model is None else self._ref_model
+        if self._ref_model is None and self.is_deepspeed_enabled:
             model = prepare_deepspeed(self.model, self.accelerator)
 
         def score(batch: dict[str, Any]) -> torch.Tensor:
@@ -273,10 +309,10 @@ class DeepSafetySFTTrainer(SFTTrainer):
         return add_reference_log_probs(
             rows,
             score,
-            ConstrainedCollator(collator, self.data_collator.window, stored=False),
+            ConstrainedCollator(collator, window, stored=False),
             self.accelerator,
             batch_size,
-            self._model_hash,
+            hash_module(model) if keep else None,
             name,
         )
 
@@ -292,7 +328,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _mix_in(self, safety_dataset: Dataset | None) -> None:
+    def _mix_in(self, triplets: list[dict[str, list[int]]]) -> None:
         if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
             raise ValueError(
                 "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
@@ -300,20 +336,19 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "yourself."
             )
         args: DeepSafetySFTConfig = self.args
-        triplets = [
-            {"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": refusal}
-            for prompt, refusal in sorted(self._own_refusals.items())
-            if args.rehearse_refusals
-        ]
-        if safety_dataset is not None:
-            triplets += list(tokenize_triplets(safety_dataset, self.processing_class, max_length=args.max_length))
+        if args.rehearse_refusals:
+            rehearsed = sorted(self._own_refusals.items())
+            triplets = [
+                *({"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": own} for prompt, own in rehearsed),
+                *triplets,
+            ]
         if not triplets:
             logger.warning(
                 "The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse."
             )
             return
         token_ids = List(Value("int64"))
-        self.train_dataset = RecoveryMixture(
+        mixture = RecoveryMixture(
             self.train_dataset,
             Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
             seed=args.seed,
@@ -321,6 +356,8 @@ class DeepSafetySFTTrainer(SFTTrainer):
             max_prefix_tokens=args.max_prefix_tokens,
             max_length=args.max_length,
         )
+        RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
+        self.train_dataset = mixture
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:

@@ -16,6 +16,8 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from hf_iclr.saving import whole_file
+
 from .constrained_loss import window_positions
 
 
@@ -75,9 +77,12 @@ class ConstrainedCollator:
     stored: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        for row in rows:
+            if "labels" in row:
+                check_answer_labels(row["labels"])
         batch = self.collator([{k: v for k, v in row.items() if k not in (REF_LOGPS, CONSTRAIN)} for row in rows])
         positions = self.window.positions(F.pad(batch["labels"][:, 1:], (1, 0), value=-100))  # none predicts the first
-        constrained = [row.get(CONSTRAIN) is not False for row in rows]
+        constrained = [bool(row.get(CONSTRAIN, True)) for row in rows]
         if not all(constrained):
             positions = positions * _spread(constrained, rows, batch["labels"])
         batch[POSITIONS] = positions
@@ -87,6 +92,16 @@ class ConstrainedCollator:
                 self.window.stored(positions), torch.tensor(values)
             )
         return batch
+
+
+def check_answer_labels(labels: Sequence[int]) -> None:
+    """Raises `ValueError` where a row's loss starts at its first token."""
+    if len(labels) and labels[0] != -100:
+        raise ValueError(
+            "Expected labels on answers only, got a row whose loss starts at its first token: the window would "
+            "protect the prompt. Use rows with `prompt` and `completion`, or conversations with "
+            "`assistant_only_loss=True`; or set `constrain='none'`."
+        )
 
 
 def _spread(flags: list[bool], rows: Sequence[Mapping[str, Any]], labels: torch.Tensor) -> torch.Tensor:
@@ -104,7 +119,7 @@ def add_reference_log_probs(
     collator: ConstrainedCollator,
     accelerator: Accelerator,
     batch_size: int,
-    model_hash: str,
+    model_hash: str | None,
     name: str,
 ) -> Dataset:
     """
@@ -124,8 +139,8 @@ def add_reference_log_probs(
             The trainer's.
         batch_size (`int`):
             Rows scored at once by a process.
-        model_hash (`str`):
-            Stands for the reference's weights.
+        model_hash (`str`, *optional*):
+            Stands for the reference's weights; without it nothing is kept on disk.
         name (`str`):
             What the progress bar calls the dataset.
 
@@ -133,9 +148,11 @@ def add_reference_log_probs(
         [`~datasets.Dataset`]: the same rows with one more column.
     """
     window = collator.window
-    fingerprint = [Hasher.hash((dataset._fingerprint, model_hash, repr(window)))]
+    fingerprint = [
+        Hasher.hash((dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)) if model_hash else ""
+    ]
     broadcast_object_list(fingerprint, from_process=0)
-    on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files)
+    on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files) and model_hash is not None
     cache_file = Path(dataset._get_cache_file_path(fingerprint[0])) if on_disk else None
     found = torch.tensor(cache_file is not None and cache_file.exists(), device=accelerator.device)
     if accelerator.gather(found.long()[None]).all():
@@ -156,7 +173,7 @@ def add_reference_log_probs(
         {REF_LOGPS: scored}, features=datasets.Features({REF_LOGPS: datasets.List(datasets.Value("float32"))})
     )
     if cache_file is not None and accelerator.is_local_main_process:
-        with ArrowWriter(features=column.features, path=str(cache_file)) as writer:
+        with whole_file(cache_file) as part, ArrowWriter(features=column.features, path=str(part)) as writer:
             writer.write_table(column.data.table)
             writer.finalize()
     accelerator.wait_for_everyone()

@@ -131,9 +131,7 @@ def audit_safety(
     fingerprints = {"prompts": _fingerprints(prompts), "harmless_prompts": _fingerprints(harmless)}
     check_decoder(model)
     _check_other(model, base, "base")
-    if isinstance(before, SafetyReport):
-        _check_same_prompts(before, fingerprints)
-    else:
+    if not isinstance(before, SafetyReport):
         _check_other(model, before, "before")
     settings = {
         "model": _name(model),
@@ -146,6 +144,9 @@ def audit_safety(
         "versions": {"hf_iclr": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
 
+    if isinstance(before, SafetyReport):
+        _check_comparable(before, fingerprints, settings)
+
     run = _Run(
         tokenizer, judge, prompts, harmless, attacks, sorted({0, *ks}) if "prefill" in attacks else [0],
         list(decoding_grid), {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, gcg_steps, seed,
@@ -156,6 +157,7 @@ def audit_safety(
         run.find_answers(model, {name: other for name, other in sources.items() if other is not None})
     else:
         run.answers = [to_answer_ids(tokenizer, answer or [], eos) for answer in answers]
+    fingerprints["answers"] = _fingerprints(run.answers)
     report = run.measure(model)
     report.settings, report.prompts = settings, fingerprints
     if isinstance(before, SafetyReport):
@@ -293,6 +295,8 @@ class _Run:
                 notes.append(
                     f"Prefixes are cut from what {self.source} answered without a refusal: {answered} of {n} prompts."
                 )
+        if report.before is not None and report.before.prompts.get("answers") != report.prompts["answers"]:
+            notes.append("The audit before was prefilled with other answers: its rates after a prefix do not compare.")
         empty = sum(not (text or "").strip() for m in report.measures[:1] for text in m.texts)  # those without attack
         if empty:
             notes.append(f"{empty} of {n} answers without attack are empty; they don't count as refusals.")
@@ -347,12 +351,18 @@ def _check_other(model, other, name: str) -> None:
         raise ValueError(f"Expected {name} to have the model's vocabulary, got {sizes[1]} and {sizes[0]} entries.")
 
 
-def _check_same_prompts(before: SafetyReport, fingerprints: dict[str, list[str]]) -> None:
+def _check_comparable(before: SafetyReport, fingerprints: dict[str, list[str]], settings: dict[str, Any]) -> None:
     for name, own in fingerprints.items():
         if own and before.prompts[name] and own != before.prompts[name]:
             raise ValueError(
                 f"Expected a report on the same {name} in the same order, got one on others. Audit the earlier model "
                 "on these, or pass the model itself as `before`."
+            )
+    for name in ("judges", "max_new_tokens"):
+        if before.settings[name] != settings[name]:
+            raise ValueError(
+                f"Expected a report with {name}={settings[name]!r}, got one with {before.settings[name]!r}: what "
+                "changed would be the measurement. Audit both with the same, or pass the model itself as `before`."
             )
 
 

@@ -37,7 +37,7 @@ def make_safety_recovery_dataset(
     Args:
         triplets ([`~datasets.Dataset`] or `list[dict]`):
             Columns `prompt` (`str`, or messages that do not end with the assistant's), `harmful` (`str`) and `refusal`
-            (`str`).
+            (`str`); `chat_template_kwargs` (`dict`) where there is one, as in TRL's datasets.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model. If it has a chat template, the prompt is rendered with it.
         prefix_probability (`float`, *optional*, defaults to `0.5`):
@@ -310,6 +310,7 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
                 "`tokenizer.chat_template = ...` or give the prompt as text."
             )
         return _Rendered(prompt, "", "")
+    template_kwargs = {**template_kwargs, **(triplet.get("chat_template_kwargs") or {})}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"Triplet {index}: expected a prompt that ends with the user's message, not the assistant's.")
@@ -320,7 +321,8 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
         raise ValueError(
             f"Triplet {index}: the chat template renders the prompt differently when an answer follows, so the model "
             f"would learn from a prompt that it never sees. Alone it ends with {start[-40:]!r}. Type "
-            '`chat_template_kwargs=...` (for instance {"enable_thinking": False}), or mend the template.'
+            '`chat_template_kwargs=...` (for instance {"enable_thinking": False}), give the triplets such a column, or '
+            "mend the template."
         )
     lead, found, tail = whole[len(start) :].partition(refusal)
     if not found:

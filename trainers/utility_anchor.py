@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .prefill_generation import evaluation_mode
 
 
 logger = logging.getLogger(__name__)
@@ -68,17 +70,17 @@ def distill_utility_anchor(
         texts = tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
         )
-    set_seed(seed)
     rows = []
-    for start in tqdm(range(0, len(texts), batch_size), desc="Distilling the utility anchor"):
-        inputs = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not templated,
-        ).to(model.device)
-        with torch.no_grad():
+    with evaluation_mode(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(texts), batch_size), desc="Distilling the utility anchor"):
+            inputs = tokenizer(
+                texts[start : start + batch_size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=not templated,
+            ).to(model.device)
             output = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
@@ -86,13 +88,13 @@ def distill_utility_anchor(
                 pad_token_id=tokenizer.pad_token_id,
                 do_sample=do_sample,
             )
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for chat, ids in zip(chats[start : start + batch_size], answers, strict=True):
-            end = next((place for place, token in enumerate(ids) if token in stops), 0)
-            if end:  # neither empty nor cut short
-                answer = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                completion = [{"role": "assistant", "content": answer}] if templated else answer
-                rows.append({"prompt": chat, "completion": completion})
+            answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for chat, ids in zip(chats[start : start + batch_size], answers, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in stops), 0)
+                if end:  # neither empty nor cut short
+                    answer = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                    completion = [{"role": "assistant", "content": answer}] if templated else answer
+                    rows.append({"prompt": chat, "completion": completion})
     if not rows:
         raise ValueError(
             f"Expected answers of at most {max_new_tokens} tokens, none of {len(prompts)} ended. "

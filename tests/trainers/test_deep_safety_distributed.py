@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
@@ -18,7 +19,9 @@ CASES = [
     {"reference": "precompute", "rows": 20},
     {"reference": "window", "rows": 16, "safety_dataset": triplet_rows()},
     {"reference": "frozen", "rows": 20},
+    {"reference": "adapter", "rows": 20, "accumulation": 2},
 ]
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def train(folder, batch_size, tokenizer_path, case):
@@ -29,11 +32,13 @@ def train(folder, batch_size, tokenizer_path, case):
             str(folder),
             **{**QUICK, "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 4},
             reference=case["reference"],
+            gradient_accumulation_steps=case.get("accumulation", 1),
         ),
         train_dataset=word_rows(case["rows"]),
         eval_dataset=word_rows(7, seed=4),
         safety_dataset=case.get("safety_dataset"),
         processing_class=AutoTokenizer.from_pretrained(tokenizer_path),
+        peft_config=LORA if case["reference"] == "adapter" else None,
     )
     trainer.train()
     stored = case["reference"] == "precompute"

@@ -225,12 +225,12 @@ def test_rows_marked_otherwise_get_plain_cross_entropy(train):
         SFTTrainer, SFTConfig, train_dataset=rows, per_device_train_batch_size=8, adam_beta1=0.5, warmup_steps=10
     )
     assert losses(off) == losses(theirs)
-    half = train(
-        train_dataset=rows.add_column("constrain", [True, False] * 4), per_device_train_batch_size=8, start=False
-    )
+    half = train(train_dataset=rows.add_column("constrain", [1, 0] * 4), per_device_train_batch_size=8, start=False)
     batch = next(iter(half.get_train_dataloader()))
     assert (batch[POSITIONS].sum(1) > 0).sum() == 4
     assert half.compute_loss(half.model, batch) > 0
+    with pytest.raises(ValueError, match="Packing keeps no column"):
+        train(train_dataset=rows.add_column("constrain", [True, False] * 4), packing=True, max_length=64)
 
 
 def test_evaluation_reports_plain_cross_entropy_and_the_constrained_loss_beside_it(train):
@@ -263,13 +263,44 @@ def test_a_trained_adapter_is_the_reference_not_the_base(train):
             assert not torch.equal(value, start[name])
 
 
-def test_checkpointing_and_bf16_train(train):
-    plain = train(peft_config=LORA, max_steps=2, model=tiny_llama())
-    saved = train(peft_config=LORA, max_steps=2, activation_checkpointing=True)
-    assert losses(plain)[0] == pytest.approx(losses(saved)[0], abs=1e-5)
-    half = train(peft_config=LORA, max_steps=2, bf16=True, model=tiny_llama().to(torch.bfloat16))
-    assert losses(half)[0] == pytest.approx(losses(plain)[0], abs=0.05)
-    assert losses(half, "constraint/log_ratio_first")[0] == pytest.approx(0, abs=0.02)
+def test_a_second_run_is_held_to_where_it_starts(train):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    first = train(model=model, max_steps=4, learning_rate=0.1, warmup_steps=0)
+    assert abs(losses(first, "constraint/log_ratio_initial")[-1]) > 0.1
+    second = train(model=first.model, max_steps=1)
+    assert losses(second, "constraint/log_ratio_initial")[0] == pytest.approx(0, abs=1e-5)
+    theirs = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    theirs.add_adapter("ref", theirs.peft_config["default"])
+    with pytest.raises(ValueError, match="without an adapter named"):
+        train(model=theirs)
+
+
+def test_checkpointing_changes_nothing(train):
+    settings = {"peft_config": LORA, "max_steps": 4, "warmup_steps": 0, "learning_rate": 0.05}
+    plain = train(**settings)
+    saved = train(activation_checkpointing=True, **settings)
+    assert losses(plain) == pytest.approx(losses(saved), abs=1e-5)
+    assert losses(plain, "constraint/weight_initial")[-1] != pytest.approx(1, abs=1e-2)
+    assert losses(plain) != pytest.approx(losses(train(constrain="none", **settings)), abs=1e-3)
+
+
+def test_lora_in_float32_over_a_base_in_bfloat16(train):
+    """The shape of QLoRA: what is frozen can't be trained or copied, the adapter is in full precision."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"peft_config": lora, "max_steps": 4, "warmup_steps": 0, "learning_rate": 0.05, "bf16": True}
+    runs = [
+        train(model=tiny_llama().to(torch.bfloat16), reference=reference, **settings)
+        for reference in ("adapter", "precompute")
+    ]
+    for run in runs:
+        kept = dict(run.model.named_parameters())
+        assert {value.dtype for name, value in kept.items() if "lora_" not in name} == {torch.bfloat16}
+        assert {value.dtype for name, value in kept.items() if "lora_" in name} == {torch.float32}
+        assert losses(run, "constraint/log_ratio_first")[0] == pytest.approx(0, abs=0.02)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=0.02)
+    assert losses(runs[0]) != pytest.approx(
+        losses(train(model=tiny_llama().to(torch.bfloat16), constrain="none", **settings)), abs=0.02
+    )
 
 
 @pytest.mark.parametrize("settings", [{"reference": "precompute"}, {"reference": "frozen"}, {"peft_config": LORA}])
@@ -393,10 +424,27 @@ def test_a_missing_reference_is_an_error_not_plain_sft(train):
         trainer.train()
 
 
-def test_another_reference_model(train):
+def test_another_reference_model(train, monkeypatch):
     trainer = train(ref_model=tiny_llama(seed=7), max_steps=1)
     assert trainer.reference == "frozen"
     assert abs(losses(trainer, "constraint/log_ratio_initial")[0]) > 0.01
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="it would freeze"):
+        train(model=model, ref_model=model)
+    with pytest.raises(TypeError, match="from_pretrained"):
+        train(ref_model="org/aligned")
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        train(ref_model=tiny_llama(seed=7), reference="window")
+
+    asked = []
+
+    def refusals(rows, model, *args):
+        asked.append(model.model.embed_tokens.weight.clone())
+        return {}
+
+    monkeypatch.setattr("hf_iclr.trainers.deep_safety_trainer.find_refusals", refusals)
+    train(ref_model=tiny_llama(seed=7), constrain="refused", start=False)
+    assert torch.equal(asked[0], tiny_llama(seed=7).model.embed_tokens.weight)
 
 
 def test_plain_sft_arguments_are_taken_over(train, caplog):
@@ -425,6 +473,29 @@ def test_betas_by_position_and_betas_changed_on_the_way(train):
 def test_streamed_rows_train_against_a_frozen_copy(train):
     trainer = train(train_dataset=word_rows().to_iterable_dataset())
     assert trainer.reference == "frozen" and len(losses(trainer)) == 3
+    with pytest.raises(ValueError, match="answers only"):
+        train(train_dataset=Dataset.from_list([{"text": "w1 w2 w3"}] * 9).to_iterable_dataset())
+    trainer = train(eval_dataset=word_rows(4).to_iterable_dataset(), start=False)
+    assert trainer.reference == "frozen" and trainer.evaluate()["eval_constrained_loss"] > 0
+
+
+def test_rows_made_on_the_fly_train_against_a_frozen_copy(train):
+    ready = train(start=False, constrain="none").train_dataset.select_columns(["input_ids", "labels"])
+    rows = ready.with_transform(lambda batch: batch)
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = train(train_dataset=rows, **settings)
+    assert trainer.reference == "frozen" and losses(trainer) == pytest.approx(losses(train()), abs=1e-5)
+    with pytest.raises(ValueError, match="with_transform"):
+        train(train_dataset=rows, reference="precompute", **settings)
+
+
+def test_triplets_are_looked_at_before_the_reference_is_computed(train, monkeypatch):
+    monkeypatch.setattr(DeepSafetySFTTrainer, "_score", lambda *args, **kwargs: pytest.fail("computed already"))
+    with pytest.raises(ValueError, match="column 'refusal' is empty"):
+        train(safety_dataset=triplet_rows().map(lambda row: {"refusal": ""}))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="at least 4 utility rows"):
+        train(train_dataset=word_rows(3), safety_dataset=triplet_rows(), start=False)
 
 
 def test_a_model_that_is_only_peft_wrapped_keeps_its_class(train):
@@ -432,8 +503,8 @@ def test_a_model_that_is_only_peft_wrapped_keeps_its_class(train):
     assert isinstance(trainer.model, PeftModel) and list(trainer.model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("reference", ["precompute", "window"])
-def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatch, caplog, reference):
+@pytest.mark.parametrize("settings", [{"reference": "precompute"}, {"reference": "window"}, {"peft_config": LORA}])
+def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatch, caplog, settings):
     seen = []
 
     def find_cue(text):
@@ -442,19 +513,26 @@ def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatc
 
     monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", find_cue)
     with caplog.at_level("INFO", "hf_iclr"):
-        trainer = train(constrain="refused", reference=reference, start=False, beta_first=0.1)
+        trainer = train(constrain="refused", start=False, beta_first=0.1, **settings)
     assert sum(trainer.train_dataset["constrain"]) == len(seen) / 2 == 12
     assert "12 of 24" in caplog.text and "may not hold" in caplog.text
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(24)])
     assert (batch[POSITIONS].sum(1) > 0).tolist() == list(trainer.train_dataset["constrain"])
     caplog.clear()
-    train(constrain="refused", reference=reference, start=False, beta_first=30.0)
+    train(constrain="refused", start=False, beta_first=30.0, **settings)
     assert "may not hold" not in caplog.text
+    monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", lambda text: None)
+    train(constrain="refused", start=False, **settings)
+    assert "nothing is held" in caplog.text
 
 
 def test_own_refusals_are_rehearsed_beside_the_rows_they_answer(train, monkeypatch, caplog):
     monkeypatch.setattr("hf_iclr.trainers.refused_prompts.find_refusal_cue", lambda text: 0)
-    trainer = train(constrain="refused", rehearse_refusals=True, start=False, per_device_train_batch_size=10)
+    trainer = train(
+        constrain="refused", rehearse_refusals=True, start=False, per_device_train_batch_size=10,
+        eval_dataset={"train": word_rows(4, seed=9)},
+    )  # fmt: skip
+    assert len(trainer.train_dataset.triplets) == 24  # not those of the evaluation set of that name
     reference = tiny_llama()
     order = list(trainer._get_train_sampler())
     assert sum(index >= 24 for index in order[:10]) == 2

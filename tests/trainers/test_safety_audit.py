@@ -173,6 +173,13 @@ def test_before_and_after(model, word_tokenizer, tmp_path):
     assert against_report.to_frame().equals(report.to_frame())
     with pytest.raises(ValueError, match="same prompts in the same order"):
         audit_safety(model, word_tokenizer, PROMPTS[::-1], before=alone, judge=odd)
+    with pytest.raises(ValueError, match="max_new_tokens=7"):
+        audit_safety(model, word_tokenizer, PROMPTS, before=alone, judge=odd, max_new_tokens=7)
+    with pytest.raises(ValueError, match="what changed would be the measurement"):
+        audit_safety(model, word_tokenizer, PROMPTS, before=alone, max_new_tokens=OPTIONS["max_new_tokens"])
+    assert not any("other answers" in note for note in against_report.notes)
+    other = audit_safety(model, word_tokenizer, PROMPTS, before=alone, **{**call, "answers": ANSWERS[::-1]})
+    assert any("prefilled with other answers" in note for note in other.notes)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

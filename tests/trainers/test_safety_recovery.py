@@ -2,6 +2,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from tokenizers import Tokenizer
@@ -155,6 +156,8 @@ def test_an_empty_block_of_thoughts_belongs_to_the_prompt():
     tokenizer = chat_tokenizer(THINK)
     without = tokenize_triplets(TRIPLETS, tokenizer, chat_template_kwargs={"enable_thinking": False})
     assert list(tokenize_triplets(TRIPLETS, tokenizer)) == list(without)
+    column = [{**triplet, "chat_template_kwargs": {"enable_thinking": False}} for triplet in TRIPLETS]
+    assert list(tokenize_triplets(column, tokenizer)) == list(without)
     assert tokenizer.decode(without[0]["prompt_ids"]).endswith("<think>\n\n</think>\n\n")
 
 
@@ -293,7 +296,11 @@ def test_the_utility_anchor_is_what_the_model_says_itself(template):
     model = tiny_llama(len(tokenizer), seed=2, eos_token_id=tokenizer.eos_token_id)
     model.lm_head.weight.data[tokenizer.eos_token_id] *= 2  # so that answers end
     prompts = [f"{word} mushroom" for word in ("a", "red", "cook the", "fry", "say", "which", "I", "them")]
+    model.train()
+    before = torch.get_rng_state()
     anchor = distill_utility_anchor(model, tokenizer, prompts, max_new_tokens=40, batch_size=3)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    model.eval()
     assert 0 < len(anchor) <= len(prompts)
     for row in anchor:
         if template:
