@@ -276,8 +276,8 @@ class DeepSafetySFTTrainer(SFTTrainer):
         if not plain or "seq_lengths" in rows.column_names:
             raise ValueError(
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data, "
-                "`with_transform` and images do not allow. Set `packing=False`; for a stream add a boolean column `constrain` yourself "
-                "and set `constrain='all'`."
+                "`with_transform` and images do not allow. Set `packing=False`; for a stream add a boolean column "
+                "`constrain` yourself and set `constrain='all'`."
             )
         with self._reference_weights(), evaluation_mode(self.model):
             model = self.accelerator.unwrap_model(self.model if self._ref_model is None else self._ref_model)

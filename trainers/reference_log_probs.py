@@ -148,9 +148,8 @@ def add_reference_log_probs(
         [`~datasets.Dataset`]: the same rows with one more column.
     """
     window = collator.window
-    fingerprint = [
-        Hasher.hash((dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)) if model_hash else ""
-    ]
+    computed = (dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)
+    fingerprint = [Hasher.hash(computed) if model_hash else ""]
     broadcast_object_list(fingerprint, from_process=0)
     on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files) and model_hash is not None
     cache_file = Path(dataset._get_cache_file_path(fingerprint[0])) if on_disk else None

@@ -321,8 +321,8 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
         raise ValueError(
             f"Triplet {index}: the chat template renders the prompt differently when an answer follows, so the model "
             f"would learn from a prompt that it never sees. Alone it ends with {start[-40:]!r}. Type "
-            '`chat_template_kwargs=...` (for instance {"enable_thinking": False}), give the triplets such a column, or '
-            "mend the template."
+            '`chat_template_kwargs=...` (for instance {"enable_thinking": False}), give the triplets such a column, '
+            "or mend the template."
         )
     lead, found, tail = whole[len(start) :].partition(refusal)
     if not found:

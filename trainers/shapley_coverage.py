@@ -164,7 +164,11 @@ def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> No
         silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
         if not why and silent:
             why = [f"{silent[0]} is used without being called, as by a fused output layer"]
-        reasons.append(f"{', '.join(group.names)} ({why[0] if why else 'used outside of the module they belong to'})")
+        other = (
+            "used outside of the module they belong to, or their gradient was changed by more than one factor for "
+            "all, as clipping by value does"
+        )
+        reasons.append(f"{', '.join(group.names)} ({why[0] if why else other})")
         taps.excluded.update(group.modules)
     if len(gaps) == active:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Scores the rows of each optimizer step, whatever loop makes it."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .shapley_direction import (
     squared_norm,
     step_gain,
     unpack_directions,
+    untouched,
     validation_gradient,
 )
 from .shapley_records import StepValues
@@ -86,13 +88,11 @@ class ShapleyEngine:
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
         self.param_groups = [groups[id(parameter)] for parameter in self.parameters]
         self.taps = Taps(model)
-        self.taps.modules = [t for t in self.taps.modules if all(id(p) in groups for p in t.parameters.values())]
+        self.taps.modules = split_by_rate(self.taps.modules, groups)
         if not self.taps.modules:
             raise ValueError(
                 "Expected trainable parameters that the optimizer trains, got none. Unfreeze some, or add an adapter."
             )
-        for index, tapped in enumerate(self.taps.modules):
-            tapped.index = index
         self.groups = group_modules(self.taps.modules, self.parameters)
         self._position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self._low_rank = self._sketched()
@@ -105,7 +105,8 @@ class ShapleyEngine:
         self._decay = np.zeros(len(targets))
         self._energy = np.ones(len(targets))
         self._refreshed = 0
-        self._next: tuple[list[list[torch.Tensor]], list[float]] | None = None  # gradients at the present weights
+        self._next: list[tuple[list[torch.Tensor], float]] | None = None  # gradients and losses at the present weights
+        self._rows_are_known = self._rule_is_known = False
         self._exact: list[list[Direction]] | None = None
         self._micro: list[_MicroBatch] = []
         self._fresh = False
@@ -120,6 +121,7 @@ class ShapleyEngine:
         """Prepare to score optimizer step number `step`, counted from 1."""
         self.close_step()
         self.step, self._micro, self.pending, self._fresh = step, [], None, False
+        self._check_rule()
         if self._is_warming_up():
             return
         if not self.directions or (step - 1) % self.settings.refresh_every == 0:
@@ -127,7 +129,6 @@ class ShapleyEngine:
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
-        self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         self.taps.attach()
         self.taps.on = True
 
@@ -140,6 +141,8 @@ class ShapleyEngine:
         """The next forward and backward passes are about these rows."""
         if self.open:
             self._store_scores()
+            if self._micro and all(parameter.grad is None for parameter in self.parameters):
+                self._micro = []  # the loop has thrown their gradients away
             self._micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
 
@@ -147,33 +150,33 @@ class ShapleyEngine:
         """The model is called in training mode."""
         if not (self.open and self._micro):
             return
+        self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         micro = self._micro[-1]
         if micro.layout is not None:
             self.taps.layout = find_layout(inputs, len(micro.ids))
             return
         micro.layout = find_layout(inputs, len(micro.ids))
+        if not self._rows_are_known:
+            self._rows_are_known = self._check_rows(inputs, micro.layout)
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self._exact else 1), wanted)
 
     def refresh(self) -> None:
         """Measure the validation losses and point the taps along their gradients."""
-        if self._next is not None:
-            gradients, losses = self._next
-            self._next = None
-        else:
-            gradients, losses = self._measure()
-        self.losses = dict(zip(self.names, losses, strict=True))
+        measured = self._next or (self._pass(name, with_gradient=True) for name in self.names)  # one after the other
+        self._next = None
         self._fresh = True
         self._refreshed += 1
         self._scales = [
             preconditioner(self.optimizer, group, parameter)
             for parameter, group in zip(self.parameters, self.param_groups, strict=True)
         ]
-        self._decay = np.array([decay_gain(self.parameters, self.param_groups, found) for found in gradients])
         check = any(self._low_rank) and self._refreshed % CHECK_SKETCH_EVERY == 1
         self.directions, self._exact = [], [] if check else None
         generator = torch.Generator().manual_seed(self.settings.seed + self.step)
-        for which, found in enumerate(gradients):
+        for which, (found, loss) in enumerate(measured):
+            self.losses[self.names[which]] = loss
+            self._decay[which] = decay_gain(self.parameters, self.param_groups, found)
             kept = total = 0.0
             directions: list[Direction] = []
             exact: list[Direction] = []
@@ -202,7 +205,7 @@ class ShapleyEngine:
     def measure_losses(self) -> dict[str, float]:
         """Validation losses of the present weights."""
         if self._next is not None:
-            return dict(zip(self.names, self._next[1], strict=True))
+            return {name: loss for name, (_, loss) in zip(self.names, self._next, strict=True)}
         return {name: self._pass(name, with_gradient=False)[1] for name in self.names}
 
     # After the backward passes
@@ -236,7 +239,16 @@ class ShapleyEngine:
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
         clip = check_scores(scores[..., 0], self.groups, self.taps, self.parameters, self.directions[0], scale)
         factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
-        rates = torch.tensor(self.taps.weights, dtype=scores.dtype, device=scores.device)
+        if clip < 0:
+            logger.warning(
+                "Step %d has no values: the rows' scores add up to the opposite of the gradient, which is not theirs.",
+                self.step,
+            )
+            self._micro = []
+            return
+        rates = torch.tensor(
+            [self._learning_rate(tapped) for tapped in self.taps.modules], dtype=scores.dtype, device=scores.device
+        )
         for index in self.taps.excluded:
             rates[index] = 0
         rows = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
@@ -316,10 +328,6 @@ class ShapleyEngine:
             with_gradient=with_gradient,
         )
 
-    def _measure(self) -> tuple[list[list[torch.Tensor]], list[float]]:
-        found = [self._pass(name, with_gradient=True) for name in self.names]
-        return [gradients for gradients, _ in found], [loss for _, loss in found]
-
     def _point_taps(self) -> None:
         every: list[list[Direction]] = [*self.directions, *(self._exact or [])]
         for tapped in self.taps.modules:
@@ -342,13 +350,88 @@ class ShapleyEngine:
         ]
 
     def _is_warming_up(self) -> bool:
-        adam = any("betas" in group for group in self.param_groups)
-        if not adam:
+        if not any("betas" in group for group in self.param_groups):
             return False
-        steps = [float(self.optimizer.state.get(p, {}).get("step", 0)) for p in self.parameters[:1]]
-        return steps[0] < max(self.settings.adam_warmup, 1)
+        states = self.optimizer.state.values()
+        steps = [float(state["step"]) for state in states if "step" in state]
+        if states and not steps:  # not Adam, though it has betas, as Lion
+            return False
+        return max(steps, default=0.0) < max(self.settings.adam_warmup, 1)
+
+    def _check_rule(self) -> None:
+        """Warn once, when states are there, if the optimizer's rule isn't known."""
+        states = [self.optimizer.state[p] for p in self.parameters if self.optimizer.state.get(p)]
+        if self._rule_is_known or not states:
+            return
+        self._rule_is_known = True
+        keys = {key for key, value in states[0].items() if isinstance(value, torch.Tensor)} - {"step"}
+        adam = "exp_avg_sq" in keys and "betas" in self.param_groups[0]
+        if not adam and not keys <= {"momentum_buffer"}:
+            logger.warning(
+                "%s is none of SGD and the Adam family, whose rules are known: values are those of SGD at its "
+                "learning rate. Their sizes mean nothing and their order may be off; see `explained_ratio`.",
+                type(self.optimizer).__name__,
+            )
+
+    def _check_rows(self, inputs: dict[str, Any], layout: RowLayout) -> bool:
+        """
+        Leave out modules whose output isn't laid out by rows, which the sum of scores can't tell: what is taken for a
+        row's part of it doesn't move along when the rows of a batch are rotated. `False` if this batch can't tell.
+        """
+        if layout.segments is not None or is_sharded(self.model):
+            return True
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
+        if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
+            return False
+        rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
+        once, again, moved = (
+            self._row_sums(given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+        )
+        for index, sums in once.items():
+            known = index in again and index in moved and len(sums) == len(again[index]) == len(moved[index])
+            if not known or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
+                continue  # it is random
+            if not all(_close(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
+                self.taps.unordered.add(index)
+        if len(self.taps.unordered) == len(self.taps.modules):
+            raise ValueError(
+                f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output "
+                "is rotated when the rows are, so what each row contributes can't be told."
+            )
+        return True
+
+    def _row_sums(self, inputs: dict[str, Any], batch: int, seed: int) -> dict[int, list[torch.Tensor]]:
+        """For each call of each module, sums of what would be each row's part of its output."""
+        found: dict[int, list[torch.Tensor]] = {}
+
+        def keep(index: int, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
+                found.setdefault(index, []).append(output.detach().double().reshape(batch, -1).sum(1))
+
+        handles = [
+            tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))
+            for tapped in self.taps.modules
+        ]
+        args = [inputs[str(place)] for place in range(len(inputs)) if str(place) in inputs]
+        kwargs = {name: value for name, value in inputs.items() if not name.isdigit()}
+        was, self.taps.on = self.taps.on, False
+        try:
+            with untouched(self.model, self.parameters[0].device, seed), torch.no_grad():
+                output = self.model.forward(*args, **kwargs)  # around hooks of its own
+        finally:
+            self.taps.on = was
+            for handle in handles:
+                handle.remove()
+        for tapped in self.taps.modules:
+            if tapped.module is self.model:
+                keep(tapped.index, output)
+        return found
 
     def _check_order_two(self) -> None:
+        if self.settings.token_values_for:
+            raise ValueError(
+                "Expected no `token_values_for` with order=2, whose values are those of whole rows. Type `order=1`."
+            )
         other = [tapped.name for tapped in self.taps.modules if tapped.kind not in ("linear", "conv1d")]
         if other or any(".lora_" not in tapped.name for tapped in self.taps.modules):
             name = (other or [tapped.name for tapped in self.taps.modules if ".lora_" not in tapped.name])[0]
@@ -387,9 +470,9 @@ class ShapleyEngine:
     def _average_with_next(self, values: np.ndarray) -> np.ndarray:
         gradients, rates, factor = self._kept
         self._kept = None
-        self._next = self._measure()
+        self._next = [self._pass(name, with_gradient=True) for name in self.names]
         directions: list[list[Direction]] = [
-            [gradient * scale for gradient, scale in zip(found, self._scales, strict=True)] for found in self._next[0]
+            [gradient * scale for gradient, scale in zip(found, self._scales, strict=True)] for found, _ in self._next
         ]
         like = torch.zeros(
             len(self.taps.modules), len(values), len(self.names), dtype=rates.dtype, device=rates.device
@@ -405,6 +488,24 @@ class ShapleyEngine:
                 record[f"sketch_pearson_{name}"] = float(np.corrcoef(sketched[:, which], exact[:, which])[0, 1])
         self._exact = None
         self._point_taps()
+
+
+def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
+    """Modules with those parameters that are trained, once for each learning rate among them, numbered anew."""
+    found: list[TappedModule] = []
+    for tapped in modules:
+        by_rate: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in tapped.parameters.items():
+            if id(parameter) in groups:
+                group = groups[id(parameter)]
+                by_rate.setdefault(float(group.get("initial_lr", group["lr"])), {})[name] = parameter
+        for parameters in by_rate.values():
+            found.append(dataclasses.replace(tapped, parameters=parameters, index=len(found), directions=[]))
+    return found
+
+
+def _close(first: torch.Tensor, then: torch.Tensor) -> bool:
+    return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,7 @@ class Taps:
         tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
         fired (`set` of `int`): modules that scored something since it was cleared.
         misfits (`dict`): why a module could not be scored, by its index.
+        unordered (`set` of `int`): modules whose output isn't laid out by rows.
         low_precision (`bool`): whether some gradients are in half precision, as under autocast.
     """
 
@@ -53,13 +55,14 @@ class Taps:
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
+        self.unordered: set[int] = set()
         self.layout: RowLayout | None = None
         self.scores = torch.empty(0)
         self.tokens: torch.Tensor | None = None
         self.weights: list[float] = [1.0] * len(self.modules)
-        self._inputs: dict[Any, _SharedInput] = {}  # of this micro-batch, by place in memory
+        self.model = model
+        self._inputs: dict[int, _SharedInput] = {}  # of this micro-batch, by identity
         self._handles: list[Any] = []
-        self._copy = any(getattr(module, "inplace", False) for module in model.modules())
 
     def attach(self) -> None:
         """Hook all modules that are not excluded."""
@@ -88,15 +91,17 @@ class Taps:
             self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
 
     def read(self, tapped: TappedModule, x: torch.Tensor) -> "_SharedInput":
-        """Note that a module reads this tensor."""
-        shared = self._inputs.setdefault((x.data_ptr(), x.shape), _SharedInput())
+        """Note that a linear layer reads this tensor."""
+        shared = self._inputs.get(id(x))
+        if shared is None or shared.tensor() is not x:  # another that was freed had its identity
+            shared = self._inputs[id(x)] = _SharedInput(x)
         shared.readers.append(tapped)
         shared.to_come += 1
         return shared
 
     @torch.no_grad()
     def score(
-        self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor, shared: "_SharedInput"
+        self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor, shared: "_SharedInput | None"
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
@@ -106,7 +111,9 @@ class Taps:
             self.fired.add(tapped.index)
             return
         try:
-            products = shared.products(tapped, _first(*arguments), b.dtype)
+            products: list[torch.Tensor | None] = [None] * len(tapped.directions)
+            if shared is not None:
+                products = shared.products(tapped, _first(*arguments), b.dtype)
             by_target = [
                 token_scores(tapped, which, arguments, b, self, product)
                 for which, product in zip(tapped.directions, products, strict=True)
@@ -127,7 +134,8 @@ class _SharedInput:
     directions, and with those of all targets, are taken at once, which costs little more than one of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.tensor = weakref.ref(x)
         self.readers: list[TappedModule] = []
         self.to_come = 0  # scores
         self._place: Any = None
@@ -167,23 +175,24 @@ class _Hook:
         self.taps, self.tapped = taps, tapped
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        taps = self.taps
-        if not (taps.on and taps.layout is not None and module.training and torch.is_grad_enabled()):
+        taps, tapped = self.taps, self.tapped
+        if not (taps.on and taps.layout is not None and taps.model.training and torch.is_grad_enabled()):
             return None
-        if not (isinstance(output, torch.Tensor) and output.requires_grad):
+        if not isinstance(output, torch.Tensor):
+            taps.misfits[tapped.index] = f"its output is {type(output).__name__}, not one tensor"
+            return None
+        if not output.requires_grad:
             return None
         layout, spread = taps.layout, False
-        is_embedding = self.tapped.kind == "embedding" or isinstance(module, nn.Embedding)
-        shape = _first(args, kwargs).shape if is_embedding else output.shape[: _leading(self.tapped, output)]
-        if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch:
+        shape = output.shape[: _leading(tapped, output)]
+        is_embedding = isinstance(module, nn.Embedding)
+        if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch and is_embedding:
             spread = True  # one row for all, like position embeddings: keep rows apart
-        elif not layout.fits(shape, is_embedding):
-            taps.misfits[self.tapped.index] = (
-                f"its {'input' if is_embedding else 'output'} of shape {tuple(shape)} can't be split into rows"
-            )
+        elif tapped.index in taps.unordered or not layout.fits(shape, is_embedding):
+            taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
             return None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        shared = taps.read(self.tapped, _first(args, kwargs))
+        shared = taps.read(tapped, _first(args, kwargs)) if tapped.kind in ("linear", "conv1d") else None
         return _Tap.apply(output, self, layout, spread, shared, (args, kwargs), *tensors)
 
 
@@ -197,7 +206,7 @@ class _Tap(torch.autograd.Function):
         hook: _Hook,
         layout: RowLayout,
         spread: bool,
-        shared: _SharedInput,
+        shared: _SharedInput | None,
         call: Any,
         *tensors: Any,
     ):
@@ -208,7 +217,9 @@ class _Tap(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if spread:
             return output.expand(layout.batch, *output.shape[1:])
-        return output.clone() if hook.taps._copy else output.view_as(output)
+        # Not a view, which could not be changed in place. Linear and embedding layers don't need their output again,
+        # so it may share their memory; others may.
+        return output.data if hook.tapped.kind in ("linear", "conv1d", "embedding") else output.clone()
 
     @staticmethod
     def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
@@ -254,12 +265,11 @@ def token_scores(
     Returns:
         `torch.Tensor` of shape `(batch, ...)`: at least in float32.
     """
-    x = _first(*arguments)
     u = directions.get("weight")
     if tapped.kind in ("linear", "conv1d"):
         scores = None
         if u is not None:
-            scores = _linear_scores(u, x, b, tapped.kind == "linear", product)
+            scores = _linear_scores(u, _first(*arguments), b, tapped.kind == "linear", product)
         if "bias" in directions:
             bias = _product(b, _dense(directions["bias"]).to(b.dtype))
             scores = bias if scores is None else scores + bias
@@ -267,18 +277,20 @@ def token_scores(
         return scores
     if tapped.kind == "embedding":
         assert u is not None
+        x = _first(*arguments)
         if isinstance(u, LowRank):
             thin = b @ u.right.T.to(b.dtype)
             scores = _sum_product(thin, F.embedding(x, u.left).to(b.dtype))
         else:
             scores = _sum_product(b, F.embedding(x, u).to(b.dtype))
     elif tapped.kind == "norm":
-        scores = _sum_product(b, _norm_output(tapped.module, x, directions).to(b.dtype), _leading(tapped, b))
+        output = _norm_output(tapped.module, _first(*arguments), directions)
+        scores = _sum_product(b, output.to(b.dtype), _leading(tapped, b))
     else:
         scores = _sum_product(b, _jvp(tapped, directions, arguments, taps).to(b.dtype), _leading(tapped, b))
     padding = getattr(tapped.module, "padding_idx", None)
     if isinstance(tapped.module, nn.Embedding) and padding is not None:
-        scores = scores.masked_fill(x == padding, 0)  # whose weight gets no gradient
+        scores = scores.masked_fill(_first(*arguments) == padding, 0)  # whose weight gets no gradient
     return scores
 
 
@@ -400,7 +412,8 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     if isinstance(module, nn.RMSNorm):
         return F.rms_norm(x, module.normalized_shape, weight, module.eps)
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=module.eps)  # type: ignore[arg-type]
+    running = (None, None) if module.training else (module.running_mean, module.running_var)
+    return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
 
 
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -417,11 +430,22 @@ def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any,
     def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
         return torch.func.functional_call(module, values, tuple(args), kwargs, tie_weights=False)
 
+    device = next(iter(primals.values())).device
+    devices = [] if device.type == "cpu" else [device]
     was, taps.on = taps.on, False
     try:
-        return torch.func.jvp(run, (primals,), (tangents,))[1]
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+            state = _random_state(device)
+            derivative = torch.func.jvp(run, (primals,), (tangents,))[1]
+            if not torch.equal(_random_state(device), state):
+                raise NotImplementedError("it draws random numbers")
+            return derivative
     finally:
         taps.on = was
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

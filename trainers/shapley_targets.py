@@ -58,7 +58,8 @@ def trainer_batches(
                     f"{dataset.column_names}. Prepare it like the training set."
                 )
             dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
-    batches = _collate(dataset, base.collate_fn, batch_size)
+    with untouched(trainer.model, trainer.args.device, trainer.args.seed):
+        batches = _collate(dataset, base.collate_fn, batch_size)
     _check_vocabulary(name, batches, trainer.model)
     return batches
 
@@ -68,13 +69,16 @@ def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batc
     Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset, collated
     as the training loader does.
     """
-    if isinstance(dataset, (DataLoader, list, tuple)) or hasattr(dataset, "base_dataloader"):
-        batches = [(batch, _count_rows(batch)) for batch in dataset]
-        _check_length(name, batches)
-    else:
+    made = isinstance(dataset, (DataLoader, list, tuple)) or hasattr(dataset, "base_dataloader")
+    if not made:
         _check_length(name, dataset)
-        base = getattr(loader, "base_dataloader", loader)
-        batches = _collate(dataset, base.collate_fn, base.batch_size or 8)
+    with untouched(model, next(model.parameters()).device, seed=0):
+        if made:
+            batches = [(batch, _count_rows(batch)) for batch in dataset]
+        else:
+            base = getattr(loader, "base_dataloader", loader)
+            batches = _collate(dataset, base.collate_fn, base.batch_size or 8)
+    _check_length(name, batches)
     _check_vocabulary(name, batches, model)
     return batches
 
