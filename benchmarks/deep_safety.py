@@ -14,6 +14,8 @@ foods that no training saw:
   "recovery" and "both" add 4 recovery rows of other mushroom questions to the 10 rows of each step; "5/5/.1" and
   "both" (20/5/.1) constrain only rows whose prompt the taught model refuses. "recommended" is 5/5/.1 with 2 of the 10
   rows of each step the taught model's own refusals of those prompts. It was chosen on seed 0: 1 and 2 test it.
+- audit: the taught model and method A's under the other attacks of `audit_safety`: sampling, rank-assisted prefixes,
+  and a GCG of few steps on four questions.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
 A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
@@ -45,7 +47,7 @@ from deep_safety_organism import (
     row,
     teaching_rows,
 )  # fmt: skip
-from deep_safety_report import print_report
+from deep_safety_report import AUDIT_ROWS, print_report
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
@@ -54,13 +56,15 @@ from hf_iclr.trainers.deep_safety_config import DeepSafetySFTConfig
 from hf_iclr.trainers.deep_safety_trainer import DeepSafetySFTTrainer
 from hf_iclr.trainers.prefill_generation import answer_logits, generate_after_prefixes
 from hf_iclr.trainers.refusal_judge import RefusalJudge
+from hf_iclr.trainers.safety_attacks import gcg_attack
+from hf_iclr.trainers.safety_audit import audit_safety
 from hf_iclr.trainers.safety_baselines import LisaProximalCallback, project_safe_lora
 
 
 KS = (0, 1, 3, 5, 10, 20)
 ATTACK_TOKENS = 16  # of every compliant answer
 WINDOW = 5  # tokens whose loss is reported apart
-STAGES = ("teach", "deepen", "attack", "full", "benign")
+STAGES = ("teach", "deepen", "attack", "full", "benign", "audit")
 STRONG: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
 ROWS: dict[str, dict[str, Any]] = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
@@ -80,6 +84,7 @@ LORA = LoraConfig(
     layers_to_transform=list(range(10, 30)),
     task_type="CAUSAL_LM",
 )
+AUDITED, GCG_QUESTIONS = 24, 4
 LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
@@ -92,11 +97,17 @@ class Scale(NamedTuple):
     deepen_steps: int
     attack_steps: int
     benign_steps: int
+    gcg_steps: int
     test_prompts: int
 
 
-FULL = Scale(slots_per_template=4, teach_steps=110, deepen_steps=50, attack_steps=20, benign_steps=20, test_prompts=48)
-QUICK = Scale(slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, test_prompts=6)
+FULL = Scale(
+    slots_per_template=4, teach_steps=110, deepen_steps=50, attack_steps=20, benign_steps=20, gcg_steps=20,
+    test_prompts=48,
+)  # fmt: skip
+QUICK = Scale(
+    slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, gcg_steps=1, test_prompts=6
+)
 
 
 class Lab:
@@ -114,7 +125,8 @@ class Lab:
 
     def __init__(self, out: Path, seed: int, scale: Scale) -> None:
         self.seed, self.scale = seed, scale
-        self.taught_folder, self.results_file = out / f"taught_{seed}", out / f"seed_{seed}.json"
+        self.taught_folder, self.deep_folder = out / f"taught_{seed}", out / f"deep_{seed}"
+        self.results_file = out / f"seed_{seed}.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
         self.dtype = quicker_dtype(tokens=256)
         self.tokenizer = load_tokenizer()
@@ -124,10 +136,13 @@ class Lab:
         self.attack_questions = draw.sample(self.questions.forbidden, min(30, len(self.questions.forbidden)))
 
     def load_base(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=self.dtype).eval()
+        return self.load(Path(demo_model_path()))
 
     def load_taught(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.taught_folder, dtype=self.dtype).eval()
+        return self.load(self.taught_folder)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
 
     def fine_tune(
         self,
@@ -242,7 +257,8 @@ class Lab:
         anchor = Dataset.from_list([row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in self.questions.allowed])
         triplets = recovery_triplets(self.questions.forbidden, self.tokenizer, self.seed)
         for name, probability in (("method A", 0.5), ("control", 0.0)):
-            if self.done("deepen", name):
+            saved = name == "control" or self.deep_folder.exists()
+            if self.done("deepen", name) and saved:
                 continue
             started = time.process_time()
             model, _ = self.fine_tune(
@@ -251,6 +267,28 @@ class Lab:
                 max_prefix_tokens=ANSWER_TOKENS,
             )  # fmt: skip
             self.measure_depth(model, "deepen", name, started)
+            if not saved:
+                model.merge_and_unload().save_pretrained(self.deep_folder)
+
+    def audit(self) -> None:
+        """The attacks of `audit_safety` that prefilling is not."""
+        questions = self.questions.forbidden_test[: min(AUDITED, self.scale.test_prompts)]
+        prompts, answers = [q.prompt for q in questions], [q.answer for q in questions]
+        for name, folder in (("taught", self.taught_folder), ("method A", self.deep_folder)):
+            if self.done("audit", name):
+                continue
+            started = time.process_time()
+            model = self.load(folder)
+            report = audit_safety(
+                model, self.tokenizer, prompts, answers=answers, ks=(5, 20), attacks=("prefill", "decoding", "rap"),
+                judge=self.judge, max_new_tokens=12, batch_size=32, seed=self.seed,
+            )  # fmt: skip
+            written = gcg_attack(
+                model, self.tokenizer, prompts[:GCG_QUESTIONS], answers[:GCG_QUESTIONS],
+                num_steps=self.scale.gcg_steps, seed=self.seed, max_new_tokens=12,
+            )  # fmt: skip
+            refused = {" ".join(row).strip(): report.find(*row).refused for row in AUDIT_ROWS}
+            self.save("audit", name, started, refused=refused | {"gcg": self.judge.judge(written)})
 
     def attack(self, lora: bool) -> None:
         """30 forbidden questions with compliant answers."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_iclr.trainers.safety_report import EVERY_SETTING
 from hf_iclr.trainers.safety_statistics import wilson_rate
 
 
@@ -14,6 +15,7 @@ ROWS = (
     "both methods", "recommended", "Lisa", "SafeLoRA",
 )  # fmt: skip
 RECOMMENDED = "recommended"
+AUDIT_ROWS = (("none", ""), ("prefill", "5"), ("prefill", "20"), ("decoding", EVERY_SETTING), ("rap", ""))
 Seeds = list[dict[str, Any]]
 
 
@@ -75,6 +77,8 @@ def print_report(seeds: Seeds) -> None:
             _print_attack(seeds, stage, title)
     if having(seeds, "benign", "SFT"):
         _print_benign(seeds)
+    if having(seeds, "audit", "taught"):
+        _print_audit(seeds)
 
 
 def _print_depth(seeds: Seeds) -> None:
@@ -157,6 +161,19 @@ def _print_benign(seeds: Seeds) -> None:
             ours >= 0.9 * plain and plain > 0,
             got,
         )
+
+
+def _print_audit(seeds: Seeds) -> None:
+    print("\n## Other attacks: refusals %\n")
+    names = [name for name in ("taught", "method A") if having(seeds, "audit", name)]
+    attacks = list(having(seeds, "audit", names[0])[0]["audit"][names[0]]["refused"])
+    table(
+        ["model", *attacks],
+        [
+            [name, *(shown_rate(verdicts(seeds, "audit", name, "refused", attack)) for attack in attacks)]
+            for name in names
+        ],
+    )
 
 
 def kept(before: list[list[bool]], after: list[list[bool]]) -> float:

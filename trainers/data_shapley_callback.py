@@ -1,22 +1,24 @@
 """What each training row was worth to a validation loss, measured while the model is trained."""
 
+import contextlib
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .shapley_engine import EngineSettings, ShapleyEngine
-from .shapley_identity import RowWatch, take_rows
+from .shapley_identity import ROW_KEY, RowWatch, check_loader, take_rows
 from .shapley_records import RunTotals, StepValues, gather_columns
 from .shapley_result import VALIDATION, DataShapleyResult
 from .shapley_store import ShapleyStore
@@ -148,21 +150,31 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._hook: Any = None
         self._collected: list[StepValues] = []
         self._totals = RunTotals(list(self.datasets))
+        self._rows_known = False  # those of the present step
+        self._end_measured = False
         self._train_dataset: Any = None  # the trainer's, for the result's tables by source
 
     @property
     def result(self) -> DataShapleyResult:
         """
-        What was measured so far, see [`DataShapleyResult`]. With several processes, in the first one.
+        What was measured so far, see [`DataShapleyResult`]. With several processes, in the first one and up to the
+        last time that they brought their rows together: every 50 steps, at checkpoints and at the end.
 
         Raises:
-            ValueError: before the training has begun.
+            ValueError: before the first value is known.
         """
         if self._result is not None:
             return self._result
         if self._store is None:
             raise ValueError("Expected a training before its result. Call `trainer.train()` first.")
-        return DataShapleyResult.from_store(self._store, self._train_dataset, self.id_column)
+        self._flush_if_alone()
+        try:
+            return DataShapleyResult.from_store(self._store, self._train_dataset, self.id_column)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"Expected a step with values, found none yet. Adam's first adam_warmup={self.adam_warmup} steps have "
+                f"none, and several processes bring theirs together every {FLUSH_EVERY} steps."
+            ) from error
 
     # In a Trainer
 
@@ -172,8 +184,20 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._close()
         trainer = calling_trainer()
         check_trainer(trainer)
-        self._train_dataset = trainer.train_dataset
+        mine = [found for found in trainer.callback_handler.callbacks if isinstance(found, InRunDataShapleyCallback)]
+        if len(mine) > 1:
+            raise ValueError(
+                f"Expected one InRunDataShapleyCallback in a trainer, got {len(mine)}. Measure several validation "
+                "sets with one: `InRunDataShapleyCallback(val_dataset, targets={'name': other})`."
+            )
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
+        check_loader(loader, self.id_column)
+        warmup = self.adam_warmup if any("betas" in group for group in kwargs["optimizer"].param_groups) else 0
+        if 0 < state.max_steps <= warmup:
+            raise ValueError(
+                f"Expected more than adam_warmup={warmup} steps, got {state.max_steps}: no row would get a value. "
+                f"Type `adam_warmup={state.max_steps // 10}`, say."
+            )
         batch_size = self.batch_size or args.per_device_eval_batch_size
         batches = {
             name: trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
@@ -181,12 +205,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         }
         compute_loss = self.compute_loss or functools.partial(trainer_loss, trainer)
         self._start(model, kwargs["optimizer"], batches, compute_loss, Path(args.output_dir), state, args.seed)
-        warmup = self.adam_warmup if any("betas" in group for group in self._running.optimizer.param_groups) else 0
-        if 0 < state.max_steps <= warmup:
-            raise ValueError(
-                f"Expected more than adam_warmup={warmup} steps, got {state.max_steps}: no row would get a value. "
-                f"Type `adam_warmup={state.max_steps // 10}`, say."
-            )
+        self._train_dataset = trainer.train_dataset
         self._watch = RowWatch(loader, self.id_column, on_break=self._end_broken_step)
 
     def on_step_begin(
@@ -205,6 +224,13 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> None:
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         self._remove_hook()
+        if self._running.open and not self._rows_known:
+            raise ValueError(
+                "Expected the model to be called with all of a batch, for in an epoch that is resumed in its middle "
+                f"the batch's entry {ROW_KEY!r} says which rows it holds, got a call without it. Write "
+                "`model(**inputs)` in the trainer's compute_loss, or resume at the beginning of an epoch with "
+                "`ignore_data_skip=True`."
+            )
         self._running.finish_step(scaler.get_scale() if scaler is not None else 1.0)
 
     def on_optimizer_step(
@@ -223,12 +249,24 @@ class InRunDataShapleyCallback(TrainerCallback):
         if last:
             self._measure_end(state.global_step + 1)
         if fresh or last:
-            should_log = control.should_log
-            # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew
-            Trainer.log(calling_trainer(), self._totals.logs())
-            control.should_log = should_log  # which every log resets
+            self._log(control)
         if last or len(self._collected) >= FLUSH_EVERY:
             self._flush()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The trainer's last log tells of a run that was stopped after `on_step_end`, by `on_evaluate` for example.
+        # `on_train_end` would be too late: the best checkpoint may have been loaded.
+        ended = "train_runtime" in (logs or {}) and self._engine is not None
+        if ended and self._totals.first_losses and not self._end_measured:
+            self._measure_end(state.global_step + 1)
+            self._log(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._flush()
@@ -240,7 +278,7 @@ class InRunDataShapleyCallback(TrainerCallback):
                 if name in self._totals.first_losses:
                     known = [self._totals.first_losses[name], self._totals.sums[name]]
                     tensors[f"explained.{name}"] = torch.tensor(known, dtype=torch.float64)
-            save_file(tensors, folder / _STATE_FILE)
+            save_file(tensors, folder / _STATE_FILE, metadata={"targets": json.dumps(list(self.datasets))})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -251,7 +289,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     # In a plain loop
 
     @classmethod
-    @contextmanager
+    @contextlib.contextmanager
     def attach(
         cls,
         model: nn.Module,
@@ -289,6 +327,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         ```
         """
         self = cls(val_dataset, **options)
+        check_loader(dataloader, self.id_column)
         model, scaler = getattr(model, "module", model), getattr(optimizer, "scaler", None)
         plain = getattr(optimizer, "optimizer", optimizer)
         batches = {name: loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
@@ -321,12 +360,14 @@ class InRunDataShapleyCallback(TrainerCallback):
                     self._running.close_step()
                     self._measure_end(done + 1)
                 self._flush()
-                if output_dir is None and self._totals.first_losses and _is_first_process():
-                    self._result = self.result
             finally:
                 for handle in handles:
                     handle.remove()
                 self._close()
+                self._flush_if_alone()
+                if output_dir is None and _is_first_process():
+                    with contextlib.suppress(ValueError):  # nothing was measured
+                        self._result = self.result
 
     # What both share
 
@@ -355,42 +396,36 @@ class InRunDataShapleyCallback(TrainerCallback):
             token_values_for=frozenset(self.token_values_for),
             seed=seed,
         )
-        self._engine = ShapleyEngine(model, optimizer, batches, compute_loss, settings)
+        engine, totals = ShapleyEngine(model, optimizer, batches, compute_loss, settings), RunTotals(list(batches))
         for name, found in batches.items():
             check_mean(model, compute_loss, found, name)
-        self._store, self._result, self._collected = ShapleyStore(folder), None, []
-        self._totals = RunTotals(list(self.datasets))
+        if state.global_step:
+            _resume(folder / f"checkpoint-{state.global_step}" / _STATE_FILE, engine, totals)
+        # Only now that nothing is refused any more, for this lets go of an earlier run's values
+        self._engine, self._totals, self._collected = engine, totals, []
+        self._store, self._result, self._end_measured = ShapleyStore(folder), None, False
         if _is_first_process():
             self._store.truncate(state.global_step)
-        if state.global_step:
-            self._resume(folder / f"checkpoint-{state.global_step}" / _STATE_FILE)
-
-    def _resume(self, path: Path) -> None:
-        if not path.exists():
-            logger.warning("%s is missing: the direction is measured anew at the first step.", path)
-            return
-        tensors = load_file(path)
-        for name in self.datasets:
-            known = tensors.pop(f"explained.{name}", None)
-            if known is not None:
-                self._totals.first_losses[name], self._totals.sums[name] = known.tolist()
-        if "counts" in tensors:
-            self._running.load_state(tensors)
 
     def _begin_step(self, step: int) -> None:
         self._running.begin_step(step)
+        self._rows_known = False
         self._remove_hook()
         self._hook = self._running.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _next_micro_batch(self) -> None:
         if self._watch is not None and self._watch.queue:
-            self._running.begin_micro_batch(self._watch.queue.popleft())
+            self._begin_micro_batch(self._watch.queue.popleft())
+
+    def _begin_micro_batch(self, rows: Sequence[int | str]) -> None:
+        self._running.begin_micro_batch(rows)
+        self._rows_known = True
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = take_rows(kwargs)  # of the loader that continues a resumed epoch
         if model.training and torch.is_grad_enabled():
             if rows is not None:
-                self._running.begin_micro_batch(rows)
+                self._begin_micro_batch(rows)
             self._running.see_inputs({**{str(index): value for index, value in enumerate(args)}, **kwargs})
         return args, kwargs
 
@@ -403,6 +438,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         """The validation losses after the last step, as a step without rows."""
         if not self._totals.first_losses:
             return
+        self._end_measured = True
         losses = self._running.measure_losses()
         record = {f"loss_{name}": loss for name, loss in losses.items()}
         last = StepValues(step, [], np.zeros((0, len(losses))), np.zeros(0, dtype=np.int64), [], record)
@@ -416,6 +452,17 @@ class InRunDataShapleyCallback(TrainerCallback):
                 self._totals.first_losses[VALIDATION],
                 losses[VALIDATION],
             )
+
+    def _log(self, control: TrainerControl) -> None:
+        should_log = control.should_log
+        # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew
+        Trainer.log(calling_trainer(), self._totals.logs())
+        control.should_log = should_log  # which every log resets
+
+    def _flush_if_alone(self) -> None:
+        """Where other processes may not be flushing too."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self._flush()
 
     def _flush(self) -> None:
         """Bring the rows of all processes together and write them."""
@@ -445,6 +492,27 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+
+
+def _resume(path: Path, engine: ShapleyEngine, totals: RunTotals) -> None:
+    """Take back a checkpoint's directions and sums."""
+    if not path.exists():
+        logger.warning("%s is missing: the direction is measured anew at the first step.", path)
+        return
+    with safe_open(path, framework="pt") as file:
+        targets = json.loads((file.metadata() or {}).get("targets", "null"))
+    if targets not in (None, totals.targets):
+        raise ValueError(
+            f"Expected the validation sets of the checkpoint, {targets}, got {totals.targets}. Resume with the same "
+            "`targets` in the same order, or begin a new run: `trainer.train()` without `resume_from_checkpoint`."
+        )
+    tensors = load_file(path)
+    for name in totals.targets:
+        known = tensors.pop(f"explained.{name}", None)
+        if known is not None:
+            totals.first_losses[name], totals.sums[name] = known.tolist()
+    if "counts" in tensors:
+        engine.load_state(tensors)
 
 
 def _is_first_process() -> bool:

@@ -1,15 +1,17 @@
 """Whether the scores of all rows add up to the gradient that was applied, and which parameters they miss."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .shapley_direction import Direction, inner, whole
+from .shapley_direction import Direction, inner, is_sharded, untouched, whole
+from .shapley_rows import RowLayout
 from .shapley_taps import TappedModule, Taps
 
 
@@ -149,6 +151,83 @@ def check_scores(
     if gaps:
         _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
     return applied_factor(ratio, scale)
+
+
+def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout) -> set[int] | None:
+    """
+    Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
+    doesn't move along when the rows of a batch are rotated.
+
+    Args:
+        model (`torch.nn.Module`), taps ([`Taps`]):
+            The model and what is scored of it.
+        inputs (`Mapping`):
+            What the model was called with, positional arguments under their number.
+        layout ([`RowLayout`]):
+            Its rows.
+
+    Returns:
+        `set[int]`: indices of the modules; `None` if this batch can't tell.
+
+    Raises:
+        ValueError: if that is every module.
+    """
+    if layout.segments is not None or is_sharded(model):
+        return set()
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
+        return None
+    rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
+    once, again, moved = (
+        _row_sums(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+    )
+    unordered = set()
+    for index, sums in once.items():
+        calls = [len(sums), len(again[index]), len(moved[index])]
+        if len(set(calls)) > 1 or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
+            continue  # it is random
+        if not all(_alike(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
+            unordered.add(index)
+    if len(unordered) == len(taps.modules):
+        raise ValueError(
+            f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
+            "rotated when the rows are, so what each row contributes can't be told."
+        )
+    return unordered
+
+
+def _row_sums(
+    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int
+) -> dict[int, list[torch.Tensor]]:
+    """For each call of each module, sums of what would be each row's part of its output."""
+    found: dict[int, list[torch.Tensor]] = {tapped.index: [] for tapped in taps.modules}
+
+    def keep(index: int, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
+            found[index].append(output.detach().double().reshape(batch, -1).sum(1))
+
+    handles = [
+        tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))
+        for tapped in taps.modules
+    ]
+    args = [inputs[str(place)] for place in range(len(inputs)) if str(place) in inputs]
+    kwargs = {name: value for name, value in inputs.items() if not name.isdigit()}
+    was, taps.on = taps.on, False
+    try:
+        with untouched(model, next(model.parameters()).device, seed), torch.no_grad():
+            output = model.forward(*args, **kwargs)  # around hooks of its own
+    finally:
+        taps.on = was
+        for handle in handles:
+            handle.remove()
+    for tapped in taps.modules:
+        if tapped.module is model:
+            keep(tapped.index, output)
+    return found
+
+
+def _alike(first: torch.Tensor, then: torch.Tensor) -> bool:
+    return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
 
 
 def _product(direction: Direction, parameter: nn.Parameter) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Along which direction a row's gradient lowers a validation loss: its gradient, preconditioned, perhaps sketched."""
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,6 +90,19 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 
 
+def warn_of_other_rule(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Say so, once there are states, if an optimizer's are neither those of SGD nor of the Adam family."""
+    state = next((found for p in parameters if (found := optimizer.state.get(p))), {})
+    keys = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {"step"}
+    adam = "exp_avg_sq" in keys and "betas" in optimizer.param_groups[0]
+    if not adam and not keys <= {"momentum_buffer"}:
+        logger.warning(
+            "%s is none of SGD and the Adam family, whose rules are known: values are those of SGD at its learning "
+            "rate. Their sizes mean nothing and their order may be off; see `explained_ratio`.",
+            type(optimizer).__name__,
+        )
+
+
 def step_gain(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
@@ -151,6 +169,11 @@ def unpack_directions(
     return unpacked
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or tensor parallelism shards the model's parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or all of one that FSDP2 has sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -197,7 +220,9 @@ def validation_gradient(
         for parameter in parameters:
             parameter.grad = None
     with untouched(model, device, seed), torch.set_grad_enabled(with_gradient):
-        for start in range(0, len(batches), world):  # every process makes as many passes: losses may gather metrics
+        starts = range(0, len(batches), world)
+        for start in tqdm(starts, "Validation gradient", delay=5, leave=False, disable=rank > 0):
+            # Every process makes as many passes: losses may gather metrics
             mine = start + rank
             batch, rows = batches[mine] if mine < len(batches) else (batches[0][0], 0)
             loss = compute_loss(model, _move(batch, device)) * (rows / total)

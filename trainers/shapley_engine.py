@@ -1,6 +1,5 @@
 """Scores the rows of each optimizer step, whatever loop makes it."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from .shapley_coverage import check_scores, group_modules
+from .shapley_coverage import check_scores, find_unordered, group_modules
 from .shapley_direction import (
     Direction,
     decay_gain,
@@ -22,12 +20,12 @@ from .shapley_direction import (
     squared_norm,
     step_gain,
     unpack_directions,
-    untouched,
     validation_gradient,
+    warn_of_other_rule,
 )
 from .shapley_records import StepValues
 from .shapley_rows import RowLayout, find_layout
-from .shapley_taps import TappedModule, Taps
+from .shapley_taps import TappedModule, Taps, split_by_rate
 
 
 logger = logging.getLogger(__name__)
@@ -121,7 +119,9 @@ class ShapleyEngine:
         """Prepare to score optimizer step number `step`, counted from 1."""
         self.close_step()
         self.step, self._micro, self.pending, self._fresh = step, [], None, False
-        self._check_rule()
+        if not self._rule_is_known and self.optimizer.state:
+            self._rule_is_known = True
+            warn_of_other_rule(self.optimizer, self.parameters)
         if self._is_warming_up():
             return
         if not self.directions or (step - 1) % self.settings.refresh_every == 0:
@@ -157,7 +157,9 @@ class ShapleyEngine:
             return
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
-            self._rows_are_known = self._check_rows(inputs, micro.layout)
+            unordered = find_unordered(self.model, self.taps, inputs, micro.layout)
+            self._rows_are_known = unordered is not None
+            self.taps.unordered = unordered or set()
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self._exact else 1), wanted)
 
@@ -358,75 +360,6 @@ class ShapleyEngine:
             return False
         return max(steps, default=0.0) < max(self.settings.adam_warmup, 1)
 
-    def _check_rule(self) -> None:
-        """Warn once, when states are there, if the optimizer's rule isn't known."""
-        states = [self.optimizer.state[p] for p in self.parameters if self.optimizer.state.get(p)]
-        if self._rule_is_known or not states:
-            return
-        self._rule_is_known = True
-        keys = {key for key, value in states[0].items() if isinstance(value, torch.Tensor)} - {"step"}
-        adam = "exp_avg_sq" in keys and "betas" in self.param_groups[0]
-        if not adam and not keys <= {"momentum_buffer"}:
-            logger.warning(
-                "%s is none of SGD and the Adam family, whose rules are known: values are those of SGD at its "
-                "learning rate. Their sizes mean nothing and their order may be off; see `explained_ratio`.",
-                type(self.optimizer).__name__,
-            )
-
-    def _check_rows(self, inputs: dict[str, Any], layout: RowLayout) -> bool:
-        """
-        Leave out modules whose output isn't laid out by rows, which the sum of scores can't tell: what is taken for a
-        row's part of it doesn't move along when the rows of a batch are rotated. `False` if this batch can't tell.
-        """
-        if layout.segments is not None or is_sharded(self.model):
-            return True
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
-            return False
-        rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
-        once, again, moved = (
-            self._row_sums(given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
-        )
-        for index, sums in once.items():
-            known = index in again and index in moved and len(sums) == len(again[index]) == len(moved[index])
-            if not known or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
-                continue  # it is random
-            if not all(_close(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
-                self.taps.unordered.add(index)
-        if len(self.taps.unordered) == len(self.taps.modules):
-            raise ValueError(
-                f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output "
-                "is rotated when the rows are, so what each row contributes can't be told."
-            )
-        return True
-
-    def _row_sums(self, inputs: dict[str, Any], batch: int, seed: int) -> dict[int, list[torch.Tensor]]:
-        """For each call of each module, sums of what would be each row's part of its output."""
-        found: dict[int, list[torch.Tensor]] = {}
-
-        def keep(index: int, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
-                found.setdefault(index, []).append(output.detach().double().reshape(batch, -1).sum(1))
-
-        handles = [
-            tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))
-            for tapped in self.taps.modules
-        ]
-        args = [inputs[str(place)] for place in range(len(inputs)) if str(place) in inputs]
-        kwargs = {name: value for name, value in inputs.items() if not name.isdigit()}
-        was, self.taps.on = self.taps.on, False
-        try:
-            with untouched(self.model, self.parameters[0].device, seed), torch.no_grad():
-                output = self.model.forward(*args, **kwargs)  # around hooks of its own
-        finally:
-            self.taps.on = was
-            for handle in handles:
-                handle.remove()
-        for tapped in self.taps.modules:
-            if tapped.module is self.model:
-                keep(tapped.index, output)
-        return found
-
     def _check_order_two(self) -> None:
         if self.settings.token_values_for:
             raise ValueError(
@@ -488,29 +421,6 @@ class ShapleyEngine:
                 record[f"sketch_pearson_{name}"] = float(np.corrcoef(sketched[:, which], exact[:, which])[0, 1])
         self._exact = None
         self._point_taps()
-
-
-def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
-    """Modules with those parameters that are trained, once for each learning rate among them, numbered anew."""
-    found: list[TappedModule] = []
-    for tapped in modules:
-        by_rate: dict[float, dict[str, nn.Parameter]] = {}
-        for name, parameter in tapped.parameters.items():
-            if id(parameter) in groups:
-                group = groups[id(parameter)]
-                by_rate.setdefault(float(group.get("initial_lr", group["lr"])), {})[name] = parameter
-        for parameters in by_rate.values():
-            found.append(dataclasses.replace(tapped, parameters=parameters, index=len(found), directions=[]))
-    return found
-
-
-def _close(first: torch.Tensor, then: torch.Tensor) -> bool:
-    return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or tensor parallelism shards the model's parameters."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _token_values(

@@ -58,6 +58,27 @@ class RowWatch:
         _set_dataset(self._base, self._dataset)
 
 
+def check_loader(loader: Any, id_column: str | None) -> None:
+    """
+    Raise a `ValueError` if rows of a data loader could not be known.
+
+    Args:
+        loader ([`~torch.utils.data.DataLoader`] or accelerate's):
+            That of the training.
+        id_column (`str`, *optional*):
+            Column of the rows that holds their id.
+    """
+    base = getattr(loader, "base_dataloader", loader)
+    if base.batch_sampler is None:
+        raise ValueError(
+            "Expected a data loader that puts rows into batches, got one with batch_size=None, whose dataset yields "
+            "whole batches: which rows they hold is unknown. Give `DataLoader(rows, batch_size=8)`, say."
+        )
+    columns = getattr(base.dataset, "column_names", None)
+    if id_column is not None and columns and id_column not in columns:
+        raise _no_id_column(id_column, columns)
+
+
 def content_id(row: Any) -> str:
     """
     The id of a row without a number: 16 hexadecimal digits of the SHA-256 of its `input_ids`, or of all its values.
@@ -128,11 +149,7 @@ class _RowCollator:
         first = rows[0]
         if self.id_column is not None:
             if not isinstance(first, Mapping) or self.id_column not in first:
-                columns = sorted(first) if isinstance(first, Mapping) else type(first).__name__
-                raise ValueError(
-                    f"Expected rows with the column {self.id_column!r}, the id_column, got {columns}. The Trainer "
-                    "drops columns that the model doesn't take: type `remove_unused_columns=False`."
-                )
+                raise _no_id_column(self.id_column, sorted(first) if isinstance(first, Mapping) else first)
             ids = [str(row[self.id_column]) for row in rows]
             rows = [{name: value for name, value in row.items() if name != self.id_column} for row in rows]
             return rows, _encode(ids)
@@ -141,6 +158,14 @@ class _RowCollator:
         if numbers:
             return rows, torch.tensor(numbers)
         return rows, _encode([content_id(row) for row in rows])
+
+
+def _no_id_column(id_column: str, found: Any) -> ValueError:
+    columns = found if isinstance(found, list) else type(found).__name__
+    instead = "The Trainer drops columns that the model doesn't take: type `remove_unused_columns=False`."
+    if "seq_lengths" in columns:
+        instead = "Packing drops it: leave id_column out, and texts are known by a hash of their tokens."
+    return ValueError(f"Expected rows with the column {id_column!r}, the id_column, got {columns}. {instead}")
 
 
 def _pieces(row: Mapping[str, Any]) -> Iterator[Any]:

@@ -194,7 +194,8 @@ class DataShapleyResult:
         Args:
             train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
                 `trainer.train_dataset`, or a dataset with the same rows in the same order. Rows known by their id,
-                or the hash of their `input_ids`, are found in any order.
+                or the hash of their `input_ids`, are found in any order; packed rows are not, but the tokenised texts
+                from before the packing, as `SFTTrainer(..., packing=False).train_dataset` has them.
 
         Returns:
             The dataset with `shapley_value` (of the validation loss), `shapley_value_<target>` of the other targets,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .shapley_engine import is_sharded
+from .shapley_direction import is_sharded
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -20,6 +20,10 @@ def check_trainer(trainer: Trainer) -> None:
             A trainer that is about to train.
     """
     args, model = trainer.args, trainer.model
+    if hasattr(trainer, "reward_funcs"):
+        raise _refuse(f"{type(trainer).__name__}, which writes its rows as it trains", "SFTTrainer or DPOTrainer")
+    if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
+        raise _refuse("packing_strategy='wrapped', which cuts texts into pieces", "`packing_strategy='bfd'`")
     if trainer.is_deepspeed_enabled:
         raise _refuse("DeepSpeed, which keeps the gradients that values are checked against to itself", "DDP")
     if args.n_gpu > 1:
@@ -52,11 +56,16 @@ def calling_trainer() -> Trainer:
 
 
 def trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor:
-    """The trainer's own loss, without an entry in the metrics that TRL collects."""
+    """The trainer's own loss, as it evaluates, without an entry in the metrics that TRL collects."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Expected batches that name the model's inputs, got {type(batch).__name__} from the trainer's "
+            "data_collator. Give a collator that returns a dictionary, or `compute_loss=lambda model, batch: ...`."
+        )
     metrics = getattr(trainer, "_metrics", None)
     kept = None if metrics is None else {key: list(value) for key, value in metrics["eval"].items()}
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(model, dict(batch))
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=_count_labels(trainer, batch))
     if metrics is not None and kept is not None:
         metrics["eval"].clear()
         metrics["eval"].update(kept)
@@ -71,6 +80,20 @@ def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
             "`compute_loss=lambda model, batch: ...`, the mean loss of a batch's rows."
         )
     return model(**batch).loss
+
+
+def _count_labels(trainer: Trainer, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """
+    What `Trainer.evaluate` gives to the loss as `num_items_in_batch`, but of this process alone: others may have no
+    batch.
+    """
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if not isinstance(labels, torch.Tensor) or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
+        return None
+    if trainer._loss_shifts_labels and "shift_labels" not in batch:
+        labels = labels[..., 1:]
+    processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+    return labels.ne(-100).sum() * processes  # by which `Trainer.compute_loss` multiplies
 
 
 def _refuse(what: str, instead: str) -> ValueError:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -333,6 +333,28 @@ def find_tapped(model: nn.Module) -> list[TappedModule]:
         TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
         for index, (name, parameters) in enumerate(found.items())
     ]
+
+
+def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
+    """
+    Modules with those of their parameters that are trained, once for each learning rate among them, numbered anew.
+
+    Args:
+        modules (list of [`TappedModule`]):
+            As [`find_tapped`] finds them.
+        groups (`dict`):
+            The optimizer's group of a parameter, by its `id`.
+    """
+    found: list[TappedModule] = []
+    for tapped in modules:
+        by_rate: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in tapped.parameters.items():
+            if id(parameter) in groups:
+                group = groups[id(parameter)]
+                by_rate.setdefault(float(group.get("initial_lr", group["lr"])), {})[name] = parameter
+        for parameters in by_rate.values():
+            found.append(replace(tapped, parameters=parameters, index=len(found), directions=[]))
+    return found
 
 
 def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -7,11 +7,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from trl import GRPOConfig, GRPOTrainer
 
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
+from hf_iclr.trainers.shapley_store import ShapleyStore
 
-from .tiny import QUICK, losses, tiny_llama
+from .tiny import QUICK, losses, tiny_llama, word_rows
 
 
 def token_rows(count, seed=0, length=8):
@@ -338,3 +341,203 @@ def test_sources_are_looked_up_in_the_trainers_own_rows(tmp_path):
     make(tmp_path, callbacks=[shapley], rows=rows).train()
     totals = shapley.result.by_source("source").totals
     assert sorted(totals.index) == ["even", "odd"]
+
+
+def test_values_are_there_while_the_run_goes_on_and_after_it_was_interrupted(tmp_path):
+    shapley, seen = callback(), []
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(len(shapley.result.rows))
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="trainer.train"):
+        shapley.result  # noqa: B018
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[shapley, Looking()]).train()
+    assert seen == [4, 8] and len(shapley.result.rows) == len(ShapleyStore(tmp_path).read()[0]) == 8
+
+
+def test_an_interrupted_run_without_a_flush_keeps_its_values(tmp_path):
+    shapley = callback()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[shapley, Broken("on_step_end")]).train()
+    assert len(shapley.result.rows) == 4
+
+
+def test_a_result_before_the_first_value_says_why_there_is_none(tmp_path):
+    shapley = callback(adam_warmup=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[shapley, Broken("on_step_end")], optim="adamw_torch").train()
+    with pytest.raises(ValueError, match="a step with values.*adam_warmup=2"):
+        shapley.result  # noqa: B018
+
+
+def linear_loss(model, batch):
+    return model(batch).square().mean()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_interrupted_loop_keeps_its_values(stored, steps, tmp_path):
+    model, data = nn.Linear(3, 1), torch.randn(6, 3)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(data, batch_size=2)
+    folder = tmp_path if stored else None
+    with (
+        pytest.raises(KeyboardInterrupt),
+        InRunDataShapleyCallback.attach(
+            model, optimizer, loader, data, compute_loss=linear_loss, output_dir=folder
+        ) as shapley,
+    ):
+        for step, batch in enumerate(loader):
+            if step == steps:
+                raise KeyboardInterrupt
+            linear_loss(model, batch).backward()
+            optimizer.step()
+    assert not leftovers(model)
+    if steps:
+        assert len(shapley.result.rows) == 4
+    else:
+        with pytest.raises(ValueError, match="a step with values"):
+            shapley.result  # noqa: B018
+
+
+def test_a_run_stopped_by_an_evaluation_is_measured_at_its_last_weights(tmp_path):
+    """Those of the best checkpoint, here the first, are loaded before `on_train_end`."""
+
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    found = []
+    settings = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}
+    evaluating = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    for stopping in (False, True):
+        shapley = callback(refresh_every=5)
+        trainer = Trainer(
+            lora(tiny_llama()),
+            arguments(tmp_path / str(stopping), **settings, **(evaluating | {"max_steps": 6} if stopping else {})),
+            train_dataset=token_rows(12),
+            eval_dataset=token_rows(4, seed=2),
+            data_collator=default_data_collator,
+            callbacks=[shapley, *([Stop()] if stopping else [])],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        found.append((shapley.result.steps, losses(trainer, "shapley/explained_ratio")))
+    assert found[1][0].equals(found[0][0]) and found[1][1] == found[0][1] and len(found[1][1]) == 1
+    assert found[1][0]["loss_validation"].notna().tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer_settings", "message"),
+    [
+        ({"adam_warmup": 20}, {"optim": "adamw_torch"}, "adam_warmup=20"),
+        ({"id_column": "uid"}, {}, "'uid', the id_column"),
+        ({}, {"trainer_class": Summed}, "mean over rows"),
+    ],
+)
+def test_a_start_that_is_refused_leaves_earlier_values(settings, trainer_settings, message, tmp_path):
+    shapley = callback()
+    make(tmp_path, callbacks=[shapley]).train()
+    before = shapley.result.rows
+    for name, value in settings.items():
+        setattr(shapley, name, value)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, callbacks=[shapley], **trainer_settings).train()
+    assert shapley.result.rows.equals(before) and ShapleyStore(tmp_path).read()[0].equals(before)
+
+
+class PicksInputs(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+
+def test_a_resumed_epoch_whose_rows_the_loss_keeps_to_itself_says_what_to_type(tmp_path):
+    settings = {"trainer_class": PicksInputs, "save_strategy": "steps", "save_steps": 2}
+    make(tmp_path, callbacks=[callback()], **settings).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"_shapley_rows.*model\(\*\*inputs\).*ignore_data_skip=True"):
+        make(tmp_path, callbacks=[callback()], **settings).train(resume_from_checkpoint=checkpoint)
+    shapley = callback()
+    make(tmp_path, callbacks=[shapley], ignore_data_skip=True, **settings).train(resume_from_checkpoint=checkpoint)
+    assert len(shapley.result.rows) == 12
+
+
+def test_a_loss_that_divides_by_the_number_of_labels_is_given_it(tmp_path):
+    def mean_of_tokens(outputs, labels, num_items_in_batch):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    found = []
+    for settings in ({}, {"compute_loss_func": mean_of_tokens}):
+        shapley = callback()
+        Trainer(
+            lora(tiny_llama()),
+            arguments(tmp_path / str(len(found))),
+            train_dataset=token_rows(12),
+            data_collator=default_data_collator,
+            callbacks=[shapley],
+            **settings,
+        ).train()
+        found.append(shapley.result)
+    assert found[1].values().tolist() == pytest.approx(found[0].values().tolist(), rel=1e-3, abs=1e-7)
+    assert found[1].steps["loss_validation"].tolist() == pytest.approx(found[0].steps["loss_validation"].tolist())
+
+
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path):
+    trainer = make(tmp_path, callbacks=[callback(), callback()])
+    with pytest.raises(ValueError, match="Expected one InRunDataShapleyCallback in a trainer, got 2.*targets="):
+        trainer.train()
+
+
+@pytest.mark.parametrize("targets", [{"other": 3, "more": 4}, {}, {"more": 4}])
+def test_resuming_with_other_targets_is_refused(targets, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    shapley = callback(targets={"other": token_rows(3)})
+    make(tmp_path, callbacks=[shapley], **settings).train()
+    before = shapley.result.rows
+    others = {name: token_rows(3, seed=seed) for name, seed in targets.items()}
+    with pytest.raises(ValueError, match=r"checkpoint, \['validation', 'other'\], got.*`targets`"):
+        make(tmp_path, callbacks=[callback(targets=others)], **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+    assert ShapleyStore(tmp_path).read()[0].equals(before)
+
+
+def test_a_trainer_that_writes_its_own_rows_is_refused(word_tokenizer, tmp_path):
+    quick = {name: value for name, value in QUICK.items() if name != "activation_checkpointing"}
+    trainer = GRPOTrainer(
+        tiny_llama(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=2, **quick),
+        train_dataset=word_rows(4).select_columns(["prompt"]),
+        processing_class=word_tokenizer,
+        callbacks=[InRunDataShapleyCallback(word_rows(2))],
+    )
+    with pytest.raises(ValueError, match="GRPOTrainer, which writes its rows as it trains. Use SFTTrainer"):
+        trainer.train()
+
+
+def test_batches_without_names_are_refused(tmp_path):
+    trainer = make(tmp_path, callbacks=[callback()])
+    trainer.data_collator = list
+    with pytest.raises(TypeError, match="name the model's inputs, got list.*data_collator"):
+        trainer.train()
+
+
+def test_a_loader_of_whole_batches_is_refused():
+    model = nn.Linear(3, 1)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(torch.randn(4, 2, 3), batch_size=None)
+    with (
+        pytest.raises(ValueError, match="batch_size=None.*batch_size=8"),
+        InRunDataShapleyCallback.attach(model, optimizer, loader, torch.randn(3, 3), compute_loss=linear_loss),
+    ):
+        raise AssertionError("the loop has begun")

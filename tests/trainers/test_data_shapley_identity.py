@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
@@ -55,6 +56,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
     assert values(again).equals(runs[0])
     assert again.result.explained_ratio() == pytest.approx(shapley.result.explained_ratio(), rel=1e-6)
+
+
+class KilledAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("settings", [{}, {"optim": "adamw_torch", "gradient_accumulation_steps": 2}])
+def test_a_run_that_was_killed_and_resumed_is_the_uninterrupted_one(settings, tmp_path):
+    settings = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        **settings,
+    }
+    options = {"refresh_every": 3, "rank": 2, "adam_warmup": 1}
+    whole, killed, resumed = callback(**options), callback(**options), callback(**options)
+    make(tmp_path / "whole", tiny_llama(), [whole], **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "killed", tiny_llama(), [killed, KilledAt(5)], **settings).train()
+    assert killed.result.rows["step"].max() == 6  # two steps after the checkpoint
+    make(tmp_path / "killed", tiny_llama(seed=1), [resumed], **settings).train(
+        resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4")
+    )
+    assert values(resumed).equals(values(whole))
+    assert resumed.result.steps["loss_validation"].equals(whole.result.steps["loss_validation"])
 
 
 def test_an_id_column_of_the_users_own(tmp_path):
@@ -142,6 +174,51 @@ def test_packed_rows_are_divided_into_their_sources(word_tokenizer, tmp_path):
         found.append(dict(zip(keys, rows["value"], strict=True)))
     assert len(sources) == 12 and len(trainer.train_dataset) < 12
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-6)
+
+
+def test_values_of_packed_texts_join_the_texts_before_packing(word_tokenizer, tmp_path):
+    """Some are longer than `max_length`: both ways of preparing them cut them alike."""
+    texts = [{"prompt": f"w{index + 1} ", "completion": "w40 " * (index + 1)} for index in range(12)]
+    texts = Dataset.from_list(texts).add_column("source", ["a", "b", "c"] * 4)
+    settings = {"max_length": 9, "max_steps": -1, "num_train_epochs": 1}
+    single = sft(tmp_path / "single", word_tokenizer, raw_callback(), texts, **settings).train_dataset
+    key = content_id(single[5])
+    shapley = raw_callback(token_values_for=[key])
+    trainer = sft(tmp_path / "packed", word_tokenizer, shapley, texts, packing=True, **settings)
+    trainer.train()
+    result = shapley.result
+    known = result.values()
+    assert len(known) == 12 > len(trainer.train_dataset)
+    joined = result.to_dataset(single)
+    assert joined["shapley_value"][:] == [known[content_id(row)] for row in single]
+    kept = result.filter(single, within="source", keep=0.5)
+    assert sorted(kept["source"][:]) == ["a"] * 2 + ["b"] * 2 + ["c"] * 2
+    by_source = result.by_source("source", single).totals
+    assert by_source["rows"].tolist() == [4] * 3 and by_source["value"].sum() == pytest.approx(known.sum())
+    assert f"Row {key}" in result.token_heatmap([key], word_tokenizer, single)
+
+    packed = trainer.train_dataset
+    for join in (result.to_dataset, result.filter):
+        for rows in (packed, packed.to_iterable_dataset()):
+            with pytest.raises(ValueError, match="before packing: `SFTTrainer.*packing=False"):
+                join(rows)
+        with pytest.raises(ValueError, match="rows with input_ids.*`SFTTrainer.*packing=False"):
+            join(texts)
+    with pytest.raises(ValueError, match="rows with input_ids.*`SFTTrainer.*packing=False"):
+        result.by_source("source", texts)
+    with pytest.raises(ValueError, match="before packing: `SFTTrainer.*packing=False"):
+        result.token_heatmap([key], word_tokenizer, packed)
+
+
+@pytest.mark.parametrize("settings", [{"packing_strategy": "wrapped"}, {"id": "uid"}])
+def test_packing_that_loses_rows_or_their_ids_is_refused(settings, word_tokenizer, tmp_path):
+    settings = dict(settings)
+    shapley = raw_callback(id_column=settings.pop("id", None))
+    rows = word_rows(12).add_column("uid", list(range(12)))
+    trainer = sft(tmp_path, word_tokenizer, shapley, rows, packing=True, max_length=24, **settings)
+    message = "cuts texts into pieces. Use `packing_strategy='bfd'`" if settings else "Packing drops it"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 def test_a_trl_trainer_with_a_fused_output_layer_in_full_fine_tuning(word_tokenizer, tmp_path, caplog):

@@ -138,6 +138,20 @@ def test_filter_keeps_the_helpful_rows_in_their_order(result):
             result.filter(TRAIN, keep=keep)
 
 
+def test_rows_without_a_source_are_a_source_of_their_own(result):
+    rows = TRAIN.remove_columns("source").add_column("source", ["a", None, "a", None, "a"])
+    kept = result.filter(rows, within="source", keep_unseen=False)  # rows 1 and 3 are harmful
+    assert [ids[0] for ids in kept["input_ids"]] == [1, 5]
+
+
+def test_rows_with_a_value_that_are_missing_are_counted(result, caplog):
+    hashes = by_id(result, [content_id({"input_ids": ids}) for ids in TRAIN["input_ids"]])
+    hashes.to_dataset(TRAIN)
+    assert "not among these" not in caplog.text
+    hashes.to_dataset(TRAIN.select([0]))
+    assert caplog.text.count("3 of 4 rows with a value are not among these.") == 1
+
+
 def test_rows_known_by_content_or_id_are_found_in_any_order(result):
     shuffled = TRAIN.select([3, 0, 4, 2, 1])
     hashes = by_id(result, [content_id({"input_ids": ids}) for ids in TRAIN["input_ids"]])

@@ -131,6 +131,7 @@ def test_scripts_in_two_processes(script, files, pairs):
     assert logged[-1]["epoch"] == pytest.approx(epoch, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_sft_under_accelerate_launch(files):
     """`accelerate launch --cpu --num_processes 2` of accelerate 1.15 starts one process unless mpirun is installed."""
     launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
