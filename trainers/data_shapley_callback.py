@@ -302,7 +302,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> Iterator["InRunDataShapleyCallback"]:
         """
         The same around a plain loop, prepared by accelerate or not: a batch of `dataloader`, a forward pass of
-        `model`, a backward pass, `optimizer.step()`.
+        `model`, a backward pass, `optimizer.step()`. Each batch is used before the next is fetched: in a loop that
+        fetches one ahead, values would be those of other rows.
 
         Args:
             model (`torch.nn.Module`), optimizer ([`~torch.optim.Optimizer`]), dataloader (`DataLoader`):

@@ -21,7 +21,7 @@ class DeepSafetySFTConfig(SFTConfig):
         constrain (`str`, *optional*, defaults to `"all"`):
             Which rows get the constrained loss: `"all"`, `"refused"` (rows whose prompt the reference model refuses,
             by one short greedy answer each before training) or `"none"`. The others get plain cross-entropy, as do
-            rows with a column `constrain` that is `False`.
+            rows with a column `constrain` that is `False`, whose prompts are not rehearsed either.
         rehearse_refusals (`bool`, *optional*, defaults to `False`):
             With `constrain="refused"`: mix the reference's own refusals of those prompts into every step, a share
             `safety_ratio` of its rows. The constraint only weakens a push; these rows pull back.

@@ -282,10 +282,11 @@ class DeepSafetySFTTrainer(SFTTrainer):
         with self._reference_weights(), evaluation_mode(self.model):
             model = self.accelerator.unwrap_model(self.model if self._ref_model is None else self._ref_model)
             refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
-        if rows is self.train_dataset:
-            self._own_refusals = refusals
         before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
-        marks = [keep and prompt in refusals for keep, prompt in zip(before, prompts_of(rows), strict=True)]
+        prompts = prompts_of(rows)
+        marks = [bool(keep) and prompt in refusals for keep, prompt in zip(before, prompts, strict=True)]
+        if rows is self.train_dataset:
+            self._own_refusals = {p: refusals[p] for p, mark in zip(prompts, marks, strict=True) if mark}
         rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
         return rows.add_column(CONSTRAIN, marks)
 

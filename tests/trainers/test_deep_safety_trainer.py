@@ -533,6 +533,9 @@ def test_own_refusals_are_rehearsed_beside_the_rows_they_answer(train, monkeypat
         eval_dataset={"train": word_rows(4, seed=9)},
     )  # fmt: skip
     assert len(trainer.train_dataset.triplets) == 24  # not those of the evaluation set of that name
+    some = word_rows().add_column("constrain", [index < 20 for index in range(24)])
+    kept = train(constrain="refused", rehearse_refusals=True, start=False, train_dataset=some)
+    assert len(kept.train_dataset.triplets) == 20
     reference = tiny_llama()
     order = list(trainer._get_train_sampler())
     assert sum(index >= 24 for index in order[:10]) == 2
