@@ -106,8 +106,9 @@ def _print_safety(seeds: list[Rows], out: Path) -> None:
         f"\n## c. Who breaks safety: {first['planted']} of {first['rows']} rows answer what should be refused, "
         f"{len(seeds)} seeds\n"
     )
-    for number, seed in enumerate(seeds):
-        print(f"Seed {number}: ranks of these rows by value for refusals, lowest first: {sorted(seed['ranks'])}")
+    print("Ranks of these rows by value for refusals, lowest first, by seed:")
+    for seed in seeds:
+        print(sorted(seed["ranks"]))
     _print_auroc("AUROC for these rows", seeds, ("BM25 to the refused prompts",))
     refused = {name: [seed["refused"][name] for seed in seeds] for name in first["refused"]}
     table(
