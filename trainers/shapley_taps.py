@@ -217,9 +217,9 @@ class _Tap(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if spread:
             return output.expand(layout.batch, *output.shape[1:])
-        # Not a view, which could not be changed in place. Linear and embedding layers don't need their output again,
-        # so it may share their memory; others may.
-        return output.data if hook.tapped.kind in ("linear", "conv1d", "embedding") else output.clone()
+        # Not a view, which could not be changed in place. What a module needs of its output again can't be changed in
+        # place without us either, so the memory may be shared.
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
