@@ -92,7 +92,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
 
 def warn_of_other_rule(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Say so, once there are states, if an optimizer's are neither those of SGD nor of the Adam family."""
-    state = next((found for p in parameters if (found := optimizer.state.get(p))), {})
+    state: dict[str, Any] = next((found for p in parameters if (found := optimizer.state.get(p))), {})
     keys = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {"step"}
     adam = "exp_avg_sq" in keys and "betas" in optimizer.param_groups[0]
     if not adam and not keys <= {"momentum_buffer"}:
