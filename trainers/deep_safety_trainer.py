@@ -280,7 +280,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "`constrain` yourself and set `constrain='all'`."
             )
         with self._reference_weights(), evaluation_mode(self.model):
-            model = self.accelerator.unwrap_model(self.model if self._ref_model is None else self._ref_model)
+            model = self.accelerator.unwrap_model(self._reference_model)
             refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
         before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
         prompts = prompts_of(rows)
@@ -297,7 +297,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
         else:
             collator = DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id)
             batch_size = self.args.per_device_eval_batch_size
-        model = self.model if self._ref_model is None else self._ref_model
+        model = self._reference_model
         if self._ref_model is None and self.is_deepspeed_enabled:
             model = prepare_deepspeed(self.model, self.accelerator)
 
@@ -445,6 +445,11 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 with self._reference_weights(), evaluation_mode(self.model):
                     outputs = self.model(**kwargs)
         return outputs.log_probs[:, -length:]
+
+    @property
+    def _reference_model(self) -> torch.nn.Module:
+        """The frozen one, or the model itself, to be used within `_reference_weights`."""
+        return self.model if self._ref_model is None else self._ref_model
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:

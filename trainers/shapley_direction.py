@@ -4,7 +4,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,8 +262,7 @@ def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[Non
     """Evaluation mode, and random states of our own; both restored."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    with forked_random(device):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -275,6 +274,12 @@ def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[Non
                 module.training = training
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """Torch's random states, of the CPU and of this device, are restored at the end."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
 
 
 def _move(batch: Any, device: torch.device) -> Any:

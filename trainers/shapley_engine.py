@@ -240,7 +240,6 @@ class ShapleyEngine:
             raise ValueError("Expected gradients before the optimizer's step, got none: values can't be checked.")
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
         clip = check_scores(scores[..., 0], self.groups, self.taps, self.parameters, self.directions[0], scale)
-        factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
         if clip < 0:
             logger.warning(
                 "Step %d has no values: the rows' scores add up to the opposite of the gradient, which is not theirs.",
@@ -248,6 +247,7 @@ class ShapleyEngine:
             )
             self._micro = []
             return
+        factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
         rates = torch.tensor(
             [self._learning_rate(tapped) for tapped in self.taps.modules], dtype=scores.dtype, device=scores.device
         )

@@ -45,7 +45,7 @@ class RowLayout:
         return [(owner == row).numpy() for row in range(self.rows)]
 
     def fits(self, shape: torch.Size, is_embedding: bool) -> bool:
-        """Whether a module's input of this shape, channels excluded, can be split into rows."""
+        """Whether a module's output of this shape, channels excluded, can be split into rows."""
         count = shape.numel()
         if self.segments is not None:
             return count == self.segments.numel()

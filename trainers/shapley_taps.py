@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .shapley_direction import Direction, LowRank
+from .shapley_direction import Direction, LowRank, forked_random
 from .shapley_rows import RowLayout
 
 
@@ -453,10 +453,9 @@ def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any,
         return torch.func.functional_call(module, values, tuple(args), kwargs, tie_weights=False)
 
     device = next(iter(primals.values())).device
-    devices = [] if device.type == "cpu" else [device]
     was, taps.on = taps.on, False
     try:
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with forked_random(device):
             state = _random_state(device)
             derivative = torch.func.jvp(run, (primals,), (tangents,))[1]
             if not torch.equal(_random_state(device), state):

@@ -7,11 +7,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import DebertaV2Config, DebertaV2Model, default_data_collator
 
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
-from hf_iclr.trainers.shapley_rows import find_layout
-from hf_iclr.trainers.shapley_taps import Taps
 
 from .test_data_shapley_callback import callback, make, token_rows
-from .test_data_shapley_taps import check, point
+from .test_data_shapley_taps import check, scored
 from .tiny import losses, tiny_llama
 
 
@@ -297,15 +295,10 @@ def test_checkpointing_shares_inputs_within_a_layer_only(use_reentrant):
     model = tiny_llama(num_hidden_layers=4).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    taps = Taps(model)
-    point(taps)
     ids = torch.randint(1, 49, (4, 12))
-    taps.start(find_layout({"input_ids": ids}, 4), 1)
-    taps.attach()
-    taps.on = True
-    model(input_ids=ids, labels=ids).loss.backward()
+    batch = {"input_ids": ids, "labels": ids}
+    taps, _, _ = scored(model, batch, 4, lambda model, batch: model(**batch).loss)
     shared = list(taps._inputs.values())
-    taps.detach()
     assert shared and max(len(each.readers) for each in shared) == 3  # queries, keys and values
     assert all(each._x is None for each in shared)
 
