@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -41,11 +42,14 @@ def test_doctor_names_a_changed_seam(run, monkeypatch):
     assert "expected (src, dst)" in result.output and "nothing of that name" in result.output
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_tour_exit_code(run, monkeypatch, tmp_path, failed):
-    results = [tour.FailedSection("part", "ValueError: no", "", 0.0)] if failed else []
-    monkeypatch.setattr(tour, "run_tour", lambda out, quick: results)
-    assert run("tour", "--out", str(tmp_path), "--quick").exit_code == int(failed)
+def test_tour_exit_code(run, monkeypatch, tmp_path):
+    table = pd.DataFrame({"a": [1]})
+    whole = tour.TourSection("part", ["done"], table)
+    lacking = tour.TourSection("part", ["done"], table, problems=["The figure none.png was not drawn."])
+    failed = tour.FailedSection("part", "ValueError: no", "", 0.0)
+    for results, code in (([], 0), ([whole], 0), ([whole, lacking], 1), ([failed, whole], 1)):
+        monkeypatch.setattr(tour, "run_tour", lambda out, quick, debug, results=results: results)
+        assert run("tour", "--out", str(tmp_path), "--quick").exit_code == code
 
 
 @pytest.fixture
