@@ -1,7 +1,7 @@
 """
 How well does a draft made of SmolLM2's own first layers imitate it, and what does a token of it cost?
 
-    python benchmarks/draft_model.py --out draft_model.json --save draft
+    python benchmarks/draft_model.py --save DIR
 
 Builds the draft twice, in closed form and with distillation, and measures the mean of `sum_v min(p(v), q(v))` (the
 chance that a drafted token is accepted) and how often both models rank the same token first, each at temperature 1 and
@@ -17,6 +17,24 @@ import random
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--save", type=Path, help="folder for the distilled draft")
+    parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/")
+    parser.add_argument("--setting", choices=("quick", "full"), default="full")
+    parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
+    parser.add_argument("--num-samples", type=int, help="own answers to learn from instead of the setting's")
+    parser.add_argument("--num-layers", type=int, help="instead of the setting's")
+    parser.add_argument("--draft-vocab-size", type=int, default=8192)
+    return parse(parser, setting="quick", minutes=0.1, num_samples=4)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import torch
 
@@ -83,17 +101,7 @@ def held_out_texts(model, tokenizer, setting: dict, data: Path | None) -> dict[s
     return texts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--save", type=Path, help="folder for the distilled draft")
-    parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/")
-    parser.add_argument("--setting", choices=SETTINGS, default="full")
-    parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
-    parser.add_argument("--num-samples", type=int, help="own answers to learn from instead of the setting's")
-    parser.add_argument("--num-layers", type=int, help="instead of the setting's")
-    parser.add_argument("--draft-vocab-size", type=int, default=8192)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     setting = SETTINGS[args.setting]
     minutes = setting["distill_minutes"] if args.minutes is None else args.minutes
 
@@ -137,11 +145,10 @@ def main() -> None:
         )
     for name, spent in seconds.items():
         print(f"{name}: {spent['wall']:.0f} s wall, {spent['cpu']:.0f} s CPU")
-    if args.out:
-        setup = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "torch": torch.__version__}
-        report = {"overlap": overlaps, "milliseconds": cost, "seconds": seconds, "machine": setup}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    setup = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "torch": torch.__version__}
+    report = {"overlap": overlaps, "milliseconds": cost, "seconds": seconds, "machine": setup}
+    write_json(args.out / "draft_model.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)
