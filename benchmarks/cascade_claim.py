@@ -25,10 +25,11 @@ differences where two methods are compared. The verdict is computed from the int
 """
 
 import argparse
+import json
 import time
 from typing import Any, NamedTuple
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import make_parser, parse
 
 
 def arguments() -> argparse.Namespace:
@@ -54,6 +55,7 @@ from common.cascade_claim_report import (
     shown,
     verdict,
 )
+from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.generation import enable_cascade
 
 
@@ -156,8 +158,8 @@ def token_cascade(large, small, prompts: torch.Tensor, alpha: float, do_sample: 
     ids, tokens = prompts, []
     forwards, log_q = torch.zeros(len(prompts)), torch.zeros(len(prompts))
     for _ in range(ANSWER_LENGTH):
-        q = small(input_ids=ids, past_key_values=small_cache).logits[:, -1].softmax(-1)
-        p = large(input_ids=ids, past_key_values=large_cache).logits[:, -1].softmax(-1)
+        q = small(input_ids=ids, **cache_inputs(small, small_cache)).logits[:, -1].softmax(-1)
+        p = large(input_ids=ids, **cache_inputs(large, large_cache)).logits[:, -1].softmax(-1)
         defer = q.amax(-1) < 1 - alpha
         probs = torch.where(defer[:, None], p, q)
         ids = probs.multinomial(1) if do_sample else probs.argmax(-1, keepdim=True)
@@ -282,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
         "settings": settings, "exact_match_by_task": by_task, "checks": [run["checks"] for run in runs],
         "comparisons": comparisons, "curves": curves, "verdict": lines, "seconds": seconds,
     }  # fmt: skip
-    write_json(args.out / "cascade_claim.json", results)
+    (args.out / "cascade_claim.json").write_text(json.dumps(results, indent=1, allow_nan=False))
     plot(curves, args.out / "cascade_claim.png")
     print(f"\n{seconds:.0f} s; wrote cascade_claim.json and cascade_claim.png to {args.out}")
 
