@@ -3,9 +3,11 @@ Hundreds of knowledge edits of SmolLM2: what each solver writes, what it keeps, 
 
     python benchmarks/alphaedit.py --data DIR --edits 500 --seeds 0 1 2
 
-DIR holds `counterfact_1k.jsonl` (ROME layout), `me_ppl_4k.jsonl` (sentences: statistics, 100 others for perplexity)
-and `wikitext2_valid_detok.jsonl` (perplexity on text of another source). Without it the facts are the project's own
-capitals and the text docstrings. Only facts that the model knows are edited: it must prefer the true answer.
+DIR holds, with a JSON object a line, `counterfact_1k.jsonl` (CounterFact as https://github.com/kmeng01/rome has it),
+`me_ppl_4k.jsonl` (sentences of https://github.com/WanliYoung/Collapse-in-Model-Editing: statistics, 100 others for
+perplexity) and `wikitext2_valid_detok.jsonl` (perplexity on text of another source). Without it the facts are the
+package's capitals and the text docstrings. Only facts that the model knows are edited: it must
+prefer the true answer.
 
 Rows, all with contexts sampled by the seed and the same facts in the same order:
 

@@ -38,6 +38,7 @@ import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.cascade_calibration import calibrate_cascade, large_alone
@@ -112,7 +113,9 @@ def main(args: argparse.Namespace) -> None:
         if result.target == "speedup":
             row["wall_speedup"] = wall_speedup(model, tokenizer, texts[:6], max_new_tokens=64)
         results.append(row)
-        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+
+    shown = [name for name in results[-1] if name != "costs"]
+    print_table(shown, [[row.get(name, "") for name in shown] for row in results])
 
     prompts = [" ".join(text.split()[:12]) for text in texts[: args.sweep_prompts]]
     rules = {"token_v3": [0.3, 0.6, 0.9], "opt": [0.0, 0.3], "chow": [0.4, 0.7]}

@@ -14,8 +14,9 @@ d. two sources: a small Llama from scratch on prose and code. Timeline of what e
    ten steps on either source alone really do from there.
 e. paraphrases: ranks of rows that a validation text copies, paraphrases or shares its topic with, beside BM25.
 
-Real text for b, d and e comes from `--data` (prompts/, editing/); without it docstrings and SmolLM2's own answers
-stand in. Rows that are in `--out` already are not run again.
+Real text for b, d and e comes from `--data`: `prompts/` with self_instruct_*.jsonl of
+https://github.com/yizhongw/self-instruct, and `editing/` with the two files of text that alphaedit.py wants. Without
+it docstrings and SmolLM2's own answers stand in. Rows that are in `--out` already are not run again.
 """
 
 import argparse
@@ -35,7 +36,7 @@ STAGES = ("a", "b", "c", "d", "e")
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--data", type=Path, help="folder with prompts/ and editing/")
+    parser.add_argument("--data", type=Path, help="folder with prompts/ and editing/ of real text")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stages b and c; a has five (--quick: one)"
     )

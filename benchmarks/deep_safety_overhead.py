@@ -49,16 +49,16 @@ def rows(count: int, tokens: int, tokenizer) -> Dataset:
     return Dataset.from_list([{"input_ids": piece, "labels": [-100] * prompt + piece[prompt:]} for piece in pieces])
 
 
-def make(trainer_class, config_class, data, lora, batch_size, **settings):
+def make(trainer_class, config_class, data, lora, args: argparse.Namespace, **settings):
     model, tokenizer = load_demo_model(torch.float32)
     config = config_class(
-        "overhead",
+        str(args.out / "trainer"),
         use_cpu=True,
         bf16=False,
         activation_checkpointing=False,
         report_to="none",
         save_strategy="no",
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=args.batch_size,
         max_steps=10_000,
         logging_steps=10_000,
         disable_tqdm=True,
@@ -103,11 +103,9 @@ def measure(lora: bool, args: argparse.Namespace) -> pd.DataFrame:
     _, tokenizer = load_demo_model(torch.float32)
     data = rows(args.batch_size, args.tokens, tokenizer)
     references = ("window", "adapter") if lora else ("window", "precompute", "frozen")
-    trainers = {"SFTTrainer": make(SFTTrainer, SFTConfig, data, lora, args.batch_size)}
+    trainers = {"SFTTrainer": make(SFTTrainer, SFTConfig, data, lora, args)}
     for reference in references:
-        trainers[reference] = make(
-            DeepSafetySFTTrainer, DeepSafetySFTConfig, data, lora, args.batch_size, reference=reference
-        )
+        trainers[reference] = make(DeepSafetySFTTrainer, DeepSafetySFTConfig, data, lora, args, reference=reference)
     batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
     work = {name: flops(trainer, batches[name]) for name, trainer in trainers.items()}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in trainers}

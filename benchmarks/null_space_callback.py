@@ -3,9 +3,9 @@ What `NullSpaceCallback` keeps: SmolLM2 learns facts by fine-tuning, with and wi
 
     python benchmarks/null_space_callback.py --data DIR
 
-DIR holds `counterfact_1k.jsonl`, `me_ppl_4k.jsonl` (sentences: statistics, and others for perplexity) and
-`wikitext2_valid_detok.jsonl` (perplexity on text of another source). The down-projections of the layers that AlphaEdit
-would edit are trained on the new answers of CounterFact, which are false by design; everything else is frozen. Each
+DIR holds the files that alphaedit.py tells of; without it the facts are the package's own capitals, the sentences
+docstrings, and there are fewer facts a seed. The down-projections of the layers that AlphaEdit
+would edit are trained on the facts' new answers, which are false by design; everything else is frozen. Each
 seed has facts of its own, in an order of its own, for both rows. Training ends when the facts are learnt: at the first
 epoch with a mean loss below `--until-loss`. Measured before and after: efficacy and generalisation on these facts,
 perplexity, and how far the outputs of the preserved directions moved, ‖(W - W_old) U‖ / ‖W_old U‖.

@@ -41,8 +41,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from scipy import stats
 
+from common.report import half_interval
 from common.sam2_tuning import RATES, WAYS, tune
 from hf_iclr import evaluate_vos
 from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER, load_demo_segmenter
@@ -83,8 +83,8 @@ def once(path: Path, made_with: dict[str, Any], function: Callable[[], dict[str,
 
 def interval(values: list[float]) -> str:
     """Mean and t interval."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval() if len(values) > 1 else (float("nan"),) * 2
-    return f"{np.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+    mean, half = np.mean(values), half_interval(values)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def choose(args: argparse.Namespace, common: dict[str, Any]) -> None:

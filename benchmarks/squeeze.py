@@ -1,7 +1,7 @@
 """
 Does DPO squeeze probability mass out of answers nobody trains on, and does the paper's "extend" help?
 
-    python benchmarks/squeeze.py --seeds 3
+    python benchmarks/squeeze.py --seeds 3 --data DIR
 
 SmolLM2-135M-Instruct with LoRA, 16 preference pairs with short answers. Four arms a seed, each a supervised stage and
 then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' code):
@@ -13,9 +13,11 @@ then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' co
   "extend" gains over this arm is owed to the rejected answers;
 - on-policy: from the model of "sft", with its own samples as the rejected answers.
 
-Probes are scored on 6 training prompts and, for the first two arms, on 6 held-out ones. All intervals are 95 % t
-intervals over seeds; a seed draws the pairs, the adapter, the order and the samples. Every bar is printed as reached
-or not.
+The pairs are those of the package, or with `--data` the authors' probing set: DIR then holds
+`learning_dynamics_hh_formal_prob_train.jsonl.gz`, from `src/data/helpful-base` of
+https://github.com/Joshua-Ren/Learning_dynamics_LLM. Probes are scored on 6 training prompts and, for the first two
+arms, on 6 held-out ones. All intervals are 95 % t intervals over seeds; a seed draws the pairs, the adapter, the order
+and the samples. Every bar is printed as reached or not.
 """
 
 import argparse

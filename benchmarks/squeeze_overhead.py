@@ -44,6 +44,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from trl import DPOConfig, DPOTrainer
 
+from common.report import print_table
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
@@ -140,6 +141,7 @@ def main(args: argparse.Namespace) -> None:
     model_bytes = sum(p.numel() * p.element_size() for p in trainers["DPOTrainer"].model.parameters())
     base_bytes = model_bytes * (1 if args.lora else 2) + statistics.median(memory["DPOTrainer"])
     report: dict = {"arguments": vars(args), "seconds": seconds, "memory": memory}
+    told = []
     for kind, times in seconds.items():
         every = f"full, every {ARGMAX_EVERY}"
         times[every] = [
@@ -150,15 +152,15 @@ def main(args: argparse.Namespace) -> None:
             ratios = [own / trl for own, trl in zip(values, times["DPOTrainer"], strict=True)]
             low, median, high = statistics.quantiles(ratios, n=4)
             fastest = min(values) / min(times["DPOTrainer"])
-            print(
-                f"{kind:5} {name:14} {statistics.median(values):.2f} s a step, x {median:.3f} (quartiles {low:.3f} .. "
-                f"{high:.3f}), fastest to fastest x {fastest:.3f}"
-            )
+            told.append([kind, name, statistics.median(values), median, f"{low:.3f} .. {high:.3f}", fastest])
             report[f"{kind} {name}"] = {"median": median, "quartiles": [low, high], "fastest": fastest}
+    print_table(["time", "trainer", "s a step", "times DPOTrainer's", "quartiles", "fastest to fastest"], told)
+    told = []
     for name, values in memory.items():
         more = (statistics.median(values) - statistics.median(memory["DPOTrainer"])) / base_bytes
-        print(f"memory {name:13} + {statistics.median(values) / 1e6:.0f} MB in a step, {more:+.1%} of the whole")
+        told.append([name, f"{statistics.median(values) / 1e6:.0f}", f"{more:+.1%}"])
         report[f"memory {name}"] = more
+    print_table(["trainer", "MB in a step", "more, of the whole"], told)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     write_json(args.out / "squeeze_overhead.json", report)
 
