@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--throughput-clips", type=int, default=6)
     parser.add_argument("--throughput-frames", type=int, default=32, help="of each clip")
     parser.add_argument("--repeats", type=int, default=3)
-    return parse(parser, clips=2, frames=4, throughput_clips=1, throughput_frames=6, repeats=1)
+    return parse(parser, clips=1, frames=3, throughput_clips=1, throughput_frames=4, repeats=1)
 
 
 if __name__ == "__main__":  # before the imports that take seconds

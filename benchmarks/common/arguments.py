@@ -57,7 +57,7 @@ def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     if "--quick" in sys.argv[1:]:
         parser.set_defaults(out=quick_folder, **quick)
     args = parser.parse_args()
-    if args.out == quick_folder:
+    if args.quick and args.out == quick_folder:
         shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
