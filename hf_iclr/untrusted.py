@@ -151,7 +151,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[
         with safe_open(regular_file(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"Expected a whole safetensors file, got {path}, which is no safetensors file ({error}).") from None
+        raise ValueError(
+            f"Expected a whole safetensors file, got {path}, which is no safetensors file ({error})."
+        ) from None
 
 
 @contextmanager
