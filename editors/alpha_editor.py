@@ -388,7 +388,8 @@ class AlphaEditor:
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
             model_kwargs (`dict`, *optional*):
-                Passed on to `AutoModelForCausalLM.from_pretrained`.
+                Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
+                `use_safetensors=False` is among them.
 
         Returns:
             [`AlphaEditor`]
@@ -407,7 +408,8 @@ class AlphaEditor:
             if config.base_model_name_or_path is None:
                 raise ValueError(f"Expected a model, as {name_or_path} doesn't say which was edited. Pass model=...")
             model = AutoModelForCausalLM.from_pretrained(
-                config.base_model_name_or_path, **{"revision": config.base_model_revision, **model_kwargs}
+                config.base_model_name_or_path,
+                **{"revision": config.base_model_revision, "use_safetensors": True, **model_kwargs},
             )
         if check_base_model and hash_weights(model) != config.base_model_hash:
             raise ValueError(

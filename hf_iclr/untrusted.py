@@ -90,8 +90,8 @@ def regular_file(path: str | Path) -> Path:
         ValueError: when it is none.
     """
     if not Path(path).is_file():
-        what = "something that is no regular file" if os.path.lexists(path) else "none"
-        raise ValueError(f"Expected a file {path}, got {what}. Get the folder again from where it came.")
+        what = "no regular file" if os.path.lexists(path) else "none: give the folder or file that was written"
+        raise ValueError(f"Expected a file {path}, got {what}.")
     return Path(path)
 
 
