@@ -158,7 +158,7 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
             if not (Path(video.video).is_file() or Path(video.video).is_dir()):
                 raise ValueError(
                     f"Expected the videos of {folder} to be files or folders here, got {video.video!r:.80}, which is "
-                    "none; nothing else that a folder names is opened. Pass its rows as you want them: `read_rows(rows)`."
+                    "none; nothing else that a folder names is opened. Pass rows of your own: `read_rows(rows)`."
                 )
         if not videos:
             raise ValueError(f"Expected accepted masklets of videos that have a path in {folder}, got none.")
