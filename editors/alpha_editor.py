@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, in_own_memory, push_saved, write_safetensors
 
 from .alpha_edit_config import AlphaEditConfig
 from .down_projections import DownProjection, choose_layers, find_down_projections
@@ -419,7 +419,7 @@ class AlphaEditor:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         basis = load_file(folder / _NULL_SPACE) if (folder / _NULL_SPACE).exists() else {}
-        preserved = {int(layer): value for layer, value in basis.items()}
+        preserved = {int(layer): in_own_memory(value) for layer, value in basis.items()}
         editor._set_up(model, tokenizer, config, find_down_projections(model), preserved, statistics)
         editor._events, editor.batches = events, [EditBatch.load(folder, record) for record in batches_of(events)]
         editor._solver.write(editor.batches)

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file
 
-from hf_iclr.saving import push_saved, whole_file
+from hf_iclr.saving import in_own_memory, push_saved, whole_file
 
 from .closed_form import null_space_factor, project_out
 from .concept_card import concept_card
@@ -163,14 +163,14 @@ class ConceptEditor:
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))
-            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), right[:rank].float()
+            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), in_own_memory(right[:rank].float())
             count = len(concepts)
             differ = keys * ((wanted - keys).norm(dim=0) > ROUNDING * keys.norm(dim=0))
             editable.append(_norms(project_out(differ, self._preserved[kind]), count) / _norms(differ, count))
             for name, layer in layers.items():
                 weight = layer.weight.detach().cpu().double()
                 distance = weight @ (wanted - keys)
-                batch.residuals[name] = (distance @ left[:, :rank] * values[:rank]).float()
+                batch.residuals[name] = in_own_memory((distance @ left[:, :rank] * values[:rank]).float())
                 update = batch.residuals[name].double() @ batch.factors[kind].double()
                 residuals.append(_norms(distance - update @ keys, count) / _norms(distance, count))
                 if self._retained:
@@ -319,8 +319,8 @@ class ConceptEditor:
                 columns = slice(starts[kind], starts[kind] + rank)
                 starts[kind] += rank
                 for name in editor.layers[kind]:
-                    batch.factors[kind] = state[f"{name}.lora_A.weight"][columns]
-                    batch.residuals[name] = state[f"{name}.lora_B.weight"][:, columns]
+                    batch.factors[kind] = in_own_memory(state[f"{name}.lora_A.weight"][columns])
+                    batch.residuals[name] = in_own_memory(state[f"{name}.lora_B.weight"][:, columns])
             editor._batches.append(batch)
         editor._write()
         return editor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from hf_iclr.saving import write_safetensors
+from hf_iclr.saving import in_own_memory, write_safetensors
 
 from .edit_request import EditRequest
 
@@ -78,7 +78,7 @@ class EditBatch:
             for name in file.keys():  # noqa: SIM118
                 kind, _, layer = name.partition(".")
                 if layer:
-                    getattr(batch, kind)[int(layer)] = file.get_tensor(name)
+                    getattr(batch, kind)[int(layer)] = in_own_memory(file.get_tensor(name))
                 else:
                     batch.states = file.get_tensor(name)
         return batch
