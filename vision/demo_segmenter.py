@@ -35,6 +35,6 @@ def _find_weights() -> Path:
         if (folder / "model.safetensors").exists():
             return folder
     raise FileNotFoundError(
-        f"Expected the small SAM 2 in {folders[0]} or {folders[1]}, got none: wheels are without its weights. "
-        f"The repository and the sdist of hf_iclr have them: `mkdir -p {cache} && cp -r vision/demo_sam2 {cache}` there."
+        f"Expected the small SAM 2 in {folders[0]} or {folders[1]}, got none: wheels are without its weights. In the "
+        f"repository or the sdist of hf_iclr type `mkdir -p {cache} && cp -r vision/demo_sam2 {cache}`."
     )
