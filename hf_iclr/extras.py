@@ -1,8 +1,6 @@
 """What each extra of the package brings, and the sentence for what needs one that is not installed."""
 
-from typing import TYPE_CHECKING
-
-
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would slow down `import hf_iclr`
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
