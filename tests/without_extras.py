@@ -91,7 +91,7 @@ def sentence(question) -> str:
         return str(missing)
     except SystemExit as end:
         return f"{error.getvalue()} [exit code {end.code}]" if end.code else ""
-    except (TypeError, ValueError, RuntimeError):  # asked in a way that only the part itself can refuse
+    except Exception:  # the part itself is there, and refuses what it was asked with
         return ""
     return ""
 
