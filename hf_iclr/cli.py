@@ -37,6 +37,9 @@ def tour(
     quick: Annotated[bool, typer.Option("--quick", help="Run each part in its shortest form.")] = False,
 ) -> None:
     """Run every part on real input and write one page about it."""
+    from hf_iclr.extras import require
+
+    require("cli", "hf-iclr tour")
     from hf_iclr.tour import FailedSection, run_tour
 
     if any(isinstance(result, FailedSection) for result in run_tour(out, quick)):
@@ -356,6 +359,7 @@ def inpaint(
     import transformers
     from rich.console import Console
 
+    from hf_iclr.extras import require
     from hf_iclr.vision.annotation_json import read_sav
     from hf_iclr.vision.inpainting import inpaint_video
     from hf_iclr.vision.mask_folders import read_davis
@@ -373,6 +377,7 @@ def inpaint(
             segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
         painter = None
         if pipeline is not None:
+            require("diffusion", "hf-iclr inpaint --pipeline")
             import diffusers
 
             painter = diffusers.DiffusionPipeline.from_pretrained(pipeline)
