@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_iclr import enable_cascade
+from hf_iclr.cache_argument import cache_inputs, given_cache
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.assisted_cascade import ForwardMeter
 from hf_iclr.generation.cascade_statistics import CascadeStatistics
@@ -140,10 +141,10 @@ class Bench:
                 for length in (1, 2, 3, 5, 9):
                     times = []
                     for _ in range(15):
-                        cache = model(torch.randint(3, 999, (1, 128)), use_cache=True).past_key_values
+                        cache = given_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
                         ids = torch.randint(3, 999, (1, length))
                         begin = time.perf_counter()
-                        model(ids, past_key_values=cache, logits_to_keep=length)
+                        model(ids, logits_to_keep=length, **cache_inputs(model, cache))
                         times.append(time.perf_counter() - begin)
                     rows.append({"model": name, "new tokens": length, "ms": 1000 * min(times)})
         return pd.DataFrame(rows)

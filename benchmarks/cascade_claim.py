@@ -35,6 +35,7 @@ import torch
 from cascade_claim_report import OTHER_SMALL_COSTS, Answers, Report, interval, plot, print_tables, shown, verdict
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
+from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.generation import enable_cascade
 
 
@@ -137,8 +138,8 @@ def token_cascade(large, small, prompts: torch.Tensor, alpha: float, do_sample: 
     ids, tokens = prompts, []
     forwards, log_q = torch.zeros(len(prompts)), torch.zeros(len(prompts))
     for _ in range(ANSWER_LENGTH):
-        q = small(input_ids=ids, past_key_values=small_cache).logits[:, -1].softmax(-1)
-        p = large(input_ids=ids, past_key_values=large_cache).logits[:, -1].softmax(-1)
+        q = small(input_ids=ids, **cache_inputs(small, small_cache)).logits[:, -1].softmax(-1)
+        p = large(input_ids=ids, **cache_inputs(large, large_cache)).logits[:, -1].softmax(-1)
         defer = q.amax(-1) < 1 - alpha
         probs = torch.where(defer[:, None], p, q)
         ids = probs.multinomial(1) if do_sample else probs.argmax(-1, keepdim=True)

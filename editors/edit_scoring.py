@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
 from hf_iclr.metrics import load_metric
-from hf_iclr.trainers.prefill_generation import check_decoder, check_prompts, evaluation_mode, forward_parameters
+from hf_iclr.trainers.prefill_generation import check_decoder, check_prompts, evaluation_mode
 
 from .edit_request import EditRequest
 
@@ -166,9 +167,9 @@ def _answer_scores(
                 width = max(len(answer) for _, answer in longer)
                 padded = torch.tensor([[*a, *[0] * (width - len(a))] for _, a in longer], device=device)
                 wanted = torch.tensor([[t < len(a) for t in range(1, width)] for _, a in longer], device=device)
-                cache = output.past_key_values
+                cache = given_cache(output)
                 cache.batch_select_indices(torch.tensor([row for row, _ in longer], device=device))
-                logits = model(padded[:, :-1], past_key_values=cache, use_cache=True).logits.float()
+                logits = model(padded[:, :-1], use_cache=True, **cache_inputs(model, cache)).logits.float()
                 losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
                 nll = (losses * wanted).sum(1).tolist()
                 hits = ((logits.argmax(-1) == padded[:, 1:]) & wanted).sum(1).tolist()

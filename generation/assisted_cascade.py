@@ -7,6 +7,7 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
+from .cache_argument import UPSTREAM_NAME, given_cache
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import DEFERRAL_RULES, cascade_target, total_variation
 
@@ -80,7 +81,7 @@ class DraftRecorder:
 
     def _generate_candidates(self, generation_args):
         output = self.assistant_model.generate(**generation_args, **self.assistant_kwargs)
-        self.assistant_kwargs["past_key_values"] = output.past_key_values
+        self.assistant_kwargs[UPSTREAM_NAME] = given_cache(output)
         self.raw_logits = torch.stack(output.logits, dim=1)
         return output.sequences, torch.stack(output.scores, dim=1)
 

@@ -4,6 +4,7 @@ import copy
 
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
+from .cache_argument import cache_inputs
 from .cascade_generation import SpeculativeCascadeGenerationMixin
 from .configuration_draft import DraftConfig
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
@@ -195,22 +196,23 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
         **kwargs,
     ):
-        """The large model's forward, arguments unchanged."""
+        """The large model's forward, arguments unchanged; the cache may come under either of its names."""
         return self.large(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **cache_inputs(self.large, past_key_values if cache is None else cache),
             **kwargs,
         )
 
