@@ -131,17 +131,8 @@ def make(overlay: Overlay) -> str:
     unfinished = overlay.folder.with_name(overlay.folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--target",
-        str(unfinished),
-        "--only-binary",
-        ":all:",
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary", ":all:"]
+    command += ["--target", str(unfinished)]
     if overlay.alone:
         command += ["--no-deps"]
     else:
@@ -197,28 +188,28 @@ def run(cell: Cell, tests: list[str]) -> Outcome:
 
 def look() -> None:
     """In a cell: prints the versions that count there, and which need of a package another one does not meet."""
-    ours = importlib.metadata.requires("hf_iclr") or []
-    names = [canonicalize_name(Requirement(line).name) for line in ours if "extra ==" not in line]
+    names = [*pinned("oldest.txt"), "torch", "torchvision"]
     unmet, seen = [], set()
     while names:
         name = names.pop()
-        if name in seen:
+        if name in seen or (version := version_of(name)) is None:
             continue
         seen.add(name)
-        for line in importlib.metadata.requires(name) or []:
-            need = Requirement(line)
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
-            needed = canonicalize_name(need.name)
-            try:
-                got = importlib.metadata.version(needed)
-            except importlib.metadata.PackageNotFoundError:
-                unmet.append(f"{name} {importlib.metadata.version(name)} needs {need}")
-                continue
-            if not need.specifier.contains(got, prereleases=True):
-                unmet.append(f"{name} {importlib.metadata.version(name)} needs {need}, not {got}")
-            names.append(needed)
-    print(json.dumps([{package: importlib.metadata.version(package) for package in [*STACK, "torch"]}, unmet]))
+            got = version_of(need.name)
+            if got is None or not need.specifier.contains(got, prereleases=True):
+                unmet.append(f"{name} {version} needs {need}, got {got or 'none'}")
+            names.append(canonicalize_name(need.name))
+    print(json.dumps([{package: version_of(package) for package in [*STACK, "torch"]}, unmet]))
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main(arguments: list[str]) -> int:
