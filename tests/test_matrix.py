@@ -52,7 +52,7 @@ def test_each_release_has_a_cell_of_its_own():
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """A folder that pip takes packages from instead of an index; returns a function that puts a release of trl there."""
+    """A folder that pip takes packages from, not an index; returns a function that puts a release of trl there."""
     monkeypatch.setattr(matrix, "CACHE", tmp_path / "cache")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
