@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hf_iclr import __version__
+
 
 app = typer.Typer(
     help="The six ICLR 2025 award papers as drop-in parts of the Hugging Face stack.",
@@ -12,6 +14,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_iclr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
