@@ -201,10 +201,11 @@ def _owners(error: BaseException) -> Iterator[str]:
             yield error.obj.__name__.split(".")[0]
         for cls in (error.obj if isinstance(error.obj, type) else type(error.obj)).__mro__:
             yield cls.__module__.split(".")[0]
-    if isinstance(error, TypeError) and (called := re.match(r"(\w+)[\w.]*\(\) (got|missing|takes)", str(error))):
+    if isinstance(error, TypeError) and (called := re.match(r"([\w.]+)\(\) (got|missing|takes)", str(error))):
+        first, *others = called[1].split(".")
         for name, module in list(sys.modules.items()):
-            owner = vars(module).get(called[1]) if module is not None else None
-            if getattr(owner, "__module__", None) == name:
+            owner = vars(module).get(first) if module is not None else None
+            if getattr(owner, "__module__", None) == name and all(hasattr(owner, other) for other in others[:1]):
                 yield name.split(".")[0]
 
 
