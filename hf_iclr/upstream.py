@@ -3,7 +3,7 @@
 import inspect
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 # Where it stands -> its parameters without annotations, which read differently from one Python to the next.
@@ -199,3 +199,11 @@ def parameters(function: Callable) -> str:
     signature = inspect.signature(function)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def checkpointing_argument() -> str:
+    """Training argument that switches activation checkpointing: transformers 5.23 renamed `gradient_checkpointing`."""
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"

@@ -5,8 +5,10 @@ import logging
 import pkgutil
 
 import pytest
+import transformers
 
-from hf_iclr.upstream import SEAMS, check_seams
+from hf_iclr.upstream import SEAMS, check_seams, checkpointing_argument
+from tests.architectures import tiny
 
 
 # Each of our classes -> the private methods of its parents that it overrides.
@@ -61,3 +63,11 @@ def private_overrides(cls: type) -> set[str]:
         if name.startswith("_") and not name.startswith("__") and inspect.isroutine(value)
         if any(name in vars(parent) for parent in parents)
     }
+
+
+def test_checkpointing_is_switched_by_the_name_of_this_release(tmp_path):
+    name = checkpointing_argument()
+    arguments = transformers.TrainingArguments(str(tmp_path), **{name: True})
+    model = tiny("llama", 0)
+    transformers.Trainer(model, arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}]).train()
+    assert model.model.gradient_checkpointing

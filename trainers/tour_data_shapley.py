@@ -13,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from hf_iclr.upstream import checkpointing_argument
+
 from .data_shapley_callback import InRunDataShapleyCallback
 from .demo_pairs import demo_pairs
 from .shapley_result import DataShapleyResult
@@ -64,10 +66,10 @@ def section(out_dir: Path, quick: bool, progress):
             per_device_eval_batch_size=8,
             logging_steps=steps,
             bf16=False,
-            activation_checkpointing=False,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            **{checkpointing_argument(): False},
         )
         trainer = SFTTrainer(
             model,
