@@ -110,7 +110,7 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     hidden_states, targets = hidden_states[mask], labels[mask]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     flat = torch.zeros((3, len(targets)), device=weight.device)
-    with _whole(weight, bias):
+    with gathered_head(weight, bias):
         tile = max(1, _TILE_ELEMENTS // len(weight))
         for start in range(0, len(targets), tile):
             rows = slice(start, start + tile)
@@ -134,7 +134,7 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     )
 
 
-def _whole(*parameters: torch.Tensor | None) -> AbstractContextManager:
+def gathered_head(*parameters: torch.Tensor | None) -> AbstractContextManager:
     """Inside, what ZeRO-3 shards of these parameters is there whole; nothing to do elsewhere."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()

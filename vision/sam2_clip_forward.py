@@ -195,7 +195,7 @@ class _Tracks:
         model, config = self.model, self.model.config
         prompted = {t: memory for t, memory in self.memories.items() if t in self.conditioning}
         tracked = {t: memory for t, memory in self.memories.items() if t not in self.conditioning}
-        chosen = _closest(frame, list(prompted), config.max_cond_frame_num)
+        chosen = closest_frames(frame, list(prompted), config.max_cond_frame_num)
         seen = [(0, prompted[t]) for t in chosen]
         for offset in range(model.num_maskmem - 1, 0, -1):
             memory = tracked.get(frame - offset)
@@ -229,8 +229,15 @@ class _Tracks:
         return attended[0].transpose(1, 2).unflatten(2, tuple(self.model.backbone_feature_sizes[-1]))
 
 
-def _closest(frame: int, prompted: list[int], limit: int) -> list[int]:
-    """At most `limit` of the prompted frames (-1: all): the next before, the next from here on, then by distance."""
+def closest_frames(frame: int, prompted: list[int], limit: int) -> list[int]:
+    """
+    Which prompted frames a frame attends to: the last before it, the first from it on, then by distance.
+
+    Args:
+        frame (`int`): The frame.
+        prompted (`list[int]`): All of them.
+        limit (`int`): At most so many; -1 for all.
+    """
     if limit == -1 or len(prompted) <= limit:
         return prompted
     before = max((t for t in prompted if t < frame), default=None)
