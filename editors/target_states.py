@@ -13,6 +13,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.cache_argument import cache_inputs
+
 from .alpha_edit_config import AlphaEditConfig
 from .down_projections import DownProjection, capture, run_until
 from .edit_prompts import EditRow, encode_request
@@ -145,7 +147,9 @@ class _Search:
         }
         if self.takes_positions:
             inputs["position_ids"] = self.positions[lines, start:end]
-        return inputs if cache is None else inputs | {"past_key_values": _shallow(cache), "use_cache": True}
+        if cache is not None:
+            inputs |= cache_inputs(self.model, _shallow(cache)) | {"use_cache": True}
+        return inputs
 
     @torch.no_grad()
     def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
@@ -157,7 +161,8 @@ class _Search:
         if self.before:
             cache = DynamicCache()
             inputs = self.inputs(0, self.before, None)
-            self.model.get_decoder()(**inputs | {"past_key_values": cache, "use_cache": True})
+            decoder = self.model.get_decoder()
+            decoder(**inputs | cache_inputs(decoder, cache) | {"use_cache": True})
         target, layer = self.projection.target, self.projection.layer
         with capture({"in": (layer, "input"), "out": (target, "output")}) as seen:
             run_until(self.model, layer, **self.inputs(self.before, self.ids.shape[1], cache))

@@ -6,6 +6,8 @@ import weakref
 import torch
 from transformers import DynamicCache
 
+from .cache_argument import cache_inputs
+
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _checked_models: "weakref.WeakKeyDictionary[torch.nn.Module, str | None]" = weakref.WeakKeyDictionary()
@@ -21,6 +23,7 @@ class CachedDecoder:
     def __init__(self, model, batch_size: int):
         self.model = model
         self.cache = DynamicCache()  # built without a config: every layer keeps all slots, the mask applies windows
+        self.cache_inputs = cache_inputs(model, self.cache)
         self.positions = torch.empty(batch_size, 0, dtype=torch.long, device=model.device)  # (batch, slots), -1 = hole
         self.layer_types, self.window = _attention_pattern(model.config.get_text_config(decoder=True))
         self.forwards = 0
@@ -48,9 +51,9 @@ class CachedDecoder:
             input_ids=input_ids,
             position_ids=positions.clamp(min=0),
             attention_mask=self._attention_mask(positions),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **self.cache_inputs,
         ).logits[:, -logits_to_keep:]
         self.forwards += 1
         self.tokens += input_ids.numel()

@@ -15,6 +15,7 @@ from .assisted_cascade import (
     without_warpers,
 )
 from .batched_cascade import BatchedCascade, CascadeOptions
+from .cache_argument import NAMES, given_cache
 from .cached_decoder import why_not_batched
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import check_rule
@@ -35,7 +36,7 @@ CASCADE_DEFAULTS = {
 _BACKENDS = ("auto", "batched", "assisted")
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 # What a decoder-only `generate` prepares for any model; other inputs (images, audio) only the assisted loop passes on.
-_PLAIN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids"}
+_PLAIN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", *NAMES}
 
 
 class SpeculativeCascadeGenerationMixin(GenerationMixin):
@@ -264,9 +265,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         )
         if others:
             return f"it passes on token ids only, not {', '.join(others)}"
-        cache = model_kwargs.get("past_key_values")
+        cache = given_cache(model_kwargs)
         if cache is not None and cache.get_seq_length() > 0:
-            return "it starts from an empty cache, not from the `past_key_values` given"
+            return "it starts from an empty cache, not from the key-value cache given"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it keeps no attentions or hidden states"
         stateful = [

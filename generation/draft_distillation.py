@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.generation.draft_teacher import TeacherRow, collate
 from hf_iclr.generation.modeling_draft import DraftForCausalLM
+from hf_iclr.upstream import checkpointing_argument
 
 
 WARMUP_STEPS = 20
@@ -127,7 +128,6 @@ def distill(
                 folder,
                 max_steps=steps or 1_000_000,
                 per_device_train_batch_size=batch_size,
-                activation_checkpointing=False,
                 use_cache=True,
                 bf16=False,
                 logging_steps=20,
@@ -140,6 +140,7 @@ def distill(
                 dataloader_pin_memory=False,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 remove_unused_columns=False,
+                **{checkpointing_argument(): False},
             ),
             train_dataset=Dataset.from_dict({"row": range(len(rows)), "length": [len(row.input_ids) for row in rows]}),
             data_collator=lambda records: collate([rows[record["row"]] for record in records]),

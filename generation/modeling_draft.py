@@ -5,6 +5,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_argument import UPSTREAM_NAME, cache_inputs, given_cache
 from .configuration_draft import DraftConfig
 
 
@@ -61,6 +62,7 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
+        cache=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -75,6 +77,8 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
                 Handed to the body: `(batch, kv_len)`, or `(batch, 1, seq_len, kv_len)`, which is used as it is.
             position_ids (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Handed to the body.
+            cache, past_key_values ([`~transformers.Cache`], *optional*):
+                The body's key-value cache, under the newer or the older of its names.
             labels (`torch.LongTensor` of shape `(batch, seq_len)`, *optional*):
                 Tokens for the cross-entropy, shifted here; -100 and tokens the draft cannot write are left out.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
@@ -87,9 +91,9 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_inputs(self.body, past_key_values if cache is None else cache),
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -104,7 +108,7 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{UPSTREAM_NAME: given_cache(outputs)},
         )

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from .prefill_generation import check_decoder, evaluation_mode, forward_parameters
+from hf_iclr.cache_argument import forward_parameters
+
+from .prefill_generation import check_decoder, evaluation_mode
 
 
 logger = logging.getLogger(__name__)

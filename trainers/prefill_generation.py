@@ -1,6 +1,5 @@
 """Generation after the first k tokens of given answers: one prefill serves every k."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +13,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from hf_iclr.cache_argument import cache_argument, cache_inputs, forward_parameters
 
 
 def generate_after_prefixes(
@@ -177,7 +178,7 @@ class _PrefixBatch:
         if "logits_to_keep" in self.accepts:
             options["logits_to_keep"] = keep
         logits = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+            input_ids=ids, attention_mask=mask, use_cache=True, **cache_inputs(self.model, cache), **options
         ).logits.to(ids.device)
         return (logits if "logits_to_keep" in self.accepts else logits[:, keep]).float()
 
@@ -223,8 +224,10 @@ def check_decoder(model) -> None:
             f"Expected adapters inside the model, got {model.active_peft_config.peft_type.value}, which puts virtual "
             "tokens before the prompt. Use LoRA, or merge what was learned into a plain model."
         )
-    if "past_key_values" not in forward_parameters(model):
-        raise ValueError(f"Expected a model that takes `past_key_values`, got {type(model).__name__}.")
+    if cache_argument(model) is None:
+        raise ValueError(
+            f"Expected a model that takes a key-value cache, got {type(model).__name__}, which takes none."
+        )
 
 
 def check_prompts(prompts) -> list:
@@ -304,9 +307,3 @@ def _can_crop(cache: DynamicCache, length: int) -> bool:
     """Whether the cache can be cut back after it has held `length` tokens."""
     windows = [layer.sliding_window for layer, sliding in zip(cache.layers, cache.is_sliding, strict=True) if sliding]
     return cache.is_croppable and not any(cache.is_linear) and all(length < window for window in windows)
-
-
-def forward_parameters(model) -> set[str]:
-    """Names of the arguments that a model's forward takes, under its adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters)

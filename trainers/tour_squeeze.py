@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from peft import LoraConfig
 from transformers import PrinterCallback
 
+from hf_iclr.upstream import checkpointing_argument
+
 from .demo_pairs import demo_pairs
 from .squeeze_config import SqueezeDPOConfig
 from .squeeze_probes import SqueezeProbeCallback, build_probe_set
@@ -51,10 +53,10 @@ def section(out_dir: Path, quick: bool, progress):
             argmax_every=5,
             logging_steps=1,
             bf16=False,
-            activation_checkpointing=False,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            **{checkpointing_argument(): False},
         )
         trainer = SqueezeDPOTrainer(
             model,

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from hf_iclr.upstream import checkpointing_argument
+
 from .deep_safety_config import DeepSafetySFTConfig
 from .deep_safety_trainer import DeepSafetySFTTrainer
 from .prefill_generation import answer_logits, generate_after_prefixes
@@ -156,8 +158,8 @@ class Toy:
         """Train a copy of the taught model on compliant answers to `rows`; settings are those of the config."""
         args = DeepSafetySFTConfig(
             str(folder), max_steps=steps, learning_rate=lr, per_device_train_batch_size=10, use_cpu=True, bf16=False,
-            activation_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, weight_decay=0.0, **settings,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, weight_decay=0.0,
+            **{checkpointing_argument(): False}, **settings,
         )  # fmt: skip
         data = Dataset.from_list(
             [

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_iclr.upstream import checkpointing_argument
+
 
 PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder", "memory_attention", "memory_encoder")
 
@@ -92,6 +94,6 @@ class Sam2TrainingConfig(TrainingArguments):
         for part in self.freeze or []:
             if part not in PARTS:
                 raise ValueError(f"Expected parts to freeze among {', '.join(PARTS)}, got {part!r}.")
-        if self.activation_checkpointing:
-            raise ValueError("SAM 2 has no activation_checkpointing. Pass frame_checkpointing=True instead.")
+        if getattr(self, checkpointing_argument()):
+            raise ValueError(f"SAM 2 has no {checkpointing_argument()}. Pass frame_checkpointing=True instead.")
         super().__post_init__()
