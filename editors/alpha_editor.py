@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, in_own_memory, push_saved, write_safetensors
 from hf_iclr.untrusted import as_written_by, check_links, read_safetensors
 
 from .alpha_edit_config import AlphaEditConfig
@@ -424,7 +424,7 @@ class AlphaEditor:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         basis = read_safetensors(folder / _NULL_SPACE)[0] if (folder / _NULL_SPACE).exists() else {}
         with as_written_by("AlphaEditor.save_pretrained", folder):
-            preserved = {int(layer): value for layer, value in basis.items()}
+            preserved = {int(layer): in_own_memory(value) for layer, value in basis.items()}
             batches = [EditBatch.load(folder, record) for record in batches_of(events)]
         editor._set_up(model, tokenizer, config, find_down_projections(model), preserved, statistics)
         editor._check_shapes(batches)

@@ -5,14 +5,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, snapshot_download
 
-from hf_iclr.saving import push_saved, whole_file
+from hf_iclr.saving import in_own_memory, push_saved, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from .closed_form import null_space_factor, project_out
@@ -20,6 +19,9 @@ from .concept_card import concept_card
 from .concept_pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 from .key_statistics import check_null_space_rule, hash_weights
 
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class ConceptEditor:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         retain: Sequence[str],
         *,
         modules: str | None = None,
@@ -163,14 +165,14 @@ class ConceptEditor:
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))
-            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), right[:rank].float()
+            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), in_own_memory(right[:rank].float())
             count = len(concepts)
             differ = keys * ((wanted - keys).norm(dim=0) > ROUNDING * keys.norm(dim=0))
             editable.append(_norms(project_out(differ, self._preserved[kind]), count) / _norms(differ, count))
             for name, layer in layers.items():
                 weight = layer.weight.detach().cpu().double()
                 distance = weight @ (wanted - keys)
-                batch.residuals[name] = (distance @ left[:, :rank] * values[:rank]).float()
+                batch.residuals[name] = in_own_memory((distance @ left[:, :rank] * values[:rank]).float())
                 update = batch.residuals[name].double() @ batch.factors[kind].double()
                 residuals.append(_norms(distance - update @ keys, count) / _norms(distance, count))
                 if self._retained:
@@ -247,7 +249,7 @@ class ConceptEditor:
             folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
         )
         about = {
-            "base_model": self.pipeline.config.get("_name_or_path"),
+            "base_model": self.pipeline.name_or_path,
             "base_hash": self.base_hash,
             "settings": self.settings,
             "retain": self.retain,
@@ -264,7 +266,7 @@ class ConceptEditor:
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         revision: str | None = None,
         token: Any = None,
         check_base_model: bool = True,
@@ -331,7 +333,7 @@ class ConceptEditor:
                 shapes = tuple(residual.shape), tuple(factor.shape)
                 if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])):
                     raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}")
-                batch.factors[kind], batch.residuals[name] = factor, residual
+                batch.factors[kind], batch.residuals[name] = in_own_memory(factor), in_own_memory(residual)
         return batch
 
     def push_to_hub(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_iclr.saving import write_safetensors
+from hf_iclr.saving import in_own_memory, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, regular_file, whole_number
 
 from .edit_request import EditRequest
@@ -80,7 +80,7 @@ class EditBatch:
             kinds = {kind: getattr(batch, kind) for kind in _KINDS}
             for name, tensor in tensors.items():
                 kind, _, layer = name.partition(".")
-                kinds[kind][int(layer)] = tensor
+                kinds[kind][int(layer)] = in_own_memory(tensor)
         return batch
 
     def record(self) -> dict[str, Any]:
