@@ -11,6 +11,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_iclr.extras import new_figure, save_figure
+from hf_iclr.untrusted import as_written_by, check_links, inside, read_json
 
 from .safety_statistics import alignment_depth, mcnemar_exact, prefill_auc, wilson_rate
 
@@ -293,7 +294,7 @@ class SafetyReport:
             with_texts (`bool`, *optional*, defaults to `False`):
                 Whether to write the model's answers too. They may be harmful; leave them out of what is published.
         """
-        directory = Path(directory)
+        directory = check_links(directory)
         directory.mkdir(parents=True, exist_ok=True)
         summary = {
             "rates": json.loads(self.to_frame().to_json(orient="records")),
@@ -325,14 +326,26 @@ class SafetyReport:
 
         Returns:
             [`SafetyReport`]
+
+        Raises:
+            ValueError: when there is no report, or its file has other contents.
         """
-        return cls._from_dict(json.loads((Path(directory) / "report.json").read_text())["report"])
+        path = inside(directory, "report.json")
+        with as_written_by("SafetyReport.save", path):
+            return cls._from_dict(read_json(path)["report"])
 
     @classmethod
     def _from_dict(cls, fields: dict[str, Any]) -> "SafetyReport":
         measures = [Measure(**measure) for measure in fields["measures"]]
         before = cls._from_dict(fields["before"]) if fields["before"] else None
-        return cls(**{**fields, "measures": measures, "before": before})
+        report = cls(**{**fields, "measures": measures, "before": before})
+        for measure in measures:
+            if not all(verdict in (True, False, None) for verdict in measure.refused):
+                raise TypeError(f"verdicts on {measure.attack!r} that are not true, false or null")
+        report._prefill_measures("continuation")
+        if not isinstance(report.settings, dict) or not isinstance(report.prompts, dict):
+            raise TypeError("settings or prompts that are no object")
+        return report
 
     def add_to_model_card(self, card: ModelCard) -> None:
         """
