@@ -4,7 +4,7 @@ What `import hf_iclr` costs, in processor time of fresh interpreters, and how la
     python benchmarks/footprint.py
 
 The interpreters start without `site`, whose own imports would hide some of ours. Sizes are those of the distributions
-installed here, without torch and what torch brings; `own` is what an extra adds to the core.
+installed here, without torch and what torch brings; an extra counts for what it adds to the core.
 """
 
 import argparse
