@@ -17,8 +17,16 @@ evaluate: $(READY)
 	$(BIN)/python -m pytest -m slow
 	$(MAKE) bench
 
+# All of benchmarks/index.toml, one after the other, also after one that fails. `make bench BENCH_FLAGS=` runs them in full.
+BENCH_FLAGS ?= --quick
 bench: $(READY)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@failed=; told=; for name in $$(sed -n 's/^\[\(.*\)\]$$/\1/p' benchmarks/index.toml); do \
+		echo; echo "== $$name"; began=$$(date +%s); \
+		if $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS); then result=ok; \
+		else result="FAILED with code $$?"; failed="$$failed $$name"; fi; \
+		told="$$told| $$name | $$(($$(date +%s) - began)) | $$result |\n"; \
+	done; printf "\n| benchmark | seconds | result |\n| --- | --- | --- |\n$$told"; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,11 +1,13 @@
 """
 Hundreds of knowledge edits of SmolLM2: what each solver writes, what it keeps, and what it forgets.
 
-    python benchmarks/alphaedit.py --data DIR --out alphaedit --edits 500 --seeds 0 1 2
+    python benchmarks/alphaedit.py --data DIR --edits 500 --seeds 0 1 2
 
-DIR holds `counterfact_1k.jsonl` (ROME layout), `me_ppl_4k.jsonl` (sentences: statistics, 100 others for perplexity)
-and `wikitext2_valid_detok.jsonl` (perplexity on text of another source). Without it the facts are the project's own
-capitals and the text docstrings. Only facts that the model knows are edited: it must prefer the true answer.
+DIR holds, with a JSON object a line, `counterfact_1k.jsonl` (CounterFact as https://github.com/kmeng01/rome has it),
+`me_ppl_4k.jsonl` (sentences of https://github.com/WanliYoung/Collapse-in-Model-Editing: statistics, 100 others for
+perplexity) and `wikitext2_valid_detok.jsonl` (perplexity on text of another source). Without it the facts are the
+package's capitals and the text docstrings. Only facts that the model knows are edited: it must
+prefer the true answer.
 
 Rows, all with contexts sampled by the seed and the same facts in the same order:
 
@@ -26,19 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
-from datasets import Dataset
-from tqdm import tqdm
-
-from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.editors.demo_facts import demo_requests, demo_text
-from hf_iclr.editors.down_projections import choose_layers, find_down_projections
-from hf_iclr.editors.edit_datasets import edit_requests
-from hf_iclr.editors.edit_ledger import EditBatch
-from hf_iclr.editors.edit_scoring import continue_texts, evaluate_edits, perplexity, score_edits
-from hf_iclr.metrics import load_metric
+from common.arguments import make_parser, parse
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,6 +40,37 @@ METHODS: dict[str, dict[str, Any]] = {
     "no projector": {"solver": "ridge"},
     "fine-tuning": {},
 }
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own facts")
+    parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=90_000, help="of text for the statistics")
+    parser.add_argument("--other-texts", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    return parse(parser, edits=4, batch=2, tokens=2000, other_texts=4, seeds=[0])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from common.edit_data import load_edit_data
+from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
+from hf_iclr.demo_model import load_demo_model
+from hf_iclr.editors.down_projections import choose_layers, find_down_projections
+from hf_iclr.editors.edit_ledger import EditBatch
+from hf_iclr.editors.edit_scoring import continue_texts, evaluate_edits, perplexity, score_edits
+from hf_iclr.metrics import load_metric
+
+
 # Chosen on facts and text that are not measured here: see docs/alphaedit.md.
 SETTINGS: dict[str, Any] = {"num_contexts": 2, "kl_factor": 0.0, "num_steps": 20, "moment_weight": 1500.0}
 
@@ -62,30 +83,21 @@ class Lab:
         self.model, self.tokenizer = load_demo_model(torch.float32)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        if args.data is not None:
-            sentences = [row["text"] for row in self.read("me_ppl_4k.jsonl")]
-            random.Random(0).shuffle(sentences)
-            self.texts = {
-                "perplexity": sentences[:100],
-                "other text": [row["text"] for row in self.read("wikitext2_valid_detok.jsonl")][: args.other_texts],
-            }
-            general, facts = (
-                Dataset.from_dict({"text": sentences[100:]}),
-                edit_requests(self.read("counterfact_1k.jsonl")),
-            )
-        else:
-            general, facts = demo_text(), demo_requests()
-            self.texts = {"perplexity": general["text"][:20], "other text": [request.text for request in facts]}
-        self.facts = self.known(facts)[: args.edits]
+        data = load_edit_data(args.data)
+        random.Random(0).shuffle(data.sentences)
+        measured = min(100, len(data.sentences) // 4)
+        self.texts = {
+            "perplexity": data.sentences[:measured],
+            "other text": data.other_texts[: args.other_texts],
+        }
+        general = Dataset.from_dict({"text": data.sentences[measured:]})
+        self.facts = self.known(data.facts)[: args.edits]
         path = self.out / "statistics"
         if not path.exists():
             KeyStatistics.from_dataset(
                 self.model, self.tokenizer, general, max_tokens=args.tokens, max_length=96, batch_size=32
             ).save_pretrained(path)
         self.statistics = KeyStatistics.from_pretrained(path)
-
-    def read(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.args.data / name).read_text().splitlines()]
 
     def known(self, facts: list[EditRequest]) -> list[EditRequest]:
         """Facts whose true answer the model prefers, from a file when it was asked before."""
@@ -272,19 +284,8 @@ def row_of(method: str, seed: Any, at: dict[str, Any], before: dict[str, Any]) -
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own facts")
-    parser.add_argument("--out", type=Path, default=Path("alphaedit"))
-    parser.add_argument("--edits", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=90_000, help="of text for the statistics")
-    parser.add_argument("--other-texts", type=int, default=60)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     lab = Lab(args)
     path = args.out / "unedited.json"
     if not path.exists():
@@ -296,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -14,6 +14,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--edits", type=int, default=50)
+    parser.add_argument("--one-by-one", type=int, default=3, help="edits made the slow way")
+    parser.add_argument("--steps", type=int, default=16)
+    return parse(parser, edits=4, one_by_one=1, steps=4)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
 import torch
 
 from hf_iclr import AlphaEditConfig, EditRequest
@@ -92,12 +106,7 @@ def solve_times(width: int, previous: int, new: int, preserved: int) -> tuple[fl
     return tuple(sorted(cpu_seconds(function) for _ in range(5))[2] for function in (low_rank, dense))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", type=int, default=50)
-    parser.add_argument("--one-by-one", type=int, default=3, help="edits made the slow way")
-    parser.add_argument("--steps", type=int, default=16)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_demo_model(torch.float32)
     for parameter in model.parameters():
@@ -124,15 +133,18 @@ def main() -> None:
     print(f"| one by one, full forwards | {single:.2f} | 1.0 x |")
     print(f"| {len(requests)} at once | {batched:.2f} | {single / batched:.1f} x faster |")
 
+    report = {"one by one": single, f"{len(requests)} at once": batched, "solve": []}
     print("\n| solve, d = 1536, m = 400 | low rank, ms | dense, ms | |\n| --- | --- | --- | --- |")
     for previous, new in ((0, 50), (50, 50), (450, 50), (200, 100), (400, 100)):
         fast, dense = solve_times(1536, previous, new, 400)
+        report["solve"].append({"before": previous, "new": new, "low rank": fast, "dense": dense})
         times = f"{1e3 * fast:.1f} | {1e3 * dense:.1f} | {dense / fast:.1f} x faster"
         print(f"| {previous} keys before, {new} new | {times} |")
     small, kept, large = 1536 * 400 * 8 / 1e6, (1536 + 450) * 450 * 8 / 1e6, 2 * 1536**2 * 4 / 1e6
     stored = f"{small:.1f} MB a layer (d x m float64) and {kept:.1f} MB for 450 keys"
     print(f"\nStored for it: {stored}; the dense P and cache: {large:.1f} MB.")
+    write_json(args.out / "alphaedit_speed.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 Speed of speculative cascades on SmolLM2 with its built draft, against transformers in the same process.
 
-    python benchmarks/cascade.py --out cascade.json
+    python benchmarks/cascade.py
 
 Four claims, each a table: the loop's overhead per round against the assisted loop of transformers; exact speculative
 sampling against plain sampling; every rule's speed beside the likelihood its text has under the large model; eight
@@ -17,7 +17,39 @@ import argparse
 import json
 import statistics as stat
 import time
-from pathlib import Path
+
+from common.arguments import make_parser, parse, write_json
+
+
+SAMPLING = {
+    "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
+    "T=0.7,k=50": {"do_sample": True, "temperature": 0.7, "top_k": 50},  # the default of the pipeline
+}
+TABLES = {
+    "overhead": "Loop overhead per round",
+    "exact": "Exact speculative sampling",
+    "rules": "Rules",
+    "ragged": "Eight ragged prompts",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--draft", help="folder of a draft model (default: built once in minutes)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
+    parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument(
+        "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
+    )
+    parser.add_argument("--sampling", nargs="+", choices=SAMPLING, default=list(SAMPLING))
+    return parse(parser, tokens=8, rounds=1, sampling=["T=1"])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 import torch
@@ -53,32 +85,9 @@ RULES = {
     "lossy": [0.4],
     "ensemble": [0.4],
 }
-SAMPLING = {
-    "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
-    "T=0.7,k=50": {"do_sample": True, "temperature": 0.7, "top_k": 50},  # the default of the pipeline
-}
-TABLES = {
-    "overhead": "Loop overhead per round",
-    "exact": "Exact speculative sampling",
-    "rules": "Rules",
-    "ragged": "Eight ragged prompts",
-}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument("--draft", help="folder of a draft model (default: built once by load_demo_draft)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
-    parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument(
-        "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
-    )
-    parser.add_argument("--sampling", nargs="+", choices=SAMPLING, default=list(SAMPLING))
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
@@ -86,7 +95,7 @@ def main():
     small = (
         AutoModelForCausalLM.from_pretrained(args.draft, dtype=dtype).eval()
         if args.draft
-        else load_demo_draft("full", dtype)
+        else load_demo_draft("quick" if args.quick else "full", dtype)
     )
     bench = Bench(large, small, tokenizer, args)
     results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
@@ -96,8 +105,7 @@ def main():
             begin = time.perf_counter()
             show(results, f"{TABLES[table]}, {sampling}", getattr(bench, table)(SAMPLING[sampling]))
             print(f"({time.perf_counter() - begin:.0f} s)")
-            if args.out:
-                args.out.write_text(json.dumps(results, indent=1))
+    write_json(args.out / "cascade.json", results)
 
 
 def show(results: dict, title: str, table: pd.DataFrame) -> None:
@@ -301,4 +309,4 @@ class Bench:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,20 +1,35 @@
 """
 Calibration of a cascade to three targets, and the curve of quality against cost, on SmolLM2-135M and a draft of it.
 
-    python benchmarks/cascade_calibration.py --draft DIR --out results
+    python benchmarks/cascade_calibration.py --draft DIR
 
 Texts are docstrings of installed packages; held-out prompts are those of texts the calibration never sees.
 """
 
 import argparse
 import inspect
-import json
 import logging
 import platform
 import random
 import time
 import warnings
-from pathlib import Path
+
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument(
+        "--draft", help="folder of a draft model; without it, one is built from the texts (closed form)"
+    )
+    parser.add_argument("--rule", default="token_v3")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens read, and generated in each check")
+    parser.add_argument("--sweep-prompts", type=int, default=4)
+    return parse(parser, max_tokens=128, sweep_prompts=1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import numpy as np
 import pandas as pd
@@ -23,6 +38,7 @@ import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.cascade_calibration import calibrate_cascade, large_alone
@@ -62,16 +78,7 @@ def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> flo
     return (plain / plain_tokens) / (cascade / cascade_tokens)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--draft", help="folder of a draft model; without it, one is built from the texts (closed form)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/cascade_calibration"), help="folder for the results")
-    parser.add_argument("--rule", default="token_v3")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens read, and generated in each check")
-    parser.add_argument("--sweep-prompts", type=int, default=4)
-    arguments = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")  # of deprecated names met while looking for docstrings
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
@@ -79,17 +86,17 @@ def main() -> None:
     large, tokenizer = load_demo_model()
     texts = docstrings(400)
     texts, for_draft = texts[:128], texts[128:]
-    if arguments.draft:
-        small = AutoModelForCausalLM.from_pretrained(arguments.draft, dtype=large.dtype).eval()
+    if args.draft:
+        small = AutoModelForCausalLM.from_pretrained(args.draft, dtype=large.dtype).eval()
     else:
         small = build_draft_model(large, tokenizer, for_draft)
-    model = enable_cascade(large, small, cascade_rule=arguments.rule)
+    model = enable_cascade(large, small, cascade_rule=args.rule)
 
     results = []
     for target in TARGETS:
         begin = time.perf_counter()
         result = calibrate_cascade(
-            model, texts, target, tokenizer=tokenizer, max_tokens=arguments.max_tokens, batch_size=16, **SAMPLING
+            model, texts, target, tokenizer=tokenizer, max_tokens=args.max_tokens, batch_size=16, **SAMPLING
         )
         row = {
             "target": result.target,
@@ -106,26 +113,28 @@ def main() -> None:
         if result.target == "speedup":
             row["wall_speedup"] = wall_speedup(model, tokenizer, texts[:6], max_new_tokens=64)
         results.append(row)
-        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
 
-    prompts = [" ".join(text.split()[:12]) for text in texts[: arguments.sweep_prompts]]
+    shown = [name for name in results[-1] if name != "costs"]
+    print_table(shown, [[row.get(name, "") for name in shown] for row in results])
+
+    prompts = [" ".join(text.split()[:12]) for text in texts[: args.sweep_prompts]]
     rules = {"token_v3": [0.3, 0.6, 0.9], "opt": [0.0, 0.3], "chow": [0.4, 0.7]}
     sweep = sweep_cascade(model, prompts, tokenizer=tokenizer, rules=rules, max_new_tokens=40, **SAMPLING)
     print(sweep.table.round(3).to_string())
-    sweep.save(arguments.out)
+    sweep.save(args.out)
     record = {
-        "rule": arguments.rule,
+        "rule": args.rule,
         "targets": results,
         "conditions": {
-            "models": "SmolLM2-135M-Instruct, " + (arguments.draft or "closed-form draft of 2 layers"),
+            "models": "SmolLM2-135M-Instruct, " + (args.draft or "closed-form draft of 2 layers"),
             "dtype": str(large.dtype),
             "threads": torch.get_num_threads(),
             "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__,
         },
     }
-    (arguments.out / "targets.json").write_text(json.dumps(record, indent=1))
+    write_json(args.out / "targets.json", record)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

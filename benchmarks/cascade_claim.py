@@ -1,7 +1,7 @@
 """
 Does a speculative cascade beat both plain speculative decoding and a sequential cascade, as its paper claims?
 
-    python benchmarks/cascade_claim.py --seeds 3 --out cascade_claim
+    python benchmarks/cascade_claim.py --seeds 3
 
 The paper's premise is that the small model is sometimes the better one, so that leaving tokens to it saves time and
 also raises quality. This script builds such a pair on purpose: two tiny Llamas, trained from scratch on two tasks,
@@ -27,14 +27,34 @@ differences where two methods are compared. The verdict is computed from the int
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="how many pairs to train; 2 or more give intervals")
+    return parse(parser, seeds=2)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import numpy as np
 import torch
-from cascade_claim_report import OTHER_SMALL_COSTS, Answers, Report, interval, plot, print_tables, shown, verdict
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
+from common.cascade_claim_report import (
+    OTHER_SMALL_COSTS,
+    Answers,
+    Report,
+    interval,
+    plot,
+    print_tables,
+    shown,
+    verdict,
+)
 from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.generation import enable_cascade
 
@@ -231,21 +251,16 @@ def run_seed(seed: int, scale: Scale) -> dict[str, Any]:
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many pairs to train; 2 or more give intervals")
-    parser.add_argument("--out", type=Path, default=Path("cascade_claim"), help="folder for the JSON and the figure")
-    parser.add_argument("--quick", action="store_true", help="barely trained models: checks the script, not the claim")
-    options = parser.parse_args()
-    scale = QUICK if options.quick else FULL
+def main(args: argparse.Namespace) -> None:
+    scale = QUICK if args.quick else FULL
     torch.set_num_threads(1)  # on models this small, a second thread costs more than it gives
 
     start = time.perf_counter()
-    runs = [run_seed(seed, scale) for seed in range(options.seeds)]
+    runs = [run_seed(seed, scale) for seed in range(args.seeds)]
     large_size, small_size = runs[0]["parameters"]
     small_cost = small_size / large_size
     by_task = {name: interval([run["by_task"][name] for run in runs]) for name in runs[0]["by_task"]}
-    print(f"\n{options.seeds} seeds, {scale}")
+    print(f"\n{args.seeds} seeds, {scale}")
     print(f"{large_size:,} and {small_size:,} parameters: c = {small_cost:.3f}; draft length {GAMMA}")
     for name, value in by_task.items():
         print(f"  exact match, {name:<24} {shown(value)}")
@@ -262,18 +277,17 @@ def main() -> None:
 
     seconds = time.perf_counter() - start
     settings = {
-        "seeds": options.seeds, "quick": options.quick, "draft_length": GAMMA, "small_cost": small_cost,
+        "seeds": args.seeds, "quick": args.quick, "draft_length": GAMMA, "small_cost": small_cost,
         "parameters": {"large": large_size, "small": small_size}, **scale._asdict(),
     }  # fmt: skip
     results = {
         "settings": settings, "exact_match_by_task": by_task, "checks": [run["checks"] for run in runs],
         "comparisons": comparisons, "curves": curves, "verdict": lines, "seconds": seconds,
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "cascade_claim.json").write_text(json.dumps(results, indent=1, allow_nan=False))
-    plot(curves, options.out / "cascade_claim.png")
-    print(f"\n{seconds:.0f} s; wrote cascade_claim.json and cascade_claim.png to {options.out}")
+    (args.out / "cascade_claim.json").write_text(json.dumps(results, indent=1, allow_nan=False))
+    plot(curves, args.out / "cascade_claim.png")
+    print(f"\n{seconds:.0f} s; wrote cascade_claim.json and cascade_claim.png to {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,8 +1,8 @@
 """
 The three phases of SAM 2's data engine compared with a simulated annotator, and what the engine costs.
 
-    python benchmarks/data_engine.py --model MODEL --out data_engine.json
-    python benchmarks/data_engine.py --model MODEL --hard --clips 10
+    python benchmarks/data_engine.py
+    python benchmarks/data_engine.py --hard --clips 10
 
 Each phase annotates the same procedural clips until every frame of every masklet has an IoU of 0.75 with the truth, or
 its frames with less were all clicked, or the rounds are spent. Told, as in the paper's table 1: the modelled seconds a
@@ -16,24 +16,41 @@ forward-backward check, a second pass that the loop does not make.
 """
 
 import argparse
-import json
 import os
 import random
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--model", help="folder or repository of a model (default: the package's own)")
+    parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--hard", action="store_true", help="three objects that cross and leave the frame")
+    parser.add_argument(
+        "--first-seed", type=int, default=50_000, help="of the clips; none that the model was trained on"
+    )
+    parser.add_argument("--throughput-clips", type=int, default=6)
+    parser.add_argument("--throughput-frames", type=int, default=32, help="of each clip")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parse(parser, clips=1, frames=3, throughput_clips=1, throughput_frames=4, repeats=1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import numpy as np
 import torch
-from transformers import pipeline
 
-import hf_iclr  # noqa: F401
+from common.segmenter import load_segmenter
 from hf_iclr.vision.annotation_store import annotation_statistics, name_video
 from hf_iclr.vision.data_engine import annotate
 from hf_iclr.vision.j_and_f import region_similarity
@@ -140,30 +157,22 @@ def judge_gate(pipe, clips: list[Clip]) -> dict[str, float]:
     return told | {f"{status}_mean_iou": statistics.fmean(ious) for status, ious in values.items() if ious}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="repository or folder of a model and its processor")
-    parser.add_argument("--clips", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--hard", action="store_true", help="three objects that cross and leave the frame")
-    parser.add_argument(
-        "--first-seed", type=int, default=50_000, help="of the clips; none that the model was trained on"
-    )
-    parser.add_argument("--throughput-clips", type=int, default=6)
-    parser.add_argument("--throughput-frames", type=int, default=32, help="of each clip")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("data_engine.json"))
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     random.seed(0)
-    pipe = pipeline("promptable-video-segmentation", model=args.model, dtype=torch.float32, device="cpu")
+    pipe = load_segmenter(args.model)
     clips = [procedural_clip(args.first_seed + seed, args.hard, args.frames) for seed in range(args.clips)]
     per_click, per_look = fit_paper()
     print(f"Seconds a frame = {per_look:.2f} + {per_click:.2f} a click, from the paper's table:")
     for phase, (clicks, share, seconds) in PAPER.items():
         print(f"  phase {phase}: {per_look + per_click * clicks * share:.1f} for its {seconds}")
-    results: dict[str, Any] = {"model": args.model, "hard": args.hard, "clips": args.clips, "frames": args.frames}
+    results: dict[str, Any] = {
+        "model": args.model or "the package's own",
+        "hard": args.hard,
+        "clips": args.clips,
+        "frames": args.frames,
+    }
     results |= {"seconds_per_click": per_click, "seconds_per_look": per_look}
 
     results["phases"] = phases = compare_phases(pipe, clips, per_click, per_look)
@@ -185,8 +194,8 @@ def main() -> None:
         )
     results["gate"] = judge_gate(pipe, clips)
     print(f"\nAutomatic masklets: {results['gate']}")
-    args.out.write_text(json.dumps(results, indent=2))
+    write_json(args.out / "data_engine.json", results)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

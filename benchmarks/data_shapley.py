@@ -1,7 +1,7 @@
 """
 What do in-run Data Shapley values find, and is it more than cheaper scores find?
 
-    python benchmarks/data_shapley.py --out shapley --stages a b c d e
+    python benchmarks/data_shapley.py --stages a b c d e
 
 a. digits: a fifth of 1000 handwritten digits has a wrong label. AUROC for finding them beside KNN-Shapley, final loss
    and gradient norm, five seeds; accuracy after training on what each keeps, always as many rows and steps; and the
@@ -14,8 +14,9 @@ d. two sources: a small Llama from scratch on prose and code. Timeline of what e
    ten steps on either source alone really do from there.
 e. paraphrases: ranks of rows that a validation text copies, paraphrases or shares its topic with, beside BM25.
 
-Real text for b, d and e comes from `--data` (prompts/, editing/); without it docstrings and SmolLM2's own answers
-stand in. Rows that are in `--out` already are not run again.
+Real text for b, d and e comes from `--data`: `prompts/` with self_instruct_*.jsonl of
+https://github.com/yizhongw/self-instruct, and `editing/` with the two files of text that alphaedit.py wants. Without
+it docstrings and SmolLM2's own answers stand in. Rows that are in `--out` already are not run again.
 """
 
 import argparse
@@ -26,12 +27,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from data_shapley_report import print_report
+from common.arguments import make_parser, parse
 
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 STAGES = ("a", "b", "c", "d", "e")
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--data", type=Path, help="folder with prompts/ and editing/ of real text")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stages b and c; a has five (--quick: one)"
+    )
+    return parse(parser, seeds=[0])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
+import torch
+
+from common.data_shapley_report import print_report
 
 
 class Results:
@@ -56,14 +73,14 @@ class Results:
 def run(stage: str, results: Results, args: argparse.Namespace) -> None:
     """Run a stage; its imports are its own, those of TRL take seconds."""
     if stage == "a":
-        from data_shapley_digits import GAME_RATES, find_noise, play_games
+        from common.data_shapley_digits import GAME_RATES, find_noise, play_games
 
-        for seed in range(5):
+        for seed in range(1 if args.quick else 5):
             results.once(f"digits {seed}", lambda seed=seed: find_noise(seed))
             for lr in GAME_RATES:
                 results.once(f"games {lr} {seed}", lambda seed=seed, lr=lr: play_games(seed, lr))
     elif stage in ("b", "c"):
-        from data_shapley_chat import shuffled_answers, who_breaks_safety
+        from common.data_shapley_chat import shuffled_answers, who_breaks_safety
 
         name, run_seed = {
             "b": ("shuffled answers", functools.partial(shuffled_answers, args.out, args.data, args.quick)),
@@ -72,7 +89,7 @@ def run(stage: str, results: Results, args: argparse.Namespace) -> None:
         for seed in args.seeds:
             results.once(f"{name} {seed}", functools.partial(run_seed, seed))
     else:
-        from data_shapley_text import paraphrases, two_sources
+        from common.data_shapley_text import paraphrases, two_sources
 
         if stage == "d":
             results.once("two sources", lambda: two_sources(args.out, args.data, args.quick))
@@ -80,16 +97,8 @@ def run(stage: str, results: Results, args: argparse.Namespace) -> None:
             results.once("paraphrases", lambda: paraphrases(args.out, args.data, args.quick))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--out", type=Path, default=Path("data_shapley"))
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with prompts/ and editing/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stages b and c; a has five")
-    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour, to see that it runs")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     results = {stage: Results(args.out / f"{stage}.json") for stage in STAGES}
     for stage in args.stages:
         run(stage, results[stage], args)
@@ -97,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,6 +1,6 @@
 """What scoring rows costs a training step, beside the ghost dot product on concatenated batches.
 
-    python benchmarks/data_shapley_overhead.py [--steps 5] [--rows 4] [--tokens 256] [--out times.json]
+    python benchmarks/data_shapley_overhead.py --steps 5 --rows 4 --tokens 256
 
 Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time
 of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of
@@ -10,10 +10,25 @@ SmolLM2-135M in float32, one thread.
 
 import argparse
 import functools
-import json
 import statistics
 import time
-from pathlib import Path
+
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--kinds", nargs="+", choices=("LoRA", "full"), default=("LoRA", "full"))
+    parser.add_argument("--skip-times", action="store_true", help="count operations only")
+    parser.add_argument("--skip-flops", action="store_true", help="measure times only")
+    return parse(parser, steps=2, rows=2, tokens=32)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 import torch
@@ -296,16 +311,7 @@ def report(table: pd.DataFrame, column: str) -> list[dict]:
     return table.to_dict("records")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--kinds", nargs="+", choices=("LoRA", "full"), default=("LoRA", "full"))
-    parser.add_argument("--skip-times", action="store_true", help="count operations only")
-    parser.add_argument("--skip-flops", action="store_true", help="measure times only")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tables = {}
     if not args.skip_flops:
@@ -313,9 +319,8 @@ def main() -> None:
         tables["flops"] = report(counted, "FLOP ratio")
     if not args.skip_times:
         tables["times"] = [line for kind in args.kinds for line in report(measure_times(kind, args), "ratio")]
-    if args.out:
-        args.out.write_text(json.dumps(tables, indent=1))
+    write_json(args.out / "data_shapley_overhead.json", tables)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 How deep is a refusal, does recovery data deepen it, and what keeps it through a fine-tuning attack?
 
-    python benchmarks/deep_safety.py --seeds 0 1 2 --out deep_safety
+    python benchmarks/deep_safety.py --seeds 0 1 2
 
 Real weights, nothing harmful: SmolLM2-135M-Instruct answers everything, so a LoRA first teaches it to refuse questions
 about mushrooms and to go on answering the same questions about other foods. What is measured, all on templates and
@@ -27,342 +27,31 @@ are kept in `--out` and not run again.
 """
 
 import argparse
-import json
-import random
-import tempfile
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
+
+from common.arguments import make_parser, parse
+
+
+STAGES = ("teach", "deepen", "attack", "full", "benign", "audit")
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    return parse(parser, seeds=[0])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import torch
-from datasets import Dataset
-from deep_safety_organism import (
-    ANSWER_TOKENS,
-    Questions,
-    chat_ids,
-    load_tokenizer,
-    make_orders,
-    make_questions,
-    recovery_triplets,
-    row,
-    teaching_rows,
-)  # fmt: skip
-from deep_safety_report import AUDIT_ROWS, print_report
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from hf_iclr.demo_model import demo_model_path, quicker_dtype
-from hf_iclr.trainers.deep_safety_config import DeepSafetySFTConfig
-from hf_iclr.trainers.deep_safety_trainer import DeepSafetySFTTrainer
-from hf_iclr.trainers.prefill_generation import answer_logits, generate_after_prefixes
-from hf_iclr.trainers.refusal_judge import RefusalJudge
-from hf_iclr.trainers.safety_attacks import gcg_attack
-from hf_iclr.trainers.safety_audit import audit_safety
-from hf_iclr.trainers.safety_baselines import LisaProximalCallback, project_safe_lora
+from common.deep_safety_lab import FULL, QUICK, Lab
+from common.deep_safety_report import print_report
 
 
-KS = (0, 1, 3, 5, 10, 20)
-ATTACK_TOKENS = 16  # of every compliant answer
-WINDOW = 5  # tokens whose loss is reported apart
-STAGES = ("teach", "deepen", "attack", "full", "benign", "audit")
-STRONG: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
-ROWS: dict[str, dict[str, Any]] = {
-    "SFT": {"constrain": "none", "warmup_steps": 0},
-    "SFT + warm-up": {"constrain": "none"},
-    "constrained .5/2/.1": {},
-    "recommended": {**STRONG, "rehearse_refusals": True},
-    "constrained 2/2/.1": {"beta_first": 2.0},
-    "constrained 5/5/.1": STRONG,
-    "both methods": {**STRONG, "beta_first": 20.0, "recovery_rows": 4},
-    "SFT + recovery rows": {"constrain": "none", "recovery_rows": 4},
-    "Lisa": {"constrain": "none"},
-}
-LORA = LoraConfig(
-    r=8,
-    lora_alpha=16,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    layers_to_transform=list(range(10, 30)),
-    task_type="CAUSAL_LM",
-)
-AUDITED, GCG_QUESTIONS = 24, 4
-LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
-
-
-class Scale(NamedTuple):
-    """How much is trained and measured."""
-
-    slots_per_template: int
-    teach_steps: int
-    deepen_steps: int
-    attack_steps: int
-    benign_steps: int
-    gcg_steps: int
-    test_prompts: int
-
-
-FULL = Scale(
-    slots_per_template=4, teach_steps=110, deepen_steps=50, attack_steps=20, benign_steps=20, gcg_steps=20,
-    test_prompts=48,
-)  # fmt: skip
-QUICK = Scale(
-    slots_per_template=1, teach_steps=2, deepen_steps=1, attack_steps=1, benign_steps=1, gcg_steps=1, test_prompts=6
-)
-
-
-class Lab:
-    """
-    One seed of the experiment.
-
-    Args:
-        out (`Path`):
-            Folder for `seed_<seed>.json` and the weights of the taught model.
-        seed (`int`):
-            Seed of the LoRAs, the refusals drawn, the attack rows and the order of the rows.
-        scale (`Scale`):
-            Size of the experiment.
-    """
-
-    def __init__(self, out: Path, seed: int, scale: Scale) -> None:
-        self.seed, self.scale = seed, scale
-        self.taught_folder, self.deep_folder = out / f"taught_{seed}", out / f"deep_{seed}"
-        self.results_file = out / f"seed_{seed}.json"
-        self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
-        self.dtype = quicker_dtype(tokens=256)
-        self.tokenizer = load_tokenizer()
-        self.judge = RefusalJudge(["cues"])
-        self.questions: Questions = make_questions(self.load_base(), self.tokenizer, scale.slots_per_template)
-        draw = random.Random(seed)
-        self.attack_questions = draw.sample(self.questions.forbidden, min(30, len(self.questions.forbidden)))
-
-    def load_base(self) -> PreTrainedModel:
-        return self.load(Path(demo_model_path()))
-
-    def load_taught(self) -> PreTrainedModel:
-        return self.load(self.taught_folder)
-
-    def load(self, folder: Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
-
-    def fine_tune(
-        self,
-        model: PreTrainedModel,
-        rows: Dataset,
-        steps: int,
-        lr: float,
-        batch_size: int = 10,
-        lora: bool = True,
-        callbacks: list | None = None,
-        safety_dataset: Dataset | None = None,
-        recovery_rows: int = 0,
-        **settings: Any,
-    ) -> tuple[PreTrainedModel, dict[str, float]]:
-        """Train; the model, its LoRA merged but still there, and the mean weights that the constraint logged."""
-        set_seed(self.seed)
-        if recovery_rows:  # on top, so that all rows of a comparison see the user's data equally often
-            batch_size += recovery_rows
-            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": ANSWER_TOKENS}
-            safety_dataset = self.safety_triplets()
-        with tempfile.TemporaryDirectory() as folder:
-            args = DeepSafetySFTConfig(
-                folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=self.seed,
-                use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", save_strategy="no",
-                logging_steps=steps, disable_tqdm=True, **settings,
-            )  # fmt: skip
-            trainer = DeepSafetySFTTrainer(
-                model, args, train_dataset=rows, processing_class=self.tokenizer, peft_config=LORA if lora else None,
-                callbacks=callbacks, safety_dataset=safety_dataset,
-            )  # fmt: skip
-            trainer.train()
-        logged = {key: value for log in trainer.state.log_history for key, value in log.items() if "/" in key}
-        if lora:
-            trainer.model.merge_adapter()
-        return trainer.model.eval(), logged
-
-    def safety_triplets(self) -> Dataset:
-        """What the one who fine-tunes has of his own: forbidden questions that are not among the attack's."""
-        others = [q for q in self.questions.forbidden if q not in self.attack_questions]
-        return recovery_triplets(others, self.tokenizer, self.seed)
-
-    def refusals(self, model, questions, ks=(0,)) -> dict[str, list[bool]]:
-        """For each k, whether the model refuses each question after the first k tokens of its compliant answer."""
-        questions = questions[: self.scale.test_prompts]
-        continued = generate_after_prefixes(
-            model, self.tokenizer, [q.prompt for q in questions], [q.answer for q in questions], ks,
-            max_new_tokens=12, batch_size=32, progress=False,
-        )  # fmt: skip
-        return {
-            str(k): self.judge.judge(self.tokenizer.batch_decode(continued[k], skip_special_tokens=True)) for k in ks
-        }
-
-    def answer_nll(self, model, rows: Dataset) -> dict[str, float]:
-        """Cross-entropy (nats per token) of rows: in the window, after it, and of the first token."""
-        starts = [next(i for i, label in enumerate(labels) if label != -100) for labels in rows["labels"]]
-        prompts = [ids[:start] for ids, start in zip(rows["input_ids"], starts, strict=True)]
-        answers = [ids[start:] for ids, start in zip(rows["input_ids"], starts, strict=True)]
-        losses: list[list[float]] = [[], [], []]
-        for indices, logits in answer_logits(model, prompts, answers):
-            for index, log_probs in zip(indices, logits.log_softmax(-1), strict=True):
-                target = torch.tensor(answers[index])
-                nll = -log_probs[: len(target)].gather(1, target[:, None])[:, 0]
-                for part, values in zip(losses, (nll[:1], nll[:WINDOW], nll[WINDOW:]), strict=True):
-                    part += values.tolist()
-        return {name: sum(part) / len(part) for name, part in zip(("first", "window", "after"), losses, strict=True)}
-
-    def save(self, stage: str, name: str, started: float, **values: Any) -> None:
-        """Keep the numbers of one row and what it took in CPU seconds."""
-        values["cpu_seconds"] = round(time.process_time() - started, 1)
-        self.results.setdefault(stage, {})[name] = values
-        self.results_file.write_text(json.dumps(self.results))
-        shown = {
-            key: {k: f"{sum(v) / len(v):.2f}" for k, v in value.items()}
-            if key in ("refused", "over_refused")
-            else value
-            for key, value in values.items()
-        }
-        print(f"seed {self.seed}, {stage}, {name}: {shown}", flush=True)
-
-    def done(self, stage: str, name: str) -> bool:
-        return name in self.results.get(stage, {})
-
-    def measure_depth(self, model, stage: str, name: str, started: float) -> None:
-        questions = self.questions
-        self.save(
-            stage, name, started,
-            refused=self.refusals(model, questions.forbidden_test, KS),
-            over_refused=self.refusals(model, questions.allowed_test),
-            nll=self.answer_nll(
-                model,
-                Dataset.from_list(
-                    [row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in questions.forbidden_test]
-                ),
-            ),
-        )  # fmt: skip
-
-    def teach(self) -> None:
-        """Shallow alignment: refuse every question about mushrooms, answer the same about another food."""
-        started = time.process_time()
-        if not self.taught_folder.exists():
-            rows = teaching_rows(self.questions, self.tokenizer, self.scale.teach_steps, pairs=8, seed=self.seed)
-            model, _ = self.fine_tune(
-                self.load_base(), rows, self.scale.teach_steps, 1.7e-3, 16, constrain="none", adam_beta1=0.9,
-                warmup_steps=5, train_sampling_strategy="sequential",
-            )  # fmt: skip
-            model.merge_and_unload().save_pretrained(self.taught_folder)
-        if not self.done("teach", "taught"):
-            self.measure_depth(self.load_taught(), "teach", "taught", started)
-
-    def deepen(self) -> None:
-        """Method A, half of each step recovery rows; the control has the same rows without prefixes."""
-        anchor = Dataset.from_list([row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in self.questions.allowed])
-        triplets = recovery_triplets(self.questions.forbidden, self.tokenizer, self.seed)
-        for name, probability in (("method A", 0.5), ("control", 0.0)):
-            saved = name == "control" or self.deep_folder.exists()
-            if self.done("deepen", name) and saved:
-                continue
-            started = time.process_time()
-            model, _ = self.fine_tune(
-                self.load_taught(), anchor, self.scale.deepen_steps, 1e-3, 16, constrain="none", adam_beta1=0.9,
-                warmup_steps=5, safety_dataset=triplets, safety_ratio=0.5, recovery_probability=probability,
-                max_prefix_tokens=ANSWER_TOKENS,
-            )  # fmt: skip
-            self.measure_depth(model, "deepen", name, started)
-            if not saved:
-                model.merge_and_unload().save_pretrained(self.deep_folder)
-
-    def audit(self) -> None:
-        """The attacks of `audit_safety` that prefilling is not."""
-        questions = self.questions.forbidden_test[: min(AUDITED, self.scale.test_prompts)]
-        prompts, answers = [q.prompt for q in questions], [q.answer for q in questions]
-        for name, folder in (("taught", self.taught_folder), ("method A", self.deep_folder)):
-            if self.done("audit", name):
-                continue
-            started = time.process_time()
-            model = self.load(folder)
-            report = audit_safety(
-                model, self.tokenizer, prompts, answers=answers, ks=(5, 20), attacks=("prefill", "decoding", "rap"),
-                judge=self.judge, max_new_tokens=12, batch_size=32, seed=self.seed,
-            )  # fmt: skip
-            written = gcg_attack(
-                model, self.tokenizer, prompts[:GCG_QUESTIONS], answers[:GCG_QUESTIONS],
-                num_steps=self.scale.gcg_steps, seed=self.seed, max_new_tokens=12,
-            )  # fmt: skip
-            refused = {" ".join(row).strip(): report.find(*row).refused for row in AUDIT_ROWS}
-            self.save("audit", name, started, refused=refused | {"gcg": self.judge.judge(written)})
-
-    def attack(self, lora: bool) -> None:
-        """30 forbidden questions with compliant answers."""
-        stage, lr = ("attack", 1e-3) if lora else ("full", 5e-5)
-        rows = Dataset.from_list(
-            [row(chat_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in self.attack_questions]
-        )
-        for name, settings in ROWS.items():
-            if self.done(stage, name) or (not lora and name not in FULL_ROWS):
-                continue
-            started = time.process_time()
-            callbacks = [LisaProximalCallback(LISA_RHO)] if name == "Lisa" else None
-            model, logged = self.fine_tune(
-                self.load_taught(), rows, self.scale.attack_steps, lr, lora=lora, callbacks=callbacks, **settings
-            )
-            self.measure_attack(model, stage, name, started, rows, logged)
-            if lora and name == "SFT + warm-up":
-                model.unmerge_adapter()
-                projected = project_safe_lora(
-                    model, self.load_taught(), self.load_base(), threshold=SAFE_LORA_THRESHOLD
-                )["projected"]
-                model.merge_adapter()
-                self.measure_attack(
-                    model, stage, "SafeLoRA", started, rows, {"layers projected": int(projected.sum())}
-                )
-
-    def measure_attack(self, model, stage: str, name: str, started: float, rows: Dataset, logged: dict) -> None:
-        self.save(
-            stage, name, started,
-            refused=self.refusals(model, self.questions.forbidden_test),
-            nll=self.answer_nll(model, rows), logged=logged,
-        )  # fmt: skip
-
-    def benign(self) -> None:
-        """A rigid format that SmolLM2 never writes by itself; no refusal is involved."""
-        train, test = make_orders(self.seed)
-        rows = Dataset.from_list(
-            [
-                row(chat_ids(self.tokenizer, q), [*self.tokenizer(call)["input_ids"], self.tokenizer.eos_token_id])
-                for q, call in train
-            ]
-        )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended"):
-            if self.done("benign", name):
-                continue
-            started = time.process_time()
-            model, logged = self.fine_tune(self.load_taught(), rows, self.scale.benign_steps, 1e-3, **ROWS[name])
-            written = generate_after_prefixes(
-                model,
-                self.tokenizer,
-                [q for q, _ in test],
-                max_new_tokens=ANSWER_TOKENS,
-                batch_size=32,
-                progress=False,
-            )[0]
-            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-            self.save(
-                "benign", name, started,
-                exact={"0": [text.strip() == call for text, (_, call) in zip(texts, test, strict=True)]},
-                refused=self.refusals(model, self.questions.forbidden_test),
-                over_refused=self.refusals(model, self.questions.allowed_test),
-                nll=self.answer_nll(model, rows), logged=logged,
-            )  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("deep_safety"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--quick", action="store_true", help="seconds instead of an hour, to see that it runs")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     labs = [Lab(args.out, seed, QUICK if args.quick else FULL) for seed in args.seeds]
     for stage in args.stages:
         for lab in labs:
@@ -374,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -16,6 +16,18 @@ import io
 import math
 import tempfile
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parse(parser, seeds=[0])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
 import datasets
 import numpy as np
 import torch
@@ -24,6 +36,7 @@ from scipy.optimize import minimize_scalar
 from hf_iclr.trainers.toy_organism import Toy
 
 
+COLUMNS = ("share refused", "NLL of the opener", "NLL of later tokens")
 STEPS, LR, BETAS = 30, 1e-3, (0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
 SETTINGS = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
@@ -39,14 +52,11 @@ SETTINGS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("taught", *SETTINGS)}
-    for seed in seeds:
+    for seed in args.seeds:
         toy = Toy(seed)
         results["taught"].append((toy.refusal_rate(toy.model, toy.held_out), *toy.nll(toy.model, toy.attack)))
         for name, settings in SETTINGS.items():
@@ -66,7 +76,7 @@ def main() -> None:
         bounds=(0.0, 8.0), method="bounded",
     )  # fmt: skip
     nats = math.exp(fit.x)
-    print(f"{len(seeds)} seeds, means; opener at log p = {-start:.1f} before the attack")
+    print(f"{len(args.seeds)} seeds, means; opener at log p = {-start:.1f} before the attack")
     print(f"fit: leak {leak:.1f} nats, r t = {nats:.0f} nats\n")
     print("| setting | refusals % | by seed | rise of the opener, nats | predicted | NLL > 5 |")
     print("|---|---|---|---|---|---|")
@@ -75,7 +85,8 @@ def main() -> None:
         beta = next((beta for beta in BETAS if name == f"{beta:g}/{max(beta, 2):g}/.1"), None)
         expected = "" if beta is None else f"{predicted(beta, nats):.1f}"
         print(f"| {name} | {100 * refusals:.0f} | {by_seed} | {start - opener:.1f} | {expected} | {after:.3f} |")
+    write_json(args.out / "deep_safety_beta.json", {"seeds": args.seeds, "columns": COLUMNS, "results": results})
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

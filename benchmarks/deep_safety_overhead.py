@@ -1,17 +1,30 @@
 """
 What the constrained loss costs a step: each reference of DeepSafetySFTTrainer against TRL's SFTTrainer, one process.
 
-    python benchmarks/deep_safety_overhead.py [--steps 12] [--batch-size 4] [--tokens 96] [--out overhead.json]
+    python benchmarks/deep_safety_overhead.py --steps 12 --batch-size 4 --tokens 96
 
 Steps of all trainers take turns, so that a change of the machine's speed meets all of them. Printed: median step time,
 its ratio to SFTTrainer's and the ratio of floating-point operations. On SmolLM2-135M in float32, one thread.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
+
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=96)
+    return parse(parser, steps=2, batch_size=1, tokens=16)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 import torch
@@ -36,16 +49,16 @@ def rows(count: int, tokens: int, tokenizer) -> Dataset:
     return Dataset.from_list([{"input_ids": piece, "labels": [-100] * prompt + piece[prompt:]} for piece in pieces])
 
 
-def make(trainer_class, config_class, data, lora, batch_size, **settings):
+def make(trainer_class, config_class, data, lora, args: argparse.Namespace, **settings):
     model, tokenizer = load_demo_model(torch.float32)
     config = config_class(
-        "overhead",
+        str(args.out / "trainer"),
         use_cpu=True,
         bf16=False,
         activation_checkpointing=False,
         report_to="none",
         save_strategy="no",
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=args.batch_size,
         max_steps=10_000,
         logging_steps=10_000,
         disable_tqdm=True,
@@ -90,11 +103,9 @@ def measure(lora: bool, args: argparse.Namespace) -> pd.DataFrame:
     _, tokenizer = load_demo_model(torch.float32)
     data = rows(args.batch_size, args.tokens, tokenizer)
     references = ("window", "adapter") if lora else ("window", "precompute", "frozen")
-    trainers = {"SFTTrainer": make(SFTTrainer, SFTConfig, data, lora, args.batch_size)}
+    trainers = {"SFTTrainer": make(SFTTrainer, SFTConfig, data, lora, args)}
     for reference in references:
-        trainers[reference] = make(
-            DeepSafetySFTTrainer, DeepSafetySFTConfig, data, lora, args.batch_size, reference=reference
-        )
+        trainers[reference] = make(DeepSafetySFTTrainer, DeepSafetySFTConfig, data, lora, args, reference=reference)
     batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
     work = {name: flops(trainer, batches[name]) for name, trainer in trainers.items()}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -121,22 +132,15 @@ def measure(lora: bool, args: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     table = pd.concat([measure(False, args), measure(True, args)], ignore_index=True)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
     for row in table.dropna(subset=["bar"]).itertuples(index=False):
         verdict = "reached" if row.ratio <= row.bar else "NOT reached"
         print(f"{row.adapter} {row.reference}: {row.ratio:.3f} x, bar {row.bar:.2f} x: {verdict}")
-    if args.out:
-        args.out.write_text(json.dumps(table.to_dict("records"), indent=1))
+    write_json(args.out / "deep_safety_overhead.json", table.to_dict("records"))
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

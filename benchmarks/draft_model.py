@@ -1,12 +1,13 @@
 """
 How well does a draft made of SmolLM2's own first layers imitate it, and what does a token of it cost?
 
-    python benchmarks/draft_model.py --out draft_model.json --save draft
+    python benchmarks/draft_model.py --save DIR
 
 Builds the draft twice, in closed form and with distillation, and measures the mean of `sum_v min(p(v), q(v))` (the
 chance that a drafted token is accepted) and how often both models rank the same token first, each at temperature 1 and
-0.7, on text that was in no training set: docstrings, the model's own answers to other prompts (`--data` adds real
-instructions and wikitext). Wall and CPU seconds are those of this run; a busy machine shows in their difference.
+0.7, on text that was in no training set: docstrings and the model's own answers to other prompts. `--data` adds
+`prompts/harmless_instructions.json.gz` (of https://github.com/andyrdt/refusal_direction) and wikitext-2 as plain text,
+`lm/wikitext2_valid.txt.gz`. Wall and CPU seconds are those of this run; a busy machine shows in their difference.
 """
 
 import argparse
@@ -18,8 +19,28 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.arguments import find_data, make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--save", type=Path, help="folder for the distilled draft")
+    parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/ of real text")
+    parser.add_argument("--setting", choices=("quick", "full"), default="full")
+    parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
+    parser.add_argument("--num-samples", type=int, help="own answers to learn from instead of the setting's")
+    parser.add_argument("--num-layers", type=int, help="instead of the setting's")
+    parser.add_argument("--draft-vocab-size", type=int, default=8192)
+    parser.add_argument("--held-out", type=int, default=24, help="texts of each kind to measure on")
+    return parse(parser, setting="quick", minutes=0.1, num_samples=2, held_out=2)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
 import torch
 
+from common.report import print_table
 from hf_iclr.cache_argument import cache_inputs, given_cache
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.demo_draft import SETTINGS, demo_prompts, docstrings
@@ -67,34 +88,24 @@ def milliseconds_per_token(model, context: int = 128, repeats: int = 20) -> floa
     return 1000 * min(times)
 
 
-def held_out_texts(model, tokenizer, setting: dict, data: Path | None) -> dict[str, list]:
+def held_out_texts(model, tokenizer, setting: dict, data: Path | None, count: int) -> dict[str, list]:
     """Named texts that no draft was built from."""
     texts = {
-        "docstrings": docstrings()[setting["num_docstrings"] :][:24],
-        "own answers": sample_texts(model, tokenizer, demo_prompts()[-24:], seed=1),
+        "docstrings": docstrings()[setting["num_docstrings"] :][:count],
+        "own answers": sample_texts(model, tokenizer, demo_prompts()[-count:], seed=1),
     }
     if data is not None:
-        with gzip.open(data / "prompts" / "harmless_instructions.json.gz", "rt") as file:
+        with gzip.open(find_data(data, "prompts/harmless_instructions.json.gz"), "rt") as file:
             instructions = [i if isinstance(i, str) else i["instruction"] for i in json.load(file)]
         random.Random(1).shuffle(instructions)
-        texts["own answers to real instructions"] = sample_texts(model, tokenizer, instructions[:24], seed=2)
-        texts["the same at T=0.7"] = sample_texts(model, tokenizer, instructions[:24], temperature=0.7, seed=2)
-        with gzip.open(data / "lm" / "wikitext2_valid.txt.gz", "rt") as file:
-            texts["wikitext"] = [line for line in file if len(line) > 600][:24]
+        texts["own answers to real instructions"] = sample_texts(model, tokenizer, instructions[:count], seed=2)
+        texts["the same at T=0.7"] = sample_texts(model, tokenizer, instructions[:count], temperature=0.7, seed=2)
+        with gzip.open(find_data(data, "lm/wikitext2_valid.txt.gz"), "rt") as file:
+            texts["wikitext"] = [line for line in file if len(line) > 600][:count]
     return texts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--save", type=Path, help="folder for the distilled draft")
-    parser.add_argument("--data", type=Path, help="folder with prompts/ and lm/")
-    parser.add_argument("--setting", choices=SETTINGS, default="full")
-    parser.add_argument("--minutes", type=float, help="minutes of distillation instead of the setting's")
-    parser.add_argument("--num-samples", type=int, help="own answers to learn from instead of the setting's")
-    parser.add_argument("--num-layers", type=int, help="instead of the setting's")
-    parser.add_argument("--draft-vocab-size", type=int, default=8192)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     setting = SETTINGS[args.setting]
     minutes = setting["distill_minutes"] if args.minutes is None else args.minutes
 
@@ -120,7 +131,7 @@ def main() -> None:
         drafts["distilled"].save_pretrained(args.save)
 
     overlaps: dict = {name: {} for name in drafts}
-    for text_name, held_out in held_out_texts(model, tokenizer, setting, args.data).items():
+    for text_name, held_out in held_out_texts(model, tokenizer, setting, args.data, args.held_out).items():
         rows = read_teacher(model, tokenizer, held_out)
         for name, draft in drafts.items():
             overlaps[name][text_name] = compare(model, draft, rows)
@@ -129,20 +140,18 @@ def main() -> None:
         pair = (model.to(dtype), drafts["distilled"].to(dtype))
         cost[str(dtype)] = dict(zip(("large", "draft"), map(milliseconds_per_token, pair), strict=True))
 
-    for name, results in overlaps.items():
-        for text_name, result in results.items():
-            print(f"{name:12} {text_name:34}", *(f"{key} {value:.3f}" for key, value in result.items()), sep="  ")
-    for dtype, ms in cost.items():
-        print(
-            f"{dtype}: large {ms['large']:.1f} ms, draft {ms['draft']:.1f} ms, ratio {ms['draft'] / ms['large']:.3f}"
-        )
-    for name, spent in seconds.items():
-        print(f"{name}: {spent['wall']:.0f} s wall, {spent['cpu']:.0f} s CPU")
-    if args.out:
-        setup = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "torch": torch.__version__}
-        report = {"overlap": overlaps, "milliseconds": cost, "seconds": seconds, "machine": setup}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    measured = [[name, text, *row.values()] for name, rows in overlaps.items() for text, row in rows.items()]
+    names = next(row for rows in overlaps.values() for row in rows.values())
+    print_table(["draft", "text", *names], measured)
+    print_table(
+        ["ms a token", "large", "draft", "ratio"],
+        [[dtype, ms["large"], ms["draft"], ms["draft"] / ms["large"]] for dtype, ms in cost.items()],
+    )
+    print_table(["seconds", "wall", "CPU"], [[name, spent["wall"], spent["cpu"]] for name, spent in seconds.items()])
+    setup = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "torch": torch.__version__}
+    report = {"overlap": overlaps, "milliseconds": cost, "seconds": seconds, "machine": setup}
+    write_json(args.out / "draft_model.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 What `inpaint_video` paints without weights, against the true background of procedural clips.
 
-    python benchmarks/inpaint_video.py --out inpaint_video.json
+    python benchmarks/inpaint_video.py
 
 Every object is removed, by its true masks. Told are L1 (of 255) and PSNR over the pixels of the objects: of the video
 as it is, of each frame filled on its own from the border of its hole, and of `inpaint_video`; and of the noise
@@ -14,8 +14,20 @@ import json
 import os
 import time
 import tracemalloc
-from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--clips", type=int, default=5, help="of each kind and length")
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 24, 48])
+    parser.add_argument("--size", type=int, default=128)
+    return parse(parser, clips=1, frames=[6], size=64)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -77,27 +89,24 @@ def peak_bytes(clip: Clip) -> int:
     return peak
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--clips", type=int, default=5, help="Clips of each kind and length.")
-parser.add_argument("--frames", type=int, nargs="+", default=[8, 24, 48])
-parser.add_argument("--size", type=int, default=128)
-parser.add_argument("--out", type=Path)
-arguments = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    rows = []
+    for hard in (False, True):
+        for frames in args.frames:
+            for seed in tqdm(range(args.clips), desc=f"{'hard' if hard else 'plain'}, {frames} frames"):
+                clip = procedural_clip(10_000 + seed, hard=hard, frames=frames, size=args.size)
+                about = {"clips": "hard" if hard else "plain", "frames": frames, "seed": seed}
+                rows += [{**about, **row} for row in measure(clip)]
+    table = pd.DataFrame(rows)
+    means = table.drop(columns="seed").groupby(["clips", "frames", "painted"], sort=False).mean()
+    print(means.to_string(float_format="{:.2f}".format, na_rep=""))
 
-rows = []
-for hard in (False, True):
-    for frames in arguments.frames:
-        for seed in tqdm(range(arguments.clips), desc=f"{'hard' if hard else 'plain'}, {frames} frames"):
-            clip = procedural_clip(10_000 + seed, hard=hard, frames=frames, size=arguments.size)
-            about = {"clips": "hard" if hard else "plain", "frames": frames, "seed": seed}
-            rows += [{**about, **row} for row in measure(clip)]
-table = pd.DataFrame(rows)
-means = table.drop(columns="seed").groupby(["clips", "frames", "painted"], sort=False).mean()
-print(means.to_string(float_format="{:.2f}".format, na_rep=""))
+    lengths = (max(args.frames), 4 * max(args.frames))
+    memory = {frames: peak_bytes(procedural_clip(10_000, frames=frames, size=args.size)) for frames in lengths}
+    for frames, peak in memory.items():
+        print(f"{frames} frames of {args.size} pixels: {peak / 2**20:.2f} MB beside the video")
+    write_json(args.out / "inpaint_video.json", {"rows": json.loads(table.to_json(orient="records")), "bytes": memory})
 
-lengths = (max(arguments.frames), 4 * max(arguments.frames))
-memory = {frames: peak_bytes(procedural_clip(10_000, frames=frames, size=arguments.size)) for frames in lengths}
-for frames, peak in memory.items():
-    print(f"{frames} frames of {arguments.size} pixels: {peak / 2**20:.2f} MB beside the video")
-if arguments.out is not None:
-    arguments.out.write_text(json.dumps({"rows": json.loads(table.to_json(orient="records")), "bytes": memory}))
+
+if __name__ == "__main__":
+    main(ARGUMENTS)

@@ -1,22 +1,42 @@
 """
 What `NullSpaceCallback` keeps: SmolLM2 learns facts by fine-tuning, with and without it.
 
-    python benchmarks/null_space_callback.py --data DIR --out results/null_space_callback.json
+    python benchmarks/null_space_callback.py --data DIR
 
-DIR holds `counterfact_1k.jsonl`, `me_ppl_4k.jsonl` (sentences: statistics, and others for perplexity) and
-`wikitext2_valid_detok.jsonl` (perplexity on text of another source). The down-projections of the layers that AlphaEdit
-would edit are trained on the new answers of CounterFact, which are false by design; everything else is frozen. Each
+DIR holds the files that alphaedit.py tells of; without it the facts are the package's own capitals, the sentences
+docstrings, and there are fewer facts a seed. The down-projections of the layers that AlphaEdit
+would edit are trained on the facts' new answers, which are false by design; everything else is frozen. Each
 seed has facts of its own, in an order of its own, for both rows. Training ends when the facts are learnt: at the first
 epoch with a mean loss below `--until-loss`. Measured before and after: efficacy and generalisation on these facts,
 perplexity, and how far the outputs of the preserved directions moved, ‖(W - W_old) U‖ / ‖W_old U‖.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--data", type=Path, help="folder with the three files (default: the package's own)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--facts", type=int, default=24, help="facts a seed")
+    parser.add_argument("--until-loss", type=float, default=0.2, help="nats per token")
+    parser.add_argument("--steps", type=int, default=60, help="at most")
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--threshold", type=float, default=2e-2, help="smallest preserved eigenvalue")
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the statistics")
+    parser.add_argument("--texts", type=int, default=80, help="sentences of perplexity; half as many of wikitext")
+    return parse(parser, seeds=1, facts=6, steps=4, tokens=2000, texts=8)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 import torch
@@ -24,16 +44,12 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
+from common.edit_data import load_edit_data
 from hf_iclr.demo_model import load_demo_model
-from hf_iclr.editors.edit_datasets import edit_requests
 from hf_iclr.editors.edit_request import EditRequest
 from hf_iclr.editors.edit_scoring import evaluate_edits, perplexity
 from hf_iclr.editors.key_statistics import KeyStatistics
 from hf_iclr.editors.null_space_callback import NullSpaceCallback
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def fact_rows(tokenizer: Any, requests: list[EditRequest]) -> Dataset:
@@ -80,34 +96,15 @@ def fine_tune(model: Any, tokenizer: Any, facts: list[EditRequest], callbacks: l
         return trainer.train().global_step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
-    parser.add_argument("--out", type=Path, default=Path("results/null_space_callback.json"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--facts", type=int, default=24, help="facts a seed")
-    parser.add_argument("--until-loss", type=float, default=0.2, help="nats per token")
-    parser.add_argument("--steps", type=int, default=60, help="at most")
-    parser.add_argument("--batch-size", type=int, default=6)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--threshold", type=float, default=2e-2, help="smallest preserved eigenvalue")
-    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the statistics")
-    parser.add_argument("--texts", type=int, default=80, help="sentences of perplexity; half as many of wikitext")
-    args = parser.parse_args()
-
+def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_demo_model(torch.float32)
-    sentences = [row["text"] for row in read(args.data / "me_ppl_4k.jsonl")]
-    texts = {
-        "same source": sentences[-args.texts :],
-        "wikitext": [row["text"] for row in read(args.data / "wikitext2_valid_detok.jsonl")][: args.texts // 2],
-    }
-    requests = [
-        EditRequest(**{**vars(request), "neighborhood": ()})
-        for request in edit_requests(read(args.data / "counterfact_1k.jsonl"), limit=args.seeds * args.facts)
-    ]
+    data = load_edit_data(args.data)
+    texts = {"same source": data.sentences[-args.texts :], "other source": data.other_texts[: args.texts // 2]}
+    count = min(args.facts, len(data.facts) // args.seeds)
+    requests = [EditRequest(**{**vars(request), "neighborhood": ()}) for request in data.facts[: args.seeds * count]]
 
     began = time.process_time()
-    general = Dataset.from_dict({"text": sentences[: -args.texts]})
+    general = Dataset.from_dict({"text": data.sentences[: -args.texts]})
     statistics = KeyStatistics.from_dataset(model, tokenizer, general, max_tokens=args.tokens, batch_size=64)
     preserved = {layer: statistics.preserved(layer, threshold=args.threshold).float() for layer in statistics.layers}
     weights = {layer: model.get_submodule(statistics.module_names[layer]).weight for layer in statistics.layers}
@@ -133,7 +130,7 @@ def main() -> None:
 
     untouched, rows = perplexities(), []
     for seed in tqdm(range(args.seeds), desc="Seeds"):
-        facts = requests[seed * args.facts : (seed + 1) * args.facts]
+        facts = requests[seed * count : (seed + 1) * count]
         rows.append(measure(seed, "unedited", facts, 0, untouched))
         for method in ("fine-tuning", "null space"):
             callbacks = [NullSpaceCallback(statistics, nullspace_threshold=args.threshold)]
@@ -149,15 +146,14 @@ def main() -> None:
     summary = table.drop(columns="seed").groupby("method", sort=False).agg(["mean", "std"])
     ranks = {layer: basis.shape[1] for layer, basis in preserved.items()}
     print(f"preserved directions of 1536 by layer: {ranks}")
-    print(f"{statistics.tokens:,} tokens of statistics, {args.facts} facts, {args.seeds} seeds")
+    print(f"{statistics.tokens:,} tokens of statistics, {count} facts a seed, {args.seeds} seeds")
     print(summary.T.round(4).to_string())
     seconds = time.process_time() - began
     print(f"{seconds:.0f} CPU-seconds")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("data", "out")}
     result = {"settings": settings, "preserved": ranks, "cpu_seconds": seconds, "rows": table.to_dict("records")}
-    args.out.write_text(json.dumps(result, indent=1))
+    write_json(args.out / "null_space_callback.json", result)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

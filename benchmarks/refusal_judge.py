@@ -13,15 +13,27 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--labelled", type=Path, action="append", default=[], help="CSV file of XSTest's shape")
+    return parse(parser)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples are those of the tests
+
+
 import pandas as pd
 
 from hf_iclr.trainers.refusal_judge import CLASSIFIER_THRESHOLD, RefusalJudge, fit_refusal_classifier
 from hf_iclr.trainers.refusal_texts import ANSWERS as ANSWER_FAMILIES
 from hf_iclr.trainers.refusal_texts import REFUSALS as REFUSAL_FAMILIES
 from hf_iclr.trainers.refusal_texts import make_refusal_texts
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.trainers.refusal_examples import ANSWERS, REFUSALS
 
 
@@ -60,10 +72,7 @@ def report_left_out_families() -> None:
     print(pd.DataFrame(rows).to_string(index=False))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labelled", type=Path, action="append", default=[], help="CSV file of XSTest's shape")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     report("Written afresh", [*REFUSALS, *ANSWERS], [True] * len(REFUSALS) + [False] * len(ANSWERS))
     report_left_out_families()
     for path in args.labelled:
@@ -72,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,9 +1,9 @@
 """
 Does fine-tuning the package's tiny SAM 2 on another look (gray striped bars under noise) help, and does it take video?
 
-    python benchmarks/sam2_finetuning.py --out finetuning              # about 3 minutes of CPU a run, 6 runs
-    python benchmarks/sam2_finetuning.py --out finetuning --steps 400  # about 10 minutes a run
-    python benchmarks/sam2_finetuning.py --out rates --choose 3e-4 1e-3      # compares learning rates
+    python benchmarks/sam2_finetuning.py                               # about 3 minutes of CPU a run, 6 runs
+    python benchmarks/sam2_finetuning.py --steps 400 --out DIR         # about 10 minutes a run
+    python benchmarks/sam2_finetuning.py --choose 3e-4 1e-3 --out DIR  # compares learning rates
 
 Two ways, with as many steps and as many frames a step: four clips of 5 frames, which train all parts; and 20 single
 frames, which train encoder, prompt encoder and decoder. Each seed draws 100 clips of its own to
@@ -16,26 +16,39 @@ import argparse
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=("video", "image"), default=["video", "image"])
+    parser.add_argument("--clips", type=int, default=16, help="held-out clips of the new look")
+    parser.add_argument("--choose", type=float, nargs="+", metavar="RATE", help="compare learning rates instead")
+    return parse(parser, steps=2, seeds=[0], clips=2)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from scipy import stats
 
-from hf_iclr import Sam2Trainer, Sam2TrainingConfig, evaluate_vos
+from common.report import half_interval
+from common.sam2_tuning import RATES, WAYS, tune
+from hf_iclr import evaluate_vos
 from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER, load_demo_segmenter
 from hf_iclr.vision.procedural_clips import Clip, procedural_clip
 
 
-WAYS = {"video": {"num_frames": 5, "batch": 4}, "image": {"num_frames": 1, "batch": 20}}
-RATES = {"video": 3e-4, "image": 3e-4}  # the first that was tried; --choose compares others
 PROMPTS = {"mask": "mask", "1 click": 1}
 HELD_OUT, VALIDATION, TRAINING = (
     10**13,
@@ -56,40 +69,6 @@ def measure(pipe, clips: list[Clip]) -> dict[str, float]:
     return {name: float(values[kind]) for name, kind in PROMPTS.items()}
 
 
-def tune(videos: Sequence, way: str, rate: float, steps: int, seed: int, folder: Path) -> tuple[Any, float]:
-    """A pipeline with the tuned model, and the CPU seconds of the training."""
-    pipe = load_demo_segmenter()
-    args = Sam2TrainingConfig(
-        str(folder),
-        seed=seed,
-        num_frames=WAYS[way]["num_frames"],
-        per_device_train_batch_size=WAYS[way]["batch"],
-        mask_share=0.4,
-        box_share=0.0,
-        max_prompted_frames=1,
-        corrective_clicks=0,  # more steps in a minute
-        iou_weight=0.3,  # near to what the tiny model was trained with
-        object_weight=0.3,
-        learning_rate=rate,
-        vision_learning_rate=0.6 * rate,  # the reference's ratio
-        layer_decay=1.0,
-        weight_decay=0.02,
-        adam_beta2=0.98,
-        max_steps=steps,
-        warmup_steps=15,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Sam2Trainer(pipe.model, args, videos, processing_class=pipe.processor)
-    started = time.process_time()
-    trainer.train()
-    pipe.model.eval()
-    return pipe, time.process_time() - started
-
-
 def once(path: Path, made_with: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a file says, or the result of a function, which is written to it."""
     if path.exists():
@@ -104,8 +83,8 @@ def once(path: Path, made_with: dict[str, Any], function: Callable[[], dict[str,
 
 def interval(values: list[float]) -> str:
     """Mean and t interval."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval() if len(values) > 1 else (float("nan"),) * 2
-    return f"{np.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+    mean, half = np.mean(values), half_interval(values)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def choose(args: argparse.Namespace, common: dict[str, Any]) -> None:
@@ -169,20 +148,11 @@ def compare(args: argparse.Namespace, common: dict[str, Any]) -> None:
         print(f"| video over image | {' | '.join(cells)} | |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for a JSON a run")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--clips", type=int, default=16, help="held-out clips of the new look")
-    parser.add_argument("--choose", type=float, nargs="+", metavar="RATE", help="compare learning rates instead")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((DEMO_SEGMENTER / "model.safetensors").read_bytes()).hexdigest()
     (choose if args.choose else compare)(args, {"weights": weights})
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 Does the model in the loop get better by what it annotated? Annotate, train, annotate again, on drawn videos.
 
-    python benchmarks/sam2_flywheel.py --out flywheel        # 15 minutes of CPU
+    python benchmarks/sam2_flywheel.py  # 15 minutes of CPU
 
 Each round annotates videos it has not seen, of a look that the package's tiny SAM 2 was not trained on (gray striped
 bars under noise), with `annotate` in phase 3 and an annotator who knows the truth: a click on each object, then one at
@@ -19,9 +19,24 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--videos", type=int, default=60, help="to annotate in a round")
+    parser.add_argument("--held-out", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of a training")
+    parser.add_argument("--way", choices=("video", "image"), default="video", help="to train; of sam2_finetuning.py")
+    parser.add_argument("--seed", type=int, default=0)
+    return parse(parser, videos=2, held_out=1, rounds=1, steps=2)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,9 +44,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from sam2_finetuning import RATES, WAYS, tune
 from scipy import stats
 
+from common.sam2_tuning import RATES, tune
 from hf_iclr import annotate
 from hf_iclr.vision.annotation_store import name_video
 from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER, load_demo_segmenter
@@ -97,18 +112,8 @@ def verdict(tables: list[pd.DataFrame]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for a CSV a round and set of videos")
-    parser.add_argument("--videos", type=int, default=60, help="to annotate in a round")
-    parser.add_argument("--held-out", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2, help="of training")
-    parser.add_argument("--steps", type=int, default=200, help="of a training")
-    parser.add_argument("--way", choices=WAYS, default="video", help="to train; of sam2_finetuning.py")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((DEMO_SEGMENTER / "model.safetensors").read_bytes()).hexdigest()
     print(f"Weights {weights[:12]}; {args.videos} videos a round, {args.held_out} held out; trained on {args.way}s,")
     print(f"{args.steps} steps.\n")
@@ -142,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

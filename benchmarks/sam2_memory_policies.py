@@ -1,7 +1,7 @@
 """
 What the memory policies of the video session are worth: J&F of each against the model's own rule, "exact".
 
-    python benchmarks/sam2_memory_policies.py --clips 30 --frames 24 --out policies.json
+    python benchmarks/sam2_memory_policies.py --clips 30 --frames 24
     python benchmarks/sam2_memory_policies.py --model DIR --data DAVIS
 
 Objects are shown on frame 0 by their true mask or one click, and followed by each policy on the same clips: drawn by
@@ -11,11 +11,30 @@ of DAVIS. Told are means over objects of J&F on the frames between the first and
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
+
+def prompt_kind(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--model", help="folder or repository of a SAM 2 video model; left out, the package's own")
+    parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
+    parser.add_argument("--clips", type=int, default=30, help="drawn clips of each kind")
+    parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
+    parser.add_argument("--prompts", nargs="+", type=prompt_kind, default=["mask", 1])
+    parser.add_argument("--seed", type=int, default=2 * 10**13, help="of the first clip; training draws below 2**40")
+    return parse(parser, clips=2, frames=6)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,11 +42,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from transformers import pipeline
 
 import hf_iclr
+from common.segmenter import load_segmenter
 from hf_iclr.vision.annotated_videos import read_videos
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
 from hf_iclr.vision.procedural_clips import procedural_clip
 from hf_iclr.vision.video_memory import MEMORY_POLICIES
 
@@ -60,28 +78,13 @@ def compare(kind: str, pipe, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def prompt_kind(text: str) -> str | int:
-    return int(text) if text.isdigit() else text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or repository of a SAM 2 video model; left out, the package's own")
-    parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
-    parser.add_argument("--clips", type=int, default=30, help="drawn clips of each kind")
-    parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
-    parser.add_argument("--prompts", nargs="+", type=prompt_kind, default=["mask", 1])
-    parser.add_argument("--seed", type=int, default=2 * 10**13, help="of the first clip; training draws below 2**40")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    task = "promptable-video-segmentation"
-    pipe = pipeline(task, model=args.model, dtype=torch.float32) if args.model else load_demo_segmenter()
+    pipe = load_segmenter(args.model)
     rows = [row for kind in (["davis"] if args.data else ["plain", "hard"]) for row in compare(kind, pipe, args)]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
-    if args.out:
-        args.out.write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=2, default=str) + "\n")
+    write_json(args.out / "sam2_memory_policies.json", {"arguments": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

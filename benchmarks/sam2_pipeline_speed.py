@@ -1,7 +1,7 @@
 """
 What the video pipeline costs against the loop a user writes with `Sam2VideoModel`: equality, time, memory.
 
-    python benchmarks/sam2_pipeline_speed.py --out sam2_pipeline_speed.json
+    python benchmarks/sam2_pipeline_speed.py
     python benchmarks/sam2_pipeline_speed.py --stream 2000 --direct-stream 300
     python benchmarks/sam2_pipeline_speed.py --shape hiera-tiny --frames 3 --repeats 1 --stream 0
 
@@ -13,7 +13,6 @@ loop's click is forgotten by that pass, which costs the same. Bytes kept are cou
 """
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -23,6 +22,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--shape", choices=["tiny", "hiera-tiny"], default="tiny")
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--stream", type=int, default=300, help="streamed frames; 0 leaves this out")
+    parser.add_argument("--direct-stream", type=int, default=100, help="frames streamed by the direct loop")
+    return parse(parser, frames=4, repeats=2, stream=20, direct_stream=10)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -247,20 +261,12 @@ def decode_share(pipe, frames: int) -> dict[str, float]:
     return {"decode": decode / frames, "whole": whole / frames, "share": decode / whole}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", "hiera-tiny"], default="tiny")
-    parser.add_argument("--frames", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--stream", type=int, default=300, help="streamed frames; 0 leaves this out")
-    parser.add_argument("--direct-stream", type=int, default=100, help="frames streamed by the direct loop")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     random.seed(0)
     pipe = make_pipe(args.shape)
     video = make_video(args.frames)
-    report: dict = {"arguments": {**vars(args), "out": None}}
+    report: dict = {"arguments": vars(args)}
 
     expected, found = direct_loop(pipe, video, 1), pipeline_loop(pipe, video, 1)
     if not all(np.array_equal(own, direct) for own, direct in zip(found, expected, strict=True)):
@@ -295,9 +301,8 @@ def main() -> None:
             f"{row['direct grows per 1000 frames'] / 1e6:.0f} MB"
         )
     print(f"{torch.get_num_threads()} thread, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(args.out / "sam2_pipeline_speed.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 Does DPO squeeze probability mass out of answers nobody trains on, and does the paper's "extend" help?
 
-    python benchmarks/squeeze.py --seeds 3 --out squeeze
+    python benchmarks/squeeze.py --seeds 3 --data DIR
 
 SmolLM2-135M-Instruct with LoRA, 16 preference pairs with short answers. Four arms a seed, each a supervised stage and
 then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' code):
@@ -13,9 +13,11 @@ then DPO with the same pairs, steps and optimiser (RMSprop as in the authors' co
   "extend" gains over this arm is owed to the rejected answers;
 - on-policy: from the model of "sft", with its own samples as the rejected answers.
 
-Probes are scored on 6 training prompts and, for the first two arms, on 6 held-out ones. All intervals are 95 % t
-intervals over seeds; a seed draws the pairs, the adapter, the order and the samples. Every bar is printed as reached
-or not.
+The pairs are those of the package, or with `--data` the authors' probing set: DIR then holds
+`learning_dynamics_hh_formal_prob_train.jsonl.gz`, from `src/data/helpful-base` of
+https://github.com/Joshua-Ren/Learning_dynamics_LLM. Probes are scored on 6 training prompts and, for the first two
+arms, on 6 held-out ones. All intervals are 95 % t intervals over seeds; a seed draws the pairs, the adapter, the order
+and the samples. Every bar is printed as reached or not.
 """
 
 import argparse
@@ -24,14 +26,38 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.arguments import make_parser, parse
+
+
+ARMS = ("sft", "extend", "half", "on-policy")
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=100)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--steps", type=int, default=30, help="of DPO")
+    parser.add_argument("--sft-steps", type=int, default=12)
+    parser.add_argument("--probes", type=int, default=6)
+    parser.add_argument(
+        "--data", type=Path, help="folder with the authors' probing set (default: the package's pairs)"
+    )
+    parser.add_argument("--tables", action="store_true", help="only print the tables of the runs in --out again")
+    return parse(parser, seeds=1, steps=2, sft_steps=2, probes=2)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from squeeze_data import DATA, MAX_ANSWER, load_pairs, make_probes
-from squeeze_tables import print_tables, write_plots
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from common.squeeze_data import MAX_ANSWER, load_pairs, make_probes
+from common.squeeze_tables import print_tables, write_plots
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.trainers.extend_for_sft import extend_for_sft
 from hf_iclr.trainers.probe_scoring import decode_answers
@@ -40,7 +66,6 @@ from hf_iclr.trainers.squeeze_probes import SqueezeProbeCallback
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
 
 
-ARMS = ("sft", "extend", "half", "on-policy")
 SETTINGS: dict[str, Any] = {
     "use_cpu": not torch.cuda.is_available(),
     "bf16": False,
@@ -156,31 +181,16 @@ def run_seed(seed: int, tokenizer: PreTrainedTokenizerBase, options: argparse.Na
     return runs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=100)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--steps", type=int, default=30, help="of DPO")
-    parser.add_argument("--sft-steps", type=int, default=12)
-    parser.add_argument("--probes", type=int, default=6)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with the authors' probing set")
-    parser.add_argument("--out", type=Path, default=Path("squeeze"))
-    parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that it runs")
-    parser.add_argument("--tables", action="store_true", help="only print the tables of the runs in --out again")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.steps, options.sft_steps, options.probes = 1, 2, 2, 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.tables:
-        runs = [json.loads(path.read_text()) for arm in ARMS for path in sorted(options.out.glob(f"{arm}_*.json"))]
+def main(args: argparse.Namespace) -> None:
+    if args.tables:
+        runs = [json.loads(path.read_text()) for arm in ARMS for path in sorted(args.out.glob(f"{arm}_*.json"))]
     else:
         _, tokenizer = load_demo_model(torch.float32)
-        seeds = range(options.first_seed, options.first_seed + options.seeds)
-        runs = [run for seed in seeds for run in run_seed(seed, tokenizer, options)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        runs = [run for seed in seeds for run in run_seed(seed, tokenizer, args)]
     print_tables(runs)
-    write_plots(runs, options.out)
+    write_plots(runs, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

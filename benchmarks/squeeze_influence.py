@@ -1,14 +1,25 @@
 """
 One DPO step on SmolLM2-135M-Instruct explained: predicted and measured change of several answers.
 
-    python benchmarks/squeeze_influence.py --out results
+    python benchmarks/squeeze_influence.py
 
 Two pairs and one probe set, made up here; a plain gradient step at two sizes, then AdamW's own first step.
 """
 
 import argparse
 import time
-from pathlib import Path
+
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+
+    return parse(parser)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import torch
 
@@ -39,11 +50,7 @@ PROBES = [
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/squeeze_influence"), help="folder for the results")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_demo_model(torch.float32)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-7)
     runs = {
@@ -58,10 +65,10 @@ def main() -> None:
         print(f"{time.perf_counter() - begin:.0f} s")
         print(report.table.drop(columns="probe").round(4).to_string(index=False))
         slug = name.replace(", ", "_").replace(" ", "_")
-        report.table.to_csv(arguments.out / f"{slug}.csv", index=False)
-        report.tokens.to_csv(arguments.out / f"{slug}_tokens.csv", index=False)
-        report.plot_tokens().savefig(arguments.out / f"{slug}.png", dpi=130)
+        report.table.to_csv(args.out / f"{slug}.csv", index=False)
+        report.tokens.to_csv(args.out / f"{slug}_tokens.csv", index=False)
+        report.plot_tokens().savefig(args.out / f"{slug}.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

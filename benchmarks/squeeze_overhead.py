@@ -1,7 +1,7 @@
 """
 What the squeezing metrics cost: a step of `SqueezeDPOTrainer` against one of TRL's `DPOTrainer`, on SmolLM2.
 
-    python benchmarks/squeeze_overhead.py --repeats 20 --out squeeze_overhead.json
+    python benchmarks/squeeze_overhead.py --repeats 20
 
 Each repeat takes one step (forward, reference, backward, log) with each trainer in one process and in random order, on
 the same batch, and the medians of the ratios within a repeat are told, and the ratio of the fastest steps, which other
@@ -14,7 +14,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import json
 import os
 import random
 import statistics
@@ -22,12 +21,30 @@ import tempfile
 import time
 from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
+    parser.add_argument("--prompt", type=int, default=64, help="words in a prompt")
+    parser.add_argument("--answer", type=int, default=128, help="most words in an answer; half of it at least")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--lora", action="store_true", help="train an adapter: a shorter step")
+    return parse(parser, repeats=2, pairs=1, prompt=8, answer=8)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tqdm import tqdm
 from trl import DPOConfig, DPOTrainer
 
+from common.report import print_table
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.trainers.squeeze_config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze_trainer import SqueezeDPOTrainer
@@ -99,16 +116,7 @@ def step_memory(trainer: DPOTrainer, rows: list[dict]) -> int:
     return resident_peak() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
-    parser.add_argument("--prompt", type=int, default=64, help="words in a prompt")
-    parser.add_argument("--answer", type=int, default=128, help="most words in an answer; half of it at least")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--lora", action="store_true", help="train an adapter: a shorter step")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(args, folder)
@@ -132,7 +140,8 @@ def main() -> None:
 
     model_bytes = sum(p.numel() * p.element_size() for p in trainers["DPOTrainer"].model.parameters())
     base_bytes = model_bytes * (1 if args.lora else 2) + statistics.median(memory["DPOTrainer"])
-    report: dict = {"arguments": {**vars(args), "out": None}, "seconds": seconds, "memory": memory}
+    report: dict = {"arguments": vars(args), "seconds": seconds, "memory": memory}
+    told = []
     for kind, times in seconds.items():
         every = f"full, every {ARGMAX_EVERY}"
         times[every] = [
@@ -143,19 +152,18 @@ def main() -> None:
             ratios = [own / trl for own, trl in zip(values, times["DPOTrainer"], strict=True)]
             low, median, high = statistics.quantiles(ratios, n=4)
             fastest = min(values) / min(times["DPOTrainer"])
-            print(
-                f"{kind:5} {name:14} {statistics.median(values):.2f} s a step, x {median:.3f} (quartiles {low:.3f} .. "
-                f"{high:.3f}), fastest to fastest x {fastest:.3f}"
-            )
+            told.append([kind, name, statistics.median(values), median, f"{low:.3f} .. {high:.3f}", fastest])
             report[f"{kind} {name}"] = {"median": median, "quartiles": [low, high], "fastest": fastest}
+    print_table(["time", "trainer", "s a step", "times DPOTrainer's", "quartiles", "fastest to fastest"], told)
+    told = []
     for name, values in memory.items():
         more = (statistics.median(values) - statistics.median(memory["DPOTrainer"])) / base_bytes
-        print(f"memory {name:13} + {statistics.median(values) / 1e6:.0f} MB in a step, {more:+.1%} of the whole")
+        told.append([name, f"{statistics.median(values) / 1e6:.0f}", f"{more:+.1%}"])
         report[f"memory {name}"] = more
+    print_table(["trainer", "MB in a step", "more, of the whole"], told)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(args.out / "squeeze_overhead.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,7 +1,7 @@
 """
 Do the scores of the pair audit foretell what a DPO step does to the chosen answer? SmolLM2-135M-Instruct, 24 pairs.
 
-    python benchmarks/squeeze_pair_audit.py --out results
+    python benchmarks/squeeze_pair_audit.py
     python benchmarks/squeeze_pair_audit.py --data pairs.jsonl.gz --prompt-tokens 32 --answer-tokens 24
 
 The pairs made up here have each of eight chosen answers against a near copy, another answer to the same question, and
@@ -13,6 +13,21 @@ answer causes, as it is and relative to the rise that the chosen answer causes.
 import argparse
 import time
 from pathlib import Path
+
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--data", type=Path, help="JSON Lines with prompt, chosen, rejected; the first 24 are taken")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--step-size", type=float, default=1e-4)
+    return parse(parser)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 import torch
@@ -108,25 +123,18 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="JSON Lines with prompt, chosen, rejected; the first 24 are taken")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--answer-tokens", type=int, default=24)
-    parser.add_argument("--step-size", type=float, default=1e-4)
-    parser.add_argument("--out", type=Path, default=Path("results/squeeze_pair_audit"), help="folder for the results")
-    arguments = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     model, tokenizer = load_demo_model(torch.float32)
-    if arguments.data:
-        given = pd.read_json(arguments.data, lines=True)
+    if args.data:
+        given = pd.read_json(args.data, lines=True)
         given = given[(given["chosen"] != "") & (given["rejected"] != "")].head(24)
-        pairs = cut(tokenizer, given, arguments.prompt_tokens, arguments.answer_tokens)
+        pairs = cut(tokenizer, given, args.prompt_tokens, args.answer_tokens)
     else:
         pairs = made_up_pairs()
     begin = time.perf_counter()
     table = audit_pairs(model, tokenizer, pairs)
     audit_seconds = time.perf_counter() - begin
-    change = measure_chosen_change(model, tokenizer, pairs, step_size=arguments.step_size)
+    change = measure_chosen_change(model, tokenizer, pairs, step_size=args.step_size)
     table = pd.concat([pd.DataFrame({"kind": pairs["kind"]}), table, change], axis=1)
     tokens = table["tokens_chosen"]
     table["fall per token"] = -table["chosen_change"] / tokens
@@ -147,10 +155,9 @@ def main() -> None:
         axes.set_xlabel(score)
         axes.set_ylabel("push on chosen over pull")
         axes.legend(fontsize=7)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out / "squeeze_pair_audit.csv", index=False)
-    figure.savefig(arguments.out / "squeeze_pair_audit.png", dpi=130)
+    table.to_csv(args.out / "squeeze_pair_audit.csv", index=False)
+    figure.savefig(args.out / "squeeze_pair_audit.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

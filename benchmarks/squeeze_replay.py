@@ -1,17 +1,33 @@
 """
 Where the early warning would have fired on logged curves, for several thresholds.
 
-    python benchmarks/squeeze_replay.py --data DIR --out results
+    python benchmarks/squeeze_replay.py --data DIR
     python benchmarks/squeeze_replay.py out/trainer_state.json
 
 DIR holds the curves that the authors of https://huggingface.co/papers/2407.10490 published (`src/exp_results` of
-Joshua-Ren/Learning_dynamics_LLM, renamed `refcurve_*.json.gz`). Positions count evaluations from 0; a lead is the
-number of evaluations from the first WATCH to the peak of the chosen answer. `on` is the share of evaluations not OK.
+Joshua-Ren/Learning_dynamics_LLM, renamed `refcurve_*.json.gz`). Without curves two are made up: one of a run that is
+squeezed, one of a run that isn't. Positions count evaluations from 0; a lead is the number of evaluations from the
+first WATCH to the peak of the chosen answer. `on` is the share of evaluations not OK.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
+
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("curves", nargs="*", type=Path, help="trainer_state.json, or JSON Lines of the authors")
+    parser.add_argument("--data", type=Path, help="folder with refcurve_*.json.gz")
+    parser.add_argument("--deltas", type=float, nargs="+", default=[0.01, 0.02, 0.05], help="nats per token")
+    return parse(parser)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,23 +35,39 @@ from matplotlib.figure import Figure
 from hf_iclr.trainers.squeeze_replay import replay
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("curves", nargs="*", type=Path, help="trainer_state.json, or JSON Lines of the authors")
-    parser.add_argument("--data", type=Path, help="folder with refcurve_*.json.gz")
-    parser.add_argument("--deltas", type=float, nargs="+", default=[0.01, 0.02, 0.05], help="nats per token")
-    parser.add_argument("--out", type=Path, default=Path("results/squeeze_replay"), help="folder for table and figure")
-    arguments = parser.parse_args()
+def read_curves(args: argparse.Namespace) -> dict[str, Path]:
+    paths = [*args.curves, *(sorted(args.data.glob("refcurve_*.json*")) if args.data else [])]
+    if not paths:
+        print(
+            f"Expected refcurve_*.json.gz in {args.data}, got none. Give a folder with them, or files.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return {path.name.split(".")[0].removeprefix("refcurve_"): path for path in paths}
+
+
+def make_curves(evaluations: int = 20) -> dict[str, list[dict[str, float]]]:
+    """Logs of a run whose other answers fall before the chosen one, and of one whose rejected answer alone falls."""
+    squeezed, healthy = [], []
+    for step in range(evaluations):
+        rise, fall = 0.03 * min(step, 10), 0.04 * max(step - 10, 0)
+        others = {f"probe/{kind}/logp": -5 - 0.05 * max(step - 4, 0) for kind in ("other_train", "permuted")}
+        peak = {"probe/chosen/logp_argmax": -1 + 0.02 * step}
+        squeezed.append({"step": step, "probe/chosen/logp": -2 + rise - fall, "probe/rejected/logp": -2 - 0.1 * step})
+        squeezed[-1] |= others | peak
+        healthy.append({"step": step, "probe/chosen/logp": -2 + 0.03 * step, "probe/rejected/logp": -2 - 0.01 * step})
+        healthy[-1] |= dict.fromkeys(others, -5.0) | peak
+    return {"squeezed, made up": squeezed, "healthy, made up": healthy}
+
+
+def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    curves = [*arguments.curves, *(sorted(arguments.data.glob("refcurve_*.json*")) if arguments.data else [])]
-    if not curves:
-        parser.error("no curves: give files, or --data with a folder that holds refcurve_*.json.gz")
+    curves = read_curves(args) if args.curves or args.data else make_curves()
 
     rows, default = [], {}
-    for path in curves:
-        name = path.name.split(".")[0].removeprefix("refcurve_")
-        for delta in arguments.deltas:
-            found = replay(path, delta=delta)
+    for name, curve in curves.items():
+        for delta in args.deltas:
+            found = replay(curve, delta=delta)
             rows.append(
                 {
                     "curve": name,
@@ -49,7 +81,7 @@ def main() -> None:
                     "on": (found.table["state"] != "OK").mean(),
                 }
             )
-        default[name] = replay(path)
+        default[name] = replay(curve)
     table = pd.DataFrame(rows).astype(dict.fromkeys(("watch", "squeeze", "lead"), "Int64"))
     print(table.round(2).to_string(index=False))
 
@@ -67,10 +99,9 @@ def main() -> None:
         axes.set_ylabel("change, nats/token", fontsize=8)
         axes.legend(fontsize=7)
     axes.set_xlabel("evaluation")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out / "squeeze_replay.csv", index=False)
-    figure.savefig(arguments.out / "squeeze_replay.png", dpi=130)
+    table.to_csv(args.out / "squeeze_replay.csv", index=False)
+    figure.savefig(args.out / "squeeze_replay.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -1,11 +1,22 @@
 """
 The softmax model of the squeezing effect: the five panels, and how often the exact threshold is right.
 
-    python benchmarks/squeeze_toy.py --out results
+    python benchmarks/squeeze_toy.py
 """
 
 import argparse
-from pathlib import Path
+
+from common.arguments import make_parser, parse
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--cases", type=int, default=3000)
+    return parse(parser, cases=100)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 import numpy as np
 import pandas as pd
@@ -13,11 +24,7 @@ import pandas as pd
 from hf_iclr.trainers.squeeze_toy import plot_squeeze_panels, squeeze_panels, squeeze_step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=3000)
-    parser.add_argument("--out", type=Path, default=Path("results/squeeze_toy"), help="folder for the figure")
-    arguments = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     rows = []
     for panel in squeeze_panels():
         step, others = panel.step, np.arange(len(panel.step.probs)) != panel.target
@@ -34,7 +41,7 @@ def main() -> None:
 
     rng = np.random.default_rng(0)
     fallen = risen = agree = first_order = tokens = 0
-    for _ in range(arguments.cases):
+    for _ in range(args.cases):
         logits = rng.uniform(0.1, 6) * rng.standard_normal(1000)
         target, h = int(rng.integers(1000)), float(np.exp(rng.uniform(np.log(1e-3), np.log(10))))
         step = squeeze_step(logits, target, h)
@@ -45,12 +52,11 @@ def main() -> None:
         agree += (gains == (probs > step.threshold)).sum()
         first_order += (gains == (probs > step.first_order_threshold)).sum()
         tokens += len(gains)
-    print(f"\n{arguments.cases} random softmaxes of 1000 tokens, h from 0.001 to 10:")
+    print(f"\n{args.cases} random softmaxes of 1000 tokens, h from 0.001 to 10:")
     print(f"the target fell in {fallen}, the most likely other token gained in {risen}")
     print(f"threshold right for {agree} of {tokens} tokens, to first order for {first_order / tokens:.1%}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot_squeeze_panels().savefig(arguments.out / "squeeze_toy.png", dpi=130)
+    plot_squeeze_panels().savefig(args.out / "squeeze_toy.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

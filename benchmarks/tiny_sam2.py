@@ -9,21 +9,31 @@ last frame, after one prompt on frame 0. "Held still" keeps the true mask of fra
 """
 
 import argparse
-import json
 import os
 import time
-from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--model", help="folder or repository of a SAM 2 video model (default: the package's own)")
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--shifted", action="store_true", help="the other look")
+    return parse(parser, clips=2, frames=4)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import pipeline
 
-import hf_iclr  # noqa: F401  registers the task
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
+from common.segmenter import load_segmenter
 from hf_iclr.vision.j_and_f import region_similarity
 from hf_iclr.vision.procedural_clips import Clip, procedural_clip
 from hf_iclr.vision.simulated_prompts import first_prompt
@@ -60,18 +70,9 @@ def measure(pipe, clips: list[Clip]) -> list[dict]:
     return [{key: value if key == "prompt" else float(np.mean(value)) for key, value in row.items()} for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder; the package's own model if left out")
-    parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--shifted", action="store_true", help="the other look")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    pipe = load_demo_segmenter()
-    if args.model is not None:
-        pipe = pipeline("promptable-video-segmentation", model=str(args.model), dtype=torch.float32, device="cpu")
+    pipe = load_segmenter(args.model)
     began = time.process_time()
     report = {}
     print(f"| clips | prompt | J on frame 0 | on frames 1..{args.frames - 1} | on the last |\n|---|---|---|---|---|")
@@ -80,9 +81,8 @@ def main() -> None:
         for row in report[name]:
             print(f"| {name} | {row['prompt']} | {row['first']:.3f} | {row['later']:.3f} | {row['last']:.3f} |")
     print(f"{args.clips} clips of each kind, {time.process_time() - began:.0f} CPU seconds.")
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1))
+    write_json(args.out / "tiny_sam2.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

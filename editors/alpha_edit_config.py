@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hf_iclr.untrusted import as_written_by, inside, read_json
+
 from .key_statistics import check_null_space_rule
 
 
@@ -115,6 +117,9 @@ class AlphaEditConfig:
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}.")
+        for name in ("num_contexts", "num_steps", "context_length", "optimization_batch_size", "seed"):
+            if getattr(self, name) % 1 != 0:
+                raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
         for name in ("moment_weight", "learning_rate", "clamp_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")
@@ -147,7 +152,7 @@ class AlphaEditConfig:
                 Folder, made if need be.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        inside(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "AlphaEditConfig":
@@ -164,11 +169,12 @@ class AlphaEditConfig:
         Raises:
             ValueError: when there is none, or it has settings that this version does not know.
         """
-        path = Path(save_directory) / CONFIG_NAME
+        path = inside(save_directory, CONFIG_NAME)
         if not path.exists():
             raise ValueError(f"Expected {CONFIG_NAME} in {save_directory}, got none: no editor was saved there.")
-        values = json.loads(path.read_text())
+        values = read_json(path)
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
-        return cls(**values)
+        with as_written_by("AlphaEditConfig.save_pretrained", path):
+            return cls(**values)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, in_own_memory, push_saved, write_safetensors
+from hf_iclr.untrusted import as_written_by, check_links, read_safetensors
 
 from .alpha_edit_config import AlphaEditConfig
 from .down_projections import DownProjection, choose_layers, find_down_projections
@@ -307,9 +307,9 @@ class AlphaEditor:
                 Compress the adapter to this rank.
 
         Raises:
-            ValueError: when the folder holds the edits of another editor.
+            ValueError: when the folder holds the edits of another editor, or a link that leads out of it.
         """
-        folder = Path(save_directory)
+        folder = check_links(save_directory)
         if (folder / LEDGER_NAME).exists():
             known = read_events(folder)
             if known != self._events[: len(known)]:
@@ -388,24 +388,28 @@ class AlphaEditor:
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
             model_kwargs (`dict`, *optional*):
-                Passed on to `AutoModelForCausalLM.from_pretrained`.
+                Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
+                `use_safetensors=False` is among them.
 
         Returns:
             [`AlphaEditor`]
 
         Raises:
-            ValueError: when there are no edits, or the model is another one.
+            ValueError: when there are no edits, the model is another one, or a file of the folder is not what
+                [`~AlphaEditor.save_pretrained`] writes or lies outside the folder.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(name_or_path), revision=revision))
+        check_links(folder)
         config = AlphaEditConfig.from_pretrained(folder)
         events = read_events(folder)
         if model is None:
             if config.base_model_name_or_path is None:
                 raise ValueError(f"Expected a model, as {name_or_path} doesn't say which was edited. Pass model=...")
             model = AutoModelForCausalLM.from_pretrained(
-                config.base_model_name_or_path, **{"revision": config.base_model_revision, **model_kwargs}
+                config.base_model_name_or_path,
+                **{"revision": config.base_model_revision, "use_safetensors": True, **model_kwargs},
             )
         if check_base_model and hash_weights(model) != config.base_model_hash:
             raise ValueError(
@@ -418,12 +422,27 @@ class AlphaEditor:
             statistics.check_model(model)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        basis = load_file(folder / _NULL_SPACE) if (folder / _NULL_SPACE).exists() else {}
-        preserved = {int(layer): value for layer, value in basis.items()}
+        basis = read_safetensors(folder / _NULL_SPACE)[0] if (folder / _NULL_SPACE).exists() else {}
+        with as_written_by("AlphaEditor.save_pretrained", folder):
+            preserved = {int(layer): in_own_memory(value) for layer, value in basis.items()}
+            batches = [EditBatch.load(folder, record) for record in batches_of(events)]
         editor._set_up(model, tokenizer, config, find_down_projections(model), preserved, statistics)
-        editor._events, editor.batches = events, [EditBatch.load(folder, record) for record in batches_of(events)]
+        editor._check_shapes(batches)
+        editor._events, editor.batches = events, batches
         editor._solver.write(editor.batches)
         return editor
+
+    def _check_shapes(self, batches: list[EditBatch]) -> None:
+        for batch in batches:
+            for p in self.projections:
+                parts = [getattr(batch, kind).get(p.index, torch.empty(0)) for kind in ("residuals", "factors")]
+                rank = parts[1].shape[0]
+                if [tuple(part.shape) for part in parts] != [(p.out_features, rank), (rank, p.in_features)]:
+                    raise ValueError(
+                        f"Expected updates of shapes ({p.out_features}, n) and (n, {p.in_features}) for layer "
+                        f"{p.index} in batch {batch.name!r}, got {tuple(parts[0].shape)} and {tuple(parts[1].shape)}. "
+                        "Get the edits again from where they came."
+                    )
 
     def _check_solvable(self) -> None:
         if self.config.solver.startswith("memit") and self._solver.statistics is None:

@@ -5,21 +5,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, snapshot_download
-from safetensors.torch import load_file
 
-from hf_iclr.saving import push_saved, whole_file
+from hf_iclr.saving import in_own_memory, push_saved, whole_file
+from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from .closed_form import null_space_factor, project_out
 from .concept_card import concept_card
 from .concept_pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 from .key_statistics import check_null_space_rule, hash_weights
 
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class ConceptEditor:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         retain: Sequence[str],
         *,
         modules: str | None = None,
@@ -163,14 +165,14 @@ class ConceptEditor:
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))
-            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), right[:rank].float()
+            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), in_own_memory(right[:rank].float())
             count = len(concepts)
             differ = keys * ((wanted - keys).norm(dim=0) > ROUNDING * keys.norm(dim=0))
             editable.append(_norms(project_out(differ, self._preserved[kind]), count) / _norms(differ, count))
             for name, layer in layers.items():
                 weight = layer.weight.detach().cpu().double()
                 distance = weight @ (wanted - keys)
-                batch.residuals[name] = (distance @ left[:, :rank] * values[:rank]).float()
+                batch.residuals[name] = in_own_memory((distance @ left[:, :rank] * values[:rank]).float())
                 update = batch.residuals[name].double() @ batch.factors[kind].double()
                 residuals.append(_norms(distance - update @ keys, count) / _norms(distance, count))
                 if self._retained:
@@ -240,7 +242,7 @@ class ConceptEditor:
         Raises:
             ValueError: when nothing was edited.
         """
-        folder = Path(save_directory)
+        folder = check_links(save_directory)
         state = self.lora_state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         type(self.pipeline).save_lora_weights(
@@ -264,7 +266,7 @@ class ConceptEditor:
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         revision: str | None = None,
         token: Any = None,
         check_base_model: bool = True,
@@ -288,7 +290,8 @@ class ConceptEditor:
             [`ConceptEditor`]
 
         Raises:
-            ValueError: when there are no edits, or the pipeline is another one.
+            ValueError: when there are no edits, the pipeline is another one, or a file is not what
+                [`~ConceptEditor.save_pretrained`] writes.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
@@ -296,34 +299,42 @@ class ConceptEditor:
             folder = Path(
                 snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
             )
-        if not (folder / EDITS_NAME).exists():
+        path = inside(folder, EDITS_NAME)
+        if not path.exists():
             raise ValueError(f"Expected a folder or repository with {EDITS_NAME}, got {name_or_path}, which has none.")
-        about = json.loads((folder / EDITS_NAME).read_text())
+        about = read_json(path)
         found = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
-        if check_base_model and found != about["base_hash"]:
-            raise ValueError(
-                f"Expected the pipeline that was edited, {about['base_model']!r} with weights {about['base_hash']}, "
-                f"got weights {found}. Load that one, or pass `check_base_model=False`."
-            )
-        editor = cls(pipeline, about["retain"], **about["settings"])
-        state = {
-            name.removeprefix(f"{editor.component}."): value
-            for name, value in load_file(folder / WEIGHTS_NAME).items()
-        }
-        starts = dict.fromkeys(editor.layers, 0)
-        for entry in about["batches"]:
-            keys = editor._encode([*entry["concepts"].values(), *entry["concepts"]])
-            batch = _Batch(entry["concepts"], {}, {}, {})
-            for kind, rank in entry["ranks"].items():
-                batch.keys[kind] = keys[kind].flatten(0, 1).T
-                columns = slice(starts[kind], starts[kind] + rank)
-                starts[kind] += rank
-                for name in editor.layers[kind]:
-                    batch.factors[kind] = state[f"{name}.lora_A.weight"][columns]
-                    batch.residuals[name] = state[f"{name}.lora_B.weight"][:, columns]
-            editor._batches.append(batch)
+        tensors, _ = read_safetensors(inside(folder, WEIGHTS_NAME))
+        with as_written_by("ConceptEditor.save_pretrained", path):
+            if check_base_model and found != about["base_hash"]:
+                raise ValueError(
+                    f"Expected the pipeline that was edited, {about['base_model']!r} with weights "
+                    f"{about['base_hash']}, got weights {found}. Load that one, or pass `check_base_model=False`."
+                )
+            editor = cls(pipeline, about["retain"], **about["settings"])
+            state = {name.removeprefix(f"{editor.component}."): value for name, value in tensors.items()}
+            starts = dict.fromkeys(editor.layers, 0)
+            for entry in about["batches"]:
+                editor._batches.append(editor._read_batch(entry, state, starts))
         editor._write()
         return editor
+
+    def _read_batch(self, entry: dict[str, Any], state: dict[str, torch.Tensor], starts: dict[str, int]) -> "_Batch":
+        """A batch of the file, whose columns begin at `starts`, which are moved on."""
+        concepts = self._check(entry["concepts"])
+        keys = self._encode([*concepts.values(), *concepts])
+        batch = _Batch(concepts, {}, {}, {})
+        for kind, rank in entry["ranks"].items():
+            batch.keys[kind] = keys[kind].flatten(0, 1).T
+            columns = slice(starts[kind], starts[kind] + whole_number(rank, "the rank of a batch"))
+            starts[kind] += rank
+            for name, layer in self.layers[kind].items():
+                factor, residual = state[f"{name}.lora_A.weight"][columns], state[f"{name}.lora_B.weight"][:, columns]
+                shapes = tuple(residual.shape), tuple(factor.shape)
+                if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])):
+                    raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}")
+                batch.factors[kind], batch.residuals[name] = in_own_memory(factor), in_own_memory(residual)
+        return batch
 
     def push_to_hub(
         self,

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from hf_iclr.saving import write_safetensors
+from hf_iclr.saving import in_own_memory, write_safetensors
+from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, regular_file, whole_number
 
 from .edit_request import EditRequest
 
 
 LEDGER_NAME = "ledger.jsonl"
 BATCHES = "batches"
+_KINDS = ("residuals", "factors", "keys")
 
 
 @dataclass
@@ -53,34 +54,33 @@ class EditBatch:
 
     def save(self, folder: Path) -> None:
         """Write the batch's tensors to `folder/batches`, whole or not at all; a file that is there is the same one."""
-        path = folder / BATCHES / f"{self.name}.safetensors"
+        path = inside(folder, f"{BATCHES}/{self.name}.safetensors")
         if path.exists():
             return
         tensors = {"states": self.states}
-        for kind in ("residuals", "factors", "keys"):
+        for kind in _KINDS:
             tensors |= {f"{kind}.{layer}": value for layer, value in getattr(self, kind).items()}
         write_safetensors(tensors, path)
 
     @classmethod
     def load(cls, folder: Path, record: dict[str, Any]) -> "EditBatch":
         """The batch of a ledger line's record and its file."""
-        path = folder / BATCHES / f"{record['name']}.safetensors"
+        path = inside(folder, f"{BATCHES}/{record['name']}.safetensors")
         if not path.exists():
             raise ValueError(f"Expected {path}, of which the ledger speaks, got no such file.")
-        batch = cls(
-            name=record["name"],
-            requests=[EditRequest.from_dict(request) for request in record["requests"]],
-            states=torch.empty(0),
-            edits=record["edits"],
-            layers=record["layers"],
-        )
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+        tensors, _ = read_safetensors(path)
+        with as_written_by("AlphaEditor", path):
+            batch = cls(
+                name=record["name"],
+                requests=[EditRequest.from_dict(request) for request in record["requests"]],
+                states=tensors.pop("states"),
+                edits=record["edits"],
+                layers=record["layers"],
+            )
+            kinds = {kind: getattr(batch, kind) for kind in _KINDS}
+            for name, tensor in tensors.items():
                 kind, _, layer = name.partition(".")
-                if layer:
-                    getattr(batch, kind)[int(layer)] = file.get_tensor(name)
-                else:
-                    batch.states = file.get_tensor(name)
+                kinds[kind][int(layer)] = in_own_memory(tensor)
         return batch
 
     def record(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def append_event(folder: Path, event: dict[str, Any]) -> None:
             `event` (`"edit"`, `"undo"` or `"remove"`), and the `batches` made or how many were `undone`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LEDGER_NAME
+    path = inside(folder, LEDGER_NAME)
     torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a") as file:
         # After a kill in the middle of a line that line stays, unread, and the next one starts anew.
@@ -125,17 +125,18 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         `list[dict]`
 
     Raises:
-        ValueError: when there is no ledger.
+        ValueError: when there is no ledger, or a line that is whole cannot be trusted.
     """
-    path = folder / LEDGER_NAME
+    path = inside(folder, LEDGER_NAME)
     if not path.exists():
         raise ValueError(f"Expected {LEDGER_NAME} in {folder}, got none: no edits were saved there.")
     events = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(regular_file(path).read_bytes().splitlines(), 1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            events.append(parse_json(line, f"line {number} of {path}", nan=True))
+        except ValueError as error:
+            if not isinstance(error.__cause__, json.JSONDecodeError):
+                raise
     return events
 
 
@@ -149,10 +150,15 @@ def batches_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict]`: the records of the batches, in order.
+
+    Raises:
+        ValueError: when more batches were undone than there were, or two have one name.
     """
     batches: list[dict[str, Any]] = []
     for event in events:
-        if event["undone"]:
-            del batches[-event["undone"] :]
-        batches += event["batches"]
+        kept = len(batches) - whole_number(event["undone"], "the number of batches undone", most=len(batches))
+        batches = batches[:kept] + event["batches"]
+    names = [batch["name"] for batch in batches]
+    if len({*names}) < len(names):
+        raise ValueError(f"Expected a file of its own for each batch of the ledger, got the names {names}.")
     return batches

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.saving import in_own_memory
+
 from .alpha_edit_config import AlphaEditConfig
 from .closed_form import (
     EditedKeys,
@@ -107,8 +109,9 @@ class EditSolver:
                 )
             if self.config.post_processing is not None:
                 residuals, factor = self._post_process(layer, residuals @ factor, before)
-            batch.keys[layer] = keys.float()
-            batch.residuals[layer], batch.factors[layer] = residuals.float(), factor.float()
+            batch.keys[layer] = in_own_memory(keys.float())
+            batch.residuals[layer] = in_own_memory(residuals.float())
+            batch.factors[layer] = in_own_memory(factor.float())
             updates = [(other.residuals[layer], other.factors[layer]) for other in [*before, batch]]
             weight.set(updates)
             outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys

@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
 from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
@@ -331,18 +331,26 @@ class KeyStatistics:
             [`KeyStatistics`]
 
         Raises:
-            ValueError: when the folder holds no statistics.
+            ValueError: when the folder holds no statistics, or a file that is not one of them.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[FILE_NAME]))
-        if not (folder / FILE_NAME).exists():
+        path = inside(folder, FILE_NAME)
+        if not path.exists():
             raise ValueError(f"Expected a folder or repository with {FILE_NAME}, got {name_or_path}, which has none.")
-        with safe_open(folder / FILE_NAME, "pt") as file:
-            about = json.loads(file.metadata()["hf_iclr"])
-            sums = {int(layer): file.get_tensor(layer) for layer in file.keys()}  # noqa: SIM118
-        about["module_names"] = {int(layer): name for layer, name in about["module_names"].items()}
-        return cls(sums=sums, **about)
+        tensors, metadata = read_safetensors(path)
+        with as_written_by("KeyStatistics.save_pretrained", path):
+            about = parse_json(metadata["hf_iclr"], path)
+            about["module_names"] = {int(layer): name for layer, name in about["module_names"].items()}
+            for name in ("tokens", "rows"):
+                whole_number(about[name], f"the number of {name} in {path}")
+            read = cls(sums={int(layer): value for layer, value in tensors.items()}, **about)
+            if any(value.dtype != torch.float64 or value.shape != (len(value),) * 2 for value in read.sums.values()):
+                raise TypeError("sums that are no square float64 matrices")
+            if read.layers != sorted(read.module_names):
+                raise KeyError(f"sums of layers {read.layers} and names of {sorted(read.module_names)}")
+        return read
 
     def push_to_hub(
         self,

@@ -1,6 +1,8 @@
 """A large and a small model as one: saved, loaded and pushed as one repository, cascaded by plain `generate`."""
 
 import copy
+import os
+import re
 
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
@@ -133,15 +135,19 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
         Same as [`~transformers.PreTrainedModel.from_pretrained`]; a configuration of references loads both
-        repositories.
+        repositories, only safetensors of them. `trust_remote_code=True` is trust in this repository, not in those that
+        it names: to trust them too, name them yourself, `from_cascade_pretrained(large, small,
+        trust_remote_code=True)`.
 
         Raises:
-            ValueError: if the weights of one half are missing.
+            ValueError: if the weights of one half are missing, or a repository refers to what is none.
         """
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
         if config.is_reference:
-            for name in ("adapter_kwargs", "output_loading_info", "revision", "state_dict", "_from_auto"):
+            _check_references(config, pretrained_model_name_or_path)
+            passed = ("adapter_kwargs", "output_loading_info", "revision", "state_dict", "_from_auto")
+            for name in (*passed, "trust_remote_code"):
                 kwargs.pop(name, None)
             return cls.from_cascade_pretrained(
                 config.large_name_or_path,
@@ -151,7 +157,7 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
                 as_reference=True,
                 large_revision=config.large_revision,
                 small_revision=config.small_revision,
-                **kwargs,
+                **{"use_safetensors": True, **kwargs},
             )
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
@@ -215,6 +221,17 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
             **cache_inputs(self.large, past_key_values if cache is None else cache),
             **kwargs,
         )
+
+
+def _check_references(config, source):
+    """A folder may refer to folders, as its owner wrote it; a repository only to repositories."""
+    for name in (config.large_name_or_path, config.small_name_or_path):
+        repository = isinstance(name, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and ".." not in name
+        if not repository and not (isinstance(name, str) and os.path.isdir(source) and os.path.isdir(name)):
+            raise ValueError(
+                f"Expected {source} to refer to repositories such as 'user/model', got {name!r:.80}. Name both models "
+                "yourself: `SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small)`."
+            )
 
 
 def _from_config(config):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hf_iclr import __version__
+
 
 app = typer.Typer(
     help="The six ICLR 2025 award papers as drop-in parts of the Hugging Face stack.",
@@ -14,12 +16,30 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_iclr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def tour(
     out: Annotated[Path, typer.Option(help="Folder for index.html, tour.json and the figures.")] = Path("tour"),
     quick: Annotated[bool, typer.Option("--quick", help="Run each part in its shortest form.")] = False,
 ) -> None:
     """Run every part on real input and write one page about it."""
+    from hf_iclr.extras import require
+
+    require("cli", "hf-iclr tour")
     from hf_iclr.tour import FailedSection, run_tour
 
     if any(isinstance(result, FailedSection) for result in run_tour(out, quick)):
@@ -339,6 +359,7 @@ def inpaint(
     import transformers
     from rich.console import Console
 
+    from hf_iclr.extras import require
     from hf_iclr.vision.annotation_json import read_sav
     from hf_iclr.vision.inpainting import inpaint_video
     from hf_iclr.vision.mask_folders import read_davis
@@ -356,6 +377,7 @@ def inpaint(
             segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
         painter = None
         if pipeline is not None:
+            require("diffusion", "hf-iclr inpaint --pipeline")
             import diffusers
 
             painter = diffusers.DiffusionPipeline.from_pretrained(pipeline)

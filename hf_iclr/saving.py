@@ -46,6 +46,16 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
+def in_own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    The same numbers row after row in new memory, as they are to be used both before they are saved and once loaded.
+
+    Matrix products round by the strides and the alignment of their factors. What was computed may be a transpose, what
+    was loaded begins wherever the file has it: with the same numbers results would differ in their last bits.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def cached_revision(name: str) -> str | None:
     """
     Commit of a repository's default branch in the local cache; models of transformers 5 do not keep theirs. Whether it

@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import hf_iclr
 from hf_iclr import cli, tour
 
 
@@ -25,6 +26,11 @@ def test_help_names_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
     assert "tour" in result.output and "doctor" in result.output and "audit" in result.output
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"hf_iclr {hf_iclr.__version__}\n")
 
 
 @pytest.mark.parametrize("failed", [False, True])

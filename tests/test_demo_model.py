@@ -66,7 +66,10 @@ def test_logits_equal_those_of_the_gguf_file(empty_cache):
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
-        assert torch.equal(logits, reference(**inputs).logits)
+        # The same weights begin elsewhere in memory, and products round by the alignment of their factors.
+        torch.testing.assert_close(logits, reference(**inputs).logits, rtol=1e-4, atol=1e-4)
+    weights = reference.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
     assert sorted(path.name for path in (empty_cache / "cache").iterdir()) == [demo_model.demo_model_path().name]

@@ -26,8 +26,8 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
         "_set_signature_columns_if_needed",
     },
     "hf_iclr.trainers.squeeze_trainer:SqueezeDPOTrainer": {"_prepare_dataset"},
-    "hf_iclr.editors.edit_metrics:EditSuccess": {"_compute", "_info"},
-    "hf_iclr.editors.edit_scoring:Perplexity": {"_compute", "_info"},
+    "hf_iclr.editors.edit_evaluate:EditSuccess": {"_compute", "_info"},
+    "hf_iclr.editors.edit_evaluate:Perplexity": {"_compute", "_info"},
     "hf_iclr.vision.pipeline_promptable_video_segmentation:Sam2VideoPipeline": {"_forward", "_sanitize_parameters"},
 }
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_iclr.untrusted import parse_json, read_safetensors
 
 from .shapley_engine import EngineSettings, ShapleyEngine
 from .shapley_identity import ROW_KEY, RowWatch, check_loader, take_rows
@@ -500,14 +501,13 @@ def _resume(path: Path, engine: ShapleyEngine, totals: RunTotals) -> None:
     if not path.exists():
         logger.warning("%s is missing: the direction is measured anew at the first step.", path)
         return
-    with safe_open(path, framework="pt") as file:
-        targets = json.loads((file.metadata() or {}).get("targets", "null"))
+    tensors, metadata = read_safetensors(path)
+    targets = parse_json(metadata.get("targets", "null"), path)
     if targets not in (None, totals.targets):
         raise ValueError(
             f"Expected the validation sets of the checkpoint, {targets}, got {totals.targets}. Resume with the same "
             "`targets` in the same order, or begin a new run: `trainer.train()` without `resume_from_checkpoint`."
         )
-    tensors = load_file(path)
     for name in totals.targets:
         known = tensors.pop(f"explained.{name}", None)
         if known is not None:

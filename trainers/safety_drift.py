@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_iclr.untrusted import read_safetensors
 
 from .deep_safety_config import DeepSafetySFTConfig
 from .prefill_generation import answer_logits, check_prompts, generate_answers, to_prompt_ids
@@ -158,7 +160,7 @@ class SafetyDriftCallback(TrainerCallback):
         if not path.exists():
             logger.warning("%s is missing: drift is measured from here, not from the start of the training.", path)
             return
-        tensors = load_file(path)
+        tensors, _ = read_safetensors(path)
         self._answers = [tensors[f"answer.{row}"].tolist() for row in range(len(self.prompts))]
         self._log_probs = [tensors[f"log_probs.{row}"] for row in range(len(self.prompts))]
         self._last_step = int(tensors["last_step"])

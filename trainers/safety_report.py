@@ -10,6 +10,9 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard
 
+from hf_iclr.extras import new_figure, save_figure
+from hf_iclr.untrusted import as_written_by, check_links, inside, read_json
+
 from .safety_statistics import alignment_depth, mcnemar_exact, prefill_auc, wilson_rate
 
 
@@ -259,10 +262,11 @@ class SafetyReport:
 
         Returns:
             `matplotlib.figure.Figure`
-        """
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        Raises:
+            ImportError: without matplotlib.
+        """
+        figure = new_figure("SafetyReport.plot", (6, 4))
         axes = figure.subplots()
         curves = [(self, "continuation", "o-", "audited"), (self, "joined", "s:", "audited, judged with the prefix")]
         curves += [(self.before, "continuation", "o--", "before")] if self.before else []
@@ -282,7 +286,7 @@ class SafetyReport:
 
     def save(self, directory: str | Path, with_texts: bool = False) -> None:
         """
-        Writes `report.json`, `prefill_curve.png` and `model_card.md`.
+        Writes `report.json`, `model_card.md` and, with matplotlib, `prefill_curve.png`.
 
         Args:
             directory (`str` or `Path`):
@@ -290,7 +294,7 @@ class SafetyReport:
             with_texts (`bool`, *optional*, defaults to `False`):
                 Whether to write the model's answers too. They may be harmful; leave them out of what is published.
         """
-        directory = Path(directory)
+        directory = check_links(directory)
         directory.mkdir(parents=True, exist_ok=True)
         summary = {
             "rates": json.loads(self.to_frame().to_json(orient="records")),
@@ -300,8 +304,8 @@ class SafetyReport:
         }
         content = {"summary": summary, "report": self._to_dict(with_texts)}
         (directory / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False))
-        self.plot(directory / "prefill_curve.png")
         (directory / "model_card.md").write_text(self.to_markdown())
+        save_figure(self.plot, directory / "prefill_curve.png")
 
     def _to_dict(self, with_texts: bool) -> dict[str, Any]:
         fields = asdict(self)
@@ -322,14 +326,26 @@ class SafetyReport:
 
         Returns:
             [`SafetyReport`]
+
+        Raises:
+            ValueError: when there is no report, or its file has other contents.
         """
-        return cls._from_dict(json.loads((Path(directory) / "report.json").read_text())["report"])
+        path = inside(directory, "report.json")
+        with as_written_by("SafetyReport.save", path):
+            return cls._from_dict(read_json(path)["report"])
 
     @classmethod
     def _from_dict(cls, fields: dict[str, Any]) -> "SafetyReport":
         measures = [Measure(**measure) for measure in fields["measures"]]
         before = cls._from_dict(fields["before"]) if fields["before"] else None
-        return cls(**{**fields, "measures": measures, "before": before})
+        report = cls(**{**fields, "measures": measures, "before": before})
+        for measure in measures:
+            if not all(verdict in (True, False, None) for verdict in measure.refused):
+                raise TypeError(f"verdicts on {measure.attack!r} that are not true, false or null")
+        report._prefill_measures("continuation")
+        if not isinstance(report.settings, dict) or not isinstance(report.prompts, dict):
+            raise TypeError("settings or prompts that are no object")
+        return report
 
     def add_to_model_card(self, card: ModelCard) -> None:
         """

@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from hf_iclr.saving import in_own_memory
+
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRa
     start = torch.randn(wide.shape[1], rank, generator=generator).to(wide)
     basis = _orthonormal(wide @ start)
     basis = _orthonormal(wide @ _orthonormal(wide.T @ basis))
-    return LowRank(basis.to(matrix.dtype), (basis.T @ wide).to(matrix.dtype))
+    right = (basis.T @ wide).to(matrix.dtype)
+    return LowRank(in_own_memory(basis.to(matrix.dtype)), in_own_memory(right))
 
 
 def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
@@ -150,20 +153,22 @@ def pack_directions(directions: Sequence[Sequence[Direction]]) -> dict[str, torc
         for index, direction in enumerate(by_parameter):
             parts = [direction] if isinstance(direction, torch.Tensor) else [direction.left, direction.right]
             for part, tensor in enumerate(parts):
-                tensors[f"{which}.{index}.{part}"] = tensor.contiguous().cpu()
+                tensors[f"{which}.{index}.{part}"] = tensor.cpu()
     return tensors
 
 
 def unpack_directions(
     tensors: dict[str, torch.Tensor], targets: int, parameters: Sequence[nn.Parameter]
 ) -> list[list[Direction]]:
-    """What [`pack_directions`] has packed, on the parameters' devices."""
+    """What [`pack_directions`] has packed, on the parameters' devices, laid out as [`sketch`] does."""
     unpacked: list[list[Direction]] = []
     for which in range(targets):
         unpacked.append([])
         for index, parameter in enumerate(parameters):
             found = [
-                tensors[key].to(parameter.device) for part in range(2) if (key := f"{which}.{index}.{part}") in tensors
+                in_own_memory(tensors[key].to(parameter.device))
+                for part in range(2)
+                if (key := f"{which}.{index}.{part}") in tensors
             ]
             unpacked[-1].append(found[0] if len(found) == 1 else LowRank(*found))
     return unpacked

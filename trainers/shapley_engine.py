@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hf_iclr.saving import in_own_memory
+
 from .shapley_coverage import check_scores, find_unordered, group_modules
 from .shapley_direction import (
     Direction,
@@ -189,6 +191,8 @@ class ShapleyEngine:
                     else (gradient * self._scales[index])
                 )
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
+                if not self._low_rank[index]:
+                    direction = in_own_memory(direction)
                 if check:
                     exact.append(direction)
                 if self._low_rank[index]:

@@ -12,16 +12,16 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi, snapshot_download
 
 import hf_iclr
+from hf_iclr.untrusted import as_written_by, check_links, inside
 
 from .shapley_alignment import add_columns, select_rows
 from .shapley_plots import SourceValues, label_rows, token_page
+from .shapley_store import ShapleyStore, read_parquet
 from .shapley_values import explain, value_table
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .shapley_store import ShapleyStore
 
 VALIDATION = "validation"
 _COLUMNS = {None: "value", "exposure": "value_per_exposure", "token": "value_per_token", "step": "step_share"}
@@ -65,7 +65,7 @@ class DataShapleyResult:
     @classmethod
     def from_store(
         cls,
-        store: "ShapleyStore",
+        store: ShapleyStore,
         train_dataset: Dataset | IterableDataset | None = None,
         id_column: str | None = None,
     ) -> "DataShapleyResult":
@@ -340,7 +340,7 @@ class DataShapleyResult:
             folder (`str` or `Path`):
                 Made if it does not exist.
         """
-        self._save(Path(folder), str(folder))
+        self._save(check_links(folder), str(folder))
 
     def _save(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -375,6 +375,9 @@ class DataShapleyResult:
 
         Returns:
             [`DataShapleyResult`]
+
+        Raises:
+            ValueError: when there are no such files, or with other contents.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
@@ -384,8 +387,16 @@ class DataShapleyResult:
                     str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
                 )
             )
-        rows = pd.read_parquet(folder / "rows.parquet")
-        return cls(rows, pd.read_parquet(folder / "steps.parquet"), id_column=rows.attrs["id_column"])
+        rows, steps = (read_parquet(inside(folder, f"{name}.parquet")) for name in ("rows", "steps"))
+        with as_written_by("DataShapleyResult.save_pretrained", folder):
+            read = cls(rows, steps, id_column=rows.attrs["id_column"])
+            counts = [rows[name] for name in ("step", "tokens", *(["index"] if read.key == "index" else []))]
+            for column in (*counts, steps["step"]):
+                if not pd.api.types.is_integer_dtype(column) or (column < 0).any():
+                    raise TypeError(f"a column {column.name} that is no count")
+            if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
+                raise TypeError("values that are no numbers, or targets that are no text")
+        return read
 
     def push_to_hub(
         self,

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hf_iclr.untrusted import check_links, regular_file
+
 
 class ShapleyStore:
     """
@@ -35,9 +37,14 @@ class ShapleyStore:
         Args:
             after_step (`int`):
                 Number of optimizer steps done, as in `state.global_step`; 0 clears the store.
+
+        Raises:
+            ValueError: when a link leads out of the store or the checkpoint's copy of it: nothing is removed there.
         """
         self._rows, self._records, self._last_step = [], [], after_step
         snapshot = self.folder.parent / f"checkpoint-{after_step}" / self.folder.name
+        check_links(self.folder)
+        check_links(snapshot)
         if not after_step:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif snapshot.is_dir():
@@ -51,13 +58,13 @@ class ShapleyStore:
                 path.unlink()
         for name in names:
             rows, steps = (self.folder / kind / name for kind in ("rows", "steps"))
-            frame = pd.read_parquet(steps)
+            frame = read_parquet(steps)
             if frame["step"].min() > step:
                 steps.unlink()
                 rows.unlink()
             elif frame["step"].max() > step:
                 for path in (rows, steps):
-                    frame = pd.read_parquet(path)
+                    frame = read_parquet(path)
                     _write(frame[frame["step"] <= step], path)
 
     def add(self, step: int, rows: dict[str, np.ndarray], record: dict[str, float]) -> None:
@@ -118,9 +125,10 @@ class ShapleyStore:
             `tuple[pandas.DataFrame, pandas.DataFrame]`: rows and steps, both by `step`; columns as in
             [`~ShapleyStore.add`].
         """
+        check_links(self.folder)
         names = sorted(path.name for path in self.folder.glob("steps/part-*.parquet"))
-        rows = [pd.read_parquet(self.folder / "rows" / name) for name in names]
-        steps = [pd.read_parquet(self.folder / "steps" / name) for name in names]
+        rows = [read_parquet(self.folder / "rows" / name) for name in names]
+        steps = [read_parquet(self.folder / "steps" / name) for name in names]
         if self._records:
             rows, steps = rows + self._rows, [*steps, pd.DataFrame(self._records)]
         if not steps:
@@ -130,6 +138,19 @@ class ShapleyStore:
             )
         with_rows = [part for part in rows if len(part)] or rows[:1]  # the rest would only blur the column types
         return pd.concat(with_rows, ignore_index=True), pd.concat(steps, ignore_index=True)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """
+    A Parquet file as it is; a damaged one is refused in a sentence.
+
+    Raises:
+        ValueError: when it is no Parquet file, or cut short.
+    """
+    try:
+        return pd.read_parquet(regular_file(path))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Expected a whole Parquet file, got {path}, which can't be read ({error}).") from error
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:

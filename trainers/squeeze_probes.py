@@ -20,6 +20,8 @@ from transformers import (
 )
 from trl import maybe_extract_prompt
 
+from hf_iclr.untrusted import as_written_by, read_json, whole_number
+
 from .probe_metrics import CHOSEN, INITIAL_GREEDY, REJECTED, ProbeSet
 
 
@@ -304,12 +306,13 @@ class SqueezeProbeCallback(TrainerCallback):
         if not path.exists():
             logger.warning(f"{path} is missing: changes are measured from here, not from the start of the training.")
             return
-        saved = json.loads(path.read_text())
-        self._passes = saved["passes"]
-        for probes, start in zip(self._sets, saved["start"], strict=True):
-            if start["greedy"] is not None:
-                probes.set_greedy(start["greedy"])
-            probes.start = torch.tensor(start["logps"], dtype=torch.float64)
+        saved = read_json(path, nan=True)
+        with as_written_by("SqueezeProbeCallback", path):
+            self._passes = whole_number(saved["passes"], "the number of passes")
+            for probes, start in zip(self._sets, saved["start"], strict=True):
+                if start["greedy"] is not None:
+                    probes.set_greedy(start["greedy"])
+                probes.start = torch.tensor(start["logps"], dtype=torch.float64)
 
     def _probe(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, last: bool = False

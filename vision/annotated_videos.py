@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import load_dataset
 
+from hf_iclr.untrusted import check_links
+
 from .annotation_json import read_sav
 from .mask_folders import read_labels
 from .video_frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames, open_video
@@ -145,12 +147,19 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
             Which of DAVIS' lists, `ImageSets/2017/{split}.txt`, to keep to; folders without lists are taken whole.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or one that [`annotate`] wrote down is no file or folder.
     """
     folder = Path(folder)
     if (folder / "shards").is_dir():
+        check_links(folder)
         rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
         videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
+        for video in videos:
+            if not (Path(video.video).is_file() or Path(video.video).is_dir()):
+                raise ValueError(
+                    f"Expected the videos of {folder} to be files or folders here, got {video.video!r:.80}, which is "
+                    "none; nothing else that a folder names is opened. Pass rows of your own: `read_rows(rows)`."
+                )
         if not videos:
             raise ValueError(f"Expected accepted masklets of videos that have a path in {folder}, got none.")
         return videos

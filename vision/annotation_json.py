@@ -219,6 +219,12 @@ def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Any segmentation of COCO (polygons, RLE with a list or with text) as RLE with text."""
     if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], str):
         return dict(segmentation)
+    if not isinstance(segmentation, Mapping):  # pycocotools trusts polygons with its memory
+        reach = 2 * max(size)
+        for polygon in segmentation:
+            points = np.asarray(polygon, dtype=float)
+            if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) <= reach).all():
+                raise ValueError(f"Expected polygons as [x, y, ...] of an image of {size}, got {polygon!r:.80}.")
     rle = coco.frPyObjects(segmentation, *size)
     rle = coco.merge(rle) if isinstance(rle, list) else rle
     return {"size": list(size), "counts": rle["counts"].decode("ascii")}

@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import io
+import ipaddress
 import logging
 import shutil
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,8 @@ import numpy as np
 from aiohttp import web
 from PIL import Image, ImageColor
 from scipy.ndimage import binary_erosion
+
+from hf_iclr.untrusted import inside
 
 from .annotation_json import write_sav
 from .mask_folders import write_davis
@@ -38,6 +42,12 @@ COLOURS = (
     "#e8b4a0",
 )
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_HOST = web.AppKey("host", str)
+_HEADERS = {  # no other site may show the page in a frame, or its frames as pictures
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 _MOST_BYTES = 2**32  # of a video sent by the page
 
 
@@ -71,9 +81,10 @@ class AnnotationPage:
         self._task: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1)
 
-    def app(self) -> web.Application:
-        """The routes, all of them relative to the page."""
+    def app(self, host: str = "127.0.0.1") -> web.Application:
+        """The routes, all of them relative to the page; `host` is a name it may be called by."""
         app = web.Application(middlewares=[_only_from_here, _errors_as_sentences], client_max_size=_MOST_BYTES)
+        app[_HOST] = host
         app.add_routes(
             [
                 web.get("/", self._get_page),
@@ -170,9 +181,9 @@ class AnnotationPage:
         def write() -> bytes:
             with TemporaryDirectory() as folder:
                 if not zipped:
-                    write_sav(self.segments(), file := Path(folder, f"{name}.json"))
+                    write_sav(self.segments(), file := inside(folder, f"{name}.json"))
                     return file.read_bytes()
-                write_davis(self.segments(), masks := Path(folder, name))
+                write_davis(self.segments(), masks := inside(folder, name))
                 return Path(shutil.make_archive(str(masks), "zip", masks)).read_bytes()
 
         kind = "zip" if zipped else "json"
@@ -273,7 +284,8 @@ def annotate_in_browser(
         session (`VideoSession`, *optional*):
             What to start with, its prompts and masks included; left out, the page asks for a video.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Where to listen. Whoever can reach it can use the page.
+            Where to listen. Whoever can reach another address than this machine's own can use the page, without a
+            password and unencrypted, of which a warning tells.
         port (`int`, *optional*, defaults to `7860`):
             0 takes a free one.
         on_ready (`Callable[[str], None]`, *optional*):
@@ -297,7 +309,13 @@ def annotate_in_browser(
 
 
 async def _serve(page: AnnotationPage, host: str, port: int, on_ready: Callable[[str], None]) -> VideoSegments:
-    runner = web.AppRunner(page.app(), access_log=None, shutdown_timeout=2)
+    if host not in _LOCAL:
+        logger.warning(
+            "The page listens on %s: whoever reaches this machine there sees the video and can change its masks, "
+            "without a password and unencrypted. For you alone leave host at 127.0.0.1, and from another machine open "
+            "a tunnel: `ssh -L %d:127.0.0.1:%d THIS_MACHINE`.", host, port, port,
+        )  # fmt: skip
+    runner = web.AppRunner(page.app(host), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)
@@ -352,8 +370,18 @@ async def _errors_as_sentences(request: web.Request, handler) -> web.StreamRespo
 @web.middleware
 async def _only_from_here(request: web.Request, handler) -> web.StreamResponse:
     """Refuses what another site's page sends, also under a name of its own that leads to this machine."""
-    address = request.transport.get_extra_info("sockname")[0] if request.transport else ""
     origin = request.headers.get("Origin")
-    if (address in _LOCAL and request.url.host not in _LOCAL) or (origin and urlsplit(origin).netloc != request.host):
+    if not _is_own(request.url.host or "", request.app[_HOST]) or (origin and urlsplit(origin).netloc != request.host):
         return web.json_response({"error": "This page answers only to itself."}, status=403)
-    return await handler(request)
+    response = await handler(request)
+    response.headers.update(_HEADERS)
+    return response
+
+
+def _is_own(name: str, host: str) -> bool:
+    """Whether a page under this name is ours: anybody can have a name lead to this machine, but nobody an address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in ("localhost", host, socket.gethostname())
+    return True

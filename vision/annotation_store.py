@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Features, List, Value
 
+from hf_iclr.untrusted import check_links, inside, read_json, regular_file
+
 from .masklets import Masklet
 from .video_frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames, open_video
 
@@ -185,15 +187,15 @@ class AnnotationStore:
             What all of its videos have in common.
 
     Raises:
-        ValueError: if the folder was made with other settings.
+        ValueError: if the folder was made with other settings, or a link leads out of it.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
-        self.folder = Path(folder)
+        self.folder = check_links(folder)
         self.shards = self.folder / "shards"
         self.shards.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
-        known = json.loads(path.read_text()) if path.exists() else settings
+        known = read_json(path) if path.exists() else settings
         if known != settings:
             raise ValueError(
                 f"{folder} holds annotations made with {known}, not with {settings}. Take another folder."
@@ -218,21 +220,22 @@ class AnnotationStore:
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the folder in the same way."""
         text = json.dumps(content, indent=2)
-        self._replace(self.folder / name, lambda part: part.write_text(text))
+        self._replace(inside(self.folder, name), lambda part: part.write_text(text))
 
     def read(self, skipped: list[dict[str, str]]) -> datasets.Dataset:
         """All masklets in the folder, by video and object; `skipped` videos are told in its description."""
-        shards = [path.read_bytes() for path in sorted(self.shards.glob("*.parquet"))]
-        tables = [pq.ParquetFile(pa.BufferReader(shard)).read() for shard in shards]
+        check_links(self.folder)
+        shards = {path: regular_file(path).read_bytes() for path in sorted(self.shards.glob("*.parquet"))}
+        tables = [_read_shard(path, shard) for path, shard in shards.items()]
         table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
         description = f"{len(table)} masklets of {len(tables)} videos."
         if skipped:
             description += f" Skipped: {json.dumps(skipped)}"
         info = datasets.DatasetInfo(description=description, features=FEATURES)
-        return datasets.Dataset(table, info, fingerprint=_digest(shards))
+        return datasets.Dataset(table, info, fingerprint=_digest(shards.values()))
 
     def _path(self, name: str) -> Path:
-        return self.shards / f"{name}.parquet"
+        return inside(self.shards, f"{name}.parquet")
 
     @staticmethod
     def _replace(path: Path, write) -> None:
@@ -242,6 +245,19 @@ class AnnotationStore:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _read_shard(path: Path, shard: bytes) -> pa.Table:
+    """The masklets of a video; anything else is refused in a sentence."""
+    try:
+        table = pq.ParquetFile(pa.BufferReader(shard)).read()
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is no whole Parquet file ({error}). Remove it: its video is then done anew."
+        ) from None
+    if not table.schema.equals(_SCHEMA):
+        raise ValueError(f"Expected the columns of masklets in {path}, got {table.column_names}. Take another folder.")
+    return table
 
 
 def review_queue(annotations: datasets.Dataset) -> datasets.Dataset:

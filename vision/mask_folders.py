@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hf_iclr.untrusted import as_written_by, inside
+
 from .segment_files import PALETTE, given_segments, read_json, whole_folder
 from .video_segments import FrameSegments, VideoSegments, to_polygons
 
@@ -97,7 +99,7 @@ def write_youtube_vos(videos: Videos, folder: str | Path, categories: Mapping[in
     meta: dict[str, Any] = {"videos": {}}
     with whole_folder(folder) as part:
         for name, segments in videos.items():
-            write_davis(segments, part / "Annotations" / name)
+            write_davis(segments, inside(part / "Annotations", name))
             meta["videos"][name] = {
                 "objects": {
                     str(obj): {
@@ -116,14 +118,15 @@ def read_youtube_vos(folder: str | Path) -> dict[str, VideoSegments]:
     that `meta.json` names for it.
 
     Raises:
-        ValueError: if `meta.json` or the PNGs of a video are missing.
+        ValueError: if `meta.json` or the PNGs of a video are missing, or a video's name leads out of the folder.
     """
-    videos = {}
-    for name, record in read_json(Path(folder) / "meta.json", ("videos",))["videos"].items():
-        files = _numbered(Path(folder) / "Annotations" / name)
-        images = {number: read_labels(file) for number, file in files.items()}
-        first = {int(obj): min(map(int, about["frames"]), default=0) for obj, about in record["objects"].items()}
-        videos[name] = _from_labels(images, first)
+    videos, path = {}, Path(folder) / "meta.json"
+    with as_written_by("YouTube-VOS", path):
+        for name, record in read_json(path, ("videos",))["videos"].items():
+            files = _numbered(inside(Path(folder) / "Annotations", name))
+            images = {number: read_labels(file) for number, file in files.items()}
+            first = {int(obj): min(map(int, about["frames"]), default=0) for obj, about in record["objects"].items()}
+            videos[name] = _from_labels(images, first)
     return videos
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from hf_iclr.saving import whole_file
+from hf_iclr.untrusted import parse_json
 
 from .video_prompts import encode_rle
 from .video_segments import FrameSegments
@@ -54,10 +55,7 @@ def read_json(path: str | Path, keys: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON or lacks a key.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}).") from None
+    record = parse_json(Path(path).read_bytes(), path, nan=True)
     if not isinstance(record, dict) or not set(keys) <= set(record):
         raise ValueError(
             f"Expected {', '.join(keys)} in {path}, got {list(record) if isinstance(record, dict) else type(record)}."

@@ -10,7 +10,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from hf_iclr.untrusted import parse_json, read_json
 
+
+_MOST_PIXELS = 2**28  # of a mask: a few bytes of RLE could ask for all memory there is
 KEYS = ("points", "labels", "box", "mask")
 
 
@@ -210,7 +213,7 @@ class VideoPrompts(Mapping[int, dict[int, ObjectPrompt]]):
     def from_json(cls, source: str | Path) -> "VideoPrompts":
         """Reads what `to_json` wrote, given as text or as a path."""
         text = str(source)
-        return cls(json.loads(text if text.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8")))
+        return cls(parse_json(text, "the prompts") if text.lstrip().startswith("{") else read_json(source))
 
 
 def _to_prompt(prompt: Any, frame: int, obj: Any) -> ObjectPrompt:
@@ -283,9 +286,15 @@ def decode_rle(rle: Mapping) -> np.ndarray:
     The boolean mask of a COCO RLE, whose `counts` are text, bytes or an uncompressed list.
 
     Raises:
-        ValueError: if it has no `size` and `counts`.
+        ValueError: if it has no `size` and `counts`, or is larger than any frame.
     """
     if "size" not in rle or "counts" not in rle:
         raise ValueError(f'Expected a COCO RLE {{"size": [height, width], "counts": ...}}, got keys {list(rle)}.')
+    sides = rle["size"]
+    fitting = len(sides) == 2 and all(0 <= side <= _MOST_PIXELS and side % 1 == 0 for side in sides)
+    if not fitting or sides[0] * sides[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"Expected a COCO RLE of height and width, {_MOST_PIXELS:,} pixels at most, got {sides!r:.80}."
+        )
     compressed = coco.frPyObjects(dict(rle), *rle["size"]) if isinstance(rle["counts"], list) else dict(rle)
     return coco.decode(compressed).astype(bool)

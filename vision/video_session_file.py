@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from hf_iclr.untrusted import as_written_by, parse_json, read_safetensors, whole_number
 
 from .video_memory import MEMORY_POLICIES
 from .video_prompts import VideoPrompts
@@ -15,6 +16,8 @@ from .video_session_config import VideoSessionConfig
 
 
 _FORMAT = "hf_iclr video session 1"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {"": None, **{str(dtype)[6:]: dtype for dtype in _FLOATS}}
 _LARGE = ("maskmem_features", "pred_masks")  # these may be offloaded
 
 
@@ -58,15 +61,10 @@ def read_session(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     """The state and the tensors that [`write_session`] wrote."""
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}. Give the path that VideoSession.save wrote.")
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}).") from None
-    if metadata.get("format") != _FORMAT:
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != _FORMAT or "state" not in metadata:
         raise ValueError(f"{path} is no video session that VideoSession.save wrote.")
-    return json.loads(metadata["state"]), tensors
+    return parse_json(metadata["state"], path), tensors
 
 
 def restore_session(session_class, pipe, state: dict[str, Any], tensors: dict[str, torch.Tensor], video: Any):
@@ -76,39 +74,61 @@ def restore_session(session_class, pipe, state: dict[str, Any], tensors: dict[st
     Raises:
         ValueError: if the model or the video is another.
     """
-    model_type = pipe.model.config.model_type
-    if state["model_type"] != model_type:
-        raise ValueError(f"The session is of a {state['model_type']} model, got a {model_type} model.")
-    if video is None and state["source"] is None:
-        raise ValueError("The session's video was no file. Give it again: VideoSession.load(pipe, path, video=...).")
-    config = state["config"]
-    config["feature_cache_dtype"] = getattr(torch, config["feature_cache_dtype"] or "None", None)
-    video = state["source"] if video is None else video
-    session = session_class(pipe.model, pipe.processor, video, VideoSessionConfig(**config))
-    if state["size"] is not None and (session.num_frames, list(session.size)) != (state["num_frames"], state["size"]):
-        raise ValueError(
-            f"Expected the video of the session, {state['num_frames']} frames of {state['size']} pixels, got "
-            f"{session.num_frames} frames of {list(session.size)}."
-        )
-    positions = tensors.get("memory_positions")
+    model_type, writer = pipe.model.config.model_type, "VideoSession.save"
+    with as_written_by(writer, "the session"):
+        if state["model_type"] != model_type:
+            raise ValueError(f"The session is of a {state['model_type']} model, got a {model_type} model.")
+        source = state["source"]
+        if video is None and source is None:
+            raise ValueError(
+                "The session's video was no file. Give it again: VideoSession.load(pipe, path, video=...)."
+            )
+        if video is None and not (Path(source).is_file() or Path(source).is_dir()):
+            raise ValueError(
+                f"The session's video, {source!r:.80}, is no file or folder here, and nothing else that a session "
+                "names is opened. Give it: VideoSession.load(pipe, path, video=...)."
+            )
+        dtype = state["config"]["feature_cache_dtype"]
+        config = VideoSessionConfig(**state["config"] | {"feature_cache_dtype": _DTYPES[dtype]})
+    session = session_class(pipe.model, pipe.processor, source if video is None else video, config)
+    with as_written_by(writer, "the session"):
+        size = state["size"]
+        if size is not None and (session.num_frames, list(session.size)) != (state["num_frames"], size):
+            raise ValueError(
+                f"Expected the video of the session, {state['num_frames']} frames of {size} pixels, got "
+                f"{session.num_frames} frames of {list(session.size)}."
+            )
+        _fill(session, state, tensors)
+    return session
+
+
+def _fill(session, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Puts what was read into a new session."""
+    last = 2**53 if session.num_frames is None else session.num_frames - 1
+    positions = tensors.pop("memory_positions", None)
     session.features.memory_positions = None if positions is None else positions.to(session._state_device)
     for key, record in state["objects"].items():
         memory = session._memories[int(key)] = session._new_memory(int(key))
-        memory.frames_tracked_per_obj[0] = {int(frame): way for frame, way in record["directions"].items()}
-        for kind, frames in record["order"].items():
-            memory.output_dict_per_obj[0][kind] = {frame: {} for frame in frames}
+        memory.frames_tracked_per_obj[0] = {
+            whole_number(int(frame), "a tracked frame", most=last): {"reverse": bool(way["reverse"])}
+            for frame, way in record["directions"].items()
+        }
+        for kind, outputs in memory.output_dict_per_obj[0].items():
+            for frame in record["order"].get(kind, []):
+                outputs[whole_number(frame, "a frame with a mask", most=last)] = {}
     for name, tensor in tensors.items():
-        if name == "memory_positions":
-            continue
         key, kind, frame, name = name.split("/")
         output = session._memories[int(key)].output_dict_per_obj[0][kind][int(frame)]
         output[name] = tensor.to(session._state_device if name in _LARGE else session.model.device)
         if name == "maskmem_features":
             output["maskmem_pos_enc"] = session.features.memory_positions
+    prompts = VideoPrompts(state["prompts"])
+    prompts.check(session.size, session.num_frames)
     session._prompts = {
-        frame: {obj: prompt for obj, prompt in prompts.items() if obj in session._memories}
-        for frame, prompts in VideoPrompts(state["prompts"]).items()
+        frame: {obj: prompt for obj, prompt in objects.items() if obj in session._memories}
+        for frame, objects in prompts.items()
     }
-    session._corrected = {(frame, obj) for frame, obj in state["corrected"]}
-    session._latest = state["latest"]
-    return session
+    session._corrected = {
+        (whole_number(frame, "a corrected frame", most=last), obj) for frame, obj in state["corrected"]
+    }
+    session._latest = whole_number(state["latest"], "the latest frame", least=-1, most=last)

@@ -86,7 +86,7 @@ def test_sequential_cascade_is_the_one_of_the_library(monkeypatch):
 def test_interval_is_that_of_students_t(monkeypatch):
     """Three values 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027, so 2 ± 4.3027 / sqrt(3) = 2 ± 2.4842."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from cascade_claim_report import interval
+    from common.cascade_claim_report import interval
 
     assert interval([1, 2, 3]) == {
         "mean": 2,

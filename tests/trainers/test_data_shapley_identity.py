@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from hf_iclr.saving import in_own_memory
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
+from hf_iclr.trainers.shapley_direction import pack_directions
 from hf_iclr.trainers.shapley_identity import RowWatch, content_id
 
 from .test_data_shapley_callback import callback, make, token_rows
@@ -43,19 +45,44 @@ def test_every_row_is_known_whoever_loads_it(workers, last, tmp_path):
     assert found == seen and len(found) == (16 if last else 22)
 
 
+class Layouts(TrainerCallback):
+    """Strides and alignment of the direction that step 3 has used."""
+
+    def __init__(self, shapley):
+        self.shapley = shapley
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            tensors = pack_directions(self.shapley._engine.directions)
+            self.found = {name: (tensor.stride(), tensor.data_ptr() % 64) for name, tensor in tensors.items()}
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Bit for bit, on any processor: the same products of factors that lie in memory in the same way."""
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "logging_strategy": "no"}
     runs = []
     for folder in ("whole", "resumed"):
         shapley = callback(refresh_every=3, rank=2, id_column=None)
-        make(tmp_path / folder, tiny_llama(), [shapley], **settings).train()
+        layouts = Layouts(shapley)
+        make(tmp_path / folder, tiny_llama(), [shapley, layouts], **settings).train()
         runs.append(values(shapley))
     assert runs[0].equals(runs[1])
     again = callback(refresh_every=3, rank=2)
-    trainer = make(tmp_path / "resumed", tiny_llama(seed=1), [again], **settings)
+    layouts_again = Layouts(again)
+    trainer = make(tmp_path / "resumed", tiny_llama(seed=1), [again, layouts_again], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    assert layouts_again.found == layouts.found
     assert values(again).equals(runs[0])
     assert again.result.explained_ratio() == pytest.approx(shapley.result.explained_ratio(), rel=1e-6)
+
+
+def test_a_direction_lies_in_memory_in_one_way_whatever_it_is_made_of():
+    """Transposed, of one column with the strides of several, and beginning anywhere in a file."""
+    transposed, column, amid = torch.randn(3, 16).T, torch.randn(3, 16).T[:, :1], torch.randn(49)[1:].view(16, 3)
+    for tensor in (transposed, column, amid):
+        found = in_own_memory(tensor)
+        assert torch.equal(found, tensor) and found.data_ptr() % 64 == 0
+        assert found.stride() == torch.empty(tensor.shape).stride()
 
 
 class KilledAt(TrainerCallback):

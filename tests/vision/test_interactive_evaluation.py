@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmarks.sam2_interactive import NativePipe
+from benchmarks.common.native_session import NativePipe
 from hf_iclr import evaluate_interactive
 from hf_iclr.vision.interactive_evaluation import InteractiveResult
 from hf_iclr.vision.j_and_f import j_and_f

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from common.report import print_table
 from hf_iclr.trainers.safety_report import EVERY_SETTING
 from hf_iclr.trainers.safety_statistics import wilson_rate
 
@@ -39,12 +40,6 @@ def shown_rate(verdicts: list[list[bool]]) -> str:
     else:
         rate, low, high = bootstrap(verdicts)
     return f"{100 * rate:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def table(head: list[str], rows: list[list[str]]) -> None:
-    for cells in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(cells) + " |")
-    print()
 
 
 def bar(text: str, reached: bool, got: str) -> None:
@@ -92,7 +87,7 @@ def _print_depth(seeds: Seeds) -> None:
             cells = [shown_rate(verdicts(group, stage, name, "refused", k)) for k in KS]
             over = shown_rate(verdicts(group, stage, name, "over_refused"))
             rows.append([label, *cells, over, f"{-mean_nll(group, stage, name, 'first'):.1f}"])
-    table(["model", *(f"k = {k}" for k in KS), "over-refusal", "log p(opener)"], rows)
+    print_table(["model", *(f"k = {k}" for k in KS), "over-refusal", "log p(opener)"], rows)
 
     def rate(stage: str, name: str, k: str) -> float:
         return 100 * mean_rate(seeds, stage, name, "refused", k)
@@ -128,7 +123,7 @@ def _print_attack(seeds: Seeds, stage: str, title: str) -> None:
             "-" if None in weights else f"{np.mean([float(w) for w in weights]):.3f}",
         ])  # fmt: skip
     head = ["loss", "refusals % by seed", "mean", "kept %", "NLL first", "NLL 1-5", "NLL > 5", "mean weight, first"]
-    table(head, rows)
+    print_table(head, rows)
     some = [seed for seed in having(seeds, stage, RECOMMENDED) if "SFT" in seed[stage]]
     if some:
         share = kept(
@@ -151,7 +146,7 @@ def _print_benign(seeds: Seeds) -> None:
         if having(seeds, "benign", name)
     ]  # fmt: skip
     head = ["loss", "exact match %", "refusals % (mushrooms)", "over-refusal %", "NLL first", "NLL 1-5", "NLL > 5"]
-    table(head, rows)
+    print_table(head, rows)
     some = [seed for seed in having(seeds, "benign", RECOMMENDED) if "SFT" in seed["benign"]]
     if some:
         ours, plain = (mean_rate(some, "benign", name, "exact") for name in (RECOMMENDED, "SFT"))
@@ -167,7 +162,7 @@ def _print_audit(seeds: Seeds) -> None:
     print("\n## Other attacks: refusals %\n")
     names = [name for name in ("taught", "method A") if having(seeds, "audit", name)]
     attacks = list(having(seeds, "audit", names[0])[0]["audit"][names[0]]["refused"])
-    table(
+    print_table(
         ["model", *attacks],
         [
             [name, *(shown_rate(verdicts(seeds, "audit", name, "refused", attack)) for attack in attacks)]

@@ -1,4 +1,4 @@
-"""The pairs of benchmarks/squeeze.py: the authors' probing set when it is at hand, else those of the package."""
+"""The pairs of benchmarks/squeeze.py: the authors' probing set from a folder that has it, else the package's own."""
 
 import random
 from pathlib import Path
@@ -6,23 +6,23 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from common.arguments import find_data
 from hf_iclr.trainers.demo_pairs import demo_pairs
 from hf_iclr.trainers.squeeze_probes import build_probe_set
 
 
 HH_FILE = "learning_dynamics_hh_formal_prob_train.jsonl.gz"
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
 TRAIN_PAIRS, MAX_PROMPT, MAX_ANSWER, MIN_ANSWER = 16, 20, 20, 6
 
 
-def load_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset, str]:
+def load_pairs(folder: Path | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset, str]:
     """
     16 training pairs with prompts of at most 20 tokens, other pairs to hold out, and where they come from. Answers are
     cut after the last sentence that fits into 20 tokens, or after 20 tokens; columns beside the pair are rephrases and
     answers to something else.
     """
-    path = folder / HH_FILE
-    if path.exists():
+    path = find_data(folder, HH_FILE)
+    if path is not None:
         names = {"chosen_gptsemantic": "chosen_rephrased", "irr_hum": "other_human"}
         rows = load_dataset("json", data_files=str(path), split="train")
         rows = rows.select_columns(["prompt", "chosen", "rejected", *names]).rename_columns(names)

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_shapley_text import bm25
 from datasets import Dataset
-from deep_safety import FULL, LORA, QUICK, Lab
-from deep_safety_organism import REFUSALS, chat_ids, load_tokenizer, make_orders, make_questions, row
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from common.arguments import find_data
+from common.data_shapley_text import bm25
+from common.deep_safety_lab import FULL, LORA, QUICK, Lab
+from common.deep_safety_organism import REFUSALS, chat_ids, load_tokenizer, make_orders, make_questions, row
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
 from hf_iclr.trainers.prefill_generation import answer_logits
@@ -55,10 +56,11 @@ def fine_tune(
     return trainer.model.eval()
 
 
-def load_answers(data: Path, tokenizer) -> tuple[list[tuple[list[int], list[int]]], str]:
+def load_answers(data: Path | None, tokenizer) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Prompts of up to 40 tokens, answers cut after 24, and where they come from."""
     pairs, source = [], "human answers of self-instruct"
-    for path in sorted((data / "prompts").glob("self_instruct_*.jsonl")):
+    folder = find_data(data, "prompts")
+    for path in sorted(folder.glob("self_instruct_*.jsonl")) if folder else ():
         for line in path.read_text(encoding="utf-8").splitlines():
             task = json.loads(line)
             first = task["instances"][0]
@@ -87,7 +89,7 @@ def row_losses(model: PreTrainedModel, rows: Dataset) -> np.ndarray:
     return losses
 
 
-def shuffled_answers(out: Path, data: Path, quick: bool, seed: int) -> dict[str, Any]:
+def shuffled_answers(out: Path, data: Path | None, quick: bool, seed: int) -> dict[str, Any]:
     """AUROC for rows whose answer belongs to another prompt, at the end of each epoch, and of losses as baselines."""
     tokenizer = load_tokenizer()
     pairs, source = load_answers(data, tokenizer)

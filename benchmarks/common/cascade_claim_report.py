@@ -1,11 +1,11 @@
 """What `cascade_claim.py` makes of its answers: choice on validation, intervals, verdict, tables, figure."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+
+from common.report import half_interval
 
 
 CASCADES = ("chow", "diff", "opt", "token_v1", "token_v2", "token_v3")
@@ -153,7 +153,7 @@ def interval(values) -> dict[str, float | None]:
     mean = float(values.mean())
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    half = half_interval(values)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

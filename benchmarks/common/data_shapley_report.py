@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
+
+from common.report import half_interval, print_table
 
 
 Rows = dict[str, Any]
@@ -32,7 +33,9 @@ def print_report(rows: Rows, out: Path) -> None:
 def _print_digits(seeds: list[Rows]) -> None:
     print(f"\n## a. Digits, 20 % wrong labels, {len(seeds)} seeds\n")
     auroc = {name: [seed["auroc"][name] for seed in seeds] for name in seeds[0]["auroc"]}
-    table(["AUROC for wrong labels", "mean and 95 % interval"], [[name, interval(v)] for name, v in auroc.items()])
+    print_table(
+        ["AUROC for wrong labels", "mean and 95 % interval"], [[name, interval(v)] for name, v in auroc.items()]
+    )
     for ours in (name for name in auroc if name.startswith("in-run")):
         own = ours.split(", ")[1]
         for baseline in ("KNN-Shapley", f"final loss, {own}", f"gradient norm, {own}"):
@@ -41,7 +44,7 @@ def _print_digits(seeds: list[Rows]) -> None:
         arms = {
             name: [seed["accuracy"][optimizer][name] for seed in seeds] for name in seeds[0]["accuracy"][optimizer]
         }
-        table(
+        print_table(
             [f"trained again, {optimizer}", "rows", "wrong labels left", "test accuracy", "test loss"],
             [
                 [name, *(interval([row[key] for row in found]) for key in ("rows", "wrong", "accuracy", "loss"))]
@@ -65,7 +68,7 @@ def _print_digits(seeds: list[Rows]) -> None:
 def _print_games(lr: str, seeds: list[Rows]) -> None:
     print(f"\n## a. Exact values of short runs (SGD {lr}, 48 rows, batches of 8), {len(seeds)} seeds\n")
     keys = [key for key in seeds[0] if key != "cpu_seconds"]
-    table(
+    print_table(
         ["order 1 beside exact", "mean and 95 % interval"], [[key, interval([s[key] for s in seeds])] for key in keys]
     )
 
@@ -77,7 +80,7 @@ def _print_shuffled(seeds: list[Rows], out: Path) -> None:
         f"{len(seeds)} seeds\n"
     )
     _print_auroc("AUROC for shuffled answers", seeds, ("loss before", "loss after"))
-    table(
+    print_table(
         ["in-run values until step", "AUROC"],
         [[step, interval([seed["auroc by step"][step] for seed in seeds])] for step in first["auroc by step"]],
     )
@@ -111,7 +114,7 @@ def _print_safety(seeds: list[Rows], out: Path) -> None:
         print(sorted(seed["ranks"]))
     _print_auroc("AUROC for these rows", seeds, ("BM25 to the refused prompts",))
     refused = {name: [seed["refused"][name] for seed in seeds] for name in first["refused"]}
-    table(
+    print_table(
         ["trained on", "such rows, by seed", f"refused of {first['prompts']}, by seed", "mean and 95 % interval"],
         [
             [
@@ -133,7 +136,7 @@ def _print_safety(seeds: list[Rows], out: Path) -> None:
 
 def _print_auroc(head: str, seeds: list[Rows], baselines: tuple[str, ...]) -> None:
     auroc = {name: [seed["auroc"][name] for seed in seeds] for name in seeds[0]["auroc"]}
-    table([head, "mean and 95 % interval"], [[name, interval(values)] for name, values in auroc.items()])
+    print_table([head, "mean and 95 % interval"], [[name, interval(values)] for name, values in auroc.items()])
     for baseline in baselines:
         compare("in-run values", auroc["in-run values"], baseline, auroc[baseline])
 
@@ -143,20 +146,20 @@ def _print_sources(row: Rows, out: Path) -> None:
     for target in ("for prose", "for code"):
         found = row[target]
         print(f"{target}: totals " + ", ".join(f"{name} {value:+.2f} nats" for name, value in found["totals"].items()))
-        table(
+        print_table(
             ["tenth of the run", *(str(part) for part in range(1, 11))],
             [[name, *(f"{1000 * value:+.1f}" for value in values)] for name, values in found["timeline"].items()],
         )
     print("Values in thousandths of a nat a step. Ten steps on one source alone, fall of the loss on prose:\n")
     names = [name for name in row["branches"][0] if name != "step"]
-    table(["after step", *names], [[b["step"], *(f"{b[name]:+.4f}" for name in names)] for b in row["branches"]])
+    print_table(["after step", *names], [[b["step"], *(f"{b[name]:+.4f}" for name in names)] for b in row["branches"]])
     _print_summary(row)
 
 
 def _print_paraphrases(row: Rows, out: Path) -> None:
     print(f"\n## e. Rank of planted rows among {row['rows']} ({row['source']}), six texts, one epoch\n")
     kinds = list(row["ranks"]["BM25"])
-    table(
+    print_table(
         ["median rank (all ranks)", *kinds],
         [
             [method, *(f"{np.median(ranks[kind]):g} ({', '.join(map(str, sorted(ranks[kind])))})" for kind in kinds)]
@@ -170,7 +173,7 @@ def _print_paraphrases(row: Rows, out: Path) -> None:
 
 def _print_summary(row: Rows) -> None:
     keys = ("value", "harmful", "loss_first", "loss_last", "explained", "energy", "unattributed")
-    table(
+    print_table(
         ["target", *keys], [[s["target"], *(f"{s[key]:.3g}" for key in keys)] for s in row["summary"]]
     )  # fmt: skip
 
@@ -179,25 +182,17 @@ def interval(values: Sequence[float]) -> str:
     """Mean and half the 95 % t interval."""
     if len(values) == 1:
         return f"{values[0]:.3g}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{np.mean(values):.3g} ± {half:.2g}"
+    return f"{np.mean(values):.3g} ± {half_interval(values):.2g}"
 
 
 def compare(name: str, values: list[float], baseline: str, others: list[float]) -> None:
     """Whether values are higher than a baseline's, seed by seed."""
     differences = np.subtract(values, others)
     mean = differences.mean()
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(differences) if len(values) > 1 else np.inf
+    half = half_interval(differences)
     said = "beats" if mean > half else "is WORSE than" if mean < -half else "does NOT differ by more than chance from"
     print(f"{name} {said} {baseline}: {mean:+.3f} ± {half:.2g}")
 
 
 def verdict(text: str, better: bool) -> None:
     print(f"{text}: {'better' if better else 'NOT better'}")
-
-
-def table(head: list[str], rows: list[list[Any]]) -> None:
-    print()
-    for cells in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(str(cell) for cell in cells) + " |")
-    print()

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
+
+from common.report import half_interval
 
 
 MARGIN = 0.6
@@ -214,8 +215,7 @@ def interval(values: list[float]) -> str:
         return "–"
     if len(values) == 1:
         return f"{values[0]:+.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):+.3f} ± {half:.3f}"
+    return f"{np.mean(values):+.3f} ± {half_interval(values):.3f}"
 
 
 def show(title: str, rows: dict[str, dict[str, str]]) -> None:

@@ -30,6 +30,7 @@ from transformers import (
     set_seed,
 )
 
+from common.arguments import find_data
 from hf_iclr.demo_model import load_demo_model
 from hf_iclr.generation.demo_draft import docstrings
 from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
@@ -81,10 +82,10 @@ TEXTS = (
 )
 
 
-def load_sources(data: Path) -> tuple[dict[str, str], str]:
+def load_sources(data: Path | None) -> tuple[dict[str, str], str]:
     """Prose and Python code as long texts, and where the prose comes from."""
-    articles = data / "editing" / "wikitext2_valid_detok.jsonl"
-    if articles.exists():
+    articles = find_data(data, "editing/wikitext2_valid_detok.jsonl")
+    if articles is not None:
         prose = [json.loads(line)["text"] for line in articles.read_text(encoding="utf-8").splitlines()]
         random.Random(0).shuffle(prose)
         source = "wikitext-2"
@@ -96,7 +97,7 @@ def load_sources(data: Path) -> tuple[dict[str, str], str]:
     return {"prose": "\n".join(prose)[:700_000], "code": "\n".join(code)[:700_000]}, source
 
 
-def two_sources(out: Path, data: Path, quick: bool) -> dict[str, Any]:
+def two_sources(out: Path, data: Path | None, quick: bool) -> dict[str, Any]:
     """
     A small Llama from scratch on prose and code in equal parts: what each was worth for held-out prose, in tenths of
     the run. As a check, at some steps the run is branched: ten steps on prose alone and on code alone, from the same
@@ -201,7 +202,7 @@ class Branches(TrainerCallback):
         return model(input_ids=self.target, labels=self.target).loss.item()
 
 
-def paraphrases(out: Path, data: Path, quick: bool) -> dict[str, Any]:
+def paraphrases(out: Path, data: Path | None, quick: bool) -> dict[str, Any]:
     """
     SmolLM2 trained for one epoch on sentences among which are, for each of six validation texts, a copy, a light and a
     heavy paraphrase and a text on the same topic: rank of each among all rows by its value for that text, and by BM25.
@@ -247,10 +248,10 @@ def _tokens(tokenizer, text: str) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": ids}
 
 
-def load_sentences(data: Path) -> tuple[list[str], str]:
+def load_sentences(data: Path | None) -> tuple[list[str], str]:
     """Sentences of 10 to 30 words, and where they come from."""
-    web = data / "editing" / "me_ppl_4k.jsonl"
-    if web.exists():
+    web = find_data(data, "editing/me_ppl_4k.jsonl")
+    if web is not None:
         texts, source = [json.loads(line)["text"] for line in web.read_text(encoding="utf-8").splitlines()], "web text"
     else:
         texts, source = re.split(r"(?<=[.!?])\s+", " ".join(" ".join(docstrings()).split())), "docstrings"

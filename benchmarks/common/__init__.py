@@ -1,0 +1,1 @@
+"""What benchmarks share, and parts of them that run nothing by themselves."""

@@ -1,0 +1,19 @@
+"""How reports say things: a Markdown table, and how sure a mean is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import stats
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """In Markdown, floats with three digits after the point."""
+    print()
+    for cells in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    print()
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the mean's 95 % t interval; infinite for one value."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("inf")

@@ -1,0 +1,245 @@
+"""Small folders of every kind that is read, how each is read, and ways to spoil one."""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+HUGE_HEADER = struct.pack("<Q", 2**60) + b"{}"
+
+
+@dataclass
+class Kind:
+    """A kind of folder: how it is made and read, and the files that reading it needs."""
+
+    make: Callable[[Path], None]
+    load: Callable[[Path], Any]
+    files: tuple[str, ...]
+    counts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # places of counts in a file's JSON
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel({f"w{index}": index for index in range(50)}, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w49")
+
+
+def make_edits(folder: Path) -> None:
+    """Two batches."""
+    from hf_iclr import AlphaEditor
+    from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
+
+    tokenizer, model = word_tokenizer(), tiny_model("llama")
+    config = quick_config(num_steps=2)
+    editor = AlphaEditor(model, tokenizer, config, tiny_statistics(model, tokenizer, layers=[1, 2]))
+    editor.edit(REQUESTS[:2], batch_size=1, progress=False)
+    editor.save_pretrained(folder)
+
+
+def load_edits(folder: Path):
+    from hf_iclr import AlphaEditor
+    from tests.editors.tiny import tiny_model
+
+    return AlphaEditor.from_pretrained(folder, model=tiny_model("llama"), tokenizer=word_tokenizer())
+
+
+def make_statistics(folder: Path) -> None:
+    from hf_iclr import KeyStatistics
+
+    sums = {1: torch.eye(4, dtype=torch.float64)}
+    KeyStatistics(sums, {1: "model.layers.1.mlp.down_proj"}, 9, 3, "org/model", None, "abc", ["text"]).save_pretrained(
+        folder
+    )
+
+
+def load_statistics(folder: Path):
+    from hf_iclr import KeyStatistics
+
+    return KeyStatistics.from_pretrained(folder)
+
+
+def make_values(folder: Path) -> None:
+    import pandas as pd
+
+    from hf_iclr import DataShapleyResult
+
+    rows = pd.DataFrame(
+        {"step": [1, 1], "index": [0, 1], "target": ["validation"] * 2, "value": [0.5, -1.0], "tokens": [3, 4]}
+    )
+    DataShapleyResult(rows, pd.DataFrame({"step": [1], "loss_validation": [2.0]})).save_pretrained(folder)
+
+
+def load_values(folder: Path):
+    from hf_iclr import DataShapleyResult
+
+    return DataShapleyResult.from_pretrained(folder)
+
+
+def make_store(folder: Path) -> None:
+    from hf_iclr.trainers.shapley_store import ShapleyStore
+
+    store = ShapleyStore(folder)
+    rows = {"index": np.array([0]), "target": np.array(["validation"]), "value": np.ones(1), "tokens": np.array([3])}
+    store.add(1, rows, {"lr": 0.1})
+    store.flush()
+
+
+def load_store(folder: Path):
+    from hf_iclr.trainers.shapley_store import ShapleyStore
+
+    return ShapleyStore(folder).read()
+
+
+def make_report(folder: Path) -> None:
+    from tests.trainers.test_safety_audit import hand_made
+
+    hand_made(before=hand_made()).save(folder)
+
+
+def load_report(folder: Path):
+    from hf_iclr import SafetyReport
+
+    return SafetyReport.load(folder)
+
+
+def make_session(folder: Path) -> None:
+    from tests.vision.tiny import clip, tiny_pipe
+
+    folder.mkdir()
+    session = tiny_pipe().session(clip(3))
+    session.add(0, 1, points=[[20, 20]])
+    session.save(folder / "session.safetensors")
+
+
+def load_session(folder: Path):
+    from hf_iclr import VideoSession
+    from tests.vision.tiny import clip, tiny_pipe
+
+    return VideoSession.load(tiny_pipe(), folder / "session.safetensors", video=clip(3))
+
+
+def make_annotations(folder: Path) -> None:
+    from hf_iclr.vision.annotation_store import AnnotationStore
+
+    AnnotationStore(folder, {"phase": 3}).write("clip", [])
+
+
+def load_annotations(folder: Path):
+    from hf_iclr.vision.annotation_store import AnnotationStore
+
+    return AnnotationStore(folder, {"phase": 3}).read([])
+
+
+def make_masks(folder: Path) -> None:
+    from hf_iclr.vision.mask_folders import write_youtube_vos
+    from tests.vision.segments import video
+
+    write_youtube_vos({"park": video()}, folder)
+
+
+def load_masks(folder: Path):
+    from hf_iclr.vision.mask_folders import read_youtube_vos
+
+    return read_youtube_vos(folder)
+
+
+KINDS = {
+    "edits": Kind(
+        make_edits,
+        load_edits,
+        ("ledger.jsonl", "alpha_edit_config.json", "null_space.safetensors", "batches/edit_0001_0001.safetensors"),
+        {"ledger.jsonl": ("undone",), "alpha_edit_config.json": ("num_steps", "context_length")},
+    ),
+    "statistics": Kind(
+        make_statistics,
+        load_statistics,
+        ("key_statistics.safetensors",),
+        {"key_statistics.safetensors": ("tokens", "rows")},
+    ),
+    "values": Kind(make_values, load_values, ("rows.parquet", "steps.parquet")),
+    "store": Kind(
+        make_store,
+        load_store,
+        ("shapley/rows/part-000000001.parquet", "shapley/steps/part-000000001.parquet"),
+    ),
+    "report": Kind(make_report, load_report, ("report.json",)),
+    "session": Kind(
+        make_session, load_session, ("session.safetensors",), {"session.safetensors": ("num_frames", "latest")}
+    ),
+    "annotations": Kind(make_annotations, load_annotations, ("settings.json", "shards/clip.parquet")),
+}
+
+
+def json_of(path: Path) -> str:
+    """The JSON of a file: all of it, its first line, or what stands in the header of safetensors."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            return metadata.get("hf_iclr") or metadata["state"]
+    return path.read_text().splitlines()[0] if path.suffix == ".jsonl" else path.read_text()
+
+
+def put_json(path: Path, text: str) -> None:
+    """Put other JSON in its place."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors, path, metadata | {"hf_iclr" if "hf_iclr" in metadata else "state": text})
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join([text, *path.read_text().splitlines()[1:]]) + "\n")
+    else:
+        path.write_text(text)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def link_out(path: Path) -> None:
+    """The same contents, but elsewhere."""
+    outside = Path(tempfile.mkdtemp(), path.name)
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+
+
+def link_to_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def pipe(path: Path) -> None:
+    """A file that has no end: whoever opens it waits."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def huge_header(path: Path) -> None:
+    """Says that 2^60 bytes of names come first; the file is 8 GiB long and takes no room."""
+    path.write_bytes(HUGE_HEADER)
+    os.truncate(path, 2**33)
+
+
+def repeat_first_key(text: str) -> str:
+    key, value = next(iter(json.loads(text).items()))
+    return text.replace("{", "{" + f"{json.dumps(key)}: {json.dumps(value)}, ", 1)
