@@ -28,7 +28,7 @@ NEEDS = {
 ALSO_IN = {"load_metric": "vision"}  # evaluate is in both
 # Modules that only the command and `load_metric` import, after they have asked for the extra.
 BEHIND_A_QUESTION = {
-    "cli": r"hf_iclr\.cli|hf_iclr\.tour|.*\.tour_\w+",
+    "cli": r"hf_iclr\.(cli|doctor_tables|tour)|.*\.tour_\w+",
     "metrics": r"hf_iclr\.editors\.edit_evaluate",
     "vision": r"hf_iclr\.vision\..*",
 }
