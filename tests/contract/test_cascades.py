@@ -84,7 +84,8 @@ def test_models_that_are_not_plain(kind, backend):
     uncached = large.generate(**inputs, **GREEDY, use_cache=False)
     cascade = enable_cascade(large, tiny_llama(noise=0.05))
     assert torch.equal(cascade.generate(**inputs, **GREEDY, cascade_rule="spec", cascade_backend=backend), uncached)
-    assert 0 < sum(cascade.cascade_statistics.accepted)
+    drafted, accepted = sum(cascade.cascade_statistics.drafted), sum(cascade.cascade_statistics.accepted)
+    assert drafted and (accepted or kind == "adapters")  # which are random: the draft is of the model without them
 
 
 def test_a_composite_runs_where_hf_iclr_cannot_be_imported(tmp_path):
