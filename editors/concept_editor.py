@@ -249,7 +249,7 @@ class ConceptEditor:
             folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
         )
         about = {
-            "base_model": self.pipeline.config.get("_name_or_path"),
+            "base_model": self.pipeline.name_or_path,
             "base_hash": self.base_hash,
             "settings": self.settings,
             "retain": self.retain,

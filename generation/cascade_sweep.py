@@ -22,6 +22,7 @@ from .cascade_statistics import CascadeStatistics
 from .cascade_texts import chat_ids, left_padded
 from .deferral_rules import check_rule
 from .modeling_speculative_cascade import SpeculativeCascadeForCausalLM
+from .special_tokens import padding_token
 from .teacher_forcing import prepare_config
 
 
@@ -211,7 +212,7 @@ def sweep_cascade(
 
     call = {"max_new_tokens": max_new_tokens, **generation_kwargs}
     config = prepare_config(model, **call)
-    if config._pad_token_tensor is None:
+    if padding_token(config) is None:
         call["pad_token_id"] = 0
     ids = [
         tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)

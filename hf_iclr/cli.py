@@ -35,14 +35,15 @@ def main(
 def tour(
     out: Annotated[Path, typer.Option(help="Folder for index.html, tour.json and the figures.")] = Path("tour"),
     quick: Annotated[bool, typer.Option("--quick", help="Run each part in its shortest form.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a part that fails.")] = False,
 ) -> None:
     """Run every part on real input and write one page about it."""
     from hf_iclr.extras import require
 
     require("cli", "hf-iclr tour")
-    from hf_iclr.tour import FailedSection, run_tour
+    from hf_iclr.tour import has_failed, run_tour
 
-    if any(isinstance(result, FailedSection) for result in run_tour(out, quick)):
+    if any(has_failed(result) for result in run_tour(out, quick, debug=debug)):
         raise typer.Exit(1)
 
 

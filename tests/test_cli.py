@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -33,11 +34,14 @@ def test_version(run):
     assert (result.exit_code, result.output) == (0, f"hf_iclr {hf_iclr.__version__}\n")
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_tour_exit_code(run, monkeypatch, tmp_path, failed):
-    results = [tour.FailedSection("part", "ValueError: no", "", 0.0)] if failed else []
-    monkeypatch.setattr(tour, "run_tour", lambda out, quick: results)
-    assert run("tour", "--out", str(tmp_path), "--quick").exit_code == int(failed)
+def test_tour_exit_code(run, monkeypatch, tmp_path):
+    table = pd.DataFrame({"a": [1]})
+    whole = tour.TourSection("part", ["done"], table)
+    lacking = tour.TourSection("part", ["done"], table, problems=["The figure none.png was not drawn."])
+    failed = tour.FailedSection("part", "ValueError: no", "", 0.0)
+    for results, code in (([], 0), ([whole], 0), ([whole, lacking], 1), ([failed, whole], 1)):
+        monkeypatch.setattr(tour, "run_tour", lambda out, quick, debug, results=results: results)
+        assert run("tour", "--out", str(tmp_path), "--quick").exit_code == code
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model
     from hf_iclr.tour import TourSection
 
-    count, held_out, steps = (12, 6, 6) if quick else (28, 16, 21)
+    count, held_out, steps = (12, 6, 6) if quick else (20, 12, 15)
     pairs = demo_pairs()
     poor = np.arange(count) % 4 == 0
     rows = Dataset.from_list(
