@@ -11,7 +11,7 @@ tour: $(READY)
 	$(BIN)/hf-iclr tour --out tour
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The contract tests under the oldest and the newest releases that are supported; TORCH=1 adds torch's, 15 GB.
 matrix: $(READY)
