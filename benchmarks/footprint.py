@@ -4,31 +4,26 @@ What `import hf_iclr` costs, in processor time of fresh interpreters, and how la
     python benchmarks/footprint.py
 
 The interpreters start without `site`, whose own imports would hide some of ours. Sizes are those of the distributions
-installed here, without torch and what torch brings; `own` is what an extra adds to the core.
+installed here, without torch and what torch brings; an extra counts for what it adds to the core.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+from common.arguments import make_parser, parse, write_json
+
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 STATEMENTS = ("pass", "import lazy_loader", "import ast", "import logging", "import hf_iclr")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--runs", type=int, default=10, help="interpreters for each statement; the best counts")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: benchmarks/results/footprint)")
-    parser.add_argument("--quick", action="store_true", help="to see that it runs, not what it finds: --runs 2")
-    parser.set_defaults(out=RESULTS / "footprint")
-    if "--quick" in sys.argv[1:]:
-        parser.set_defaults(out=RESULTS / "quick" / "footprint", runs=2)
-    return parser.parse_args()
+    return parse(parser, runs=2)
 
 
 def milliseconds(statement: str, runs: int) -> float:
@@ -81,10 +76,7 @@ def main(args: argparse.Namespace) -> None:
     for part, packages in found.items():
         largest = ", ".join(f"{name} {size:.0f}" for name, size in list(packages.items())[:6])
         print(f"{part:10} {sum(packages.values()):6.0f} MB in {len(packages)} packages: {largest}, ...")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "footprint.json"
-    path.write_text(json.dumps({"milliseconds": times, "megabytes": found}, indent=1) + "\n")
-    print(f"\nWritten to {path}")
+    write_json(args.out / "footprint.json", {"milliseconds": times, "megabytes": found})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from hf_iclr.doctor import BROKEN, MISSING, WORKS, Finding
 from hf_iclr.environment import Package, packages
+from hf_iclr.upstream import SEAMS
 
 
 _COLOURS = {WORKS: "green", MISSING: "yellow", BROKEN: "red"}
@@ -65,7 +66,8 @@ def seam_table(findings: dict[str, Finding], show_all: bool) -> Table | str:
     for name, expected, found in seams if show_all else changed:
         word = "[green]ok[/]" if found == expected else "[red]gone[/]" if found is None else "[yellow]changed[/]"
         change = "" if found == expected else f"\nexpected {escape(expected)}\n   found {escape(found or 'nothing')}"
-        table.add_row(name.partition(":")[2], word + change)
+        reason = f"\n[dim]{escape(SEAMS[name].reason)}[/]" if name in SEAMS else ""
+        table.add_row(name.partition(":")[2] + reason, word + change)
     return table
 
 

@@ -170,10 +170,12 @@ def _taken(node: ast.AST) -> set[str]:
 def imports_from_inside(package: str, area: str | Path) -> set[str]:
     """Names that an area imports from a module of `package` and that `package` itself does not export."""
     public = importlib.import_module(package)
+    lines = [line for file in (ROOT / area).glob("*.py") for line in ast.parse(file.read_text()).body]
+    run = [line for line in lines if not (isinstance(line, ast.If) and ast.unparse(line.test) == "TYPE_CHECKING")]
     return {
         alias.name
-        for file in (ROOT / area).glob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
+        for line in run
+        for node in ast.walk(line)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
         for alias in node.names
         if not hasattr(public, alias.name)

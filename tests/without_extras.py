@@ -91,7 +91,7 @@ def sentence(question) -> str:
         return str(missing)
     except SystemExit as end:
         return f"{error.getvalue()} [exit code {end.code}]" if end.code else ""
-    except Exception:  # the part itself is there, and refuses what it was asked with
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # the part is there, and refuses this
         return ""
     return ""
 

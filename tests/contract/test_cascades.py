@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaForCausalLM
 
 from hf_iclr import SpeculativeCascadeForCausalLM, enable_cascade
@@ -39,9 +39,8 @@ def remote(model_class: type) -> LlamaForCausalLM:
 
 def adapted() -> LlamaForCausalLM:
     torch.manual_seed(1)
-    model = tiny_llama()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    return model
+    # Not `model.add_adapter`: transformers 5.24 asks there for a PEFT that is newer than any we support.
+    return inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), tiny_llama())
 
 
 NOT_PLAIN = {
@@ -84,7 +83,8 @@ def test_models_that_are_not_plain(kind, backend):
     uncached = large.generate(**inputs, **GREEDY, use_cache=False)
     cascade = enable_cascade(large, tiny_llama(noise=0.05))
     assert torch.equal(cascade.generate(**inputs, **GREEDY, cascade_rule="spec", cascade_backend=backend), uncached)
-    assert 0 < sum(cascade.cascade_statistics.accepted)
+    drafted, accepted = sum(cascade.cascade_statistics.drafted), sum(cascade.cascade_statistics.accepted)
+    assert drafted and (accepted or kind == "adapters")  # which are random: the draft is of the model without them
 
 
 def test_a_composite_runs_where_hf_iclr_cannot_be_imported(tmp_path):
