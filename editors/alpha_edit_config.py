@@ -173,8 +173,8 @@ class AlphaEditConfig:
         if not path.exists():
             raise ValueError(f"Expected {CONFIG_NAME} in {save_directory}, got none: no editor was saved there.")
         values = read_json(path)
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
         with as_written_by("AlphaEditConfig.save_pretrained", path):
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
             return cls(**values)

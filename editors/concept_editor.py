@@ -5,11 +5,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, snapshot_download
 
 from hf_iclr.saving import in_own_memory, push_saved, whole_file
@@ -20,6 +19,9 @@ from .concept_card import concept_card
 from .concept_pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 from .key_statistics import check_null_space_rule, hash_weights
 
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class ConceptEditor:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         retain: Sequence[str],
         *,
         modules: str | None = None,
@@ -247,7 +249,7 @@ class ConceptEditor:
             folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
         )
         about = {
-            "base_model": self.pipeline.config.get("_name_or_path"),
+            "base_model": self.pipeline.name_or_path,
             "base_hash": self.base_hash,
             "settings": self.settings,
             "retain": self.retain,
@@ -264,7 +266,7 @@ class ConceptEditor:
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        pipeline: DiffusionPipeline,
+        pipeline: "DiffusionPipeline",
         revision: str | None = None,
         token: Any = None,
         check_base_model: bool = True,

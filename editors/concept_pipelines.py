@@ -3,14 +3,18 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
+
+from hf_iclr.extras import require
 
 from .closed_form import project_out
 
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # For each class of denoiser the layers that read every token's state, and those that read the pooled state.
 TEXT_LAYERS = {
@@ -25,7 +29,7 @@ BATCH_SIZE = 16
 ROUNDING = 1e-6  # of float32 text encoders: singular values that are smaller, relative to the largest, are noise
 
 
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
+def denoiser_name(pipeline: "DiffusionPipeline") -> str:
     """
     Name of the component that is edited.
 
@@ -37,9 +41,13 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
         `str`: `"unet"` or `"transformer"`.
 
     Raises:
+        ImportError: without diffusers.
         TypeError: when it is no pipeline of diffusers.
         ValueError: when it has neither, or encodes no prompts.
     """
+    require("diffusion", "ConceptEditor")
+    from diffusers import DiffusionPipeline
+
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(
             f"Expected a pipeline, got {type(pipeline).__name__}. Load it: `DiffusionPipeline.from_pretrained(name)`."
@@ -109,7 +117,7 @@ def find_text_layers(denoiser: nn.Module, modules: str | None = None) -> dict[st
 
 @torch.no_grad()
 def encode_prompts(
-    pipeline: DiffusionPipeline,
+    pipeline: "DiffusionPipeline",
     prompts: Sequence[str],
     options: Mapping[str, Any],
     layers: Mapping[str, Mapping[str, nn.Linear]],

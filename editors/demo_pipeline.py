@@ -1,16 +1,8 @@
 """Text-to-image pipelines of random weights, small enough to try an editor on: they draw noise that follows text."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,13 +16,18 @@ from transformers import (
     T5EncoderModel,
 )
 
+from hf_iclr.extras import require
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
 
 WORDS = ("a", "cat", "cup", "dog", "fox", "in", "jug", "of", "owl", "sky", "the", "tree")
 TOKENS = 8
 WIDTH = 64
 
 
-def build_demo_pipeline(kind: str = "unet", seed: int = 0) -> DiffusionPipeline:
+def build_demo_pipeline(kind: str = "unet", seed: int = 0) -> "DiffusionPipeline":
     """
     A pipeline of random weights that knows the words of `WORDS`, reads 8 tokens and draws 8 x 8 pixels.
 
@@ -44,10 +41,12 @@ def build_demo_pipeline(kind: str = "unet", seed: int = 0) -> DiffusionPipeline:
         `~diffusers.DiffusionPipeline`
 
     Raises:
+        ImportError: without diffusers.
         ValueError: when the kind is another.
     """
     if kind not in ("unet", "transformer"):
         raise ValueError(f"Expected 'unet' or 'transformer', got {kind!r}.")
+    require("diffusion", "build_demo_pipeline")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         pipeline = _stable_diffusion() if kind == "unet" else _flux()
@@ -58,7 +57,9 @@ def build_demo_pipeline(kind: str = "unet", seed: int = 0) -> DiffusionPipeline:
     return pipeline
 
 
-def _stable_diffusion() -> StableDiffusionPipeline:
+def _stable_diffusion() -> "StableDiffusionPipeline":
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
     tokenizer, text_encoder = _clip()
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -82,7 +83,9 @@ def _stable_diffusion() -> StableDiffusionPipeline:
     )
 
 
-def _flux() -> FluxPipeline:
+def _flux() -> "FluxPipeline":
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
     tokenizer, text_encoder = _clip()
     vocabulary = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

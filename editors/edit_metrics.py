@@ -1,15 +1,11 @@
-"""Metrics of edits as functions of numbers and texts, and the same as `evaluate` modules."""
+"""Metrics of edits as functions of numbers and texts; `edit_evaluate.py` has the same as `evaluate` modules."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import datasets
-import evaluate
 import numpy as np
 import pandas as pd
-import scipy.stats
 import torch
 
 
@@ -96,9 +92,15 @@ def ngram_entropy(text: str) -> float:
     return (2 / 3 * _entropy_bits(words, 2) + 4 / 3 * _entropy_bits(words, 3)) / 2
 
 
+def fluency(texts: Sequence[str]) -> float:
+    """The mean [`ngram_entropy`] of texts."""
+    return float(np.mean([ngram_entropy(text) for text in texts]))
+
+
 def _entropy_bits(words: list[str], n: int) -> float:
-    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-    return float(scipy.stats.entropy(list(counts.values()), base=2)) if counts else 0.0
+    counts = np.array(list(Counter(zip(*(words[start:] for start in range(n)), strict=False)).values()))
+    shares = counts / counts.sum()
+    return float((shares * np.log2(1 / shares)).sum())
 
 
 def hidden_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
@@ -128,44 +130,3 @@ def hidden_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
         "cosine_distance": (1 - torch.cosine_similarity(before, after)).mean().item(),
         "mean_shift": ((after.mean(0) - before.mean(0)).norm() / norms.square().mean().sqrt()).item(),
     }
-
-
-class EditSuccess(evaluate.Metric):
-    """[`edit_success`] as an `evaluate` module: `load_metric("edit_success").compute(request=..., kind=..., ...)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = {name: datasets.Value("float64") for name in ("nll_new", "nll_true", "accuracy")}
-        return _info(edit_success, {"request": datasets.Value("string"), "kind": datasets.Value("string"), **columns})
-
-    def _compute(self, **columns: Any) -> dict[str, float]:
-        return edit_success(**columns)
-
-
-class Fluency(evaluate.Metric):
-    """The mean [`ngram_entropy`] of texts: `load_metric("fluency").compute(predictions=texts)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(ngram_entropy, {"predictions": datasets.Value("string")})
-
-    def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
-        return {"fluency": float(np.mean([ngram_entropy(text) for text in predictions]))}
-
-
-class HiddenDrift(evaluate.Metric):
-    """[`hidden_drift`]: `load_metric("hidden_drift").compute(predictions=after, references=before)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        states = datasets.List(datasets.Value("float64"))
-        return _info(hidden_drift, {"predictions": states, "references": states})
-
-    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        return hidden_drift(torch.tensor(list(references)), torch.tensor(list(predictions)))
-
-
-def _info(function: Callable[..., Any], columns: dict[str, Any]) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=function.__doc__ or "",
-        citation="AlphaEdit: Null-Space Constrained Knowledge Editing, https://huggingface.co/papers/2410.02355",
-        inputs_description=function.__doc__ or "",
-        features=datasets.Features(columns),
-    )

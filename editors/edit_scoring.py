@@ -3,16 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
-from hf_iclr.metrics import load_metric
 from hf_iclr.trainers.prefill_generation import check_decoder, check_prompts, evaluation_mode
 
+from .edit_metrics import edit_success, fluency
 from .edit_request import EditRequest
 
 
@@ -60,10 +58,10 @@ def evaluate_edits(
     ```
     """
     table = score_edits(model, tokenizer, requests, batch_tokens=batch_tokens, progress=progress)
-    scores = load_metric("edit_success").compute(**table.drop(columns="prompt").to_dict("list"))
+    scores = edit_success(**table.drop(columns="prompt").to_dict("list"))
     if fluency_prompts:
         texts = continue_texts(model, tokenizer, fluency_prompts, seed=seed)
-        scores |= load_metric("fluency").compute(predictions=texts)
+        scores["fluency"] = fluency(texts)
     return scores
 
 
@@ -246,21 +244,6 @@ def perplexity(
             count += int(mask[:, 1:].sum())
             bar.update(len(batch))
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
-
-
-class Perplexity(evaluate.Metric):
-    """[`perplexity`]: `load_metric("perplexity").compute(predictions=texts, model=model, tokenizer=tokenizer)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=perplexity.__doc__ or "",
-            citation="",
-            inputs_description=perplexity.__doc__ or "",
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
-
-    def _compute(self, predictions: Sequence[str], model: Any, tokenizer: Any, **options: Any) -> dict[str, float]:
-        return {"perplexity": perplexity(model, tokenizer, list(predictions), **options)}
 
 
 def last_hidden_states(

@@ -36,9 +36,9 @@ def section(out_dir: Path, quick: bool, progress):
     text = demo_text()
     held_out, general = text.select(range(10)), text.select(range(10, len(text)))
     statistics = KeyStatistics.from_dataset(
-        model, tokenizer, general, max_tokens=4_000 if quick else 20_000, max_length=128
+        model, tokenizer, general, max_tokens=4_000 if quick else 8_000, max_length=128
     )
-    requests = demo_requests(4 if quick else 16)
+    requests = demo_requests(4 if quick else 10)
     config = AlphaEditConfig(num_contexts=2, kl_factor=0.0, num_steps=20)
     editor = AlphaEditor(model, tokenizer, config, statistics)
 
@@ -50,7 +50,7 @@ def section(out_dir: Path, quick: bool, progress):
 
     answers = [f"before: {ask(model, tokenizer, requests[0].text)}"]
     rows = [measure("before")]
-    report = editor.edit(requests, batch_size=8)
+    report = editor.edit(requests, batch_size=5)
     answers.append(f"edited: {ask(model, tokenizer, requests[0].text)}")
     rows.append(measure("edited"))
     editor.save_pretrained(out_dir / "edits")

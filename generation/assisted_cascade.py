@@ -7,7 +7,6 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
-from .cache_argument import UPSTREAM_NAME, given_cache
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import DEFERRAL_RULES, cascade_target, total_variation
 
@@ -54,6 +53,25 @@ class ForwardMeter:
             stats.verify_seconds += seconds
 
 
+class RecordedDrafter:
+    """The small model as a candidate generator of transformers sees it: `generate` keeps the drafts' raw logits."""
+
+    def __init__(self, model):
+        self.model = model
+        self.raw_logits: torch.Tensor | None = None
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def generate(self, generation_config, min_new_tokens, max_new_tokens, **inputs):
+        # Generation arguments go into the config: beside one, transformers calls them deprecated.
+        generation_config.update(min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, use_cache=True)
+        inputs.pop("use_cache", None)
+        output = self.model.generate(generation_config=generation_config, **inputs)
+        self.raw_logits = torch.stack(output.logits, dim=1)
+        return output
+
+
 class DraftRecorder:
     """
     Mixin for a candidate generator of transformers: it keeps the raw logits of the drafts, and counts what is
@@ -62,28 +80,16 @@ class DraftRecorder:
 
     def get_candidates(self, input_ids, **kwargs):
         self.prompt_and_accepted = input_ids.shape[-1]
-        self.raw_logits = None
+        self.assistant_model.raw_logits = None
         self.meter.drafting = True
         candidate_ids, candidate_scores = super().get_candidates(input_ids, **kwargs)
         self.meter.drafting = False
         self.candidate_ids, self.candidate_scores = candidate_ids, candidate_scores
+        self.raw_logits = self.assistant_model.raw_logits
         if self.raw_logits is not None and isinstance(self, UniversalSpeculativeDecodingGenerator):
             self.raw_logits = self._atm_translator.get_target_logits(self.raw_logits)
         self.positions = []
         return candidate_ids, candidate_scores
-
-    def _prepare_generation_args(self, input_ids, min_new_tokens, max_new_tokens):
-        # Generation arguments go into the config: beside one, transformers calls them deprecated.
-        self.generation_config.update(min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, use_cache=True)
-        self.assistant_kwargs.pop("use_cache", None)
-        arguments = super()._prepare_generation_args(input_ids, min_new_tokens, max_new_tokens)
-        return {key: arguments[key] for key in arguments.keys() - {"min_new_tokens", "max_new_tokens"}}
-
-    def _generate_candidates(self, generation_args):
-        output = self.assistant_model.generate(**generation_args, **self.assistant_kwargs)
-        self.assistant_kwargs[UPSTREAM_NAME] = given_cache(output)
-        self.raw_logits = torch.stack(output.logits, dim=1)
-        return output.sequences, torch.stack(output.scores, dim=1)
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
         deferred, drift = (torch.tensor(values) for values in zip(*self.positions[: num_matches + 1], strict=True))
@@ -102,6 +108,7 @@ def record_drafts(generator, options, statistics: CascadeStatistics, meter: Forw
     """
     generator.__class__ = type(type(generator).__name__, (DraftRecorder, type(generator)), {})
     generator.statistics, generator.meter = statistics, meter
+    generator.assistant_model = RecordedDrafter(generator.assistant_model)
     generator.generation_config.output_logits = True
     generator.generation_config.stop_strings = None
     generator.num_assistant_tokens = options.num_assistant_tokens

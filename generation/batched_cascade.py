@@ -11,6 +11,7 @@ from .cached_decoder import CachedDecoder
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import cascade_target, total_variation
 from .row_processors import RowProcessors
+from .special_tokens import end_tokens, padding_token
 
 
 _MAX_HOLE_SHARE = 0.25
@@ -75,7 +76,7 @@ class BatchedCascade:
         self.greedy = not config.do_sample
         self.processors = RowProcessors(logits_processor, batch_size)
         self.criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
-        self.eos = None if config._eos_token_tensor is None else config._eos_token_tensor.to(device)
+        self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=device)
         self.large, self.small = CachedDecoder(model, batch_size), CachedDecoder(assistant, batch_size)
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
         self.vocab_size, self.small_vocab_size = (
@@ -83,7 +84,7 @@ class BatchedCascade:
         )
         self.gamma = options.num_assistant_tokens
 
-        self.pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        self.pad = padding_token(config) or 0
         self.sequences = torch.full((batch_size, config.max_length), self.pad, device=device)
         self.sequences[:, :prompt_length] = input_ids
         self.prompt_length = prompt_length
@@ -293,7 +294,7 @@ class BatchedCascade:
         columns = torch.arange(drafts.shape[1] + 1, device=drafts.device)
         tokens = torch.cat([drafts, next_token[:, None]], 1).scatter(1, accepted[:, None], next_token[:, None])
         counts, finished = accepted + 1, torch.zeros_like(accepted, dtype=torch.bool)
-        if self.eos is not None:
+        if len(self.eos):
             is_eos = torch.isin(tokens, self.eos) & (columns < counts[:, None])
             finished = is_eos.any(1)
             counts = torch.where(finished, is_eos.to(torch.int8).argmax(1) + 1, counts)

@@ -13,6 +13,7 @@ from .batched_cascade import sample
 from .cached_decoder import CachedDecoder, why_not_batched
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import cascade_target, check_rule
+from .special_tokens import end_tokens, padding_token
 from .teacher_forcing import logits_processors, prepare_config, processed_probs
 
 
@@ -205,7 +206,7 @@ class _Row:
         self.config = config
         self.large, self.small = CachedDecoder(large, 1), CachedDecoder(small, 1)
         self.processors = logits_processors(large, config, len(prompt))
-        self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
+        self.eos = set(end_tokens(config))
         self.device = large.device
         self.drafted = self.accepted = self.deferred = 0
 
@@ -273,7 +274,7 @@ def _generate(name, rule, alpha, large, small, input_ids, attention_mask, genera
         statistics.draft_seconds += row.small.seconds
     statistics.total_seconds = time.perf_counter() - start
 
-    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    pad = padding_token(config) or 0
     width = input_ids.shape[1]
     sequences = input_ids.new_full((len(rows), width + max(row.produced for row in rows)), pad)
     sequences[:, :width] = input_ids

@@ -16,6 +16,7 @@ from .cascade_generation import CASCADE_DEFAULTS, SpeculativeCascadeGenerationMi
 from .cascade_texts import Text, left_padded, split_texts
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
 from .deferral_rules import DEFERRAL_RULES
+from .special_tokens import padding_token
 from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
 
 
@@ -173,7 +174,7 @@ def calibrate_cascade(
     halves = split_texts(dataset, tokenizer, text_column, prompt_tokens, max_new_tokens, count, seed, two_halves=check)
     config = prepare_config(model, max_new_tokens=max_new_tokens, **generation_kwargs)
     call = {"num_assistant_tokens": int(gamma), "max_new_tokens": max_new_tokens, **generation_kwargs}
-    if config._pad_token_tensor is None:
+    if padding_token(config) is None:
         call["pad_token_id"] = 0  # rows of a batch end at different lengths
     run = _Run(model, small, rule, int(gamma), config, call, batch_size, seed)
 

@@ -14,12 +14,15 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from hf_iclr.extras import new_figure, require, save_figure
+
 from .cascade_baselines import bild_generate, sequence_cascade_generate, token_cascade_generate
 from .cascade_calibration import large_alone, small_model
 from .cascade_statistics import CascadeStatistics
 from .cascade_texts import chat_ids, left_padded
 from .deferral_rules import check_rule
 from .modeling_speculative_cascade import SpeculativeCascadeForCausalLM
+from .special_tokens import padding_token
 from .teacher_forcing import prepare_config
 
 
@@ -75,9 +78,7 @@ class CascadeSweep:
         Returns:
             `matplotlib.figure.Figure`
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure("CascadeSweep.plot", (8, 5))
         axes = figure.subplots()
         for (method, rule), rows in self.table.groupby(["method", "rule"], dropna=False, sort=False):
             ours = method == "speculative cascade"
@@ -99,7 +100,7 @@ class CascadeSweep:
         return figure
 
     def save(self, directory: str | Path) -> None:
-        """Writes `sweep.csv`, `sweep.json` (with the texts) and `sweep.png`."""
+        """Writes `sweep.csv`, `sweep.json` (with the texts) and, with matplotlib, `sweep.png`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.table.to_csv(directory / "sweep.csv", index=False)
@@ -107,7 +108,7 @@ class CascadeSweep:
         for row, texts in zip(rows, self.texts, strict=True):
             row["texts"] = texts
         (directory / "sweep.json").write_text(json.dumps({"cost": self.cost, "rows": rows}, indent=1))
-        self.plot(directory / "sweep.png")
+        save_figure(self.plot, directory / "sweep.png")
 
 
 def pareto_front(quality: npt.ArrayLike, cost: npt.ArrayLike) -> np.ndarray:
@@ -211,7 +212,7 @@ def sweep_cascade(
 
     call = {"max_new_tokens": max_new_tokens, **generation_kwargs}
     config = prepare_config(model, **call)
-    if config._pad_token_tensor is None:
+    if padding_token(config) is None:
         call["pad_token_id"] = 0
     ids = [
         tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
@@ -291,6 +292,7 @@ def _baseline_runs(model, small, call, cascade, alone) -> list[tuple[str, str, f
 
 def _quality_function(metric) -> Callable[[list[str], list], float] | None:
     if isinstance(metric, str):
+        require("metrics", f"quality={metric!r}", "evaluate")
         import evaluate
 
         metric = evaluate.load(metric)

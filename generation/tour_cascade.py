@@ -40,7 +40,7 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
-    max_new_tokens = 12 if quick else 32
+    max_new_tokens = 12 if quick else 24
     dtype = quicker_dtype()
     model, tokenizer = load_demo_model(dtype)
     draft = load_demo_draft("quick", dtype)

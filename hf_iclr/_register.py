@@ -1,13 +1,12 @@
 """Registers our classes with transformers' registries once those are imported, so `import hf_iclr` stays quick."""
 
 import importlib
-import logging
 import sys
 
-import wrapt
+from hf_iclr.extras import MissingExtraError
 
 
-logger = logging.getLogger(__name__)
+VIDEO_TASK = "promptable-video-segmentation"
 
 
 def _register_config(upstream, config_class) -> None:
@@ -29,10 +28,20 @@ def _register_cascade_pipeline(upstream, pipeline_class) -> None:
 def _register_video_pipeline(upstream, pipeline_class) -> None:
     from transformers import AutoModel
 
-    task = "promptable-video-segmentation"
-    upstream.PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, AutoModel, type="video")
+    upstream.PIPELINE_REGISTRY.register_pipeline(VIDEO_TASK, pipeline_class, AutoModel, type="video")
     # With it, a saved pipeline would ask for remote code, though this class is all it needs.
     del pipeline_class._registered_impl
+
+
+class _MissingTask(dict):
+    """Stands in for a task whose extra is not installed: `pipeline()` reads its class here and gets the sentence."""
+
+    def __init__(self, error: MissingExtraError) -> None:
+        super().__init__(type="video")
+        self.sentence = str(error)
+
+    def __missing__(self, key: str) -> None:
+        raise MissingExtraError(self.sentence)
 
 
 # upstream module, our module, its class, how to register it
@@ -75,25 +84,75 @@ _TABLE = [
     ),
 ]
 _complete: set[str] = set()  # the modules of the table whose import has ended
-_registered: set[str] = set()
+_done: set[str] = set()  # the classes that are registered, or cannot be
 
 
-def _register_ready(module) -> None:
+def _register_ready(name: str) -> None:
     """Registers each class whose registry is imported; runs at the end of the import of each module of the table."""
-    _complete.add(module.__name__)
+    _complete.add(name)
     if any(ours in sys.modules and ours not in _complete for _, ours, _, _ in _TABLE):
         return  # one of ours is importing this registry: we come back when that one is complete
-    for upstream, ours, name, register in _TABLE:
-        if upstream not in _complete or name in _registered:
+    for upstream, ours, class_name, register in _TABLE:
+        if upstream not in _complete or class_name in _done:
             continue
-        _registered.add(name)
         try:
-            register(sys.modules[upstream], getattr(importlib.import_module(ours), name))
+            module = importlib.import_module(ours)
+            # This import may have registered the class already. Or another thread is still at it, and comes back here.
+            if ours in _complete and class_name not in _done:
+                _done.add(class_name)
+                register(sys.modules[upstream], getattr(module, class_name))
+        except MissingExtraError as error:
+            _done.add(class_name)
+            sys.modules[upstream].PIPELINE_REGISTRY.supported_tasks[VIDEO_TASK] = _MissingTask(error)
         except Exception:  # transformers must stay usable without us
-            logger.warning("hf_iclr could not register %s with %s.", name, upstream, exc_info=True)
+            import logging
+
+            _done.add(class_name)
+            logging.getLogger(__name__).warning(
+                "hf_iclr could not register %s with %s.", class_name, upstream, exc_info=True
+            )
+
+
+class _Loader:
+    """Loads a module as its own loader does, then registers what is ready."""
+
+    def __init__(self, loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def exec_module(self, module) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader  # nobody is to meet us afterwards
+        self._loader.exec_module(module)
+        # A registry that is executed again, by `importlib.reload`, has forgotten us.
+        _done.difference_update(name for upstream, _, name, _ in _TABLE if upstream == module.__name__)
+        _register_ready(module.__name__)
+
+
+class _Finder:
+    """Finds the modules of the table as the finders after it do."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def find_spec(self, fullname: str, path=None, target=None):
+        if fullname not in self._names:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
 
 
 def install() -> None:
     """Registers with what is imported already, and arms the rest."""
-    for module in sorted({module for upstream, ours, _, _ in _TABLE for module in (upstream, ours)}):
-        wrapt.register_post_import_hook(_register_ready, module)
+    names = {name for upstream, ours, _, _ in _TABLE for name in (upstream, ours)}
+    if all(type(finder).__module__ != __name__ for finder in sys.meta_path):  # `hf_iclr` may be reloaded
+        sys.meta_path.insert(0, _Finder(names))
+    for name in sorted(names & sys.modules.keys()):
+        importlib.import_module(name)  # waits for a thread that is still importing it
+        _register_ready(name)

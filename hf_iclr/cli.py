@@ -35,11 +35,15 @@ def main(
 def tour(
     out: Annotated[Path, typer.Option(help="Folder for index.html, tour.json and the figures.")] = Path("tour"),
     quick: Annotated[bool, typer.Option("--quick", help="Run each part in its shortest form.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a part that fails.")] = False,
 ) -> None:
     """Run every part on real input and write one page about it."""
-    from hf_iclr.tour import FailedSection, run_tour
+    from hf_iclr.extras import require
 
-    if any(isinstance(result, FailedSection) for result in run_tour(out, quick)):
+    require("cli", "hf-iclr tour")
+    from hf_iclr.tour import has_failed, run_tour
+
+    if any(has_failed(result) for result in run_tour(out, quick, debug=debug)):
         raise typer.Exit(1)
 
 
@@ -356,6 +360,7 @@ def inpaint(
     import transformers
     from rich.console import Console
 
+    from hf_iclr.extras import require
     from hf_iclr.vision.annotation_json import read_sav
     from hf_iclr.vision.inpainting import inpaint_video
     from hf_iclr.vision.mask_folders import read_davis
@@ -373,6 +378,7 @@ def inpaint(
             segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
         painter = None
         if pipeline is not None:
+            require("diffusion", "hf-iclr inpaint --pipeline")
             import diffusers
 
             painter = diffusers.DiffusionPipeline.from_pretrained(pipeline)
@@ -513,38 +519,26 @@ def train_sam2(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, devices and whether the upstream code we lean on still has its shape."""
+def doctor(
+    seams: Annotated[bool, typer.Option("--seams", help="List all upstream code we lean on.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of what is broken.")] = False,
+) -> None:
+    """Run each part on tiny models and say what works here, what is broken by whom and what is not installed."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    from hf_iclr.environment import machine, packages
-    from hf_iclr.upstream import check_seams
+    from hf_iclr.doctor import examine
+    from hf_iclr.doctor_tables import is_sound, machine_table, package_table, part_table, seam_table
 
     console = Console()
-    table = Table("", "", title="Machine", title_justify="left", show_header=False)
-    for name, value in machine().items():
-        table.add_row(name, str(value))
-    console.print(table)
-
-    installed = packages()
-    table = Table("package", "wanted", "installed", "", title="Packages", title_justify="left")
-    for package in installed:
-        table.add_row(package.name, package.wanted, package.installed or "none", _mark(package.ok))
-    console.print(table)
-
-    checks = check_seams()
-    table = Table("upstream", "", title="Upstream code we lean on", title_justify="left")
-    for check in checks:
-        name = check.seam.partition(":")[2]
-        change = f"expected {check.expected}\n   found {check.found or 'nothing of that name'}"
-        table.add_row(name, _mark(True) if check.ok else f"[red]changed[/]\n{escape(change)}")
-    console.print(table)
-
-    if not (all(package.ok for package in installed) and all(check.ok for check in checks)):
+    with console.status("Each part runs on tiny models, which takes some 15 seconds."):
+        findings = examine()
+    tables = (machine_table(findings), package_table(), part_table(findings), seam_table(findings, seams))
+    for table in tables:
+        console.print(table)
+    if debug:
+        for finding in findings.values():
+            if finding.details:
+                console.rule(finding.title)
+                console.print(finding.details, markup=False, highlight=False)
+    if not is_sound(findings):
         raise typer.Exit(1)
-
-
-def _mark(ok: bool) -> str:
-    return "[green]ok[/]" if ok else "[red]no[/]"

@@ -3,13 +3,15 @@
 import importlib
 from typing import Any
 
+from hf_iclr.extras import require
+
 
 _METRICS = {
-    "edit_success": "hf_iclr.editors.edit_metrics:EditSuccess",
-    "fluency": "hf_iclr.editors.edit_metrics:Fluency",
-    "hidden_drift": "hf_iclr.editors.edit_metrics:HiddenDrift",
+    "edit_success": "hf_iclr.editors.edit_evaluate:EditSuccess",
+    "fluency": "hf_iclr.editors.edit_evaluate:Fluency",
+    "hidden_drift": "hf_iclr.editors.edit_evaluate:HiddenDrift",
     "j_and_f": "hf_iclr.vision.j_and_f:JAndF",
-    "perplexity": "hf_iclr.editors.edit_scoring:Perplexity",
+    "perplexity": "hf_iclr.editors.edit_evaluate:Perplexity",
 }
 
 
@@ -28,6 +30,7 @@ def load_metric(name: str, **kwargs: Any) -> Any:
         `evaluate.Metric`: with `compute`, `add` and `add_batch`; its `description` says what goes in and comes out.
 
     Raises:
+        ImportError: without `evaluate`.
         ValueError: when there is no such metric.
 
     Example:
@@ -40,6 +43,7 @@ def load_metric(name: str, **kwargs: Any) -> Any:
         raise ValueError(
             f"Expected one of {sorted(_METRICS)}, got {name!r}. Metrics of the Hub: `evaluate.load({name!r})`."
         )
+    require("metrics", "load_metric", "evaluate")
     module, class_name = _METRICS[name].split(":")
     kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
     return getattr(importlib.import_module(module), class_name)(**kwargs)

@@ -1,4 +1,4 @@
-"""The upstream functions we override or lean on beyond their documented use, and the parameters we wrote against."""
+"""The undocumented upstream functions we override or call, why, and the parameters we wrote against."""
 
 import inspect
 import pkgutil
@@ -6,156 +6,137 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 
-# Where it stands -> its parameters without annotations, which read differently from one Python to the next.
-# Written against transformers 5.23, trl 1.16, datasets 5.2.
+@dataclass(frozen=True)
+class Seam:
+    """
+    An upstream function that is in no documentation.
+
+    Args:
+        reason (`str`):
+            What we do with it, and why nothing documented serves.
+        expected (`str`):
+            The parameters we wrote against, without annotations, which read differently from one Python to the next.
+        older (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Those of older releases that we are tested with, where they differ.
+    """
+
+    reason: str
+    expected: str
+    older: tuple[str, ...] = ()
+
+
+_GENERATION = "transformers.generation.utils:GenerationMixin."
+_CANDIDATES = "transformers.generation.candidate_generator:AssistedCandidateGenerator."
+_SAM2 = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel."
+_SAM2_CACHE = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache."
+
+# Where each stands, as "module:qualified.name". Tested with transformers 5.22 to 5.24 and trl 1.15 and 1.16.
 SEAMS = {
-    "transformers.generation.utils:GenerationMixin._assisted_decoding": (
+    f"{_GENERATION}_assisted_decoding": Seam(
+        "overridden by the cascade's loop; `custom_generate` would have to hand encoder-decoders back to it",
         "(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, "
-        "inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs)"
+        "inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs)",
     ),
-    "transformers.generation.utils:GenerationMixin._extract_generation_mode_kwargs": (
-        "(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)"
-    ),
-    "transformers.generation.utils:GenerationMixin._get_candidate_generator": (
+    f"{_GENERATION}_get_candidate_generator": Seam(
+        "overridden to record what is drafted; `generate` takes no candidate generator",
         "(self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, "
-        "target_tokenizer=None, assistant_tokenizer=None)"
+        "target_tokenizer=None, assistant_tokenizer=None)",
     ),
-    "transformers.generation.utils:GenerationMixin._validate_generation_mode": (
-        "(self, generation_mode, generation_config, generation_mode_kwargs)"
+    f"{_GENERATION}_validate_generation_mode": Seam(
+        "overridden to allow several sequences a prompt; `generate` checks before any hook of its caller",
+        "(self, generation_mode, generation_config, generation_mode_kwargs)",
     ),
-    "transformers.generation.utils:GenerationMixin._prepare_generation_config": "(self, generation_config, **kwargs)",
-    "transformers.generation.utils:_speculative_sampling": (
-        "(candidate_input_ids, candidate_logits, candidate_length, new_logits, assistant_ensemble_weight=None)"
+    f"{_GENERATION}_prepare_generation_config": Seam(
+        "called to calibrate with `generate`'s own settings; `generate` shows them for one prompt and length only",
+        "(self, generation_config, **kwargs)",
     ),
-    "transformers.generation.candidate_generator:AssistedCandidateGenerator.__init__": (
-        "(self, input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor=None, "
-        "logits_processor=None)"
+    f"{_GENERATION}_prepare_special_tokens": Seam(
+        "called because `_get_logits_processor` reads what it leaves on the config",
+        "(self, generation_config, kwargs_has_attention_mask=None, device=None, batch_size=None)",
     ),
-    "transformers.generation.candidate_generator:AssistedCandidateGenerator._generate_candidates": (
-        "(self, generation_args)"
+    f"{_GENERATION}_get_logits_processor": Seam(
+        "called to process teacher-forced logits as `generate` would; it hands out no processors of its own",
+        "(self, generation_config, input_ids_seq_length=None, encoder_input_ids=None, prefix_allowed_tokens_fn=None, "
+        "logits_processor=None, device=None, model_kwargs=None, negative_prompt_ids=None, "
+        "negative_prompt_attention_mask=None)",
     ),
-    "transformers.generation.candidate_generator:AssistedCandidateGenerator._prepare_generation_args": (
-        "(self, input_ids, min_new_tokens, max_new_tokens)"
+    f"{_CANDIDATES}get_candidates": Seam(
+        "overridden to keep each draft; candidate generators are in no documentation",
+        "(self, input_ids, **kwargs)",
     ),
-    "transformers.generation.candidate_generator:AssistedCandidateGenerator.get_candidates": (
-        "(self, input_ids, **kwargs)"
+    f"{_CANDIDATES}update_candidate_strategy": Seam(
+        "overridden to count what is accepted; only the generator is told",
+        "(self, input_ids, scores, num_matches)",
     ),
-    "transformers.generation.candidate_generator:AssistedCandidateGenerator.update_candidate_strategy": (
-        "(self, input_ids, scores, num_matches)"
+    "transformers.trainer:Trainer._get_train_sampler": Seam(
+        "overridden to mix recovery rows into each step; `get_train_dataloader` is the whole loader",
+        "(self, train_dataset=None)",
     ),
-    "transformers.generation.candidate_generator:UniversalSpeculativeDecodingGenerator.get_candidates": (
-        "(self, input_ids, **kwargs)"
+    "transformers.trainer:Trainer._save": Seam(
+        "overridden to merge adapters in what is saved; `save_model` takes no state dict",
+        "(self, output_dir=None, state_dict=None)",
     ),
-    "transformers.cache_utils:DynamicCache.crop": "(self, tokens_to_remove)",
-    "transformers.cache_utils:DynamicLayer.crop": "(self, tokens_to_remove)",
-    "transformers.pipelines.base:Pipeline._sanitize_parameters": "(self, **pipeline_parameters)",
-    "transformers.pipelines.base:PipelineRegistry.register_pipeline": (
-        "(self, task, pipeline_class, pt_model=None, default=None, type=None)"
+    "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": Seam(
+        "overridden to keep two columns; `remove_unused_columns=False` would keep all",
+        "(self)",
     ),
-    "transformers.pipelines.text_generation:TextGenerationPipeline._forward": (
-        "(self, model_inputs, **generate_kwargs)"
+    "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset": Seam(
+        "called to tokenize validation rows as the trainer did its own; only its constructor does it in the open",
+        "(self, dataset, processing_class, args, packing, formatting_func, dataset_name)",
     ),
-    "transformers.pipelines.text_generation:TextGenerationPipeline._sanitize_parameters": (
-        "(self, return_full_text=None, return_tensors=None, return_text=None, return_type=None, "
-        "clean_up_tokenization_spaces=None, prefix=None, handle_long_generation=None, stop_sequence=None, "
-        "truncation=None, max_length=None, continue_final_message=None, skip_special_tokens=None, "
-        "tokenizer_encode_kwargs=None, tools=None, documents=None, **generate_kwargs)"
+    "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": Seam(
+        "overridden to refuse empty answers before they are tokenized, called as that of SFT; the same",
+        "(self, dataset, processing_class, args, dataset_name)",
     ),
-    "transformers.pipelines.text_generation:TextGenerationPipeline.postprocess": (
-        "(self, model_outputs, return_type=<ReturnType.FULL_TEXT: 2>, clean_up_tokenization_spaces=None, "
-        "continue_final_message=None, skip_special_tokens=None, tools=None)"
+    "trl.trainer.dpo_trainer:DPOTrainer._precompute_ref_logps": Seam(
+        "called to give validation rows a reference as training rows got it; only the constructor does it in the open",
+        "(self, dataset, name, batch_size)",
     ),
-    "transformers.dynamic_module_utils:custom_object_save": "(obj, folder, config=None)",
-    "transformers.trainer:Trainer.log": "(self, logs, start_time=None)",
-    "transformers.trainer:Trainer._get_train_sampler": "(self, train_dataset=None)",
-    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": (
-        "(self, model, inputs, return_outputs=False, num_items_in_batch=None)"
+    "trl.trainer.utils:add_fused_lm_head": Seam(
+        "called to ask for more outputs of each token than the loss reads; exported by `trl.trainer`, not documented",
+        "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     ),
-    "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": "(self)",
-    "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.__init__": (
-        "(self, pad_token_id, padding_free=False, return_position_ids=False, pad_to_multiple_of=None, "
-        "return_tensors='pt')"
+    "trl.models.utils:prepare_deepspeed": Seam(
+        "called for a reference model; accelerate prepares one DeepSpeed engine, the trainer's",
+        "(model, accelerator)",
     ),
-    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": "(self, model, inputs, return_outputs)",
-    "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": "(self, dataset, processing_class, args, dataset_name)",
-    "trl.trainer.utils:FusedCausalLMOutput.__init__": (
-        "(self, loss=None, log_probs=None, entropy=None, log_sum_sq_probs=None, mean_logits=None, is_top1=None, "
-        "label_mask=None, aux_loss=None)"
+    "trl.models.utils:prepare_fsdp": Seam(
+        "called for a reference model; accelerate shards one model, the trainer's",
+        "(model, accelerator)",
     ),
-    "trl.trainer.utils:add_fused_lm_head": (
-        "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))"
+    "trl.scripts.sft:main": Seam(
+        "called with our trainer in the place of TRL's; as a program it lets a misspelt line of a config file pass",
+        "(script_args, training_args, model_args, dataset_args)",
     ),
-    "trl.trainer.utils:get_config_model_id": "(config)",
-    "trl.trainer.utils:hash_module": "(module)",
-    "trl.trainer.utils:maybe_gather_lm_head_ctx": "(*params)",
-    "trl.trainer.utils:use_adapter": "(model, adapter_name)",
-    "trl.models.utils:prepare_deepspeed": "(model, accelerator)",
-    "trl.models.utils:prepare_fsdp": "(model, accelerator)",
-    "trl.data_utils:common_prefix_length": "(ids, other_ids)",
-    "trl.scripts.sft:main": "(script_args, training_args, model_args, dataset_args)",
-    "trl.scripts.sft:make_parser": "(subparsers=None, prog=None)",
-    "trl.scripts.dpo:main": "(script_args, training_args, model_args, dataset_args)",
-    "trl.scripts.dpo:make_parser": "(subparsers=None, prog=None)",
-    "datasets.arrow_dataset:Dataset._get_cache_file_path": "(self, fingerprint)",
-    "transformers.cache_utils:DynamicLayer.update": "(self, key_states, value_states, *args, **kwargs)",
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.__init__": (
-        "(self, video=None, video_height=None, video_width=None, inference_device='cpu', "
-        "inference_state_device='cpu', "
-        "video_storage_device='cpu', dtype='float32', max_vision_features_cache_size=1)"
+    "trl.scripts.dpo:main": Seam(
+        "called like that of SFT",
+        "(script_args, training_args, model_args, dataset_args)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.get_frame": "(self, frame_idx)",
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.add_new_frame": (
-        "(self, pixel_values, frame_idx=None)"
+    f"{_SAM2_CACHE}cache_vision_features": Seam(
+        "replaced by a cache with a limit in bytes; a session takes a number of frames",
+        "(self, frame_idx, features)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceSession.obj_id_to_idx": "(self, obj_id)",
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache.cache_vision_features": (
-        "(self, frame_idx, features)"
+    f"{_SAM2_CACHE}get_vision_features": Seam("replaced with it", "(self, frame_idx)"),
+    f"{_SAM2}get_image_features": Seam(
+        "called to train on, and replaced where a proposal's features serve the tracker; `forward` gives none",
+        "(self, pixel_values, **kwargs)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache.get_vision_features": (
-        "(self, frame_idx)"
+    f"{_SAM2}get_image_embeddings": Seam(
+        "called to find objects in a frame without a session; `forward` needs one",
+        "(self, pixel_values, **kwargs)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.forward": (
-        "(self, inference_session, frame_idx=None, frame=None, reverse=False, run_mem_encoder=True, **kwargs)"
+    f"{_SAM2}get_prompt_embeddings": Seam(
+        "called with it",
+        "(self, input_points=None, input_labels=None, input_boxes=None, input_masks=None)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_embeddings": (
-        "(self, pixel_values, **kwargs)"
+    f"{_SAM2}get_image_wide_positional_embeddings": Seam("called with it, and kept from frame to frame", "(self)"),
+    f"{_SAM2}_encode_new_memory": Seam(
+        "called in the differentiable step; `forward` runs without gradient and one clip at a time",
+        "(self, current_vision_feats, pred_masks_high_res, object_score_logits, is_mask_from_pts)",
     ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_prompt_embeddings": (
-        "(self, input_points=None, input_labels=None, input_boxes=None, input_masks=None)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_wide_positional_embeddings": "(self)",
-    "transformers.models.sam2_video.processing_sam2_video:Sam2VideoProcessor.add_inputs_to_inference_session": (
-        "(self, inference_session, frame_idx, obj_ids, input_points=None, input_labels=None, input_boxes=None, "
-        "input_masks=None, original_size=None, clear_old_inputs=True)"
-    ),
-    "transformers.models.sam2_video.processing_sam2_video:Sam2VideoProcessor.post_process_masks": (
-        "(self, masks, original_sizes, mask_threshold=0.0, binarize=True, max_hole_area=0.0, max_sprinkle_area=0.0, "
-        "apply_non_overlapping_constraints=False, **kwargs)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._use_multimask": (
-        "(self, is_init_cond_frame, point_inputs)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._encode_new_memory": (
-        "(self, current_vision_feats, pred_masks_high_res, object_score_logits, is_mask_from_pts)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._process_object_pointers": (
-        "(self, temporal_offsets, pointer_tokens, max_object_pointers_to_use, batch_size, num_channels, device)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel._select_closest_cond_frames": (
-        "(self, frame_idx, cond_frame_outputs, max_cond_frame_num)"
-    ),
-    "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel.get_image_features": (
-        "(self, pixel_values, **kwargs)"
-    ),
-    "transformers.trainer:Trainer._save": "(self, output_dir=None, state_dict=None)",
-    "transformers.trainer:Trainer._prepare_inputs": "(self, inputs)",
-    "evaluate.module:Metric._info": "(self)",
-    "evaluate.module:Metric._compute": "(self, *, predictions=None, references=None, **kwargs)",
-    "diffusers.loaders.lora_pipeline:StableDiffusionLoraLoaderMixin.save_lora_weights": (
-        "(save_directory, unet_lora_layers=None, text_encoder_lora_layers=None, is_main_process=True, "
-        "weight_name=None, "
-        "save_function=None, safe_serialization=True, unet_lora_adapter_metadata=None, "
-        "text_encoder_lora_adapter_metadata=None)"
+    f"{_SAM2}_process_object_pointers": Seam(
+        "called with it",
+        "(self, temporal_offsets, pointer_tokens, max_object_pointers_to_use, batch_size, num_channels, device)",
     ),
 }
 
@@ -173,18 +154,22 @@ class SeamCheck:
         return self.found == self.expected
 
 
-def check_seams(seams: dict[str, str] = SEAMS) -> list[SeamCheck]:
+def check_seams(seams: dict[str, Seam] = SEAMS) -> list[SeamCheck]:
     """
     Compare every seam with the installed packages.
 
     Args:
-        seams (`dict[str, str]`, *optional*, defaults to `SEAMS`):
-            Parameters we wrote against, by `"module:qualified.name"`.
+        seams (`dict[str, Seam]`, *optional*, defaults to `SEAMS`):
+            What we wrote against, by `"module:qualified.name"`.
 
     Returns:
-        `list[SeamCheck]`: one row per seam, in the order given.
+        `list[SeamCheck]`: one row per seam, in the order given. What an older release has counts as expected there.
     """
-    return [SeamCheck(seam, expected, _find_parameters(seam)) for seam, expected in seams.items()]
+    checks = []
+    for name, seam in seams.items():
+        found = _find_parameters(name)
+        checks.append(SeamCheck(name, found if found in seam.older else seam.expected, found))
+    return checks
 
 
 def _find_parameters(seam: str) -> str | None:

@@ -7,7 +7,7 @@ the same computation runs on the same layout.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -38,7 +38,7 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Iterator[None]:
+def pytest_runtest_call() -> Generator[None, Any, Any]:
     """Around every test, its fixtures excepted."""
     with AnyKernel():
         return (yield)

@@ -11,6 +11,7 @@ import sysconfig
 import tarfile
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 
@@ -27,6 +28,19 @@ for name, module in sys.modules.items():
         assert Path(module.__file__).is_relative_to(sys.prefix), f"{name} came from {module.__file__}"
 print(f"{len(hf_iclr.__all__)} public names import from the wheel")
 """
+DEMO_WEIGHTS = """
+import os, shutil
+from hf_iclr.vision.demo_segmenter import load_demo_segmenter
+os.environ["HF_ICLR_CACHE"] = str(Path.cwd() / "cache")
+try:
+    load_demo_segmenter()
+except FileNotFoundError as error:
+    assert "cp -r vision/demo_sam2" in str(error), error
+else:
+    raise SystemExit("Expected a sentence about the weights, which the wheel does without, got a pipeline.")
+shutil.copytree(Path({weights!r}), Path("cache/demo_sam2"))
+load_demo_segmenter()
+"""
 
 
 def main(work: Path) -> None:
@@ -35,13 +49,15 @@ def main(work: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     (wheel,) = dist.glob("*.whl")
     check_sdist(sdist)
+    check_wheel(wheel)
 
     venv.create(work / "venv", with_pip=False, symlinks=True)
     python = work / "venv" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    sys.stdout.write(run(str(python), "-c", IMPORT_ALL, cwd=work))
+    weights = DEMO_WEIGHTS.format(weights=str(ROOT / "vision" / "demo_sam2"))
+    sys.stdout.write(run(str(python), "-c", IMPORT_ALL + weights, cwd=work))
     run(str(work / "venv" / "bin" / "hf-iclr"), "--help", cwd=work)
 
 
@@ -53,6 +69,14 @@ def check_sdist(sdist: Path) -> None:
     expected |= {"vision/annotation_page.html", "vision/demo_sam2/model.safetensors"}
     if missing := expected - held:
         sys.exit(f"Expected these files in {sdist.name}, got none of them: {sorted(missing)}.")
+
+
+def check_wheel(wheel: Path) -> None:
+    """The demo's weights stay outside: they were nine tenths of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        if weights := [name for name in archive.namelist() if name.endswith(".safetensors")]:
+            sys.exit(f"Expected {wheel.name} without weights, got {', '.join(weights)}.")
+    sys.stdout.write(f"{wheel.name} has {wheel.stat().st_size / 1e6:.2f} MB\n")
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:

@@ -7,6 +7,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
+import gc
 import logging
 
 import huggingface_hub
@@ -35,6 +36,24 @@ class _DeprecationIsError(logging.Handler):
 
 for _library in ("transformers", "peft", "trl", "diffusers"):
     logging.getLogger(_library).addHandler(_DeprecationIsError(level=logging.WARNING))
+
+
+def pytest_collection_modifyitems(items):
+    """
+    Under `-n 2 --dist loadgroup` the tests of a file share a worker, and with it what its fixtures made; those of the
+    Hub share the process that their snippets are forked from.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("hub" if "hub" in item.fixturenames else item.path.name))
+
+
+def pytest_collection_finish(session):
+    """
+    What the imports made stays until the end: no collection need look at it again. A Trainer collects with every
+    training, and a million objects of the libraries take longer than a tiny model's steps.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -12,15 +14,14 @@ def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True)
 
 
-def test_import_takes_less_than_150_ms():
-    """Processor time, and one good run of ten is enough: other processes may keep the cores busy."""
-    code = "import time; start = time.process_time(); import hf_iclr; print(time.process_time() - start)"
-    assert any(float(run("-c", code).stdout) < 0.15 for _ in range(10))
-
-
-def test_import_loads_neither_torch_nor_transformers():
-    loaded = run("-c", "import sys, hf_iclr; print(*sys.modules)").stdout.split()
-    assert not {"torch", "transformers", "trl", "diffusers", "numpy"} & set(loaded)
+def test_import_loads_next_to_nothing():
+    """Without `site`, which may have loaded some of these; benchmarks/footprint.py measures what is left."""
+    paths = [str(Path(hf_iclr.__file__).parents[1]), sysconfig.get_path("purelib")]
+    code = f"import sys; sys.path[:0] = {paths!r}; import hf_iclr; print(*sys.modules)"
+    loaded = set(run("-S", "-c", code).stdout.split())
+    assert {"hf_iclr", "lazy_loader"} <= loaded
+    assert not {"torch", "transformers", "trl", "diffusers", "numpy", "wrapt"} & loaded
+    assert not {"asyncio", "importlib.metadata", "inspect", "logging", "pathlib", "threading", "typing"} & loaded
 
 
 @pytest.mark.parametrize("name", hf_iclr.__all__)

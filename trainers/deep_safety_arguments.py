@@ -23,7 +23,7 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
     if isinstance(args, DeepSafetySFTConfig):
         return args
     if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else model.config.name_or_path or ""
         return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
     values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
     logger.warning(

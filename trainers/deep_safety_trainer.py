@@ -7,7 +7,7 @@ import functools
 import logging
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, hash_module, use_adapter
 from typing_extensions import override
 
 from .constrained_loss import constrained_sft_loss, constraint_weights, schedule_betas
@@ -44,9 +43,14 @@ from .reference_log_probs import (
     Window,
     add_reference_log_probs,
     check_answer_labels,
+    weights_hash,
 )
 from .refused_prompts import find_refusals, prompts_of
 from .safety_recovery import tokenize_triplets
+
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput
 
 
 logger = logging.getLogger(__name__)
@@ -313,7 +317,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
             ConstrainedCollator(collator, window, stored=False),
             self.accelerator,
             batch_size,
-            hash_module(model) if keep else None,
+            weights_hash(model) if keep else None,
             name,
         )
 
@@ -389,18 +393,18 @@ class DeepSafetySFTTrainer(SFTTrainer):
                 "replaced. Wrap yours in the trainer's: `trainer.data_collator.collator = yours`."
             )
 
-        def rewrite(outputs: FusedCausalLMOutput, kwargs: dict[str, Any]) -> FusedCausalLMOutput:
+        def rewrite(outputs: "FusedCausalLMOutput", kwargs: dict[str, Any]) -> "FusedCausalLMOutput":
             return self._constrain(outputs, kwargs, positions[:, 1:], stored)
 
         return super().compute_loss(FusedOutputsProxy(model, rewrite), inputs, return_outputs, num_items_in_batch)
 
     def _constrain(
         self,
-        outputs: FusedCausalLMOutput,
+        outputs: "FusedCausalLMOutput",
         kwargs: dict[str, Any],
         positions: torch.Tensor,
         stored: torch.Tensor | None,
-    ) -> FusedCausalLMOutput:
+    ) -> "FusedCausalLMOutput":
         if self.reference not in ("precompute", "window"):
             ref_logps = self._reference_log_probs(kwargs, positions.shape[1])
         elif stored is not None:
@@ -458,8 +462,16 @@ class DeepSafetySFTTrainer(SFTTrainer):
         if not isinstance(model, PeftModel):
             yield
             return
-        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        if "ref" not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        in_training = model.active_adapter
+        model.set_adapter("ref")
+        try:
             yield
+        finally:
+            model.set_adapter(in_training)
 
     def _count(
         self,

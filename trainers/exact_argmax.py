@@ -1,11 +1,12 @@
 """Exact log-probability of the most likely token at every position of an answer, without the full logits."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 # Logits held at once, 64 MB in float32, and the rows of the head cast at once, as many as TRL casts.
@@ -109,7 +110,7 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     hidden_states, targets = hidden_states[mask], labels[mask]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     flat = torch.zeros((3, len(targets)), device=weight.device)
-    with maybe_gather_lm_head_ctx(weight, bias):
+    with gathered_head(weight, bias):
         tile = max(1, _TILE_ELEMENTS // len(weight))
         for start in range(0, len(targets), tile):
             rows = slice(start, start + tile)
@@ -131,3 +132,14 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     return ArgmaxLogProbs(
         *flat.new_zeros((3, *mask.shape)).masked_scatter(mask.to(flat.device), flat).to(labels.device)
     )
+
+
+def gathered_head(*parameters: torch.Tensor | None) -> AbstractContextManager:
+    """Inside, what ZeRO-3 shards of these parameters is there whole; nothing to do elsewhere."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    # What is whole already, as a tied embedding may be, must not be sharded again on the way out.
+    sharded = [p for p in parameters if p is not None and p.ds_status.name != "AVAILABLE"]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()

@@ -1,10 +1,13 @@
 """What both trainers lean on: a stand-in for `model` that sees the fused LM head's outputs before TRL's loss does."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from trl.trainer.utils import FusedCausalLMOutput
+
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput
 
 
 class FusedOutputsProxy:
@@ -21,7 +24,7 @@ class FusedOutputsProxy:
     """
 
     def __init__(
-        self, model: torch.nn.Module, rewrite: Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]
+        self, model: torch.nn.Module, rewrite: "Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]"
     ) -> None:
         self._model, self._rewrite = model, rewrite
 

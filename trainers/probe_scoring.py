@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from trl.data_utils import common_prefix_length
 from trl.trainer import add_fused_lm_head
 
 from .exact_argmax import HiddenStateTap, exact_argmax
@@ -47,7 +46,9 @@ def encode_answer(
         end = tokenizer.eos_token or ""
         prompt_ids = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + (answer if answer.endswith(end) else answer + end))["input_ids"]
-    start = common_prefix_length(prompt_ids, ids)
+    # A chat template may write the prompt alone otherwise than in front of an answer.
+    same = [ours == theirs for ours, theirs in zip(prompt_ids, ids, strict=False)]
+    start = same.index(False) if False in same else len(same)
     return ids[:start], ids[start:max_length]
 
 

@@ -1,5 +1,6 @@
 """Reference log-probabilities of answer tokens: computed once for a dataset, laid out again for each batch."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,15 @@ class ConstrainedCollator:
         return batch
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """A hash (64 hexadecimal digits) of the types and values of a model's weights, those of its adapters with them."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_answer_labels(labels: Sequence[int]) -> None:
     """Raises `ValueError` where a row's loss starts at its first token."""
     if len(labels) and labels[0] != -100:
@@ -152,7 +162,9 @@ def add_reference_log_probs(
     fingerprint = [Hasher.hash(computed) if model_hash else ""]
     broadcast_object_list(fingerprint, from_process=0)
     on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files) and model_hash is not None
-    cache_file = Path(dataset._get_cache_file_path(fingerprint[0])) if on_disk else None
+    cache_file = None
+    if on_disk:
+        cache_file = Path(dataset.cache_files[0]["filename"]).with_name(f"cache-{fingerprint[0]}.arrow")
     found = torch.tensor(cache_file is not None and cache_file.exists(), device=accelerator.device)
     if accelerator.gather(found.long()[None]).all():
         return concatenate_datasets([dataset, Dataset.from_file(str(cache_file))], axis=1)

@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 from transformers import Pipeline
 
+from hf_iclr.extras import require
+
 from .refusal_texts import make_refusal_texts
 
 
@@ -226,6 +228,7 @@ class RefusalJudge:
                 find_refusal_cue(" ".join(text.split()[:FIRST_WORDS])) is not None for text in texts
             ]
         if judge == "classifier":
+            _require_classifier()
             return lambda texts, prompts: self._classify(texts)
         if isinstance(judge, str):
             from transformers import pipeline
@@ -274,19 +277,20 @@ def fit_refusal_classifier(texts: Sequence[str], labels: Sequence[bool]):
     Raises:
         ImportError: without scikit-learn.
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError as error:
-        raise ImportError(
-            'Expected scikit-learn for the judge "classifier", got none. Install it: `pip install scikit-learn`, or '
-            'leave that judge out: `RefusalJudge(judges=["cues"])`.'
-        ) from error
+    _require_classifier()
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)[\w']+")
     return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(
         [_opening(text) for text in texts], list(labels)
     )
+
+
+def _require_classifier() -> None:
+    without = 'Or leave that judge out: `RefusalJudge(["cues"])`.'
+    require("metrics", "RefusalJudge", "sklearn", instead=without)
 
 
 def judge_agreement(votes: pd.DataFrame) -> pd.DataFrame:

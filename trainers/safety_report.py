@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard
 
+from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json
 
 from .safety_statistics import alignment_depth, mcnemar_exact, prefill_auc, wilson_rate
@@ -261,10 +262,11 @@ class SafetyReport:
 
         Returns:
             `matplotlib.figure.Figure`
-        """
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        Raises:
+            ImportError: without matplotlib.
+        """
+        figure = new_figure("SafetyReport.plot", (6, 4))
         axes = figure.subplots()
         curves = [(self, "continuation", "o-", "audited"), (self, "joined", "s:", "audited, judged with the prefix")]
         curves += [(self.before, "continuation", "o--", "before")] if self.before else []
@@ -284,7 +286,7 @@ class SafetyReport:
 
     def save(self, directory: str | Path, with_texts: bool = False) -> None:
         """
-        Writes `report.json`, `prefill_curve.png` and `model_card.md`.
+        Writes `report.json`, `model_card.md` and, with matplotlib, `prefill_curve.png`.
 
         Args:
             directory (`str` or `Path`):
@@ -302,8 +304,8 @@ class SafetyReport:
         }
         content = {"summary": summary, "report": self._to_dict(with_texts)}
         (directory / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False))
-        self.plot(directory / "prefill_curve.png")
         (directory / "model_card.md").write_text(self.to_markdown())
+        save_figure(self.plot, directory / "prefill_curve.png")
 
     def _to_dict(self, with_texts: bool) -> dict[str, Any]:
         fields = asdict(self)

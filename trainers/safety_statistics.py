@@ -3,11 +3,11 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 
 class Rate(NamedTuple):
@@ -47,8 +47,10 @@ def wilson_rate(verdicts: Sequence[bool | None], confidence: float = 0.95) -> Ra
     known = [bool(verdict) for verdict in verdicts if verdict is not None]
     if not known:
         return Rate(0, 0, math.nan, 0.0, 1.0)
-    interval = binomtest(sum(known), len(known)).proportion_ci(confidence, method="wilson")
-    return Rate(sum(known), len(known), sum(known) / len(known), float(interval.low), float(interval.high))
+    n, rate, z = len(known), sum(known) / len(known), NormalDist().inv_cdf(0.5 + confidence / 2)
+    middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return Rate(sum(known), n, rate, middle - half if rate else 0.0, middle + half if rate < 1 else 1.0)
 
 
 def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -> PairedChange:
@@ -69,11 +71,20 @@ def mcnemar_exact(before: Sequence[bool | None], after: Sequence[bool | None]) -
         raise ValueError(f"Expected verdicts on the same prompts, got {len(before)} and {len(after)}.")
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
     lost, gained = sum(b and not a for b, a in pairs), sum(a and not b for b, a in pairs)
-    p_value = float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    p_value = _two_sided_sign_test(min(lost, gained), lost + gained)
     shares = [
         sum(side) / len(pairs) if pairs else math.nan for side in (zip(*pairs, strict=True) if pairs else ((), ()))
     ]
     return PairedChange(len(pairs), shares[0], shares[1], lost, gained, p_value)
+
+
+def _two_sided_sign_test(fewer: int, n: int) -> float:
+    """Chance that of `n` fair coins one side shows `fewer` times at most, in whole numbers up to the last division."""
+    term, tail = 1, 0
+    for k in range(fewer + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)  # the binomial coefficient of n and k + 1
+    return min(1.0, 2 * tail / 2**n)
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ import jinja2
 import numpy as np
 import pandas as pd
 from datasets import Dataset, IterableDataset
-from matplotlib.figure import Figure
+
+from hf_iclr.extras import new_figure
 
 from .shapley_alignment import row_keys
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
@@ -51,7 +53,7 @@ class SourceValues:
         timeline = rows.pivot_table(index="step", columns="source", values="value", aggfunc="sum")
         return cls(totals, timeline, target)
 
-    def plot(self, path: str | Path | None = None, bins: int = 20) -> Figure:
+    def plot(self, path: str | Path | None = None, bins: int = 20) -> "Figure":
         """
         Draws the totals, and the mean value of a step over the run.
 
@@ -64,7 +66,7 @@ class SourceValues:
         Returns:
             `matplotlib.figure.Figure`
         """
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = new_figure("SourceValues.plot", (10, 3.8))
         left, right = figure.subplots(1, 2)
         left.barh([str(source) for source in self.totals.index], self.totals["value"])
         left.axvline(0, color="0.6", lw=0.8)

@@ -4,18 +4,23 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch.func import functional_call, jvp
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.extras import new_figure
+
 from .prefill_generation import evaluation_mode
 from .probe_scoring import encode_answer
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -48,7 +53,7 @@ class InfluenceReport:
         """Of the measurement on the prediction; 1 where a step is small enough to be linear."""
         return float(np.polyfit(self.table["predicted"], self.table["measured"], 1)[0])
 
-    def plot_tokens(self, pair: int = 0, probe: int = 0) -> Figure:
+    def plot_tokens(self, pair: int = 0, probe: int = 0) -> "Figure":
         """
         Heat map of the change of every token of the answers to one probe.
 
@@ -65,7 +70,7 @@ class InfluenceReport:
         parts = ["pull_up", "push_down", "measured"]
         kinds = list(rows["kind"].unique())
         widest = rows.groupby("kind").size().max()
-        figure = Figure(figsize=(2 + 0.35 * widest, 1.8 * len(kinds)), layout="constrained")
+        figure = new_figure("InfluenceReport.plot_tokens", (2 + 0.35 * widest, 1.8 * len(kinds)))
         limit = rows[parts].abs().to_numpy().max() or 1.0
         for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
             answer = rows[rows["kind"] == kind]

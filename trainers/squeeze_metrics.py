@@ -1,9 +1,14 @@
 """Where a DPO batch puts probability mass, from the outputs of TRL's fused head: https://huggingface.co/papers/2407.10490."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from trl.trainer.utils import FusedCausalLMOutput
 
 from .exact_argmax import ArgmaxLogProbs
+
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput
 
 
 SIDES = ("chosen", "rejected")
@@ -109,7 +114,7 @@ def gate_rejected(log_probs: torch.Tensor, log_sum_sq_probs: torch.Tensor, stren
 
 
 def batch_sums(
-    outputs: FusedCausalLMOutput,
+    outputs: "FusedCausalLMOutput",
     labels: torch.Tensor,
     vocab_size: int,
     log_prob_gradients: torch.Tensor | None = None,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
+
+from hf_iclr.extras import new_figure
 
 from .squeeze_warning import SqueezeMonitor, SqueezeState
 
@@ -178,7 +179,7 @@ def _panels(series: dict[str, dict[int, float]]) -> list[tuple[str, _Panel, dict
 
 def _draw(panels: list, states: list[dict[str, Any]], path: Path) -> None:
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(12, 3.6 * rows), layout="constrained")
+    figure = new_figure("write_squeeze_report", (12, 3.6 * rows))
     for axes, (prefix, panel, curves) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
         for label, points in curves.items():
             axes.plot(list(points), list(points.values()), marker=".", label=label.removesuffix("/delta0"))

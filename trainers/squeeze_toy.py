@@ -1,11 +1,15 @@
 """The squeezing effect where it is exact: one gradient step of a softmax over a handful of logits."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax, logsumexp
+
+from hf_iclr.extras import new_figure
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SqueezeStep(NamedTuple):
@@ -77,16 +81,21 @@ def squeeze_step(logits: ArrayLike, target: int, step_size: float, negative: boo
     if not 0 < step_size < np.inf:
         raise ValueError(f"step_size must be positive, got {step_size}. For example `step_size=0.5`.")
     h = step_size if negative else -step_size
-    probs = np.exp(log_softmax(before))
+    log_probs = _log_softmax(before)
+    probs = np.exp(log_probs)
     direction = probs.copy()
     direction[target] -= 1
     growth = h * direction
     if step_size < 1:
         log_z = np.log1p(probs @ np.expm1(growth))  # Z - 1 is of the order of h
     else:
-        log_z = logsumexp(growth, b=probs)
+        log_z = np.logaddexp.reduce(log_probs + growth)
     ratio = np.exp(growth - log_z)
     return SqueezeStep(before + growth, probs, probs * ratio, ratio, log_z / h, probs @ probs - probs[target])
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return logits - np.logaddexp.reduce(logits)
 
 
 class SqueezePanel(NamedTuple):
@@ -153,13 +162,13 @@ def squeeze_panels(seed: int = 0) -> list[SqueezePanel]:
             squeeze_step(peaky, valley, 0.5 * scale),
             valley,
             chosen,
-            np.exp(log_softmax(both)),
+            np.exp(_log_softmax(both)),
         ),
         SqueezePanel("E: negative, 1000 classes", squeeze_step(large, median, float(wide @ wide)), median),
     ]
 
 
-def plot_squeeze_panels(panels: list[SqueezePanel] | None = None) -> Figure:
+def plot_squeeze_panels(panels: list[SqueezePanel] | None = None) -> "Figure":
     """
     The panels, one above the other, probabilities before and after on a logarithmic axis with the threshold τ.
 
@@ -171,7 +180,7 @@ def plot_squeeze_panels(panels: list[SqueezePanel] | None = None) -> Figure:
         [`~matplotlib.figure.Figure`]
     """
     panels = squeeze_panels() if panels is None else panels
-    figure = Figure(figsize=(9, 2.2 * len(panels)), layout="constrained")
+    figure = new_figure("plot_squeeze_panels", (9, 2.2 * len(panels)))
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         step, classes = panel.step, np.arange(len(panel.step.probs))
         others = classes != panel.target

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import add_fused_lm_head
-from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
 from .exact_argmax import HiddenStateTap, exact_argmax
 from .fused_outputs import FusedOutputsProxy
@@ -24,6 +23,7 @@ from .squeeze_metrics import batch_sums, gate_rejected, metrics_from_sums
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from trl.trainer.utils import FusedCausalLMOutput
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class SqueezeDPOTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else model.config.name_or_path or ""
             args = SqueezeDPOConfig(f"{name.split('/')[-1]}-SqueezeDPO")
         for field in dataclasses.fields(SqueezeDPOConfig):
             if not hasattr(args, field.name):
@@ -160,8 +160,8 @@ class SqueezeDPOTrainer(DPOTrainer):
         )
 
     def _rewrite(
-        self, seen: dict[str, Any], stack: ExitStack, outputs: FusedCausalLMOutput, kwargs: dict[str, Any]
-    ) -> FusedCausalLMOutput:
+        self, seen: dict[str, Any], stack: ExitStack, outputs: "FusedCausalLMOutput", kwargs: dict[str, Any]
+    ) -> "FusedCausalLMOutput":
         """Note the policy's outputs, and hand TRL log-probabilities to which a gradient can be asked for."""
         seen.update(outputs=outputs, labels=kwargs["labels"].to(outputs.log_probs.device))
         # Activation offloading hands out a saved tensor once, but the loss's own few are read twice: keep it off them.
@@ -169,7 +169,7 @@ class SqueezeDPOTrainer(DPOTrainer):
         # A node of its own: asking for its gradient runs none of the hooks FSDP leaves on outputs of the model.
         log_probs = outputs.log_probs
         seen["log_probs"] = log_probs.view_as(log_probs) if log_probs.requires_grad else log_probs.requires_grad_()
-        rewritten = FusedCausalLMOutput(**{**outputs, "log_probs": seen["log_probs"]})
+        rewritten = type(outputs)(**{**outputs, "log_probs": seen["log_probs"]})
         if self.args.pressure_gate is not None:
             if outputs.log_sum_sq_probs is None:
                 raise ValueError(

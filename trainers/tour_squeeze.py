@@ -35,7 +35,7 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
-    steps, num_pairs, num_probes = (5, 6, 2) if quick else (30, 12, 6)
+    steps, num_pairs, num_probes = (5, 6, 2) if quick else (15, 8, 4)
     model, tokenizer = load_demo_model(quicker_dtype(64))
     rows = demo_pairs()
     pairs, others = rows.select(range(num_pairs)), rows.select(range(num_pairs, len(rows)))
@@ -44,13 +44,13 @@ def section(out_dir: Path, quick: bool, progress):
         args = SqueezeDPOConfig(
             folder,
             max_steps=steps,
-            learning_rate=1e-4,
+            learning_rate=2e-4,
             lr_scheduler_type="constant",
             optim="rmsprop",
             per_device_train_batch_size=2,
             per_device_eval_batch_size=16,
             squeeze_metrics="full",
-            argmax_every=1,
+            argmax_every=5,
             logging_steps=1,
             bf16=False,
             report_to="none",

@@ -6,16 +6,18 @@ import pkgutil
 import trl
 
 
-# Script of TRL -> for each name it imports from trl, the class that takes its place.
+# Script of TRL -> our config, the name of the trainer that the script imports from trl, and ours in its place.
 SWAPS = {
-    "sft": {
-        "SFTConfig": "hf_iclr.trainers.deep_safety_config:DeepSafetySFTConfig",
-        "SFTTrainer": "hf_iclr.trainers.deep_safety_trainer:DeepSafetySFTTrainer",
-    },
-    "dpo": {
-        "DPOConfig": "hf_iclr.trainers.squeeze_config:SqueezeDPOConfig",
-        "DPOTrainer": "hf_iclr.trainers.squeeze_trainer:SqueezeDPOTrainer",
-    },
+    "sft": (
+        "hf_iclr.trainers.deep_safety_config:DeepSafetySFTConfig",
+        "SFTTrainer",
+        "hf_iclr.trainers.deep_safety_trainer:DeepSafetySFTTrainer",
+    ),
+    "dpo": (
+        "hf_iclr.trainers.squeeze_config:SqueezeDPOConfig",
+        "DPOTrainer",
+        "hf_iclr.trainers.squeeze_trainer:SqueezeDPOTrainer",
+    ),
 }
 
 
@@ -32,13 +34,13 @@ def run_trl_script(script: str, arguments: list[str]) -> None:
     Raises:
         ValueError: if the config file holds a name that is no setting.
     """
+    config, name, trainer = SWAPS[script]
+    dataclasses = (trl.ScriptArguments, pkgutil.resolve_name(config), trl.ModelConfig, trl.DatasetMixtureConfig)
+    parsed = trl.TrlParser(dataclasses, prog=f"hf-iclr {script}").parse_args_and_config(arguments)
     module = importlib.import_module(f"trl.scripts.{script}")
-    originals = {name: getattr(trl, name) for name in SWAPS[script]}
-    for name, path in SWAPS[script].items():
-        setattr(trl, name, pkgutil.resolve_name(path))
+    original = getattr(trl, name)
+    setattr(trl, name, pkgutil.resolve_name(trainer))
     try:
-        parser = module.make_parser(prog=f"hf-iclr {script}")
-        module.main(*parser.parse_args_and_config(arguments))
+        module.main(*parsed)
     finally:
-        for name, original in originals.items():
-            setattr(trl, name, original)
+        setattr(trl, name, original)

@@ -2,5 +2,9 @@
 
 import lazy_loader
 
+from hf_iclr.extras import require
+
+
+require("vision", __name__)
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.saving import whole_file
 
 from .annotated_videos import to_annotated
@@ -75,9 +76,7 @@ class InteractiveResult:
             others (`Mapping[str, InteractiveResult]`, *optional*):
                 More curves, by name.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        figure = new_figure("InteractiveResult.plot", (10, 3.4))
         panels = figure.subplots(1, 3, sharey=True)
         for name, result in {self.mode: self, **(others or {})}.items():
             means = result.mean().reset_index()
@@ -91,11 +90,11 @@ class InteractiveResult:
             figure.savefig(part, dpi=150)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `table.csv`, `mean.csv` and `plot.png` to a folder."""
+        """Writes `table.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
         for name, table in {"table": self.table, "mean": self.mean().reset_index()}.items():
             with whole_file(Path(folder) / f"{name}.csv") as part:
                 table.to_csv(part, index=False)
-        self.plot(Path(folder) / "plot.png")
+        save_figure(self.plot, Path(folder) / "plot.png")
 
 
 def evaluate_interactive(

@@ -182,8 +182,9 @@ class _Tracks:
 
     def _multimask(self, first: bool, points: int) -> bool:
         if isinstance(self.model, Sam2VideoModel):
-            prompt = {"point_labels": torch.empty(1, 1, points)}
-            return self.model._use_multimask(is_init_cond_frame=first, point_inputs=prompt)
+            config = self.model.config
+            here = config.multimask_output_in_sam and (first or config.multimask_output_for_tracking)
+            return here and config.multimask_min_pt_num <= points <= config.multimask_max_pt_num
         return points == 1  # a single click is ambiguous
 
     def _pointer(self, token: torch.Tensor, appears: torch.Tensor) -> torch.Tensor:
@@ -194,10 +195,12 @@ class _Tracks:
         model, config = self.model, self.model.config
         prompted = {t: memory for t, memory in self.memories.items() if t in self.conditioning}
         tracked = {t: memory for t, memory in self.memories.items() if t not in self.conditioning}
-        chosen, left = model._select_closest_cond_frames(frame, prompted, config.max_cond_frame_num)
-        seen = [(0, memory) for memory in chosen.values()]
+        chosen = closest_frames(frame, list(prompted), config.max_cond_frame_num)
+        seen = [(0, prompted[t]) for t in chosen]
         for offset in range(model.num_maskmem - 1, 0, -1):
-            memory = tracked.get(frame - offset, left.get(frame - offset))
+            memory = tracked.get(frame - offset)
+            if memory is None and frame - offset not in chosen:
+                memory = prompted.get(frame - offset)
             if memory is not None:
                 seen.append((offset, memory))
         reach = min(frames, config.max_object_pointers_in_encoder)
@@ -224,6 +227,24 @@ class _Tracks:
             num_object_pointer_tokens=pointers,
         )
         return attended[0].transpose(1, 2).unflatten(2, tuple(self.model.backbone_feature_sizes[-1]))
+
+
+def closest_frames(frame: int, prompted: list[int], limit: int) -> list[int]:
+    """
+    Which prompted frames a frame attends to: the last before it, the first from it on, then by distance.
+
+    Args:
+        frame (`int`): The frame.
+        prompted (`list[int]`): All of them.
+        limit (`int`): At most so many; -1 for all.
+    """
+    if limit == -1 or len(prompted) <= limit:
+        return prompted
+    before = max((t for t in prompted if t < frame), default=None)
+    after = min((t for t in prompted if t >= frame), default=None)
+    sides = [t for t in (before, after) if t is not None]
+    others = sorted((t for t in prompted if t not in sides), key=lambda t: abs(t - frame))
+    return sides + others[: limit - len(sides)]
 
 
 def _best(choices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

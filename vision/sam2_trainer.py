@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
@@ -133,7 +134,7 @@ class Sam2Trainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone; clips have no labels to compare."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, send_to_device(inputs, self.args.device)).detach(), None, None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As the parent does, but with a learning rate of its own for each layer of the vision encoder."""

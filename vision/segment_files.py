@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 from hf_iclr.saving import whole_file
 from hf_iclr.untrusted import parse_json
 
-from .video_prompts import encode_rle
+from .video_prompts import check_rle, encode_rle
 from .video_segments import FrameSegments
 
 
@@ -86,6 +86,9 @@ def given_segments(
         scores (`Mapping[int, float]`, *optional*):
             By object.
     """
+    for mask in masks.values():
+        if isinstance(mask, Mapping):
+            check_rle(mask)
     visible = {obj: coco.area(mask) > 0 if isinstance(mask, Mapping) else mask.any() for obj, mask in masks.items()}
     return FrameSegments(
         frame,

@@ -35,10 +35,10 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.tour import TourSection
 
     pipe = load_demo_segmenter()
-    count, length = (2, 8) if quick else (6, 24)
+    count, length = (2, 8) if quick else (4, 16)
     clips = [procedural_clip(FIRST_SEED + number, hard=True, frames=length) for number in range(count)]
     vos = evaluate_vos(pipe, clips, prompts=("mask", "box", 1, 3))
-    clicked = evaluate_interactive(pipe, clips, "offline", max_frames=3 if quick else 6)
+    clicked = evaluate_interactive(pipe, clips, "offline", max_frames=3 if quick else 4)
     vos.plot(out_dir / "sam2_vos.png")
     clicked.plot(out_dir / "sam2_interactive.png")
 

@@ -288,6 +288,19 @@ def decode_rle(rle: Mapping) -> np.ndarray:
     Raises:
         ValueError: if it has no `size` and `counts`, or is larger than any frame.
     """
+    check_rle(rle)
+    compressed = coco.frPyObjects(dict(rle), *rle["size"]) if isinstance(rle["counts"], list) else dict(rle)
+    return coco.decode(compressed).astype(bool)
+
+
+def check_rle(rle: Mapping) -> None:
+    """
+    Raises `ValueError` for what is no COCO RLE of a frame, before pycocotools reads it.
+
+    Args:
+        rle (`Mapping`):
+            With `size` and `counts`.
+    """
     if "size" not in rle or "counts" not in rle:
         raise ValueError(f'Expected a COCO RLE {{"size": [height, width], "counts": ...}}, got keys {list(rle)}.')
     sides = rle["size"]
@@ -296,5 +309,3 @@ def decode_rle(rle: Mapping) -> np.ndarray:
         raise ValueError(
             f"Expected a COCO RLE of height and width, {_MOST_PIXELS:,} pixels at most, got {sides!r:.80}."
         )
-    compressed = coco.frPyObjects(dict(rle), *rle["size"]) if isinstance(rle["counts"], list) else dict(rle)
-    return coco.decode(compressed).astype(bool)

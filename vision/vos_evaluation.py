@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.saving import whole_file
 
 from .annotated_videos import AnnotatedVideo, to_annotated
@@ -44,9 +45,7 @@ class VosResult:
 
     def plot(self, path: str | Path) -> None:
         """Draws J&F by kind of prompt, and against the frames since the prompt, to an image file."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = new_figure("VosResult.plot", (9, 3.6))
         bars, curves = figure.subplots(1, 2, width_ratios=(2, 3))
         means = self.mean()["j_and_f"]
         bars.bar([_label(kind) for kind in means.index], means)
@@ -61,12 +60,12 @@ class VosResult:
             figure.savefig(part, dpi=150)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `table.csv`, `frames.csv`, `mean.csv` and `plot.png` to a folder."""
+        """Writes `table.csv`, `frames.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
         tables = {"table": self.table, "frames": self.frames, "mean": self.mean().reset_index()}
         for name, table in tables.items():
             with whole_file(Path(folder) / f"{name}.csv") as part:
                 table.to_csv(part, index=False)
-        self.plot(Path(folder) / "plot.png")
+        save_figure(self.plot, Path(folder) / "plot.png")
 
 
 def evaluate_vos(

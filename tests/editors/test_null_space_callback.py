@@ -1,5 +1,7 @@
 """Fine-tuning in the null space: equal to plain training without directions, exact with them, in any trainer."""
 
+from functools import cache
+
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +19,7 @@ ROWS = Dataset.from_dict({"input_ids": [[1, 2, 3, 20, 21, 22], [4, 20, 21, 22, 2
 ROWS = ROWS.map(lambda row: {"labels": row["input_ids"]})
 PLAIN = {key: value for key, value in QUICK.items() if key != "activation_checkpointing"} | {"weight_decay": 0.1}
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+NAMES = {"llama": DOWN, "gpt2": ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]}
 
 
 def make_model(kind="llama"):
@@ -52,6 +55,21 @@ def train(model, folder, *callbacks, resume=None, **options):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`trained(kind, steps, rank)`: a finished trainer, without the callback where the rank is `None`, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @cache
+    def run(kind, steps, rank):
+        model = make_model(kind)
+        statistics = make_statistics(model, NAMES[kind])
+        callbacks = [] if rank is None else [NullSpaceCallback(statistics, nullspace_rank=rank)]
+        return train(model, folder, *callbacks, max_steps=steps)
+
+    return run
+
+
 def state(trainer):
     moments = [value for group in trainer.optimizer.state.values() for value in group.values()]
     return [*trainer.model.state_dict().values(), *moments]
@@ -72,27 +90,22 @@ def test_projection_by_hand():
     assert project_weight(weight, preserved, kept).tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
-def test_without_directions_training_is_bit_identical(tmp_path):
-    callback = NullSpaceCallback(make_statistics(make_model()), nullspace_rank=0)
-    plain, ours = train(make_model(), tmp_path), train(make_model(), tmp_path, callback)
+def test_without_directions_training_is_bit_identical(trained):
+    plain, ours = trained("llama", 3, None), trained("llama", 3, 0)
     assert equal(state(ours), state(plain)) and losses(ours) == losses(plain)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_preserved_outputs_stay_and_the_rest_moves(kind, tmp_path):
+def test_preserved_outputs_stay_and_the_rest_moves(kind, trained):
     """The projected update is the plain step's update times P, which one step of plain training shows."""
-    model = make_model(kind)
-    names = DOWN if kind == "llama" else ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]
-    statistics = make_statistics(model, names)
+    statistics = make_statistics(make_model(kind), NAMES[kind])
 
     def weight(model, layer):
-        stored = model.state_dict()[f"{names[layer]}.weight"].double()
+        stored = model.state_dict()[f"{NAMES[kind][layer]}.weight"].double()
         return stored.T.clone() if kind == "gpt2" else stored.clone()
 
-    before = [weight(model, layer) for layer in range(2)]
-    plain = train(make_model(kind), tmp_path, max_steps=1).model
-    stepped = train(make_model(kind), tmp_path, NullSpaceCallback(statistics, nullspace_rank=6), max_steps=1).model
-    train(model, tmp_path, NullSpaceCallback(statistics, nullspace_rank=6), max_steps=8)
+    before = [weight(make_model(kind), layer) for layer in range(2)]
+    plain, stepped, model = (trained(kind, steps, rank).model for steps, rank in ((1, None), (1, 6), (8, 6)))
     for layer in range(2):
         preserved = statistics.preserved(layer, rank=6)
         null = torch.eye(32).double() - preserved @ preserved.T
@@ -111,24 +124,24 @@ def test_only_the_chosen_layers_are_projected(tmp_path):
     assert (moved[0] @ statistics.preserved(0, rank=6)).abs().max() > 1e-3
 
 
-def test_the_optimizer_gets_the_gradients_it_would_get(tmp_path):
+def test_the_optimizer_gets_the_gradients_it_would_get(trained):
     """After one step the moments are those of plain training: the projection comes after the step."""
-    callback = NullSpaceCallback(make_statistics(make_model()), nullspace_rank=6)
-    plain, ours = train(make_model(), tmp_path, max_steps=1), train(make_model(), tmp_path, callback, max_steps=1)
+    plain, ours = trained("llama", 1, None), trained("llama", 1, 6)
+    (callback,) = (each for each in ours.callback_handler.callbacks if isinstance(each, NullSpaceCallback))
     count = len(plain.model.state_dict())
     assert equal(state(ours)[count:], state(plain)[count:]) and not equal(state(ours)[:count], state(plain)[:count])
     assert callback._targets == []
 
 
-def test_accumulated_gradients_are_one_step(tmp_path):
+def test_accumulated_gradients_are_one_step(trained, tmp_path, caplog):
     statistics = make_statistics(make_model())
-    models = [
-        train(
-            make_model(), tmp_path, NullSpaceCallback(statistics, nullspace_rank=6),
-            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
-        ).model
-        for size in (4, 2)
-    ]  # fmt: skip
+    callback = NullSpaceCallback(statistics, nullspace_rank=6)
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    models = [trained("llama", 3, 6).model, train(make_model(), tmp_path, callback, **halves).model]
+    assert (
+        "trained parameters besides the projected ones move freely, the first is model.embed_tokens.weight"
+        in caplog.text
+    )
     assert all(
         torch.allclose(a, b, atol=1e-5) for a, b in zip(*(m.state_dict().values() for m in models), strict=True)
     )
@@ -199,9 +212,9 @@ def train_and_return(folder, batch_size):
     return train(model, folder, callback, per_device_train_batch_size=batch_size).model.state_dict()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(trained, tmp_path):
     first, second = run_in_two(train_and_return, tmp_path, str(tmp_path), 2)
-    one = train_and_return(str(tmp_path), 4)
+    one = trained("llama", 3, 6).model.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in one)
     assert all(torch.allclose(first[name], one[name], atol=1e-5) for name in one)
 
@@ -220,7 +233,7 @@ def test_bad_options(options, words):
         NullSpaceCallback(make_statistics(make_model()), **options)
 
 
-def test_what_cannot_be_projected_is_refused_before_training(tmp_path, caplog):
+def test_what_cannot_be_projected_is_refused_before_training(tmp_path):
     statistics = make_statistics(make_model())
     callback = NullSpaceCallback(statistics, nullspace_rank=6)
     with pytest.raises(ValueError, match="weights differ"):
@@ -240,8 +253,3 @@ def test_what_cannot_be_projected_is_refused_before_training(tmp_path, caplog):
     other = NullSpaceCallback(make_statistics(make_model("gpt2"), DOWN), nullspace_rank=6)
     with pytest.raises(ValueError, match="module 'model.layers.0.mlp.down_proj'.*got GPT2LMHeadModel"):
         train(make_model("gpt2"), tmp_path, other)
-    train(make_model(), tmp_path, callback)
-    assert (
-        "trained parameters besides the projected ones move freely, the first is model.embed_tokens.weight"
-        in caplog.text
-    )

@@ -1,4 +1,5 @@
 import copy
+import time
 from pathlib import Path
 
 import datasets
@@ -102,11 +103,28 @@ def test_hits_a_speedup(model, dataset, word_tokenizer):
     assert 0.01 * tokens / seconds == pytest.approx(1.5, rel=0.15)
 
 
-def test_times_both_models(model, dataset, word_tokenizer, monkeypatch):
+def test_times_both_models(pair, model, dataset, word_tokenizer, monkeypatch):
+    """
+    On a clock that forwards alone move: 10 ms for one token of the large model, 13 ms for several, 1 ms for the small
+    one. Alone, the large model reads the prompt by one forward and makes one a token from there: 13 + 39 · 10 ms for
+    40 tokens. A draft is a token, a verification several but at the very end, and the rest of a round takes nothing.
+    """
     monkeypatch.undo()
-    costs = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, max_tokens=40, check=False).costs
-    assert all(0 < seconds < 1 for seconds in costs)
-    assert costs.draft < costs.plain  # a token of `generate` is a forward and more
+    _, small = pair
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def tick(module, _, kwargs, __):
+        now[0] += 0.001 if module is small else 0.010 if kwargs["input_ids"].shape[1] == 1 else 0.013
+
+    hooks = [each.register_forward_hook(tick, with_kwargs=True) for each in pair]
+    try:
+        costs = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, max_tokens=40, check=False).costs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [costs.plain, costs.draft, costs.overhead] == pytest.approx([(13 + 39 * 10) / 40e3, 0.001, 0], abs=1e-9)
+    assert 0.012 < costs.verify <= 0.013 + 1e-9
 
 
 def test_check_corrects_what_the_texts_do_not_show(model, dataset, word_tokenizer):

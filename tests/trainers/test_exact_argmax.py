@@ -1,6 +1,9 @@
 """The exact argmax mass against all the logits of models whose heads scale, cap, shift or share."""
 
+import sys
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,3 +138,16 @@ def test_logit_transform():
         "granite": (0.25, None),
         "gptj": (1.0, None),
     }
+
+
+def test_only_what_zero_3_has_sharded_is_gathered(monkeypatch):
+    gathered, parameters = [], [torch.zeros(2) for _ in range(2)]
+    for parameter, status in zip(parameters, ("NOT_AVAILABLE", "AVAILABLE"), strict=True):
+        parameter.ds_status = SimpleNamespace(name=status)
+    zero = SimpleNamespace(GatheredParameters=lambda given: gathered.append(given) or nullcontext())
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    for some in ([parameters[0], None], parameters, [parameters[1], None]):
+        with module.gathered_head(*some):
+            pass
+    assert [[id(one) for one in given] for given in gathered] == [[id(parameters[0])]] * 2

@@ -1,6 +1,6 @@
 """The refusal judge on styles it hasn't seen, its plugs, and what it says about agreement."""
 
-import builtins
+import sys
 
 import pandas as pd
 import pytest
@@ -152,14 +152,7 @@ def test_bad_texts(judge):
 
 
 def test_without_scikit_learn(monkeypatch):
-    load = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return load(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert RefusalJudge(["cues"]).judge(["I can't help with that."]) == [True]
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        RefusalJudge().judge(["No."])
+    with pytest.raises(ImportError, match=r"pip install 'hf_iclr\[metrics\]'`. Or leave that judge out"):
+        RefusalJudge()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_iclr.cli import app
 
+from .distributed import run_in_two
 from .tiny import tiny_llama, triplet_rows, word_rows
 
 
@@ -104,10 +105,11 @@ def test_dpo_from_flags_and_from_yaml(pairs, tmp_path):
 def test_trl_is_left_as_found(files):
     import trl
 
-    with pytest.raises(SystemExit):
-        from hf_iclr.trainers.trl_script import run_trl_script
+    from hf_iclr.trainers.trl_script import run_trl_script
 
-        run_trl_script("sft", ["--help"])
+    del files["dataset_name"]  # which the script itself finds out
+    with pytest.raises(ValueError, match="dataset_name"):
+        run_trl_script("sft", as_flags(files))
     assert trl.SFTTrainer.__module__.startswith("trl.")
 
 
@@ -123,11 +125,25 @@ def launch(launcher, script, settings):
     return history(Path(settings["output_dir"]) / "checkpoint-2")
 
 
-@pytest.mark.parametrize("script", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_scripts_in_two_processes(script, files, pairs):
-    """An epoch of 24 rows is 3 steps of twice 5, one of 12 rows is 2; in one process it would be 5 and 3."""
+def invoke(script, settings):
+    return repr(CliRunner().invoke(app, [script, *as_flags(settings)]).exception)
+
+
+@pytest.mark.parametrize("launcher", ["fork", pytest.param("torch.distributed.run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_scripts_in_two_processes(script, launcher, files, pairs, tmp_path):
+    """
+    An epoch of 24 rows is 3 steps of twice 5, one of 12 rows is 2; in one process it would be 5 and 3. Forked
+    processes find in their environment what a launcher puts there, and need not import torch and TRL twice more.
+    """
     settings, epoch = (files, 2 / 3) if script == "sft" else (pairs, 1.0)
-    logged = launch(["torch.distributed.run", "--nproc_per_node", "2"], script, settings)
+    if launcher == "fork":
+        settings = {**settings, "save_strategy": "steps", "save_steps": 2}
+        assert run_in_two(invoke, tmp_path, script, settings) == ["None", "None"]
+        AutoModelForCausalLM.from_pretrained(settings["output_dir"])
+        logged = history(Path(settings["output_dir"]) / "checkpoint-2")
+    else:
+        logged = launch([launcher, "--nproc_per_node", "2"], script, settings)
     assert logged[-1]["epoch"] == pytest.approx(epoch, abs=1e-3)
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import io
+import socket
+import tempfile
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_iclr import cli
+from hf_iclr.vision import annotation_page
 from hf_iclr.vision.annotation_json import read_sav
 from hf_iclr.vision.annotation_page import AnnotationPage, annotate_in_browser
 from tests.vision.test_video_frames import smooth, write_video
@@ -233,9 +236,65 @@ def test_other_sites_are_refused():
             response = await client.post("/prompt", json=CLICK, headers=headers)
             assert response.status == 403
         origin = {"Origin": f"http://127.0.0.1:{client.port}"}
-        assert (await client.post("/prompt", json=CLICK, headers=origin)).status == 200
+        response = await client.post("/prompt", json=CLICK, headers=origin)
+        assert response.status == 200
+        assert response.headers["X-Frame-Options"] == "DENY"
+        assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
     during(steps, session())
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil.example:7860"]
+)
+@pytest.mark.parametrize("path", ["/", "/state", "/frames/0"])
+def test_a_name_that_was_made_to_lead_here_is_refused(host, path):
+    """DNS rebinding: to the browser the page is of the same origin, so only its name tells."""
+
+    async def steps(client, page):
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        assert (await client.get(path, headers=headers)).status == 403
+
+    during(steps, session())
+
+
+def test_the_page_answers_to_addresses_and_the_name_it_was_given():
+    async def steps():
+        page = AnnotationPage(tiny_pipe(), session())
+        async with TestClient(TestServer(page.app("studio.lan"))) as client:
+            names = ("localhost:1", "studio.lan", "192.168.1.5:7860", "[::1]:7860", socket.gethostname())
+            return [(await client.get("/job", headers={"Host": name})).status for name in (*names, "other.lan")]
+
+    assert asyncio.run(steps()) == [200] * 5 + [403]
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_another_address_than_ones_own_is_told(host, warns, caplog):
+    async def steps():
+        page = AnnotationPage(tiny_pipe(), session())
+        page.done.set()
+        await annotation_page._serve(page, host, 0, lambda url: None)
+
+    asyncio.run(steps())
+    assert ("whoever reaches this machine there sees the video" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("kind", ["json", "png"])
+@pytest.mark.parametrize("name", ["..", "../../x", "a\\b", "/etc/passwd"])
+def test_a_name_sent_by_the_page_leads_nowhere(name, kind, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    async def steps(client, page):
+        page._title = name
+        response = await client.get("/export", params={"format": kind})
+        assert response.status in (200, 400)
+        assert (response.status == 400) == ("\\" in name or (name, kind) == ("..", "png")), await response.text()
+        assert list(tmp_path.rglob("*")) == [tmp_path / "temporary"]
+
+    opened = session()
+    opened.add(0, 1, points=[[20, 20]])
+    during(steps, opened)
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hf_iclr.vision.procedural_clips import procedural_clip
-from hf_iclr.vision.sam2_clip_forward import predict_clips
+from hf_iclr.vision.sam2_clip_forward import closest_frames, predict_clips
 from hf_iclr.vision.training_prompts import PromptPlan, first_points
 from tests.vision.tiny import SIDE, tiny_model, tiny_processor
 
@@ -115,3 +115,11 @@ def test_gradients_of_the_last_frame_reach_all_parts_through_the_memory(checkpoi
     for part in parts:
         gradients = [p.grad for name, p in model.named_parameters() if name.startswith(part)]
         assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients), part
+
+
+@pytest.mark.parametrize(
+    "frame, limit, expected",
+    [(5, -1, [0, 3, 8, 9]), (5, 3, [3, 8, 9]), (4, 3, [3, 8, 0]), (9, 2, [8, 9]), (0, 2, [0, 3])],
+)
+def test_of_many_prompted_frames_the_closest_are_attended_to(frame, limit, expected):
+    assert closest_frames(frame, [0, 3, 8, 9], limit) == expected

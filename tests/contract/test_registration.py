@@ -1,0 +1,33 @@
+"""Every registration in both import orders, each in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+SHOW = """
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
+print(*PIPELINE_REGISTRY.get_supported_tasks())
+configs = [CONFIG_MAPPING[name] for name in ("speculative-cascade", "affine-draft")]
+print(*(config.__name__ for config in configs))
+print(*(AutoModelForCausalLM._model_mapping[config].__name__ for config in configs))
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_iclr; from transformers import pipeline",
+        "from transformers import pipeline; import hf_iclr",
+    ],
+)
+def test_registered_in_any_order_of_imports(imports):
+    done = subprocess.run([sys.executable, "-c", imports + SHOW], capture_output=True, text=True, check=True)
+    tasks, configs, models = (line.split() for line in done.stdout.splitlines()[-3:])
+    assert {"speculative-cascade", "promptable-video-segmentation"} <= set(tasks)
+    assert configs == ["SpeculativeCascadeConfig", "DraftConfig"]
+    assert models == ["SpeculativeCascadeForCausalLM", "DraftForCausalLM"]
+    assert "could not register" not in done.stderr
