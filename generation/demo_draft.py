@@ -61,7 +61,7 @@ def load_demo_draft(setting: str = "full", dtype: torch.dtype = torch.bfloat16) 
 
     Args:
         setting (`str`, *optional*, defaults to `"full"`):
-            `"quick"` (about a minute, for the tour) or `"full"` (under ten minutes on two quiet cores). With `"quick"`
+            `"quick"` (under a minute, for the tour) or `"full"` (under ten minutes on two quiet cores). With `"quick"`
             a full draft is taken if there is one.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Type of the weights.
