@@ -287,7 +287,9 @@ WITHOUT_TORCHVISION = """
 from importlib.machinery import PathFinder
 
 found = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *others: None if name.split(".")[0] == "torchvision" else found(name, *others)
+PathFinder.find_spec = staticmethod(
+    lambda name, *others: None if name.split(".")[0] == "torchvision" else found(name, *others)
+)
 """
 
 
