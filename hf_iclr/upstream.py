@@ -30,7 +30,7 @@ _CANDIDATES = "transformers.generation.candidate_generator:AssistedCandidateGene
 _SAM2 = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel."
 _SAM2_CACHE = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache."
 
-# Where each stands, as "module:qualified.name". Tested with transformers 5.22 to 5.24 and trl 1.15 and 1.16.
+# Where each stands, as "module:qualified.name". Tested with transformers 5.22 to 5.24 and trl 1.16.
 SEAMS = {
     f"{_GENERATION}_assisted_decoding": Seam(
         "overridden by the cascade's loop; `custom_generate` would have to hand encoder-decoders back to it",
