@@ -60,10 +60,9 @@ def reference_state(model, tokenizer, projection, request, config):
 
 @pytest.mark.parametrize("model_type", EDITABLE)
 def test_many_at_once_equal_one_at_a_time(model_type, word_tokenizer):
-    """Two updates: the second has a moment behind it, decays, and is held near the first's predictions."""
     model = tiny_model(model_type, attn_implementation="eager")
     projections = find_down_projections(model)[:3]
-    config = quick_config(kl_factor=0.5, num_steps=3)
+    config = quick_config(kl_factor=0.5, num_steps=5)
     found = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
     for request, state, loss in zip(REQUESTS, found.states, found.losses, strict=True):
         expected, expected_loss = reference_state(model, word_tokenizer, projections[-1], request, config)
