@@ -174,7 +174,7 @@ def _lacking(error: BaseException | None, known: list[Package]) -> Package | Non
     while error is not None:
         for package in absent if isinstance(error, ImportError) else ():
             named = re.search(rf"\b({re.escape(package.name)}|{package.module})\b", str(error), re.IGNORECASE)
-            if named or (error.name or "").split(".")[0] == package.module:
+            if named or (getattr(error, "name", None) or "").split(".")[0] == package.module:
                 extra = re.search(r"hf_iclr\[(\w+)\]", str(error))  # as hf_iclr.extras says it
                 return replace(package, extra=extra[1]) if extra else package
         error = error.__cause__ or error.__context__

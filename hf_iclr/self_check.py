@@ -101,7 +101,8 @@ def check_deep_safety() -> None:
         gcg_steps=2, judge=lambda texts: [True for _ in texts],
     )  # fmt: skip
     text = tokenizer.decode(answered[0, 3:], skip_special_tokens=True)
-    expect(report.find("none").texts == [text], f"the audit to note the answer {text!r}, got {report.find('none')}")
+    unattacked = report.find("none")
+    expect(unattacked is not None and unattacked.texts == [text], f"the audit to note {text!r}, got {unattacked}")
     for attack, setting in (("prefill", "1"), ("gcg", "")):
         found = report.find(attack, setting)
         expect(found is not None and found.refused == [True], f"an answer under {attack}, got {found}")

@@ -271,5 +271,5 @@ def _format(value: Any) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
     if isinstance(value, Real) and not isinstance(value, bool):
-        return f"{value:,.0f}" if isinstance(value, Integral) or abs(value) >= 1e4 else f"{value:.4g}"
+        return f"{value:,.0f}" if isinstance(value, Integral) or abs(float(value)) >= 1e4 else f"{value:.4g}"
     return str(value)

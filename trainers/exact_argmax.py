@@ -141,5 +141,5 @@ def gathered_head(*parameters: torch.Tensor | None) -> AbstractContextManager:
     import deepspeed
 
     # What is whole already, as a tied embedding may be, must not be sharded again on the way out.
-    sharded = [p for p in parameters if p is not None and p.ds_status.name != "AVAILABLE"]
+    sharded = [p for p in parameters if p is not None and p.ds_status.name != "AVAILABLE"]  # type: ignore[attr-defined]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()

@@ -35,7 +35,7 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
-    steps, num_pairs, num_probes = (5, 6, 2) if quick else (15, 8, 4)
+    steps, num_pairs, num_probes = (5, 6, 2) if quick else (10, 8, 3)
     model, tokenizer = load_demo_model(quicker_dtype(64))
     rows = demo_pairs()
     pairs, others = rows.select(range(num_pairs)), rows.select(range(num_pairs, len(rows)))
@@ -44,7 +44,7 @@ def section(out_dir: Path, quick: bool, progress):
         args = SqueezeDPOConfig(
             folder,
             max_steps=steps,
-            learning_rate=2e-4,
+            learning_rate=1e-4,
             lr_scheduler_type="constant",
             optim="rmsprop",
             per_device_train_batch_size=2,
@@ -68,7 +68,7 @@ def section(out_dir: Path, quick: bool, progress):
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(
             SqueezeProbeCallback(
-                probes, trainer=trainer, every=max(steps // 3, 2), decode_every=steps, max_new_tokens=12
+                probes, trainer=trainer, every=max(steps // 2, 2), decode_every=steps, max_new_tokens=12
             )
         )
         with progress(total=1, desc="squeezing") as bar:

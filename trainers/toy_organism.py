@@ -159,7 +159,7 @@ class Toy:
         args = DeepSafetySFTConfig(
             str(folder), max_steps=steps, learning_rate=lr, per_device_train_batch_size=10, use_cpu=True, bf16=False,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, weight_decay=0.0,
-            **{checkpointing_argument(): False}, **settings,
+            **{checkpointing_argument(): False, **settings},
         )  # fmt: skip
         data = Dataset.from_list(
             [

@@ -1,4 +1,4 @@
-"""Every registration in both import orders, each in a process of its own."""
+"""Every registration whichever of the two libraries comes first, each in a process of its own."""
 
 import subprocess
 import sys
@@ -22,6 +22,8 @@ print(*(AutoModelForCausalLM._model_mapping[config].__name__ for config in confi
     [
         "import hf_iclr; from transformers import pipeline",
         "from transformers import pipeline; import hf_iclr",
+        "from hf_iclr import SpeculativeCascadeForCausalLM; from transformers import pipeline",
+        pytest.param("from hf_iclr import SpeculativeCascadePipeline", marks=pytest.mark.slow),
     ],
 )
 def test_registered_in_any_order_of_imports(imports):
