@@ -21,7 +21,7 @@ STEPS = [
     ("hf_iclr", ["--no-deps", "--no-build-isolation", "-e", "."]),
 ]
 BYTES = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
-TAKEN = re.compile(r"(Downloading|Using cached|Processing) (\S+)(?: \(([\d.]+) (bytes|kB|MB|GB)\))?$")
+TAKEN = re.compile(r"(Downloading|Using cached|Processing) (\S+)(?: \(([\d.]+) (bytes|kB|MB|GB)\))?")
 
 
 def main(folder):

@@ -98,7 +98,8 @@ def test_what_was_downloaded_is_counted_apart_from_what_lay_on_the_disk(set_up, 
         tmp_path,
         "Collecting a==1\n  Downloading a-1-py3-none-any.whl.metadata (2 kB)\n"
         "  Downloading a-1-py3-none-any.whl (554.5 MB)\n"
-        f"Processing {wheel}\n  Using cached c-1-py3-none-any.whl (12 kB)\nInstalling collected packages: a, b, c",
+        f"Processing {wheel} (from torch)\n  Using cached c-1-py3-none-any.whl (12 kB)\n"
+        "Installing collected packages: a, b, c",
     )
     taken = list(set_up["install"](python, ["a"]))
     assert taken == [("Downloading", 554.5e6), ("Processing", 3000), ("Using cached", 12e3)]
