@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # What to build a draft from and for how long: seconds for the tour, under ten minutes on two quiet cores for the rest.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "quick": {"num_layers": 2, "num_docstrings": 16, "num_samples": 0, "distill_minutes": 0.25},
+    "quick": {"num_layers": 2, "num_docstrings": 8, "num_samples": 0, "distill_minutes": 0.25},
     "full": {"num_layers": 3, "num_docstrings": 60, "num_samples": 128, "distill_minutes": 5.0},
 }
 

@@ -24,7 +24,7 @@ METHODS = (
 
 def section(out_dir: Path, quick: bool, progress):
     """
-    Runs four docstrings through plain sampling, speculative decoding and three cascades.
+    Runs three docstrings through plain sampling, speculative decoding and three cascades.
 
     Args:
         out_dir (`pathlib.Path`):
@@ -40,12 +40,12 @@ def section(out_dir: Path, quick: bool, progress):
     from hf_iclr.demo_model import load_demo_model, quicker_dtype
     from hf_iclr.tour import TourSection
 
-    max_new_tokens = 12 if quick else 24
+    max_new_tokens = 12 if quick else 16
     dtype = quicker_dtype()
     model, tokenizer = load_demo_model(dtype)
     draft = load_demo_draft("quick", dtype)
     pipe = SpeculativeCascadePipeline(model=model, tokenizer=tokenizer, assistant_model=draft)
-    prompts = [text[:240] for text in docstrings()[-4:]]  # not among those that the draft is made from
+    prompts = [text[:240] for text in docstrings()[-3:]]  # not among those that the draft is made from
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": max_new_tokens}
 
     rows, examples, statistics = [], [], []
