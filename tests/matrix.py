@@ -37,6 +37,8 @@ CONTRACT = ["tests/contract"]
 STACK = ["transformers", "trl", "peft", "accelerate", "datasets"]
 # Minor releases between the oldest and the newest.
 BETWEEN = {"transformers": ["5.23.0"]}
+# What a release puts an upper bound on, and so comes along.
+ALONG = {"datasets": ["fsspec"]}
 # The lock may hold an older one (requirements/renew.py).
 OLDEST_TORCH, NEWEST_TORCH = "2.9.0", "2.15.0"
 LIMIT = 900
@@ -95,9 +97,10 @@ def releases(package: str) -> list[str]:
 
 
 def one(package: str, version: str) -> Overlay:
-    if package != "torch":
-        return Overlay((f"{package}=={version}",))
-    return Overlay((f"torch=={version}", "torchvision"), alone=False)
+    if package == "torch":
+        return Overlay((f"torch=={version}", "torchvision"), alone=False)
+    others = pinned("oldest.txt" if version == releases(package)[0] else "lock.txt")
+    return Overlay((f"{package}=={version}", *(f"{name}=={others[name]}" for name in ALONG.get(package, []))))
 
 
 def oldest() -> Overlay:
