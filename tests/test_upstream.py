@@ -158,7 +158,7 @@ def private_names(area: str | Path) -> set[str]:
 
 
 def _taken(node: ast.AST) -> set[str]:
-    if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "sys":
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("os", "sys"):  # Python documents theirs
         return {f"super.{node.attr}" if ast.unparse(node.value) == "super()" else node.attr}
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
         return {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()

@@ -144,7 +144,8 @@ def test_an_interrupted_run_goes_on_where_it_was_kept(model, word_tokenizer, tmp
 def test_rules_of_the_null_space(model, word_tokenizer):
     made = tiny_statistics(model, word_tokenizer)
     values = torch.linalg.eigvalsh(made.second_moment(0)).flip(0)
-    kept = made.preserved(0, threshold=values[4].item())
+    # Between two eigenvalues: the solver that finds them rounds otherwise with eigenvectors than without.
+    kept = made.preserved(0, threshold=values[4:6].mean().item())
     assert kept.shape == (32, 5) and kept.dtype == torch.float64
     torch.testing.assert_close(kept.T @ kept, torch.eye(5, dtype=torch.float64))
     moment = made.second_moment(0)
