@@ -88,9 +88,10 @@ def test_the_trained_answers_themselves(model, word_tokenizer):
     """On y⁺ the pull is η β/2 ‖∇log π(y⁺)‖² > 0, on y⁻ the push is negative, and the cross terms are equal."""
     table = influence_audit(model, word_tokenizer, PAIRS, PAIRS, step_size=1e-3).table
     own = table[table["pair"] == table["probe"]].set_index(["pair", "kind"])
+    rounding = SINGLE * own["pull_up"].abs().max()  # of sums whose terms are as large, and cancel in the cross terms
     for pair in range(2):
         assert own["pull_up"][pair, "chosen"] > 0 > own["push_down"][pair, "rejected"]
-        assert own["push_down"][pair, "chosen"] == pytest.approx(-own["pull_up"][pair, "rejected"], rel=SINGLE)
+        assert own["push_down"][pair, "chosen"] == pytest.approx(-own["pull_up"][pair, "rejected"], abs=rounding)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
@@ -132,8 +133,10 @@ def test_batches_and_padding_change_nothing(model, word_tokenizer):
     one, all_at_once = (
         influence_audit(model, word_tokenizer, PAIRS, PROBES, step_size=1e-3, batch_size=size).table for size in (1, 6)
     )
-    assert one["predicted"].tolist() == pytest.approx(all_at_once["predicted"].tolist())
-    assert one["measured"].tolist() == pytest.approx(all_at_once["measured"].tolist())
+    for column in ("predicted", "measured"):
+        # Sums in single precision, of other shapes: they round by their largest terms, and otherwise on each processor.
+        rounding = 1e-6 * all_at_once[column].abs().max()
+        assert one[column].tolist() == pytest.approx(all_at_once[column].tolist(), abs=rounding)
 
 
 def test_heat_map(model, word_tokenizer):
