@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: tour test matrix update evaluate bench lint clean
 
 tour: $(READY)
-	$(BIN)/hf-iclr tour --out tour
+	$(BIN)/hf-iclr tour --out out/tour
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -43,7 +43,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist tour *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml requirements/lock.txt requirements/torch.txt
 	$(PYTHON) requirements/set_up.py $(VENV)

@@ -40,10 +40,10 @@ from transformers import AutoModelForCausalLM
 
 from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.generation.cascade_calibration import calibrate_cascade, large_alone
-from hf_iclr.generation.cascade_sweep import sweep_cascade
-from hf_iclr.generation.cascade_texts import left_padded
+from hf_iclr.generation.calibration.calibrate import calibrate_cascade, large_alone
+from hf_iclr.generation.calibration.sweep import sweep_cascade
+from hf_iclr.generation.calibration.texts import left_padded
+from hf_iclr.tour.demo.language_model import load_demo_model
 
 
 TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.5}, {"speedup": 1.3})

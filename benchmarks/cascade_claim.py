@@ -152,7 +152,7 @@ def token_cascade(large, small, prompts: torch.Tensor, alpha: float, do_sample: 
     Sequential cascade by Chow's rule, all prompts in step: the large model is asked where max q < 1 - alpha, so that
     alpha = -1 is the large model alone and alpha = 1 the small one. Returns tokens `(prompts, 8)`, and by prompt the
     large forwards and the mean of log q. Here both models run everywhere; forwards that aren't needed aren't counted.
-    `hf_iclr.generation.cascade_baselines.token_cascade_generate` does the same for one prompt at a time.
+    `hf_iclr.generation.calibration.baselines.token_cascade_generate` does the same for one prompt at a time.
     """
     small_cache, large_cache = DynamicCache(), DynamicCache()
     ids, tokens = prompts, []

@@ -51,13 +51,13 @@ import numpy as np
 import torch
 
 from common.segmenter import load_segmenter
-from hf_iclr.vision.annotation_store import annotation_statistics, name_video
-from hf_iclr.vision.data_engine import annotate
-from hf_iclr.vision.j_and_f import region_similarity
-from hf_iclr.vision.masklets import QualityGate
-from hf_iclr.vision.procedural_clips import Clip, procedural_clip
-from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
-from hf_iclr.vision.video_prompts import decode_rle
+from hf_iclr.vision.annotation.data_engine import annotate
+from hf_iclr.vision.annotation.masklets import QualityGate
+from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
+from hf_iclr.vision.annotation.store import annotation_statistics, name_video
+from hf_iclr.vision.evaluation.j_and_f import region_similarity
+from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
+from hf_iclr.vision.session.prompts import decode_rle
 
 
 # Clicks a clicked frame, share of frames edited, seconds a frame: table 1 of https://huggingface.co/papers/2408.00714.

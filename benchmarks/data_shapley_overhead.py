@@ -37,11 +37,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.trainers.shapley_direction import LowRank, inner
-from hf_iclr.trainers.shapley_engine import EngineSettings, ShapleyEngine
-from hf_iclr.trainers.shapley_rows import find_layout
-from hf_iclr.trainers.shapley_taps import Taps
+from hf_iclr.tour.demo.language_model import load_demo_model
+from hf_iclr.trainers.data_shapley.engine import EngineSettings, ShapleyEngine
+from hf_iclr.trainers.data_shapley.gradients.direction import LowRank, inner
+from hf_iclr.trainers.data_shapley.gradients.rows import find_layout
+from hf_iclr.trainers.data_shapley.gradients.taps import Taps
 
 
 BARS = {"LoRA": 1.05, "full, sketch": 1.10}

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 
-from hf_iclr.trainers.toy_organism import Toy
+from hf_iclr.tour.demo.organism import Toy
 
 
 COLUMNS = ("share refused", "NLL of the opener", "NLL of later tokens")

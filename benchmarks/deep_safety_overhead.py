@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
-from hf_iclr.demo_model import load_demo_model
+from hf_iclr.tour.demo.language_model import load_demo_model
 
 
 BARS = {"window": 1.03, "adapter": 1.55, "frozen": 1.40}

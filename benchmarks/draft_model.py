@@ -42,10 +42,10 @@ import torch
 
 from common.report import print_table
 from hf_iclr.cache_argument import cache_inputs, given_cache
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.generation.demo_draft import SETTINGS, demo_prompts, docstrings
-from hf_iclr.generation.draft_model import build_draft_model
-from hf_iclr.generation.draft_teacher import read_teacher, sample_texts
+from hf_iclr.generation.drafting.draft_model import build_draft_model
+from hf_iclr.generation.drafting.teacher import read_teacher, sample_texts
+from hf_iclr.tour.demo.draft import SETTINGS, demo_prompts, docstrings
+from hf_iclr.tour.demo.language_model import load_demo_model
 
 
 TEMPERATURES = (1.0, 0.7)

@@ -35,11 +35,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from hf_iclr.vision.background_plate import fill_smoothly, soften
-from hf_iclr.vision.inpainting import inpaint_video
-from hf_iclr.vision.procedural_clips import Clip, procedural_clip
-from hf_iclr.vision.segment_files import given_segments
-from hf_iclr.vision.video_segments import VideoSegments
+from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
+from hf_iclr.vision.formats.segment_files import given_segments
+from hf_iclr.vision.inpainting.background_plate import fill_smoothly, soften
+from hf_iclr.vision.inpainting.inpainting import inpaint_video
+from hf_iclr.vision.session.segments import VideoSegments
 
 
 def true_segments(clip: Clip) -> VideoSegments:

@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples are those of 
 
 import pandas as pd
 
-from hf_iclr.trainers.refusal_judge import CLASSIFIER_THRESHOLD, RefusalJudge, fit_refusal_classifier
-from hf_iclr.trainers.refusal_texts import ANSWERS as ANSWER_FAMILIES
-from hf_iclr.trainers.refusal_texts import REFUSALS as REFUSAL_FAMILIES
-from hf_iclr.trainers.refusal_texts import make_refusal_texts
-from tests.trainers.refusal_examples import ANSWERS, REFUSALS
+from hf_iclr.trainers.safety_audit.judge import CLASSIFIER_THRESHOLD, RefusalJudge, fit_refusal_classifier
+from hf_iclr.trainers.safety_audit.judge_texts import ANSWERS as ANSWER_FAMILIES
+from hf_iclr.trainers.safety_audit.judge_texts import REFUSALS as REFUSAL_FAMILIES
+from hf_iclr.trainers.safety_audit.judge_texts import make_refusal_texts
+from tests.trainers.safety_audit.refusal_examples import ANSWERS, REFUSALS
 
 
 def report(title: str, texts: list[str], labels: list[bool]) -> None:

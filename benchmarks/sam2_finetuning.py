@@ -45,8 +45,8 @@ import torch
 from common.report import half_interval
 from common.sam2_tuning import RATES, WAYS, tune
 from hf_iclr import evaluate_vos
-from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER, load_demo_segmenter
-from hf_iclr.vision.procedural_clips import Clip, procedural_clip
+from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER, load_demo_segmenter
+from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
 
 
 PROMPTS = {"mask": "mask", "1 click": 1}

@@ -48,12 +48,12 @@ from scipy import stats
 
 from common.sam2_tuning import RATES, tune
 from hf_iclr import annotate
-from hf_iclr.vision.annotation_store import name_video
-from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER, load_demo_segmenter
-from hf_iclr.vision.j_and_f import j_and_f, region_similarity
-from hf_iclr.vision.masklets import Masklet, QualityGate
-from hf_iclr.vision.procedural_clips import Clip, procedural_clip
-from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
+from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER, load_demo_segmenter
+from hf_iclr.vision.annotation.masklets import Masklet, QualityGate
+from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
+from hf_iclr.vision.annotation.store import name_video
+from hf_iclr.vision.evaluation.j_and_f import j_and_f, region_similarity
+from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
 
 
 GOAL, CLICKS, FRAMES = 0.8, 4, 8

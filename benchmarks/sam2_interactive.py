@@ -41,9 +41,9 @@ import torch
 import hf_iclr
 from common.native_session import NativePipe
 from common.segmenter import load_segmenter
-from hf_iclr.vision.annotated_videos import read_videos
-from hf_iclr.vision.interactive_evaluation import MODES
-from hf_iclr.vision.procedural_clips import procedural_clip
+from hf_iclr.vision.evaluation.interactive import MODES
+from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_videos import read_videos
 
 
 def main(args: argparse.Namespace) -> None:

@@ -45,9 +45,9 @@ from scipy import stats
 
 import hf_iclr
 from common.segmenter import load_segmenter
-from hf_iclr.vision.annotated_videos import read_videos
-from hf_iclr.vision.procedural_clips import procedural_clip
-from hf_iclr.vision.video_memory import MEMORY_POLICIES
+from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_videos import read_videos
+from hf_iclr.vision.session.memory import MEMORY_POLICIES
 
 
 def make_clips(kind: str, args: argparse.Namespace) -> Iterable:

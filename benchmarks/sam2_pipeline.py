@@ -37,10 +37,10 @@ import torch
 
 import hf_iclr
 from common.segmenter import load_segmenter
-from hf_iclr.vision.annotated_videos import AnnotatedVideo, read_videos
-from hf_iclr.vision.j_and_f import region_similarity
-from hf_iclr.vision.overlay import write_overlay
-from hf_iclr.vision.procedural_clips import procedural_clip
+from hf_iclr.vision.evaluation.j_and_f import region_similarity
+from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_videos import AnnotatedVideo, read_videos
+from hf_iclr.vision.formats.overlay import write_overlay
 
 
 def draw_videos(frames: int) -> list[AnnotatedVideo]:

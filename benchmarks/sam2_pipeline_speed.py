@@ -54,8 +54,8 @@ from transformers import (
     Sam2VisionConfig,
 )
 
-from hf_iclr.vision.pipeline_promptable_video_segmentation import Sam2VideoPipeline
-from hf_iclr.vision.video_frames import open_video
+from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
 
 
 CLICK, LABEL = [60, 50], 1

@@ -35,11 +35,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
-from hf_iclr.vision import sam2_clip_forward
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
-from hf_iclr.vision.sam2_clip_forward import predict_clips
-from hf_iclr.vision.sam2_training_loss import sam2_loss
-from hf_iclr.vision.training_prompts import PromptPlan
+from hf_iclr.tour.demo.segmenter import load_demo_segmenter
+from hf_iclr.vision.training import clip_forward as sam2_clip_forward
+from hf_iclr.vision.training.clip_forward import predict_clips
+from hf_iclr.vision.training.loss import sam2_loss
+from hf_iclr.vision.training.prompts import PromptPlan
 
 
 def make_step(side: int | None, frames: int) -> tuple[Sam2VideoModel, list[dict]]:

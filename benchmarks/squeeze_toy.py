@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import numpy as np
 import pandas as pd
 
-from hf_iclr.trainers.squeeze_toy import plot_squeeze_panels, squeeze_panels, squeeze_step
+from hf_iclr.tour.demo.squeeze_toy import plot_squeeze_panels, squeeze_panels, squeeze_step
 
 
 def main(args: argparse.Namespace) -> None:

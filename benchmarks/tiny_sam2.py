@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm
 
 from common.segmenter import load_segmenter
-from hf_iclr.vision.j_and_f import region_similarity
-from hf_iclr.vision.procedural_clips import Clip, procedural_clip
-from hf_iclr.vision.simulated_prompts import first_prompt
+from hf_iclr.vision.evaluation.j_and_f import region_similarity
+from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
+from hf_iclr.vision.evaluation.simulated_prompts import first_prompt
 
 
 PROMPTS = {"mask": "mask", "box": "box", "click": 1}

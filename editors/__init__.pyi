@@ -1,9 +1,5 @@
-from .alpha_edit_config import AlphaEditConfig
-from .alpha_editor import AlphaEditor
-from .concept_editor import ConceptEditor
-from .edit_report import EditReport
-from .edit_request import EditRequest
-from .key_statistics import KeyStatistics
+from .alpha_edit import AlphaEditConfig, AlphaEditor, EditReport, EditRequest, KeyStatistics
+from .concepts import ConceptEditor
 from .null_space_callback import NullSpaceCallback
 
 __all__ = [

@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
-from hf_iclr.demo_model import demo_model_path
-from hf_iclr.editors.demo_facts import demo_requests, demo_text
+from hf_iclr.tour.demo.facts import demo_requests, demo_text
+from hf_iclr.tour.demo.language_model import demo_model_path
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ import webbrowser
 from transformers import pipeline
 
 import hf_iclr  # noqa: F401
-from hf_iclr.vision.annotation_page import annotate_in_browser
-from hf_iclr.vision.annotation_store import annotation_statistics, review_queue
-from hf_iclr.vision.data_engine import annotate
-from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
-from hf_iclr.vision.procedural_clips import procedural_clip
-from hf_iclr.vision.simulated_annotator import SimulatedAnnotator
+from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER
+from hf_iclr.vision.annotation.data_engine import annotate
+from hf_iclr.vision.annotation.page import annotate_in_browser
+from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
+from hf_iclr.vision.annotation.store import annotation_statistics, review_queue
+from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_iclr import ConceptEditor
-from hf_iclr.editors.demo_pipeline import build_demo_pipeline
+from hf_iclr.tour.demo.pipeline import build_demo_pipeline
 
 
 if len(sys.argv) == 2:

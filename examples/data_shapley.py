@@ -14,8 +14,8 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr import InRunDataShapleyCallback
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.trainers.demo_pairs import demo_pairs
+from hf_iclr.tour.demo.language_model import load_demo_model
+from hf_iclr.tour.demo.pairs import demo_pairs
 
 
 parser = argparse.ArgumentParser()

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
-from hf_iclr.demo_model import load_demo_model, quicker_dtype
+from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
 
 
 parser = argparse.ArgumentParser()

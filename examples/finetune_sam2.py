@@ -13,9 +13,9 @@ import torch
 from transformers import Sam2VideoModel, pipeline
 
 from hf_iclr import Sam2Trainer, Sam2TrainingConfig, evaluate_vos
-from hf_iclr.vision.annotated_videos import read_videos
-from hf_iclr.vision.demo_segmenter import DEMO_SEGMENTER
-from hf_iclr.vision.procedural_clips import procedural_clip
+from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER
+from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_videos import read_videos
 
 
 parser = argparse.ArgumentParser()

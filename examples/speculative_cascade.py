@@ -11,8 +11,8 @@ import tempfile
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
 from hf_iclr import SpeculativeCascadeForCausalLM
-from hf_iclr.demo_model import load_demo_model, quicker_dtype
-from hf_iclr.generation.demo_draft import load_demo_draft
+from hf_iclr.tour.demo.draft import load_demo_draft
+from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
 
 
 if len(sys.argv) == 3:

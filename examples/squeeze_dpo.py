@@ -11,8 +11,8 @@ from datasets import load_dataset
 from peft import LoraConfig
 
 from hf_iclr import SqueezeDPOConfig, SqueezeDPOTrainer, SqueezeStoppingCallback, build_probe_set
-from hf_iclr.demo_model import demo_model_path
-from hf_iclr.trainers.demo_pairs import demo_pairs
+from hf_iclr.tour.demo.language_model import demo_model_path
+from hf_iclr.tour.demo.pairs import demo_pairs
 
 
 if len(sys.argv) == 3:

@@ -1,9 +1,8 @@
-from .cascade_calibration import calibrate_cascade
+from .calibration import calibrate_cascade, sweep_cascade
 from .cascade_generation import SpeculativeCascadeGenerationMixin, enable_cascade
-from .cascade_sweep import sweep_cascade
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
 from .deferral_rules import DEFERRAL_RULES, target_distribution
-from .draft_model import build_draft_model
+from .drafting import build_draft_model
 from .modeling_speculative_cascade import SpeculativeCascadeForCausalLM
 from .pipeline_speculative_cascade import SpeculativeCascadePipeline
 

@@ -9,7 +9,7 @@ def main() -> None:
     """What the installed command `hf-iclr` runs; `python -m hf_iclr` does the same."""
     try:
         require("cli", "hf-iclr", "typer", "rich")
-        from hf_iclr.cli import app
+        from hf_iclr.cli.app import app
 
         app()
     except MissingExtraError as error:

@@ -78,7 +78,7 @@ _TABLE = [
     ),
     (
         "transformers.pipelines",
-        "hf_iclr.vision.pipeline_promptable_video_segmentation",
+        "hf_iclr.vision.session.pipeline",
         "Sam2VideoPipeline",
         _register_video_pipeline,
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-AREAS = ["trainers", "generation", "editors", "vision"]
+AREAS = ["trainers", "generation", "editors", "vision", "tour", "hf_iclr"]
 IMPORT_ALL = """
 import sys
 from pathlib import Path
@@ -30,12 +30,12 @@ print(f"{len(hf_iclr.__all__)} public names import from the wheel")
 """
 DEMO_WEIGHTS = """
 import os, shutil
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
+from hf_iclr.tour.demo.segmenter import load_demo_segmenter
 os.environ["HF_ICLR_CACHE"] = str(Path.cwd() / "cache")
 try:
     load_demo_segmenter()
 except FileNotFoundError as error:
-    assert "cp -r vision/demo_sam2" in str(error), error
+    assert "cp -r tour/demo/sam2" in str(error), error
 else:
     raise SystemExit("Expected a sentence about the weights, which the wheel does without, got a pipeline.")
 shutil.copytree(Path({weights!r}), Path("cache/demo_sam2"))
@@ -56,7 +56,7 @@ def main(work: Path) -> None:
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    weights = DEMO_WEIGHTS.format(weights=str(ROOT / "vision" / "demo_sam2"))
+    weights = DEMO_WEIGHTS.format(weights=str(ROOT / "tour" / "demo" / "sam2"))
     sys.stdout.write(run(str(python), "-c", IMPORT_ALL + weights, cwd=work))
     run(str(work / "venv" / "bin" / "hf-iclr"), "--help", cwd=work)
 
@@ -64,9 +64,9 @@ def main(work: Path) -> None:
 def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {path.relative_to(ROOT).as_posix() for area in AREAS for path in (ROOT / area).glob("*.py*")}
-    expected |= {"pyproject.toml", "LICENSE", "hf_iclr/py.typed", "hf_iclr/templates/tour.html"}
-    expected |= {"vision/annotation_page.html", "vision/demo_sam2/model.safetensors"}
+    expected = {path.relative_to(ROOT).as_posix() for area in AREAS for path in (ROOT / area).rglob("*.py*")}
+    expected |= {"pyproject.toml", "LICENSE", "hf_iclr/py.typed", "tour/page.html"}
+    expected |= {"vision/annotation/page.html", "tour/demo/sam2/model.safetensors"}
     if missing := expected - held:
         sys.exit(f"Expected these files in {sdist.name}, got none of them: {sorted(missing)}.")
 

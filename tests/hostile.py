@@ -92,7 +92,7 @@ def load_values(folder: Path):
 
 
 def make_store(folder: Path) -> None:
-    from hf_iclr.trainers.shapley_store import ShapleyStore
+    from hf_iclr.trainers.data_shapley.store import ShapleyStore
 
     store = ShapleyStore(folder)
     rows = {"index": np.array([0]), "target": np.array(["validation"]), "value": np.ones(1), "tokens": np.array([3])}
@@ -101,13 +101,13 @@ def make_store(folder: Path) -> None:
 
 
 def load_store(folder: Path):
-    from hf_iclr.trainers.shapley_store import ShapleyStore
+    from hf_iclr.trainers.data_shapley.store import ShapleyStore
 
     return ShapleyStore(folder).read()
 
 
 def make_report(folder: Path) -> None:
-    from tests.trainers.test_safety_audit import hand_made
+    from tests.trainers.safety_audit.test_audit import hand_made
 
     hand_made(before=hand_made()).save(folder)
 
@@ -135,26 +135,26 @@ def load_session(folder: Path):
 
 
 def make_annotations(folder: Path) -> None:
-    from hf_iclr.vision.annotation_store import AnnotationStore
+    from hf_iclr.vision.annotation.store import AnnotationStore
 
     AnnotationStore(folder, {"phase": 3}).write("clip", [])
 
 
 def load_annotations(folder: Path):
-    from hf_iclr.vision.annotation_store import AnnotationStore
+    from hf_iclr.vision.annotation.store import AnnotationStore
 
     return AnnotationStore(folder, {"phase": 3}).read([])
 
 
 def make_masks(folder: Path) -> None:
-    from hf_iclr.vision.mask_folders import write_youtube_vos
-    from tests.vision.segments import video
+    from hf_iclr.vision.formats.mask_folders import write_youtube_vos
+    from tests.vision.formats.segments import video
 
     write_youtube_vos({"park": video()}, folder)
 
 
 def load_masks(folder: Path):
-    from hf_iclr.vision.mask_folders import read_youtube_vos
+    from hf_iclr.vision.formats.mask_folders import read_youtube_vos
 
     return read_youtube_vos(folder)
 

@@ -16,7 +16,7 @@ from tests.without_extras import normal, project
 # Which extra answers each question of tests/without_extras.py.
 NEEDS = {
     "from hf_iclr import Sam2VideoPipeline": "vision",
-    "import hf_iclr.vision.video_session": "vision",
+    "import hf_iclr.vision.session.session": "vision",
     "pipeline(task)": "vision",
     "pipeline(task, model)": "vision",
     "ConceptEditor": "diffusion",
@@ -28,8 +28,8 @@ NEEDS = {
 ALSO_IN = {"load_metric": "vision"}  # evaluate is in both
 # Modules that only the command and `load_metric` import, after they have asked for the extra.
 BEHIND_A_QUESTION = {
-    "cli": r"hf_iclr\.(cli|doctor_tables|tour)|.*\.tour_\w+",
-    "metrics": r"hf_iclr\.editors\.edit_evaluate",
+    "cli": r"hf_iclr\.(cli|tour)(\..*)?|hf_iclr\.doctor\.tables",
+    "metrics": r"hf_iclr\.editors\.alpha_edit\.evaluate_modules",
     "vision": r"hf_iclr\.vision\..*",
 }
 

@@ -182,7 +182,7 @@ def test_nothing_is_written_through_a_link(copied, tmp_path):
 
 
 def test_a_store_removes_nothing_elsewhere(copied, tmp_path):
-    from hf_iclr.trainers.shapley_store import ShapleyStore
+    from hf_iclr.trainers.data_shapley.store import ShapleyStore
 
     folder, mine = copied("store"), tmp_path / "mine"
     mine.mkdir()
@@ -268,8 +268,8 @@ def test_a_session_of_another_form_is_refused(copied, change):
 
 
 def test_videos_of_annotations_are_files(tmp_path):
-    from hf_iclr.vision.annotated_videos import read_videos
-    from hf_iclr.vision.annotation_store import FEATURES, AnnotationStore
+    from hf_iclr.vision.annotation.store import FEATURES, AnnotationStore
+    from hf_iclr.vision.formats.annotated_videos import read_videos
 
     row = dict.fromkeys(FEATURES) | {
         "video": "http://127.0.0.1:9/a.mp4",
@@ -284,9 +284,9 @@ def test_videos_of_annotations_are_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "a\\b"])
 def test_names_of_videos_stay_in_the_folder(tmp_path, name):
-    from hf_iclr.vision.annotation_store import AnnotationStore
-    from hf_iclr.vision.mask_folders import read_youtube_vos, write_youtube_vos
-    from tests.vision.segments import video
+    from hf_iclr.vision.annotation.store import AnnotationStore
+    from hf_iclr.vision.formats.mask_folders import read_youtube_vos, write_youtube_vos
+    from tests.vision.formats.segments import video
 
     with pytest.raises(ValueError, match="Expected a file name without"):
         write_youtube_vos({name: video()}, tmp_path / "new" / "folder")
@@ -308,7 +308,7 @@ def test_names_of_videos_stay_in_the_folder(tmp_path, name):
     ],
 )  # fmt: skip
 def test_masks_ask_for_no_more_memory_than_a_frame(tmp_path, segmentation):
-    from hf_iclr.vision.annotation_json import read_coco
+    from hf_iclr.vision.formats.annotation_json import read_coco
 
     image = {"id": 1, "file_name": "x.jpg", "height": 20, "width": 40}
     record = {"images": [image], "annotations": [{"image_id": 1, "segmentation": segmentation}]}

@@ -14,8 +14,8 @@ import hf_iclr
 
 
 ROOT = Path(__file__).parents[1]
-AREAS = ("hf_iclr", "trainers", "generation", "editors", "vision")
-SOURCES = sorted(path for area in AREAS for path in (ROOT / area).glob("*.py"))
+AREAS = ("hf_iclr", "trainers", "generation", "editors", "vision", "tour")
+SOURCES = sorted(path for area in AREAS for path in (ROOT / area).rglob("*.py"))
 PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 RUNNING = {"eval", "exec", "compile", "__import__"}
 CALLS = {

@@ -24,14 +24,14 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
     "hf_iclr.generation.modeling_speculative_cascade:SpeculativeCascadeForCausalLM": {"_init_weights"},
     "hf_iclr.generation.modeling_draft:DraftForCausalLM": set(),
     "hf_iclr.generation.pipeline_speculative_cascade:SpeculativeCascadePipeline": {"_forward"},
-    "hf_iclr.trainers.deep_safety_trainer:DeepSafetySFTTrainer": {
+    "hf_iclr.trainers.deep_safety.trainer:DeepSafetySFTTrainer": {
         "_get_train_sampler",
         "_set_signature_columns_if_needed",
     },
-    "hf_iclr.trainers.squeeze_trainer:SqueezeDPOTrainer": {"_prepare_dataset"},
-    "hf_iclr.editors.edit_evaluate:EditSuccess": {"_compute", "_info"},
-    "hf_iclr.editors.edit_evaluate:Perplexity": {"_compute", "_info"},
-    "hf_iclr.vision.pipeline_promptable_video_segmentation:Sam2VideoPipeline": {"_forward", "_sanitize_parameters"},
+    "hf_iclr.trainers.squeeze.trainer:SqueezeDPOTrainer": {"_prepare_dataset"},
+    "hf_iclr.editors.alpha_edit.evaluate_modules:EditSuccess": {"_compute", "_info"},
+    "hf_iclr.editors.alpha_edit.evaluate_modules:Perplexity": {"_compute", "_info"},
+    "hf_iclr.vision.session.pipeline:Sam2VideoPipeline": {"_forward", "_sanitize_parameters"},
 }
 
 
@@ -67,7 +67,7 @@ PRIVATE_ATTRIBUTES = {
     "_tokenizer": "trl: the tokenizer within the processor the trainer was given",
 }
 ROOT = Path(__file__).parent.parent
-AREAS = ("generation", "trainers", "editors", "vision", "hf_iclr")
+AREAS = ("generation", "trainers", "editors", "vision", "tour", "hf_iclr")
 
 
 @pytest.mark.parametrize("seam", SEAMS)
@@ -101,7 +101,7 @@ def test_what_is_private_upstream_is_a_seam_or_allowed(area):
 
 
 def test_nothing_is_allowed_that_is_no_longer_used():
-    sources = "".join(file.read_text() for area in AREAS for file in (ROOT / area).glob("*.py"))
+    sources = "".join(file.read_text() for area in AREAS for file in (ROOT / area).rglob("*.py"))
     assert [name for name in PRIVATE_ATTRIBUTES if name not in sources] == []
 
 
@@ -138,7 +138,7 @@ def test_an_announced_removal_is_an_error():
 def private_names(area: str | Path) -> set[str]:
     """Names with one leading underscore that an area takes from upstream: what none of its files defines itself."""
     own, taken = set(), set()
-    for file in (ROOT / area).glob("*.py"):
+    for file in (ROOT / area).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 own.add(node.name)
@@ -170,7 +170,7 @@ def _taken(node: ast.AST) -> set[str]:
 def imports_from_inside(package: str, area: str | Path) -> set[str]:
     """Names that an area imports from a module of `package` and that `package` itself does not export."""
     public = importlib.import_module(package)
-    lines = [line for file in (ROOT / area).glob("*.py") for line in ast.parse(file.read_text()).body]
+    lines = [line for file in (ROOT / area).rglob("*.py") for line in ast.parse(file.read_text()).body]
     run = [line for line in lines if not (isinstance(line, ast.If) and ast.unparse(line.test) == "TYPE_CHECKING")]
     return {
         alias.name

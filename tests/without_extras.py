@@ -21,7 +21,7 @@ from hf_iclr.extras import EXTRAS, MissingExtraError
 
 
 ROOT = Path(__file__).parents[1]
-AREAS = ("trainers", "generation", "editors", "vision")
+AREAS = ("trainers", "generation", "editors", "vision", "tour")
 
 
 def project() -> dict:
@@ -98,10 +98,10 @@ def sentence(question) -> str:
 
 def import_all() -> dict[str, str]:
     """Every module of the package that does not import, and why."""
-    files = [(f"hf_iclr.{area}", path) for area in AREAS for path in (ROOT / area).glob("[!_]*.py")]
-    files += [("hf_iclr", path) for path in (ROOT / "hf_iclr").glob("[!_]*.py")]
+    files = [path.relative_to(ROOT) for area in AREAS for path in (ROOT / area).rglob("[!_]*.py")]
+    files += [path.relative_to(ROOT / "hf_iclr") for path in (ROOT / "hf_iclr").rglob("[!_]*.py")]
     failed = {}
-    for name in sorted(f"{package}.{path.stem}" for package, path in files):
+    for name in sorted(".".join(["hf_iclr", *path.with_suffix("").parts]) for path in files):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -120,7 +120,7 @@ def use_parts(folder: Path) -> dict[str, float]:
     import hf_iclr
     from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
     from tests.generation.toy import perturbed_copy
-    from tests.trainers.squeeze_toy import pair_rows
+    from tests.trainers.squeeze.toy import pair_rows
     from tests.trainers.tiny import QUICK, tiny_llama, triplet_rows, word_rows
 
     torch.set_num_threads(1)
@@ -184,13 +184,13 @@ def main(absent: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         used = use_parts(Path(folder)) if len(absent) == len(EXTRAS) else {}
     from hf_iclr.__main__ import main as command
-    from hf_iclr.trainers.squeeze_report import write_squeeze_report
+    from hf_iclr.trainers.squeeze.report import write_squeeze_report
 
     sys.argv = ["hf-iclr", "--help"]
     log = [{"step": 1, "squeeze/index": 0.5}]
     questions = {
         "from hf_iclr import Sam2VideoPipeline": lambda: hf_iclr.Sam2VideoPipeline,
-        "import hf_iclr.vision.video_session": lambda: importlib.import_module("hf_iclr.vision.video_session"),
+        "import hf_iclr.vision.session.session": lambda: importlib.import_module("hf_iclr.vision.session.session"),
         "pipeline(task)": lambda: pipeline("promptable-video-segmentation"),
         "pipeline(task, model)": lambda: pipeline("promptable-video-segmentation", model=object()),
         "ConceptEditor": lambda: hf_iclr.ConceptEditor(object(), ["a cat"]),

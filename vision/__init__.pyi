@@ -1,13 +1,8 @@
-from .data_engine import annotate
+from .annotation import annotate
+from .evaluation import evaluate_interactive, evaluate_vos
 from .inpainting import inpaint_video
-from .interactive_evaluation import evaluate_interactive
-from .pipeline_promptable_video_segmentation import Sam2VideoPipeline
-from .sam2_trainer import Sam2Trainer
-from .sam2_training_config import Sam2TrainingConfig
-from .video_prompts import VideoPrompts
-from .video_segments import FrameSegments, VideoSegments
-from .video_session import VideoSession
-from .vos_evaluation import evaluate_vos
+from .session import FrameSegments, Sam2VideoPipeline, VideoPrompts, VideoSegments, VideoSession
+from .training import Sam2Trainer, Sam2TrainingConfig
 
 __all__ = [
     "FrameSegments",

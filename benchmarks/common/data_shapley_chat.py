@@ -17,9 +17,9 @@ from common.arguments import find_data
 from common.data_shapley_text import bm25
 from common.deep_safety_lab import FULL, LORA, QUICK, Lab
 from common.deep_safety_organism import REFUSALS, chat_ids, load_tokenizer, make_orders, make_questions, row
-from hf_iclr.demo_model import load_demo_model
-from hf_iclr.trainers.data_shapley_callback import InRunDataShapleyCallback
-from hf_iclr.trainers.prefill_generation import answer_logits
+from hf_iclr.models import answer_logits
+from hf_iclr.tour.demo.language_model import load_demo_model
+from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 
 
 LORA_ALL = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

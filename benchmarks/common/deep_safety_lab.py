@@ -24,14 +24,14 @@ from common.deep_safety_organism import (
     teaching_rows,
 )  # fmt: skip
 from common.deep_safety_report import AUDIT_ROWS
-from hf_iclr.demo_model import demo_model_path, quicker_dtype
-from hf_iclr.trainers.deep_safety_config import DeepSafetySFTConfig
-from hf_iclr.trainers.deep_safety_trainer import DeepSafetySFTTrainer
-from hf_iclr.trainers.prefill_generation import answer_logits, generate_after_prefixes
-from hf_iclr.trainers.refusal_judge import RefusalJudge
-from hf_iclr.trainers.safety_attacks import gcg_attack
-from hf_iclr.trainers.safety_audit import audit_safety
-from hf_iclr.trainers.safety_baselines import LisaProximalCallback, project_safe_lora
+from hf_iclr.models import answer_logits, generate_after_prefixes
+from hf_iclr.tour.demo.language_model import demo_model_path, quicker_dtype
+from hf_iclr.trainers.deep_safety.baselines import LisaProximalCallback, project_safe_lora
+from hf_iclr.trainers.deep_safety.config import DeepSafetySFTConfig
+from hf_iclr.trainers.deep_safety.trainer import DeepSafetySFTTrainer
+from hf_iclr.trainers.safety_audit.attacks import gcg_attack
+from hf_iclr.trainers.safety_audit.audit import audit_safety
+from hf_iclr.trainers.safety_audit.judge import RefusalJudge
 
 
 KS = (0, 1, 3, 5, 10, 20)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.demo_model import demo_model_path
-from hf_iclr.trainers.prefill_generation import generate_after_prefixes
+from hf_iclr.models import generate_after_prefixes
+from hf_iclr.tour.demo.language_model import demo_model_path
 
 
 # Without the system prompt a row is 22 tokens shorter.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hf_iclr.vision.video_segments import FrameSegments
+from hf_iclr.vision.session.segments import FrameSegments
 
 
 class NativePipe:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_iclr import Sam2Trainer, Sam2TrainingConfig
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
+from hf_iclr.tour.demo.segmenter import load_demo_segmenter
 
 
 WAYS = {"video": {"num_frames": 5, "batch": 4}, "image": {"num_frames": 1, "batch": 20}}

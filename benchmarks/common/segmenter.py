@@ -4,7 +4,7 @@ import torch
 from transformers import pipeline
 
 import hf_iclr  # noqa: F401  registers the task
-from hf_iclr.vision.demo_segmenter import load_demo_segmenter
+from hf_iclr.tour.demo.segmenter import load_demo_segmenter
 
 
 def load_segmenter(model: str | None):

@@ -7,8 +7,8 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import find_data
-from hf_iclr.trainers.demo_pairs import demo_pairs
-from hf_iclr.trainers.squeeze_probes import build_probe_set
+from hf_iclr.tour.demo.pairs import demo_pairs
+from hf_iclr.trainers.squeeze.probes import build_probe_set
 
 
 HH_FILE = "learning_dynamics_hh_formal_prob_train.jsonl.gz"
@@ -28,7 +28,7 @@ def load_pairs(folder: Path | None, tokenizer: PreTrainedTokenizerBase, seed: in
         rows = rows.select_columns(["prompt", "chosen", "rejected", *names]).rename_columns(names)
         source = "HH helpful-base, the authors' probing set"
     else:
-        rows, source = demo_pairs(), "the pairs of hf_iclr.trainers.demo_pairs"
+        rows, source = demo_pairs(), "the pairs of hf_iclr.tour.demo.pairs"
     columns = [column for column in rows.column_names if column != "prompt"]
     rows = rows.map(lambda row: {column: _cut(row[column], tokenizer) for column in columns})
     kept = [

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_iclr import SpeculativeCascadeForCausalLM, enable_cascade
 from hf_iclr.cache_argument import UPSTREAM_NAME
-from hf_iclr.self_check import GREEDY
+from hf_iclr.doctor.self_check import GREEDY
 from hf_iclr.tiny_models import tiny_llama, word_tokenizer
 
 

@@ -5,7 +5,7 @@ import pkgutil
 
 import pytest
 
-from hf_iclr import self_check
+from hf_iclr.doctor import self_check
 
 
 @pytest.mark.parametrize("part", self_check.PARTS)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hf_iclr.tiny_models import tiny_segmenter
-from hf_iclr.vision.video_session import VideoSession
-from tests.vision.direct import corrected_masks
+from hf_iclr.vision.session.session import VideoSession
+from tests.vision.session.direct import corrected_masks
 
 
 @pytest.mark.parametrize("ways", [(False,), (False, True)], ids=["forward", "both"])

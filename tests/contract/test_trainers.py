@@ -14,7 +14,7 @@ from hf_iclr import (
     SqueezeDPOTrainer,
     audit_safety,
 )
-from hf_iclr.self_check import TRAINING, expect_same_run
+from hf_iclr.doctor.self_check import TRAINING, expect_same_run
 from hf_iclr.tiny_models import tiny_llama, word_tokenizer
 from tests.contract.test_cascades import NOT_PLAIN
 

@@ -6,9 +6,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from hf_iclr.editors.alpha_edit_config import AlphaEditConfig
-from hf_iclr.editors.edit_request import EditRequest
-from hf_iclr.editors.key_statistics import KeyStatistics
+from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
+from hf_iclr.editors.alpha_edit.request import EditRequest
+from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
 from tests.architectures import ARCHITECTURES, tiny
 
 

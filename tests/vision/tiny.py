@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_iclr.vision.pipeline_promptable_video_segmentation import Sam2VideoPipeline
+from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
 
 
 SIDE = 64  # pixels of the model's square

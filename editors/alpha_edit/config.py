@@ -1,0 +1,180 @@
+"""Settings of `AlphaEditor`."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hf_iclr.untrusted import as_written_by, inside, read_json
+
+from .statistics import check_null_space_rule
+
+
+SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
+POST_PROCESSING = (None, "rect", "prune")
+CONFIG_NAME = "alpha_edit_config.json"
+
+
+@dataclass
+class AlphaEditConfig:
+    """
+    Settings of [`AlphaEditor`]. Defaults are those of the AlphaEdit paper's Llama 3 and GPT-J runs
+    (https://huggingface.co/papers/2410.02355), except where a line says otherwise.
+
+    Args:
+        solver (`str`, *optional*, defaults to `"alphaedit"`):
+            `"alphaedit"`, `"memit"` (second moment as a soft constraint), `"memit_seq"` (that and earlier edits' keys)
+            or `"ridge"` (neither).
+        project (`bool`, *optional*):
+            Project the update onto the null space, the paper's one line for other methods. Left out: only for
+            `"alphaedit"`, which has it in its system.
+        post_processing (`str`, *optional*):
+            `"rect"` keeps the 40 % of an update's entries that change a weight most, `"prune"` compresses large
+            singular values of all updates.
+        layers (`str` or `list[int]`, *optional*, defaults to `"auto"`):
+            Layers to edit; `"auto"` as in [`KeyStatistics.from_dataset`].
+        nullspace_threshold (`float`, *optional*):
+            Directions with an eigenvalue of at least this are preserved; 2e-2 in the paper, and here when no rule is
+            given. One number means other things in other models: look at the report's editable share.
+        nullspace_energy (`float`, *optional*):
+            Instead: share of the sum of eigenvalues that is preserved.
+        nullspace_rank (`int`, *optional*):
+            Instead: number of directions preserved.
+        l2 (`float`, *optional*, defaults to 10.0):
+            Ridge of `"alphaedit"` and `"ridge"`.
+        moment_weight (`float`, *optional*, defaults to 15000.0):
+            Weight of the second moment in `"memit"` and `"memit_seq"`; the MEMIT paper's lambda.
+        learning_rate (`float`, *optional*, defaults to 0.5):
+            Adam's, for the target states; 0.5 for GPT-J, 0.1 for Llama 3.
+        num_steps (`int`, *optional*, defaults to 25):
+            Steps at most.
+        loss_threshold (`float`, *optional*, defaults to 0.05):
+            A request is done when its loss (nats per target token) is below this.
+        clamp_factor (`float`, *optional*, defaults to 0.75):
+            Largest move, in norms of the original state.
+        weight_decay (`float`, *optional*, defaults to 0.5):
+            Weight of the move's norm divided by the original state's squared norm.
+        kl_factor (`float`, *optional*, defaults to 0.0625):
+            Weight of KL(now || before) of the next token after "{subject} is a", at the subject.
+        num_contexts (`int`, *optional*, defaults to 5):
+            Sampled contexts beside the plain prompt. The time an edit takes grows with it.
+        context_length (`int`, *optional*, defaults to 10):
+            Tokens of a context.
+        context_templates (`list[str]`, *optional*):
+            Contexts to use, each ending in `{}`, the first of them `"{}"`. Left out: sampled at the first edit and
+            kept.
+        optimization_batch_size (`int`, *optional*, defaults to 25):
+            Requests whose target states are sought at once.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the contexts.
+        base_model_name_or_path (`str`, *optional*):
+            Set by the editor: the model that is edited.
+        base_model_revision (`str`, *optional*):
+            Set by the editor: its commit.
+        base_model_hash (`str`, *optional*):
+            Set by the editor: [`hash_weights`] of it.
+
+    Raises:
+        ValueError: when a setting is out of range, unknown, or two rules for the null space are given.
+    """
+
+    solver: str = "alphaedit"
+    project: bool | None = None
+    post_processing: str | None = None
+    layers: str | list[int] = "auto"
+    nullspace_threshold: float | None = None
+    nullspace_energy: float | None = None
+    nullspace_rank: int | None = None
+    l2: float = 10.0
+    moment_weight: float = 15_000.0
+    learning_rate: float = 0.5
+    num_steps: int = 25
+    loss_threshold: float = 0.05
+    clamp_factor: float = 0.75
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    num_contexts: int = 5
+    context_length: int = 10
+    context_templates: list[str] | None = None
+    optimization_batch_size: int = 25
+    seed: int = 0
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"Expected a solver among {', '.join(SOLVERS)}, got {self.solver!r}.")
+        if self.post_processing not in POST_PROCESSING:
+            raise ValueError(f"Expected post_processing None, 'rect' or 'prune', got {self.post_processing!r}.")
+        rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
+        if rule == (None, None, None):
+            self.nullspace_threshold = 2e-2
+        check_null_space_rule(self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
+        for name, least in (
+            *((n, 0.0) for n in ("l2", "loss_threshold", "weight_decay", "kl_factor", "num_contexts")),
+            *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size")),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}.")
+        for name in ("num_contexts", "num_steps", "context_length", "optimization_batch_size", "seed"):
+            if getattr(self, name) % 1 != 0:
+                raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
+        for name in ("moment_weight", "learning_rate", "clamp_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")
+        if self.project is None:
+            self.project = self.solver == "alphaedit"
+        elif self.solver == "alphaedit" and not self.project:
+            raise ValueError(
+                "Expected project=True with the solver 'alphaedit', which is the projection. Without it: "
+                "solver='ridge'."
+            )
+        for template in self.context_templates or []:
+            if not template.endswith("{}") or template.count("{}") != 1:
+                raise ValueError(f"Expected context templates that end in {{}} and have it once, got {template!r}.")
+        if self.context_templates and self.context_templates[0] != "{}":
+            raise ValueError(
+                f"Expected the first context template to be '{{}}', the plain prompt, got "
+                f"{self.context_templates[0]!r}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Write `alpha_edit_config.json`.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, made if need be.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        inside(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> "AlphaEditConfig":
+        """
+        Read `alpha_edit_config.json`.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder.
+
+        Returns:
+            [`AlphaEditConfig`]
+
+        Raises:
+            ValueError: when there is none, or it has settings that this version does not know.
+        """
+        path = inside(save_directory, CONFIG_NAME)
+        if not path.exists():
+            raise ValueError(f"Expected {CONFIG_NAME} in {save_directory}, got none: no editor was saved there.")
+        values = read_json(path)
+        with as_written_by("AlphaEditConfig.save_pretrained", path):
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
+            return cls(**values)

@@ -1,0 +1,227 @@
+"""From target states to updates of the edited layers: reads keys, solves, and writes the weights layer by layer."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_iclr.saving import in_own_memory
+
+from ..closed_form import (
+    EditedKeys,
+    cholesky_of_moment,
+    covariance_factor,
+    keep_relative_changes,
+    low_rank_factors,
+    project_out,
+    prune_singular_values,
+)
+from .config import AlphaEditConfig
+from .down_projections import DownProjection, capture, run_until
+from .edited_weight import EditedWeight
+from .journal import EditBatch
+from .prompts import EditRow, encode_request
+from .request import EditRequest
+from .statistics import KeyStatistics, right_padded
+
+
+logger = logging.getLogger(__name__)
+
+_ROWS_READ = 64  # in one forward
+
+
+class EditSolver:
+    """
+    Solves batches of edits and keeps the weights.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            The unedited model.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            Its tokenizer.
+        config ([`AlphaEditConfig`]):
+            With its context templates by the time of the first batch.
+        projections (`list[DownProjection]`):
+            The edited layers.
+        preserved (`dict[int, torch.Tensor]`):
+            For each layer the directions that must not change, of shape `(d, m)`; empty when nothing is projected.
+        statistics ([`KeyStatistics`], *optional*):
+            For the solvers `"memit"` and `"memit_seq"`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AlphaEditConfig,
+        projections: list[DownProjection],
+        preserved: dict[int, torch.Tensor],
+        statistics: KeyStatistics | None,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.projections, self.preserved, self.statistics = projections, preserved, statistics
+        self._weights = {p.index: EditedWeight(p) for p in projections}
+        self._cholesky: dict[int, torch.Tensor] = {}
+        self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
+
+    def write(self, batches: Sequence[EditBatch]) -> None:
+        """Make the weights the original ones plus these batches, in their order."""
+        for layer, weight in self._weights.items():
+            weight.set([(batch.residuals[layer], batch.factors[layer]) for batch in batches])
+
+    def solve(
+        self, name: str, requests: list[EditRequest], states: torch.Tensor, before: list[EditBatch]
+    ) -> EditBatch:
+        """
+        The updates of one batch, layer by layer: each is in the weights when the next layer's keys are read. The
+        caller writes the weights anew should this fail.
+
+        Args:
+            name (`str`):
+                The batch's name.
+            requests (`list[EditRequest]`):
+                The edits.
+            states (`torch.Tensor` of shape `(n, hidden_size)`):
+                Their target states.
+            before (`list[EditBatch]`):
+                Batches in the weights.
+
+        Returns:
+            [`EditBatch`]: without the rows of the edits' report.
+
+        Raises:
+            ValueError: when the equations cannot be solved or the update is not finite.
+        """
+        batch = EditBatch(name, requests, states)
+        rows = [self._rows_to_subject(request) for request in requests]
+        for number, projection in enumerate(self.projections):
+            layer, weight = projection.index, self._weights[projection.index]
+            keys, reached = self._read(rows, projection)
+            residuals = ((states.to(reached) - reached) / (len(self.projections) - number)).double().T
+            keys = keys.double().T.cpu()
+            factor = self._factor(layer, keys, before, batch)
+            residuals = residuals.cpu()
+            if not (residuals.isfinite().all() and factor.isfinite().all()):
+                raise ValueError(
+                    f"Expected a finite update of layer {layer}, got NaN or infinity; the batch is not made."
+                )
+            if self.config.post_processing is not None:
+                residuals, factor = self._post_process(layer, residuals @ factor, before)
+            batch.keys[layer] = in_own_memory(keys.float())
+            batch.residuals[layer] = in_own_memory(residuals.float())
+            batch.factors[layer] = in_own_memory(factor.float())
+            updates = [(other.residuals[layer], other.factors[layer]) for other in [*before, batch]]
+            weight.set(updates)
+            outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
+            batch.layers.append(
+                {"batch": batch.name, "layer": layer, "width": keys.shape[0],
+                 "preserved": self.preserved[layer].shape[1] if layer in self.preserved else 0,
+                 "editable": (outside.norm(dim=0) / keys.norm(dim=0)).mean().item(),
+                 "residual": batch.residuals[layer].norm(dim=0).mean().item(),
+                 "change": self._relative_change(layer, residuals, factor)}
+            )  # fmt: skip
+            if batch.layers[-1]["editable"] < 0.3:
+                logger.warning(
+                    "Layer %d: only %.0f %% of the keys' norm is editable, the rest lies in preserved directions. "
+                    "Raise nullspace_threshold, lower nullspace_energy or nullspace_rank, or edit lower layers.",
+                    layer, 100 * batch.layers[-1]["editable"],
+                )  # fmt: skip
+        return batch
+
+    def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
+        config = self.config
+        if config.solver in ("alphaedit", "ridge"):
+            batches, edited = self._edited_keys(layer, keys, before)
+            factor = edited.add(keys)
+            batches.append(batch)
+        else:
+            assert self.statistics is not None
+            if layer not in self._cholesky:
+                moment = self.statistics.second_moment(layer)
+                self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
+            seen = [other.keys[layer].double() for other in before if config.solver == "memit_seq"]
+            factor = covariance_factor(keys, torch.cat([keys[:, :0], *seen], 1), self._cholesky[layer])
+        if config.project and config.solver != "alphaedit":
+            factor = project_out(factor.T, self.preserved[layer]).T
+        return factor
+
+    def _edited_keys(
+        self, layer: int, keys: torch.Tensor, before: list[EditBatch]
+    ) -> tuple[list[EditBatch], EditedKeys]:
+        """Those of the batches before, and these batches: what the last solve has in common with them stays."""
+        if layer not in self._edited:
+            inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
+            self._edited[layer] = [], EditedKeys(inside, self.config.l2)
+        batches, edited = self._edited[layer]
+        common = 0
+        while common < min(len(batches), len(before)) and batches[common] is before[common]:
+            common += 1
+        edited.keep_first(sum(batch.keys[layer].shape[1] for batch in batches[:common]))
+        del batches[common:]
+        for batch in before[common:]:
+            edited.add(batch.keys[layer].double())
+            batches.append(batch)
+        return batches, edited
+
+    def _post_process(
+        self, layer: int, delta: torch.Tensor, before: list[EditBatch]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        projection, weight = self._weights[layer].projection, self._weights[layer]
+        if weight.original is None:
+            raise ValueError("Expected a floating-point model for post_processing, got a quantised one. Leave it out.")
+        current = [(other.residuals[layer], other.factors[layer]) for other in before]
+        if self.config.post_processing == "rect":
+            delta = keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
+        else:
+            original = projection.as_stored(weight.original.double()).cpu()
+            sofar = projection.as_stored(weight.total(current).double()).cpu() - original
+            delta = prune_singular_values(sofar + delta, original) - sofar
+        return low_rank_factors(delta)
+
+    def _relative_change(self, layer: int, residuals: torch.Tensor, factor: torch.Tensor) -> float:
+        original = self._weights[layer].original
+        if original is None:
+            return float("nan")
+        squared = ((residuals.T @ residuals) * (factor @ factor.T)).sum().clamp_min(0)
+        return float(squared.sqrt() / original.double().norm().cpu())
+
+    def _rows_to_subject(self, request: EditRequest) -> list[EditRow]:
+        templates = self.config.context_templates or ["{}"]
+        rows = [encode_request(self.tokenizer, request.prompt, request.subject, "", context) for context in templates]
+        return [EditRow(row.ids[: row.subject + 1], row.subject, row.subject + 1) for row in rows]
+
+    def _read(self, rows: list[list[EditRow]], projection: DownProjection) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Keys of one layer, (n, d): half of each is the plain prompt's, half the mean over contexts; and the last edited
+        layer's present output on the plain prompts, (n, hidden_size).
+        """
+        last = self.projections[-1]
+        plain = self._read_rows(
+            [row[0] for row in rows], last.layer, {"key": (projection.module, "input"), "out": (last.target, "output")}
+        )
+        if len(rows[0]) == 1:
+            return plain["key"], plain["out"]
+        others = [row for request in rows for row in request[1:]]
+        contexts = self._read_rows(others, projection.layer, {"key": (projection.module, "input")})["key"]
+        mean = contexts.view(len(rows), -1, contexts.shape[-1]).mean(1)
+        return (plain["key"] + mean) / 2, plain["out"]
+
+    @torch.no_grad()
+    def _read_rows(
+        self, rows: list[EditRow], until: torch.nn.Module, wanted: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+        for first in range(0, len(order), _ROWS_READ):
+            chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
+            batch = {name: value.to(self.model.device) for name, value in right_padded(chosen).items()}
+            ends = batch["attention_mask"].sum(1) - 1
+            with capture(wanted) as seen:
+                run_until(self.model, until, **batch)
+            for name, value in seen.items():
+                shaped = value.reshape(*batch["input_ids"].shape, -1)
+                parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
+        back = torch.tensor(order).argsort()
+        return {name: torch.cat(values)[back] for name, values in parts.items()}

@@ -1,0 +1,310 @@
+"""Target states: what the edited layer should put out at a subject's last token so that the target follows."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_iclr.cache_argument import cache_inputs
+
+from .config import AlphaEditConfig
+from .down_projections import DownProjection, capture, run_until
+from .prompts import EditRow, encode_request
+from .request import EditRequest
+
+
+@dataclass
+class TargetStates:
+    """
+    Target states of some requests.
+
+    Args:
+        states (`torch.Tensor` of shape `(n, hidden_size)`):
+            float32.
+        losses (`torch.Tensor` of shape `(n,)`):
+            Last loss, in nats per target token.
+        steps (`torch.Tensor` of shape `(n,)`):
+            Steps taken.
+        log_probs (`torch.Tensor` of shape `(n,)`):
+            Mean log-probability of the target's tokens after the plain prompt before anything moved, in nats.
+    """
+
+    states: torch.Tensor
+    losses: torch.Tensor
+    steps: torch.Tensor
+    log_probs: torch.Tensor
+
+
+def find_target_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Sequence[DownProjection],
+    requests: Sequence[EditRequest],
+    config: AlphaEditConfig,
+    progress: bool = True,
+) -> TargetStates:
+    """
+    Optimise a move of the last edited layer's output for many requests at once (section 3.1 and appendix of
+    https://huggingface.co/papers/2210.07229, as AlphaEdit takes it over).
+
+    Tokens before the subject's last one never see the move, nor do layers up to the edited one: both are computed
+    once. A step runs the layers above on the tokens from there on, with logits at the target's positions only, and
+    requests that are done leave the batch.
+
+    Args:
+        model (`~transformers.PreTrainedModel`):
+            The model, in evaluation mode.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            Its tokenizer.
+        projections (`list[DownProjection]`):
+            Those of all layers up to the last one edited.
+        requests (`list[EditRequest]`):
+            Any number.
+        config ([`AlphaEditConfig`]):
+            With its context templates.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        [`TargetStates`]: in the order of the requests.
+    """
+    rows = [_rows_of(tokenizer, request, config) for request in requests]
+    # Requests of like length share a batch: columns are as many as the longest needs.
+    order = sorted(range(len(requests)), key=lambda i: max(len(row.ids) - row.subject for row in rows[i]))
+    parts: dict[int, tuple[torch.Tensor, ...]] = {}
+    with tqdm(total=len(order), unit="edit", desc="target states", disable=not progress) as bar:
+        for first in range(0, len(order), config.optimization_batch_size):
+            chosen = order[first : first + config.optimization_batch_size]
+            result = _Search(model, projections, [rows[i] for i in chosen], config).run(bar)
+            parts |= {i: tuple(value[k] for value in result) for k, i in enumerate(chosen)}
+    columns = zip(*(parts[i] for i in range(len(requests))), strict=True)
+    return TargetStates(*(torch.stack(column) for column in columns))
+
+
+def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: AlphaEditConfig) -> list[EditRow]:
+    rows = [
+        encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
+        for context in config.context_templates or ["{}"]
+    ]
+    if config.kl_factor:
+        rows.append(encode_request(tokenizer, "{} is a", request.subject))
+    return rows
+
+
+class _Search:
+    """One batch of requests. All rows stand so that their subjects end in one column: a prefix before, a suffix "
+    "after."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        projections: Sequence[DownProjection],
+        rows: list[list[EditRow]],
+        config: AlphaEditConfig,
+    ) -> None:
+        self.model, self.projection, self.config = model, projections[-1], config
+        self.below = [projection.layer for projection in projections[:-1]]
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.num_requests, self.rows_each = len(rows), len(rows[0])
+        flat = [row for request in rows for row in request]
+        self.row_ids = [row.ids[:-1] if row.start < len(row.ids) else row.ids for row in flat]
+        device = model.device
+        before = max(row.subject for row in flat)
+        after = max(len(ids) - row.subject for ids, row in zip(self.row_ids, flat, strict=True))
+        ids, mask = torch.zeros(2, len(flat), before + after, dtype=torch.long, device=device)
+        for line, (tokens, row) in enumerate(zip(self.row_ids, flat, strict=True)):
+            start = before - row.subject
+            ids[line, start : start + len(tokens)] = torch.tensor(tokens, device=device)
+            mask[line, start : start + len(tokens)] = 1
+        self.before, self.ids, self.mask = before, ids, mask
+        self.positions = (mask.cumsum(1) - 1).clamp_min(0)
+        # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
+        self.num_texts = self.rows_each - (1 if config.kl_factor else 0)
+        places = [
+            (line, place - 1 - row.subject, row.ids[place], 1 / (len(row.ids) - row.start) / self.num_texts)
+            for line, row in enumerate(flat)
+            for place in range(row.start, len(row.ids))
+        ]
+        self.row, self.column, self.token = (
+            torch.tensor(x, device=device) for x in list(zip(*places, strict=True))[:3]
+        )
+        self.weight = torch.tensor([place[3] for place in places], device=device)
+
+    def inputs(self, start: int, end: int, cache: DynamicCache | None, lines: Any = slice(None)) -> dict[str, Any]:
+        """Arguments of a forward over columns `start` to `end`, those before them in the cache."""
+        inputs = {
+            "input_ids": self.ids[lines, start:end],
+            "attention_mask": self.mask[lines, :end],
+            "use_cache": False,
+        }
+        if self.takes_positions:
+            inputs["position_ids"] = self.positions[lines, start:end]
+        if cache is not None:
+            inputs |= cache_inputs(self.model, _shallow(cache)) | {"use_cache": True}
+        return inputs
+
+    @torch.no_grad()
+    def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
+        """
+        Cache of the tokens before the subjects' last; on the others the last edited layer's input and the output that
+        is to be moved.
+        """
+        cache = None
+        if self.before:
+            cache = DynamicCache()
+            inputs = self.inputs(0, self.before, None)
+            decoder = self.model.get_decoder()
+            decoder(**inputs | cache_inputs(decoder, cache) | {"use_cache": True})
+        target, layer = self.projection.target, self.projection.layer
+        with capture({"in": (layer, "input"), "out": (target, "output")}) as seen:
+            run_until(self.model, layer, **self.inputs(self.before, self.ids.shape[1], cache))
+        shape = (*self.ids[:, self.before :].shape, -1)
+        return cache, seen["in"].reshape(shape), seen["out"].reshape(shape)
+
+    def run(self, bar: tqdm) -> tuple[torch.Tensor, ...]:
+        config, each, device = self.config, self.rows_each, self.model.device
+        cache, entering, output = self._prefix()
+        initial = output[::each, 0].float()  # the plain prompt's row of every request
+        size = initial.norm(dim=1)
+        delta = torch.zeros_like(initial)
+        first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+        losses, steps, log_probs = (torch.zeros(self.num_requests, device=device) for _ in range(3))
+        active = torch.arange(self.num_requests, device=device)  # requests in the batch
+        batch = _Batch(self, active, cache, entering, output)
+        before: torch.Tensor | None = None  # next token's log-probabilities of the KL rows, of all requests
+        for step in range(config.num_steps):
+            move = delta[active].requires_grad_()
+            token_log_probs, kl_log_probs = batch.log_probs(move)
+            nll = torch.zeros(len(active), device=device).index_add(0, batch.owner, -token_log_probs * batch.weight)
+            loss = nll + config.weight_decay * move.norm(dim=1) / size[active] ** 2 if step else nll
+            if kl_log_probs is not None:
+                if before is None:
+                    before = kl_log_probs.detach()
+                loss = loss + config.kl_factor * (kl_log_probs.exp() * (kl_log_probs - before[active])).sum(1)
+            if step == 0:
+                plain = batch.line % each == 0
+                own = (token_log_probs.detach() * batch.weight)[plain]
+                log_probs.index_add_(0, batch.owner[plain], own * self.num_texts)
+            losses[active] = loss.detach()
+            done = (loss < config.loss_threshold) | ~loss.isfinite()
+            if step == config.num_steps - 1 or done.all():
+                bar.update(len(active))
+                break
+            gradient = torch.autograd.grad(loss[~done].sum(), move)[0][~done].float()
+            bar.update(int(done.sum()))
+            rest = active[~done]
+            steps[rest] += 1
+            first[rest] = 0.9 * first[rest] + 0.1 * gradient
+            second[rest] = 0.999 * second[rest] + 0.001 * gradient**2
+            ratio = (first[rest] / (1 - 0.9 ** (step + 1))) / (
+                (second[rest] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            )
+            moved = delta[rest] - config.learning_rate * ratio
+            limit = config.clamp_factor * size[rest]
+            delta[rest] = moved * (limit / moved.norm(dim=1)).clamp_max(1)[:, None]
+            if done.any():
+                active = rest
+                batch = _Batch(self, active, cache, entering, output)
+        return initial + delta, losses, steps, log_probs
+
+
+class _Batch:
+    """The rows of the requests still searched, ready for a step."""
+
+    def __init__(
+        self,
+        search: _Search,
+        active: torch.Tensor,
+        cache: DynamicCache | None,
+        entering: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        self.search = search
+        each, start = search.rows_each, search.before
+        lines = (active[:, None] * each + torch.arange(each, device=active.device)).flatten()
+        kept = torch.isin(search.row, lines)
+        new_line = torch.zeros(len(search.ids), dtype=torch.long, device=active.device)
+        new_line[lines] = torch.arange(len(lines), device=active.device)
+        self.line, self.column = new_line[search.row[kept]], search.column[kept]
+        self.token, self.weight = search.token[kept], search.weight[kept]
+        self.owner = self.line // each
+        width = int(search.mask[lines, start:].sum(1).max())  # of the longest row left
+        self.entering, self.output = entering[lines, :width], output[lines, :width]
+        self.cache = _shallow(cache)
+        for layer in self.cache.layers if self.cache is not None else []:
+            layer.keys, layer.values = layer.keys[lines], layer.values[lines]
+        self.inputs = partial(search.inputs, start, start + width, self.cache, lines)
+        # The KL rows are the last of each request and are looked at where the subject ends, in column 0.
+        last = torch.arange(len(lines) if search.config.kl_factor else 0, device=active.device)[each - 1 :: each]
+        self.looked_at = torch.cat([self.line, last]), torch.cat([self.column, torch.zeros_like(last)])
+
+    def log_probs(self, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the target tokens, and of every next token at the KL rows' subjects."""
+        search = self.search
+        shift = move.repeat_interleave(search.rows_each, 0).to(self.output)
+        moved = torch.cat([(self.output[:, 0] + shift)[:, None], self.output[:, 1:]], 1)
+        with _replay(search.below, search.projection, self.entering, moved), _head_at(search.model, *self.looked_at):
+            logits = search.model(**self.inputs()).logits
+        log_probs, count = logits[0].float().log_softmax(-1), len(self.token)
+        targets = log_probs[:count].gather(1, self.token[:, None])[:, 0]
+        return targets, log_probs[count:] if len(log_probs) > count else None
+
+
+@contextmanager
+def _replay(
+    below: list[nn.Module], projection: DownProjection, entering: torch.Tensor, moved: torch.Tensor
+) -> Iterator[None]:
+    """In a `with` block the edited module puts out `moved` and what stands before it is not computed."""
+
+    def returning(states: torch.Tensor) -> Callable:
+        return lambda *_, **__: (states, None) if projection.layer_returns_tuple else states
+
+    # A stack of layers passes on what the last replaced one returns; those before it may return anything.
+    replaced = {module: returning(entering) for module in below}
+    hook = None
+    if projection.adds_to_residual:
+        replaced[projection.layer] = returning(moved)
+    else:
+        hook = projection.module.register_forward_hook(lambda _, __, output: moved.reshape(output.shape))
+    before = {module: vars(module).get("forward") for module in replaced}
+    for module, forward in replaced.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, earlier in before.items():
+            if earlier is None:
+                del module.forward
+            else:
+                vars(module)["forward"] = earlier  # what accelerate put there
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """In a `with` block the model computes the logits of these places only, as a batch of one row."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0][rows, columns][None], *inputs[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _shallow(cache: DynamicCache | None) -> DynamicCache | None:
+    """The same keys and values in a cache of its own: more can be appended to either."""
+    if cache is None:
+        return None
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied

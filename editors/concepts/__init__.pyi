@@ -1,0 +1,5 @@
+from .editor import ConceptEditor
+
+__all__ = [
+    "ConceptEditor",
+]

@@ -1,0 +1,411 @@
+"""Erases or replaces concepts of a text-to-image pipeline and leaves the others alone."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from huggingface_hub import CommitInfo, snapshot_download
+
+from hf_iclr.saving import in_own_memory, push_saved, whole_file
+from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
+
+from ..alpha_edit.statistics import check_null_space_rule, hash_weights
+from ..closed_form import null_space_factor, project_out
+from .card import concept_card
+from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+EDITS_NAME = "concept_edits.json"
+
+
+@dataclass
+class _Batch:
+    """Edits made at once: for each kind of input the keys (d, n), the factor (r, d), and residuals (o, r) by layer."""
+
+    concepts: dict[str, str]
+    keys: dict[str, torch.Tensor]
+    factors: dict[str, torch.Tensor]
+    residuals: dict[str, torch.Tensor]
+
+
+class ConceptEditor:
+    """
+    [`AlphaEditor`]'s constraint for pipelines of diffusers: what a layer returns for the text of one concept is made
+    what it returns for another's, in closed form, and what it returns for the prompts to retain stays.
+
+    Keys are the text encoder's states, values are W times the other concept's states, as in
+    https://huggingface.co/papers/2308.14761. The update lies in the null space of the retained prompts' states and,
+    exactly, of the empty prompt's, as in https://huggingface.co/papers/2503.07392, by the formula of
+    https://huggingface.co/papers/2410.02355. What replaces a concept stays too, up to the ridge. Nothing is trained,
+    and the text encoders are not touched.
+
+    Of a UNet the keys and values of cross-attention are edited, of a transformer the layer that reads the text's
+    states and the one that reads the pooled state.
+
+    Args:
+        pipeline (`~diffusers.DiffusionPipeline`):
+            The pipeline; its denoiser is edited in place.
+        retain (`Sequence[str]`):
+            Prompts whose images should stay; concepts near the edited ones are the ones that need it.
+        modules (`str`, *optional*):
+            Regular expression for the full names of the layers to edit, where the pipeline's class is not known.
+        nullspace_threshold (`float`, *optional*):
+            Retain the directions whose mean squared share in the states is at least this. Left out, with no other rule
+            given: 1e-1, "singular values < 1e-1" of the code of https://huggingface.co/papers/2503.07392.
+        nullspace_energy (`float`, *optional*):
+            Retain the fewest directions with this share of all.
+        nullspace_rank (`int`, *optional*):
+            Retain so many directions.
+        l2 (`float`, *optional*, defaults to 0.5):
+            Ridge, in squared units of states; "lamb = .5" in the code of https://huggingface.co/papers/2308.14761.
+        encode_options (`dict`, *optional*):
+            Further arguments of `pipeline.encode_prompt`, those the pipeline will be called with: with other values of
+            `max_sequence_length` or `clip_skip` the states are others.
+
+    Raises:
+        TypeError: when `pipeline` is none or `retain` is one string.
+        ValueError: when no layer to edit is found, several rules are given or `l2` is not positive.
+
+    Example:
+
+    ```python
+    >>> pipeline = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    >>> editor = ConceptEditor(pipeline, retain=["a dog", "a mouse", "Mickey Mouse"])
+    >>> editor.edit({"Snoopy": "", "a painting by Van Gogh": "a painting"})
+    >>> editor.undo()
+    ```
+    """
+
+    def __init__(
+        self,
+        pipeline: "DiffusionPipeline",
+        retain: Sequence[str],
+        *,
+        modules: str | None = None,
+        nullspace_threshold: float | None = None,
+        nullspace_energy: float | None = None,
+        nullspace_rank: int | None = None,
+        l2: float = 0.5,
+        encode_options: Mapping[str, Any] | None = None,
+    ):
+        if isinstance(retain, str):
+            raise TypeError(f"Expected a list of prompts to retain, got one string. Type `retain=[{retain!r}]`.")
+        if not l2 > 0:
+            raise ValueError(f"Expected l2 above 0, got {l2}.")
+        if nullspace_threshold is nullspace_energy is nullspace_rank is None:
+            nullspace_threshold = 1e-1
+        check_null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank)
+        self.component = denoiser_name(pipeline)
+        self.denoiser = getattr(pipeline, self.component)
+        self.pipeline = pipeline
+        self.settings: dict[str, Any] = {
+            "modules": modules,
+            "nullspace_threshold": nullspace_threshold,
+            "nullspace_energy": nullspace_energy,
+            "nullspace_rank": nullspace_rank,
+            "l2": l2,
+            "encode_options": dict(encode_options or {}),
+        }
+        self.retain = list(dict.fromkeys(retain))
+        self.layers = find_text_layers(self.denoiser, modules)
+        self.base_hash = hash_weights(self.denoiser)
+        self._originals = {
+            name: layer.weight.detach().cpu().clone()
+            for layers in self.layers.values()
+            for name, layer in layers.items()
+        }
+        self._batches: list[_Batch] = []
+        self._retained = self._encode(self.retain) if self.retain else {}
+        self._preserved = self._preserved_directions()
+
+    @property
+    def concepts(self) -> dict[str, str]:
+        """The concepts edited so far and what each was replaced by; `""` is the empty prompt."""
+        return {concept: other for batch in self._batches for concept, other in batch.concepts.items()}
+
+    def edit(self, concepts: Mapping[str, str]) -> pd.DataFrame:
+        """
+        Make concepts read as others. The states of both prompts are matched token by token.
+
+        Args:
+            concepts (`Mapping[str, str]`):
+                From the concept, or a prompt with it, to what it is replaced by; `""`, the empty prompt, erases it.
+
+        Returns:
+            `pandas.DataFrame`: one row a concept, with `residual`, the distance from the other concept's values that
+            is left (1 before the edit, 0 when replaced entirely), `editable`, the share of the states that differ
+            which lies outside the retained directions, and `retain_shift`, the largest relative change of a retained
+            prompt's value by this batch.
+
+        Raises:
+            ValueError: when there is no concept, one is empty, replaced by itself, edited already or to be retained,
+                or a state or an update is not finite. The pipeline is then as it was.
+        """
+        concepts = self._check(concepts)
+        targets, others = self._encode(list(concepts)), self._encode(list(concepts.values()))
+        table = pd.DataFrame({"concept": list(concepts), "replaced_by": list(concepts.values())})
+        batch, residuals, shifts, editable = _Batch(concepts, {}, {}, {}), [], [0.0], []
+        for kind, layers in self.layers.items():
+            keys = targets[kind].flatten(0, 1).T
+            wanted = others[kind].flatten(0, 1).T
+            # What replaces a concept keeps its own values, as earlier edits keep theirs.
+            previous = torch.cat([wanted, *(earlier.keys[kind] for earlier in self._batches)], 1)
+            factor = null_space_factor(keys, previous, self._preserved[kind], self.settings["l2"])
+            # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
+            left, values, right = torch.linalg.svd(factor, full_matrices=False)
+            rank = max(1, int((values > values[0] * ROUNDING).sum()))
+            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), in_own_memory(right[:rank].float())
+            count = len(concepts)
+            differ = keys * ((wanted - keys).norm(dim=0) > ROUNDING * keys.norm(dim=0))
+            editable.append(_norms(project_out(differ, self._preserved[kind]), count) / _norms(differ, count))
+            for name, layer in layers.items():
+                weight = layer.weight.detach().cpu().double()
+                distance = weight @ (wanted - keys)
+                batch.residuals[name] = in_own_memory((distance @ left[:, :rank] * values[:rank]).float())
+                update = batch.residuals[name].double() @ batch.factors[kind].double()
+                residuals.append(_norms(distance - update @ keys, count) / _norms(distance, count))
+                if self._retained:
+                    kept = self._retained[kind].flatten(0, 1).T
+                    shifts.append(((update @ kept).norm(dim=0) / (weight @ kept).norm(dim=0)).max().item())
+        table["residual"] = torch.stack(residuals).nanmean(0).tolist()
+        table["editable"] = torch.stack(editable).nanmean(0).tolist()
+        table["retain_shift"] = max(shifts)
+        if not all(residual.isfinite().all() for residual in batch.residuals.values()):
+            raise ValueError(f"Expected a finite update, got NaN or infinity. Raise l2, now {self.settings['l2']:g}.")
+        for row in table[table["editable"] < 0.3].itertuples():
+            logger.warning(
+                "%.0f %% of the states of %r lie in the retained directions; the rest needs a large update, which "
+                "moves what is not retained. Retain fewer prompts, or raise nullspace_threshold.",
+                100 * (1 - row.editable),
+                row.concept,
+            )
+        self._batches.append(batch)
+        self._write()
+        return table
+
+    def undo(self, batches: int = 1) -> None:
+        """
+        Take back the last calls of [`~ConceptEditor.edit`], exactly: the weights are bit for bit what they were.
+
+        Args:
+            batches (`int`, *optional*, defaults to 1):
+                How many.
+
+        Raises:
+            ValueError: when fewer were made.
+        """
+        if not 0 < batches <= len(self._batches):
+            raise ValueError(f"Expected between 1 and {len(self._batches)} batches to undo, got {batches}.")
+        del self._batches[-batches:]
+        self._write()
+
+    def lora_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        All edits as a LoRA of the denoiser, with rank and alpha equal.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, float32.
+
+        Raises:
+            ValueError: when nothing was edited.
+        """
+        if not self._batches:
+            raise ValueError("Expected at least one edit to save, got none. Call `editor.edit({...})` first.")
+        state = {}
+        for kind, layers in self.layers.items():
+            for name in layers:
+                factors = [batch.factors[kind] for batch in self._batches]
+                state[f"{name}.lora_A.weight"] = torch.cat(factors).contiguous()
+                residuals = [batch.residuals[name] for batch in self._batches]
+                state[f"{name}.lora_B.weight"] = torch.cat(residuals, 1).contiguous()
+        return state
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Write the edits as a LoRA that `pipeline.load_lora_weights` takes, what is needed to undo them, and a card.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, made if need be.
+
+        Raises:
+            ValueError: when nothing was edited.
+        """
+        folder = check_links(save_directory)
+        state = self.lora_state_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        type(self.pipeline).save_lora_weights(
+            folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
+        )
+        about = {
+            "base_model": self.pipeline.name_or_path,
+            "base_hash": self.base_hash,
+            "settings": self.settings,
+            "retain": self.retain,
+            "batches": [
+                {"concepts": batch.concepts, "ranks": {kind: len(factor) for kind, factor in batch.factors.items()}}
+                for batch in self._batches
+            ],
+        }
+        with whole_file(folder / EDITS_NAME) as part:
+            part.write_text(json.dumps(about, indent=1, ensure_ascii=False))
+        concept_card(about).save(folder / "README.md")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        pipeline: "DiffusionPipeline",
+        revision: str | None = None,
+        token: Any = None,
+        check_base_model: bool = True,
+    ) -> "ConceptEditor":
+        """
+        Load edits and put them into the pipeline they were made for.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                Folder or repository.
+            pipeline (`~diffusers.DiffusionPipeline`):
+                The unedited pipeline.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the edits' repository.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
+            check_base_model (`bool`, *optional*, defaults to `True`):
+                Refuse a pipeline with other weights than those that were edited.
+
+        Returns:
+            [`ConceptEditor`]
+
+        Raises:
+            ValueError: when there are no edits, the pipeline is another one, or a file is not what
+                [`~ConceptEditor.save_pretrained`] writes.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            patterns = [WEIGHTS_NAME, EDITS_NAME]
+            folder = Path(
+                snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
+            )
+        path = inside(folder, EDITS_NAME)
+        if not path.exists():
+            raise ValueError(f"Expected a folder or repository with {EDITS_NAME}, got {name_or_path}, which has none.")
+        about = read_json(path)
+        found = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
+        tensors, _ = read_safetensors(inside(folder, WEIGHTS_NAME))
+        with as_written_by("ConceptEditor.save_pretrained", path):
+            if check_base_model and found != about["base_hash"]:
+                raise ValueError(
+                    f"Expected the pipeline that was edited, {about['base_model']!r} with weights "
+                    f"{about['base_hash']}, got weights {found}. Load that one, or pass `check_base_model=False`."
+                )
+            editor = cls(pipeline, about["retain"], **about["settings"])
+            state = {name.removeprefix(f"{editor.component}."): value for name, value in tensors.items()}
+            starts = dict.fromkeys(editor.layers, 0)
+            for entry in about["batches"]:
+                editor._batches.append(editor._read_batch(entry, state, starts))
+        editor._write()
+        return editor
+
+    def _read_batch(self, entry: dict[str, Any], state: dict[str, torch.Tensor], starts: dict[str, int]) -> "_Batch":
+        """A batch of the file, whose columns begin at `starts`, which are moved on."""
+        concepts = self._check(entry["concepts"])
+        keys = self._encode([*concepts.values(), *concepts])
+        batch = _Batch(concepts, {}, {}, {})
+        for kind, rank in entry["ranks"].items():
+            batch.keys[kind] = keys[kind].flatten(0, 1).T
+            columns = slice(starts[kind], starts[kind] + whole_number(rank, "the rank of a batch"))
+            starts[kind] += rank
+            for name, layer in self.layers[kind].items():
+                factor, residual = state[f"{name}.lora_A.weight"][columns], state[f"{name}.lora_B.weight"][:, columns]
+                shapes = tuple(residual.shape), tuple(factor.shape)
+                if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])):
+                    raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}")
+                batch.factors[kind], batch.residuals[name] = in_own_memory(factor), in_own_memory(residual)
+        return batch
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """
+        Upload what [`~ConceptEditor.save_pretrained`] writes.
+
+        Args:
+            repo_id (`str`):
+                Repository, made if need be.
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+            revision (`str`, *optional*):
+                Branch to push to.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+        """
+        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Concept edits")
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return encode_prompts(self.pipeline, prompts, self.settings["encode_options"], self.layers)
+
+    def _preserved_directions(self) -> dict[str, torch.Tensor]:
+        rule = [self.settings[f"nullspace_{name}"] for name in ("threshold", "energy", "rank")]
+        empty, preserved = self._encode([""]), {}
+        for kind in self.layers:
+            fixed = empty[kind].flatten(0, 1).T
+            retained = self._retained[kind].flatten(0, 1).T if self._retained else fixed[:, :0]
+            preserved[kind] = preserved_directions(retained, fixed, *rule)
+            dimension, count = preserved[kind].shape
+            logger.info("%d of %d directions of the text's %s are preserved.", count, dimension, kind)
+        return preserved
+
+    def _check(self, concepts: Mapping[str, str]) -> dict[str, str]:
+        if not isinstance(concepts, Mapping) or not concepts:
+            raise ValueError(
+                f"Expected concepts and what replaces each, got {concepts!r}. Type "
+                "`editor.edit({'Snoopy': 'a dog'})`, or '' to erase."
+            )
+        for concept, other in concepts.items():
+            if not isinstance(concept, str) or not isinstance(other, str) or not concept.strip():
+                raise ValueError(f"Expected a concept and a text that replaces it, got {concept!r}: {other!r}.")
+            if concept == other:
+                raise ValueError(f"Expected {concept!r} to be replaced by something else, or by '' to erase it.")
+            if concept in self.concepts:
+                raise ValueError(
+                    f"Expected concepts that were not edited yet, got {concept!r}, now {self.concepts[concept]!r}. "
+                    "Undo that batch first: `editor.undo()`."
+                )
+            if concept in self.retain:
+                raise ValueError(f"Expected {concept!r} either edited or retained, got both. Take it out of `retain`.")
+        return dict(concepts)
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Every weight: the original plus the batches in their order, rounded once."""
+        for kind, layers in self.layers.items():
+            for name, layer in layers.items():
+                total = self._originals[name].double()
+                for batch in self._batches:
+                    total = total + batch.residuals[name].double() @ batch.factors[kind].double()
+                layer.weight.copy_(total)
+
+
+def _norms(columns: torch.Tensor, parts: int) -> torch.Tensor:
+    """Norm of each of the equal parts that the columns consist of."""
+    return torch.stack([part.norm() for part in columns.chunk(parts, 1)])

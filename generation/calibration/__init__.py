@@ -1,0 +1,6 @@
+"""The parameter of a rule that gives a deferral rate, and tables of many: begin with calibrate.py."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

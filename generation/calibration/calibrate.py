@@ -1,0 +1,387 @@
+"""Finds the alpha of a deferral rule that gives a wanted deferral rate, acceptance rate or speed-up."""
+
+import logging
+import math
+import statistics as stats
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ..cascade_generation import CASCADE_DEFAULTS, SpeculativeCascadeGenerationMixin
+from ..configuration_speculative_cascade import SpeculativeCascadeConfig
+from ..deferral_rules import DEFERRAL_RULES
+from ..special_tokens import padding_token
+from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
+from .texts import Text, left_padded, split_texts
+
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("deferral_rate", "acceptance", "speedup")
+_ROUNDS = 3  # of correction on the cascade's own text
+_TIMED_TEXTS = 3
+
+
+class CascadeCosts(NamedTuple):
+    """Median wall times in seconds, one prompt at a time."""
+
+    plain: float  # a token of the large model alone
+    draft: float  # a forward of the small model
+    verify: float  # a forward of the large model over γ+1 tokens
+    overhead: float  # the rest of a round
+
+    def speedup(self, new_tokens: float, rounds: float, small_forwards: float) -> float:
+        """Time of the large model alone over that of the cascade, `t_1 E / (s c + v + h)` with E tokens a round."""
+        return new_tokens * self.plain / (small_forwards * self.draft + rounds * (self.verify + self.overhead))
+
+
+@dataclass
+class CascadeCalibration:
+    """
+    What [`calibrate_cascade`] found.
+
+    Attributes:
+        target (`str`), value (`float`):
+            The quantity and the value that was asked for.
+        rule (`str`), alpha (`float`):
+            The rule and the alpha that was found.
+        teacher_forced_alpha (`float`):
+            The alpha that the given texts alone suggest, before the correction on the cascade's own text.
+        predicted (`float`):
+            The quantity at `alpha`, as predicted from the calibration half.
+        measured, standard_error (`float`, *optional*):
+            The quantity at `alpha` on generations from held-out prompts, and its standard error over prompts. `None`
+            without `check`.
+        table (`pandas.DataFrame`):
+            For each alpha the predicted `deferral_rate`, `acceptance`, `tokens_per_large_forward`, `speedup` and
+            `drift` (mean total variation to the large model), on the cascade's own text at `alpha` or, without
+            `check`, on the given texts.
+        costs ([`CascadeCosts`]):
+            The times behind `speedup`.
+    """
+
+    target: str
+    value: float
+    rule: str
+    alpha: float
+    teacher_forced_alpha: float
+    predicted: float
+    measured: float | None
+    standard_error: float | None
+    table: pd.DataFrame
+    costs: CascadeCosts
+
+    @property
+    def relative_error(self) -> float | None:
+        """`measured / value - 1`."""
+        return None if self.measured is None else self.measured / self.value - 1
+
+
+def calibrate_cascade(
+    model,
+    dataset,
+    target: dict[str, float],
+    *,
+    tokenizer,
+    rule: str | None = None,
+    text_column: str = "text",
+    num_assistant_tokens: int | None = None,
+    prompt_tokens: int = 32,
+    max_new_tokens: int = 64,
+    max_tokens: int = 4096,
+    batch_size: int = 8,
+    seed: int = 0,
+    check: bool = True,
+    apply: bool = True,
+    **generation_kwargs,
+) -> CascadeCalibration:
+    """
+    Find the alpha at which a cascade reaches a wanted rate, and check it on text the cascade itself generates.
+
+    Both models read half of the texts once, which gives the rates at every alpha: a quantile of the positions' scores
+    for threshold rules, a bisection for the others. The cascade then continues prompts of that half; reading these
+    continuations corrects alpha for the shift from the given text to its own, up to three times. What is reported as
+    `measured` comes from prompts of the other half.
+
+    Args:
+        model ([`SpeculativeCascadeGenerationMixin`]):
+            A composite model, or the result of [`enable_cascade`] with a small model.
+        dataset (`datasets.Dataset` or `list`):
+            Rows with a text in `text_column` or a chat in `"messages"` that ends with an answer; or the texts or rows
+            themselves. Text like that of the later use, at least two rows.
+        target (`dict[str, float]`):
+            One of `{"deferral_rate": 0.3}` (share of tokens that the large model decides), `{"acceptance": 0.8}`
+            (share of drafted tokens that are kept), `{"speedup": 1.5}` (over the large model alone, one prompt at a
+            time).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of both models.
+        rule (`str`, *optional*):
+            One of [`DEFERRAL_RULES`] but `"spec"`. Defaults to the model's `cascade_rule`.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column of the texts.
+        num_assistant_tokens (`int`, *optional*):
+            Draft length γ. Defaults to the model's.
+        prompt_tokens (`int`, *optional*, defaults to 32):
+            How many tokens of a text serve as the prompt. Of a chat, it is all before the last answer.
+        max_new_tokens (`int`, *optional*, defaults to 64):
+            Length of the continuations that are read and generated.
+        max_tokens (`int`, *optional*, defaults to 4096):
+            Tokens to read, and to generate in each check. The error falls with its square root.
+        batch_size (`int`, *optional*, defaults to 8):
+            Prompts to generate from at a time.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the split and of sampling.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to correct and measure on generated text.
+        apply (`bool`, *optional*, defaults to `True`):
+            Whether to make rule, alpha and draft length the model's defaults.
+        generation_kwargs (*optional*):
+            Arguments of `generate` such as `do_sample=True, temperature=0.8`. The alpha found holds for these.
+
+    Returns:
+        [`CascadeCalibration`]
+
+    Raises:
+        TypeError: if `model` doesn't cascade.
+        ValueError: if the target, rule or data don't fit, or no alpha reaches the target.
+
+    Example:
+
+    ```python
+    >>> model = enable_cascade(large, small)
+    >>> calibrate_cascade(model, dataset, {"deferral_rate": 0.3}, tokenizer=tokenizer, do_sample=True).alpha
+    ```
+    """
+    small = small_model(model)
+    name, value = _check_target(target)
+    rule = rule if rule is not None else _setting(model, small, "cascade_rule")
+    if rule not in THRESHOLD_RULES and rule not in ALPHA_GRIDS:
+        raise ValueError(
+            f"Expected a rule with an alpha to calibrate, got {rule!r}. Choose one of "
+            f"{', '.join(known for known in DEFERRAL_RULES if known != 'spec')}."
+        )
+    if max_new_tokens < 2:
+        raise ValueError(
+            f"Expected max_new_tokens of at least 2, since one token is never drafted, got {max_new_tokens}."
+        )
+    gamma = num_assistant_tokens or _setting(model, small, "num_assistant_tokens")
+    count = math.ceil(max_tokens / max_new_tokens)
+    halves = split_texts(dataset, tokenizer, text_column, prompt_tokens, max_new_tokens, count, seed, two_halves=check)
+    config = prepare_config(model, max_new_tokens=max_new_tokens, **generation_kwargs)
+    call = {"num_assistant_tokens": int(gamma), "max_new_tokens": max_new_tokens, **generation_kwargs}
+    if padding_token(config) is None:
+        call["pad_token_id"] = 0  # rows of a batch end at different lengths
+    run = _Run(model, small, rule, int(gamma), config, call, batch_size, seed)
+
+    costs = run.time(halves[0][:_TIMED_TEXTS])
+    texts = read_texts(model, small, halves[0], rule, config)
+    alpha = teacher_forced = run.solve(texts, name, value, costs, strict=True)
+    logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
+    predicted, measured, error = value, None, None
+    if check:
+        for _ in range(_ROUNDS):
+            generated, counts = run.generate(halves[0], alpha)
+            texts = read_texts(model, small, generated, rule, config, alphas=finer_grid(rule, alpha))
+            rate, _ = run.measure(counts, name, costs, texts, alpha)
+            expected = run.predict(texts, name, alpha, costs)
+            # What reading the texts doesn't see (end of text inside drafts, schedules) changes the rate by this
+            # factor.
+            factor = rate / expected if expected else 1.0
+            logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
+            alpha = run.solve(texts, name, value / factor, costs, strict=False)
+            predicted = factor * run.predict(texts, name, alpha, costs)
+            if abs(rate / value - 1) < 0.02:
+                break
+        _, counts = run.generate(halves[1], alpha)
+        measured, error = run.measure(counts, name, costs, texts, alpha)
+        logger.info("On held-out prompts %s alpha=%.4g gives %s=%.4g ± %.2g.", rule, alpha, name, measured, error)
+        if abs(measured / value - 1) > 0.1:
+            logger.warning(
+                "%s=%.4g on held-out prompts is more than 10 %% from %g. Pass more text and a larger `max_tokens`.",
+                name, measured, value,
+            )  # fmt: skip
+    if apply:
+        for target_config in (model.generation_config, model.config):
+            if target_config is model.generation_config or isinstance(target_config, SpeculativeCascadeConfig):
+                target_config.cascade_rule, target_config.cascade_alpha = rule, alpha
+        model.generation_config.num_assistant_tokens = int(gamma)
+    return CascadeCalibration(
+        name, value, rule, alpha, teacher_forced, predicted, measured, error, run.table(texts, costs), costs
+    )
+
+
+class _Run:
+    """The arguments that every step of a calibration shares."""
+
+    def __init__(self, model, small, rule, gamma, config, call, batch_size, seed):
+        self.model, self.small, self.rule, self.gamma = model, small, rule, gamma
+        self.config, self.call, self.batch_size, self.seed = config, call, batch_size, seed
+
+    def generate(self, texts: list[Text], alpha: float) -> tuple[list[Text], list[dict]]:
+        """Continues the prompts of `texts`; the counts of each."""
+        generated, counts = [], []
+        with torch.random.fork_rng(), tqdm(total=len(texts), desc=f"alpha={alpha:.4g}", unit="prompt") as progress:
+            torch.manual_seed(self.seed)
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                inputs = left_padded([text.prompt for text in batch], self.model.device)
+                output = self.model.generate(**inputs, **self.call, cascade_rule=self.rule, cascade_alpha=alpha)
+                done = self.model.cascade_statistics
+                width = inputs["input_ids"].shape[1]
+                for index, text in enumerate(batch):
+                    new = output[index, width : width + done.new_tokens[index]].tolist()
+                    generated.append(Text(text.prompt, new))
+                    counts.append(done.row(index))
+                progress.update(len(batch))
+        return generated, counts
+
+    def time(self, texts: list[Text]) -> CascadeCosts:
+        """Times the cascade and the large model alone, one after the other on each prompt, after a warm-up."""
+        plain, draft, verify, overhead = [], [], [], []
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for index, text in enumerate(tqdm([texts[0], *texts], desc="timing", unit="prompt")):
+                inputs = left_padded([text.prompt], self.model.device)
+                _, tokens, seconds = large_alone(self.model, inputs, **self.call)
+                # any alpha: it changes how many forwards there are, not what one costs
+                alpha = 0.0 if self.rule in THRESHOLD_RULES else 0.5
+                self.model.generate(**inputs, **self.call, cascade_rule=self.rule, cascade_alpha=alpha)
+                done = self.model.cascade_statistics
+                if index:
+                    plain.append(seconds / tokens)
+                    draft.append(done.draft_seconds / done.small_forwards)
+                    verify.append(done.verify_seconds / done.large_forwards)
+                    overhead.append(done.overhead_seconds / done.large_forwards)
+        return CascadeCosts(*(stats.median(times) for times in (plain, draft, verify, overhead)))
+
+    def predict(self, texts: TeacherForcedTexts, name: str, alpha: float, costs: CascadeCosts) -> float:
+        """The target quantity at `alpha` if the cascade wrote `texts`."""
+        if name == "deferral_rate":
+            return texts.deferral_rate(alpha)
+        rounds = texts.rounds(alpha, self.gamma)
+        if name == "acceptance":
+            return rounds.accepted / rounds.drafted
+        return costs.speedup(texts.lengths.sum(), rounds.rounds, rounds.small_forwards)
+
+    def solve(self, texts: TeacherForcedTexts, name: str, value: float, costs: CascadeCosts, strict: bool) -> float:
+        """The alpha that gives `value`; the nearest one if none does, or with `strict` a `ValueError`."""
+
+        def rate(alpha):
+            return self.predict(texts, name, alpha, costs)
+
+        low, high = texts.alpha_range()
+        ends = sorted([(rate(low), low), (rate(high), high)])
+        nearest = min(ends, key=lambda end: abs(end[0] - value))
+        if not ends[0][0] <= value <= ends[1][0]:
+            if strict:
+                raise ValueError(
+                    f"{name}={value:g} can't be reached with rule {self.rule!r} and {self.gamma} drafted tokens on "
+                    f"this text: expected a value in [{ends[0][0]:.4g}, {ends[1][0]:.4g}]. The nearest is "
+                    f"{nearest[0]:.4g} at alpha={nearest[1]:.4g}."
+                )
+            return nearest[1]
+        below, above = ends[0][1], ends[1][1]  # alphas whose rates enclose the value
+        for _ in range(60):
+            middle = (below + above) / 2
+            if rate(middle) <= value:
+                below = middle
+            else:
+                above = middle
+        # The rate of a threshold rule has jumps: one end can be much nearer than the other.
+        return min((below, above), key=lambda alpha: abs(rate(alpha) - value))
+
+    def table(self, texts: TeacherForcedTexts, costs: CascadeCosts) -> pd.DataFrame:
+        rows = []
+        for alpha in texts.table_alphas():
+            rounds = texts.rounds(alpha, self.gamma)
+            rows.append(
+                {
+                    "alpha": alpha,
+                    "deferral_rate": texts.deferral_rate(alpha),
+                    "acceptance": rounds.accepted / rounds.drafted,
+                    "tokens_per_large_forward": texts.lengths.sum() / rounds.rounds,
+                    "speedup": costs.speedup(texts.lengths.sum(), rounds.rounds, rounds.small_forwards),
+                    "drift": texts.drift(alpha),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def measure(self, counts: list[dict], name: str, costs: CascadeCosts, texts: TeacherForcedTexts, alpha: float):
+        """
+        A rate over all prompts, and its standard error, that of a ratio of sums over independent prompts. Forwards
+        that the small model adds after fully accepted drafts are not counted by prompt, but expected from `texts`.
+        """
+        if name == "deferral_rate":
+            pairs = [(row["deferred"], row["new_tokens"]) for row in counts]
+        elif name == "acceptance":
+            pairs = [(row["accepted"], row["drafted"]) for row in counts]
+        else:
+            expected = texts.rounds(alpha, self.gamma)
+            draft = costs.draft * expected.small_forwards / expected.drafted
+            round_ = costs.verify + costs.overhead
+            pairs = [
+                (row["new_tokens"] * costs.plain, row["drafted"] * draft + row["rounds"] * round_) for row in counts
+            ]
+        above, below = np.array(pairs, dtype=float).T
+        rate = above.sum() / below.sum()
+        residual = np.square(above - rate * below).sum() * len(pairs) / max(1, len(pairs) - 1)
+        return float(rate), float(np.sqrt(residual) / below.sum())
+
+
+def small_model(model):
+    """
+    The small model of a cascade.
+
+    Raises:
+        TypeError: if `model` doesn't cascade.
+        ValueError: if it has no small model, or the pair can't read the same token ids.
+    """
+    if not isinstance(model, SpeculativeCascadeGenerationMixin):
+        raise TypeError(
+            f"Expected a model that cascades, got {type(model).__name__}. Type `enable_cascade(model, small)`."
+        )
+    if model.cascade_pair[1] is None:
+        raise ValueError("Expected a model with a small model, got none. Type `enable_cascade(model, small)`.")
+    small = model.cascade_pair[1]
+    sizes = [half.config.get_text_config().vocab_size for half in (model, small)]
+    if model.config.is_encoder_decoder or sizes[0] != sizes[1]:
+        raise ValueError(
+            "Both models must be decoders of one vocabulary, got "
+            + ("an encoder-decoder." if model.config.is_encoder_decoder else f"{sizes[0]} and {sizes[1]} entries.")
+        )
+    return small
+
+
+def large_alone(model, inputs: dict[str, torch.Tensor], **call) -> tuple[torch.Tensor, int, float]:
+    """Plain `generate` of a cascade's large model for one prompt: its sequences, new tokens and seconds."""
+    begin = time.perf_counter()
+    call = {name: value for name, value in call.items() if name not in CASCADE_DEFAULTS}
+    output = super(SpeculativeCascadeGenerationMixin, model).generate(**inputs, **call)
+    return output, output.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - begin
+
+
+def _check_target(target: dict[str, float]) -> tuple[str, float]:
+    if not isinstance(target, dict) or len(target) != 1 or next(iter(target)) not in TARGETS:
+        raise ValueError(
+            f'Expected a target of one entry such as {{"deferral_rate": 0.3}}, with one of {", ".join(TARGETS)}, '
+            f"got {target!r}."
+        )
+    ((name, value),) = target.items()
+    if name == "speedup" and not value > 0:
+        raise ValueError(f"Expected a speedup above 0, where 1 is the large model alone, got {value!r}.")
+    if name != "speedup" and not 0 < value < 1:
+        raise ValueError(f"Expected a share between 0 and 1 for {name}, got {value!r}. For example 0.3.")
+    return name, float(value)
+
+
+def _setting(model, small, name: str):
+    """A cascade's default, looked up as its `generate` does."""
+    for config in (model.generation_config, small.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return CASCADE_DEFAULTS[name]

@@ -1,0 +1,365 @@
+"""Quality against cost for many rules and alphas, and for the methods a speculative cascade has to beat."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from hf_iclr.extras import new_figure, require, save_figure
+
+from ..cascade_statistics import CascadeStatistics
+from ..deferral_rules import check_rule
+from ..modeling_speculative_cascade import SpeculativeCascadeForCausalLM
+from ..special_tokens import padding_token
+from .baselines import bild_generate, sequence_cascade_generate, token_cascade_generate
+from .calibrate import large_alone, small_model
+from .teacher_forcing import prepare_config
+from .texts import chat_ids, left_padded
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RULES: dict[str, Sequence[float]] = {
+    "chow": [0.2, 0.4, 0.6, 0.8],
+    "diff": [-0.2, 0.0, 0.2, 0.4],
+    "opt": [-0.2, 0.0, 0.2, 0.4],
+    "token_v2": [0.05, 0.2, 0.4, 0.6],
+    "token_v3": [0.1, 0.3, 0.5, 0.7, 0.9],
+}
+_SAMPLING = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+COSTS = ("relative_latency", "relative_flops", "large_forwards_per_token")
+
+
+class CascadeSweep:
+    """
+    What [`sweep_cascade`] measured.
+
+    Attributes:
+        table (`pandas.DataFrame`):
+            A row for each method, rule and alpha: `quality`; the costs `large_forwards_per_token`, `relative_latency`
+            (wall time a token) and `relative_flops` (2 x weights x tokens read, a token), both over those of the large
+            model alone; `tokens_per_large_forward`, `acceptance_rate`, `deferral_rate`, `drift` (mean TV(π, p); NaN
+            where it isn't known), `new_tokens`; and `pareto`, true where no other row has more quality at lower
+            `cost`.
+        texts (`list[list[str]]`):
+            The generated texts of each row.
+        cost (`str`):
+            The column that `pareto` and the plot take as the cost.
+    """
+
+    def __init__(self, table: pd.DataFrame, texts: list[list[str]], cost: str):
+        self.table, self.texts, self.cost = table, texts, cost
+        self.table["pareto"] = pareto_front(table["quality"], table[cost])
+
+    def pareto(self) -> pd.DataFrame:
+        """The rows that no other row beats in both quality and cost, cheapest first."""
+        return self.table[self.table["pareto"]].sort_values(self.cost)
+
+    def plot(self, path: str | Path | None = None):
+        """
+        Draws quality against cost with the Pareto front.
+
+        Args:
+            path (`str` or `Path`, *optional*):
+                Where to save the figure.
+
+        Returns:
+            `matplotlib.figure.Figure`
+        """
+        figure = new_figure("CascadeSweep.plot", (8, 5))
+        axes = figure.subplots()
+        for (method, rule), rows in self.table.groupby(["method", "rule"], dropna=False, sort=False):
+            ours = method == "speculative cascade"
+            axes.plot(
+                rows[self.cost],
+                rows["quality"],
+                "o-" if ours else "x--",
+                label=f"{method}, {rule}" if rule else method,
+                linewidth=1,
+            )
+        front = self.pareto()
+        axes.step(front[self.cost], front["quality"], where="post", color="0.6", linewidth=4, alpha=0.5, zorder=0)
+        axes.set_xlabel(self.cost.replace("_", " "))
+        axes.set_ylabel("quality")
+        axes.set_title("Grey: Pareto front")
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `sweep.csv`, `sweep.json` (with the texts) and, with matplotlib, `sweep.png`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.table.to_csv(directory / "sweep.csv", index=False)
+        rows = json.loads(self.table.to_json(orient="records"))
+        for row, texts in zip(rows, self.texts, strict=True):
+            row["texts"] = texts
+        (directory / "sweep.json").write_text(json.dumps({"cost": self.cost, "rows": rows}, indent=1))
+        save_figure(self.plot, directory / "sweep.png")
+
+
+def pareto_front(quality: npt.ArrayLike, cost: npt.ArrayLike) -> np.ndarray:
+    """
+    Which points no other point beats: none has at least as much quality at no more cost, and is better in one of the
+    two.
+
+    Args:
+        quality (`Sequence[float]` or array):
+            More is better.
+        cost (`Sequence[float]` or array):
+            Less is better.
+
+    Returns:
+        `np.ndarray` of booleans.
+    """
+    good, dear = np.asarray(quality, dtype=float), np.asarray(cost, dtype=float)
+    no_worse = (good[:, None] >= good) & (dear[:, None] <= dear)  # [i, j]: i is no worse than j
+    better = (good[:, None] > good) | (dear[:, None] < dear)
+    return ~(no_worse & better).any(0) & ~np.isnan(good)
+
+
+def sweep_cascade(
+    model,
+    prompts,
+    metric: Callable[[list[str], list], float] | Any | str | None = None,
+    *,
+    tokenizer,
+    rules: dict[str, Sequence[float]] | None = None,
+    baselines: bool = True,
+    references: Sequence | None = None,
+    cost: str = "relative_latency",
+    num_assistant_tokens: int | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    **generation_kwargs,
+) -> CascadeSweep:
+    """
+    Generate from the same prompts with each rule and alpha, and with the baselines, and tabulate quality and cost.
+
+    Prompts are run one at a time, so that wall times compare. The baselines are the large and the small model alone,
+    speculative decoding (exact, lossy, and an ensemble target), the sequential cascades by token and by answer, and,
+    in greedy decoding, BiLD; see cascade_baselines.py.
+
+    Args:
+        model ([`SpeculativeCascadeGenerationMixin`]):
+            A composite model, or the result of [`enable_cascade`] with a small model.
+        prompts (`list` of `str` or of chats):
+            What to generate from.
+        metric (`Callable`, `str` or `evaluate.EvaluationModule`, *optional*):
+            `metric(texts, references)` returns the quality as one number, more is better; a name is loaded with
+            `evaluate.load`, and the first number of its result counts. Defaults to the mean log-probability (nats) a
+            generated token has under the large model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of both models.
+        rules (`dict[str, list[float]]`, *optional*):
+            Alphas for each rule; defaults to a coarse grid of five rules.
+        baselines (`bool`, *optional*, defaults to `True`):
+            Whether to run the baselines. The large model alone always runs, since costs are relative to it.
+        references (`Sequence`, *optional*, defaults to the prompts):
+            Handed to `metric`, one for each prompt.
+        cost (`str`, *optional*, defaults to `"relative_latency"`):
+            Column for the Pareto front: `"relative_latency"`, `"relative_flops"` or `"large_forwards_per_token"`.
+        num_assistant_tokens (`int`, *optional*):
+            Draft length γ. Defaults to the model's.
+        max_new_tokens (`int`, *optional*, defaults to 64):
+            Tokens to generate.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of each method's run.
+        generation_kwargs (*optional*):
+            Arguments of `generate` such as `do_sample=True`.
+
+    Returns:
+        [`CascadeSweep`]
+
+    Raises:
+        TypeError: if `model` doesn't cascade.
+        ValueError: if a rule, an alpha, the cost or the prompts don't fit.
+
+    Example:
+
+    ```python
+    >>> sweep = sweep_cascade(model, prompts, tokenizer=tokenizer, rules={"token_v3": [0.2, 0.5, 0.8]}, do_sample=True)
+    >>> sweep.pareto()
+    >>> sweep.save("curve")
+    ```
+    """
+    small = small_model(model)
+    rules = DEFAULT_RULES if rules is None else rules
+    for rule, alphas in rules.items():
+        for alpha in alphas:
+            check_rule(rule, alpha)
+    if cost not in COSTS:
+        raise ValueError(f"Expected a cost of {', '.join(COSTS)}, got {cost!r}.")
+    if len(prompts) == 0:
+        raise ValueError("Expected at least one prompt, got none.")
+    references = prompts if references is None else references
+    if len(references) != len(prompts):
+        raise ValueError(f"Expected one reference a prompt, got {len(references)} and {len(prompts)}.")
+    measure = _quality_function(metric)
+
+    call = {"max_new_tokens": max_new_tokens, **generation_kwargs}
+    config = prepare_config(model, **call)
+    if padding_token(config) is None:
+        call["pad_token_id"] = 0
+    ids = [
+        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+        for prompt in prompts
+    ]
+    inputs = [left_padded([prompt], model.device) for prompt in ids]
+    drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
+
+    def cascade(rule, alpha):
+        def run(one):
+            output = model.generate(**one, **call, **drafts, cascade_rule=rule, cascade_alpha=alpha)
+            return output, model.cascade_statistics
+
+        return run
+
+    # the small model alone samples as the large one would
+    sampling = {name: getattr(config, name) for name in _SAMPLING if getattr(config, name) is not None}
+
+    def alone(half):
+        def run(one):
+            begin = time.perf_counter()
+            if half == "large":
+                output = large_alone(model, one, **call)[0]
+            else:
+                output = small.generate(**one, **{**sampling, **call})
+            return output, _plain_statistics(half, one, output, time.perf_counter() - begin)
+
+        return run
+
+    runs: list[tuple[str, str, float, Callable]] = [("large", "", math.nan, alone("large"))]
+    if baselines:
+        runs += _baseline_runs(model, small, call, cascade, alone)
+    runs += [("speculative cascade", rule, alpha, cascade(rule, alpha)) for rule in rules for alpha in rules[rule]]
+
+    rows, texts = [], []
+    weights = [matmul_weights(half) for half in (_large(model), small)]
+    with torch.random.fork_rng(), tqdm(total=len(runs) * len(inputs), desc="sweep", unit="prompt") as progress:
+        runs[0][-1](inputs[0])  # warm-up
+        for method, rule, alpha, run in runs:
+            torch.manual_seed(seed)
+            outputs, done = [], []
+            for one in inputs:
+                output, counts = run(one)
+                outputs.append(output[0, one["input_ids"].shape[1] :][: counts.new_tokens[0]])
+                done.append(counts.to_dict())
+                progress.update()
+            texts.append(tokenizer.batch_decode(outputs, skip_special_tokens=True))
+            quality = (
+                mean_log_probability(model, ids, outputs) if measure is None else measure(texts[-1], list(references))
+            )
+            rows.append({"method": method, "rule": rule, "alpha": alpha, "quality": quality, **_costs(done, weights)})
+            logger.info("%s %s alpha=%g: quality %.4g", method, rule, alpha, quality)
+    table = pd.DataFrame(rows)
+    for name in ("relative_latency", "relative_flops"):
+        table[name] /= table[name][0]  # the large model alone stands first
+    return CascadeSweep(table, texts, cost)
+
+
+def _baseline_runs(model, small, call, cascade, alone) -> list[tuple[str, str, float, Callable]]:
+    def sequential(function, **options):
+        return lambda one: function(model, small, **one, **{**call, **options})
+
+    runs = [("small", "", math.nan, alone("small")), ("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
+    runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
+    runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
+    for rule, alphas in (("chow", (0.2, 0.4, 0.6, 0.8)), ("chow_log", (0.5, 1.0, 2.0))):
+        for alpha in alphas:
+            runs.append(("token cascade", rule, alpha, sequential(token_cascade_generate, rule=rule, alpha=alpha)))
+    for threshold in (-4.0, -3.0, -2.0, -1.0):
+        run = sequential(sequence_cascade_generate, threshold=threshold)
+        runs.append(("sequence cascade", "mean_log_prob", threshold, run))
+    for rollback in (2.0, 5.0):
+        run = sequential(bild_generate, rollback_threshold=rollback, do_sample=False)
+        runs.append(("BiLD, greedy", "rollback", rollback, run))
+    return runs
+
+
+def _quality_function(metric) -> Callable[[list[str], list], float] | None:
+    if isinstance(metric, str):
+        require("metrics", f"quality={metric!r}", "evaluate")
+        import evaluate
+
+        metric = evaluate.load(metric)
+    if metric is None or callable(metric):
+        return metric
+
+    def compute(texts, references):
+        result = metric.compute(predictions=texts, references=references)
+        return next(float(value) for value in result.values() if isinstance(value, (int, float)))
+
+    return compute
+
+
+@torch.no_grad()
+def mean_log_probability(model, prompts: list[list[int]], outputs: list[torch.Tensor]) -> float:
+    """Mean over all generated tokens of their log-probability (nats, temperature 1) under the large model."""
+    total, count = 0.0, 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.cat([output.new_tensor(prompt), output])
+        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, -len(output) :].float()
+        total += float(logits.log_softmax(-1).gather(1, output[:, None]).sum())
+        count += len(output)
+    return total / count
+
+
+def matmul_weights(model) -> int:
+    """Weights that take part in a matrix product for each token: all but an input embedding that is no output head."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        count -= embedding.weight.numel()
+    return count
+
+
+def _large(model):
+    return model.large if isinstance(model, SpeculativeCascadeForCausalLM) else model
+
+
+def _plain_statistics(half: str, inputs: dict, output: torch.Tensor, seconds: float) -> CascadeStatistics:
+    """The counts of a plain `generate` of one prompt."""
+    prompt = inputs["input_ids"].shape[1]
+    tokens = output.shape[1] - prompt
+    statistics = CascadeStatistics.for_rows("plain", half, math.nan, 1)
+    statistics.new_tokens, statistics.total_seconds = [tokens], seconds
+    if half == "large":
+        statistics.deferred = [float(tokens)]
+        statistics.large_forwards, statistics.large_tokens = tokens, prompt + tokens - 1
+    else:
+        statistics.drift = [math.nan]
+        statistics.small_forwards, statistics.small_tokens = tokens, prompt + tokens - 1
+    return statistics
+
+
+def _costs(done: list[dict], weights: list[int]) -> dict[str, float]:
+    """Costs of all prompts together; latency in seconds and FLOPs / 2, both a token, to be made relative."""
+
+    def total(name):
+        return sum(counts[name] for counts in done)
+
+    tokens, forwards, drafted = total("new_tokens"), total("large_forwards"), total("drafted")
+    return {
+        "large_forwards_per_token": forwards / tokens,
+        "relative_latency": total("total_seconds") / tokens,
+        "relative_flops": (total("large_tokens") * weights[0] + total("small_tokens") * weights[1]) / tokens,
+        "tokens_per_large_forward": tokens / forwards if forwards else math.inf,
+        "acceptance_rate": total("accepted") / drafted if drafted else math.nan,
+        "deferral_rate": total("deferred") / tokens,
+        "drift": total("drift") / tokens,
+        "new_tokens": tokens,
+    }

@@ -1,0 +1,5 @@
+from .draft_model import build_draft_model
+
+__all__ = [
+    "build_draft_model",
+]

@@ -1,0 +1,159 @@
+"""Trains a draft towards its large model, whose last hidden states are at hand."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_iclr.generation.drafting.teacher import TeacherRow, collate
+from hf_iclr.generation.modeling_draft import DraftForCausalLM
+from hf_iclr.upstream import checkpointing_argument
+
+
+WARMUP_STEPS = 20
+
+
+def distillation_loss(log_p: torch.Tensor, log_q: torch.Tensor, total_variation_weight: float) -> torch.Tensor:
+    """
+    Mean of `(1 - w) KL(p || q) + w TV(p, q)`; `1 - TV` is the chance that a drafted token is accepted.
+
+    Args:
+        log_p (`torch.Tensor` of shape `(num_positions, vocab_size)`):
+            Log-probabilities (nats) of the large model.
+        log_q (`torch.Tensor` of shape `(num_positions, vocab_size)`):
+            Log-probabilities of the draft.
+        total_variation_weight (`float`):
+            The weight w, from 0 to 1.
+
+    Returns:
+        `torch.Tensor`: a scalar.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    divergence = (p * (log_p - log_q)).sum(-1)
+    total_variation = (p - q).abs().sum(-1) / 2
+    return ((1 - total_variation_weight) * divergence + total_variation_weight * total_variation).mean()
+
+
+class DraftDistillationTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] whose only change is the loss: KL divergence, then total variation, to the large model.
+
+    The large model is not run: its last hidden states come with the batch and its head has the draft's rows only.
+    (TRL's own `DistillationTrainer` samples from the student and runs the teacher over the full vocabulary in each
+    step, which takes hours on a CPU.)
+    """
+
+    def __init__(
+        self, model: DraftForCausalLM, teacher_head: torch.nn.Linear, progress: Callable[[], float], **kwargs
+    ):
+        super().__init__(model, **kwargs)
+        self.teacher_head = teacher_head.to(self.accelerator.device)
+        self.progress = progress
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        states = self.model.body(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).last_hidden_state[inputs["mask"]]
+        log_q = self.model.head(self.model.affine(states)).log_softmax(-1)
+        with torch.no_grad():
+            log_p = self.teacher_head(inputs["hidden_states"][inputs["mask"]]).log_softmax(-1)
+        loss = distillation_loss(log_p, log_q, total_variation_weight=self.progress())
+        return (loss, None) if return_outputs else loss
+
+
+def distill(
+    draft: DraftForCausalLM,
+    teacher_head: torch.nn.Linear,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[TeacherRow],
+    *,
+    minutes: float = 0.0,
+    steps: int | None = None,
+    learning_rate: float = 1e-3,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """
+    Train a draft in place towards the large model, with its input embeddings frozen.
+
+    Args:
+        draft ([`DraftForCausalLM`]):
+            The draft, in float32.
+        teacher_head (`torch.nn.Linear`):
+            The large model's head over the draft vocabulary, see [`truncated_head`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of both.
+        rows (`list[TeacherRow]`):
+            What [`read_teacher`] returned.
+        minutes (`float`, *optional*, defaults to 0.0):
+            When to stop.
+        steps (`int`, *optional*):
+            How many steps instead of minutes.
+        learning_rate (`float`, *optional*, defaults to 1e-3):
+            Peak learning rate.
+        batch_size (`int`, *optional*, defaults to 8):
+            Texts in one step.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the order of texts.
+    """
+    start = time.monotonic()
+
+    def progress() -> float:
+        done = trainer.state.global_step / steps if steps else (time.monotonic() - start) / (60 * minutes)
+        return min(done, 1.0)
+
+    class StopWhenDone(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            bar.update(100 * progress() - bar.n)
+            control.should_training_stop = progress() >= 1
+
+    set_seed(seed)
+    draft.train().requires_grad_(True).get_input_embeddings().requires_grad_(False)
+    parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, progress() if step else 0.0))
+    bar = tqdm(total=100, desc="Draft learns", bar_format="{l_bar}{bar}| {elapsed}")
+    with tempfile.TemporaryDirectory() as folder, bar:
+        trainer = DraftDistillationTrainer(
+            draft,
+            teacher_head=teacher_head,
+            progress=progress,
+            args=SFTConfig(
+                folder,
+                max_steps=steps or 1_000_000,
+                per_device_train_batch_size=batch_size,
+                use_cache=True,
+                bf16=False,
+                logging_steps=20,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,  # its bar counts steps, which are unknown when minutes are given
+                seed=seed,
+                train_sampling_strategy="group_by_length",
+                length_column_name="length",
+                dataloader_pin_memory=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                remove_unused_columns=False,
+                **{checkpointing_argument(): False},
+            ),
+            train_dataset=Dataset.from_dict({"row": range(len(rows)), "length": [len(row.input_ids) for row in rows]}),
+            data_collator=lambda records: collate([rows[record["row"]] for record in records]),
+            processing_class=tokenizer,
+            optimizers=(optimizer, scheduler),
+            callbacks=[StopWhenDone()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    del draft.forward  # TRL put its fused head there
+    draft.requires_grad_(True).eval()
+
+
+def _schedule(step, progress):
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,1 @@
+"""The command `hf-iclr`: begin with app.py."""

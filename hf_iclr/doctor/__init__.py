@@ -1,0 +1,1 @@
+"""Each part run on tiny models, and what to type for what is missing: begin with report.py."""

@@ -1,0 +1,163 @@
+"""The command `hf-iclr`: quick help, exit codes that say what happened."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import hf_iclr
+from hf_iclr.cli import app as cli
+from hf_iclr.tour import pages as tour
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *args: CliRunner().invoke(cli.app, args)
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from hf_iclr.cli import app; print('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_help_names_the_commands(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "tour" in result.output and "doctor" in result.output and "audit" in result.output
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"hf_iclr {hf_iclr.__version__}\n")
+
+
+def test_tour_exit_code(run, monkeypatch, tmp_path):
+    table = pd.DataFrame({"a": [1]})
+    whole = tour.TourSection("part", ["done"], table)
+    lacking = tour.TourSection("part", ["done"], table, problems=["The figure none.png was not drawn."])
+    failed = tour.FailedSection("part", "ValueError: no", "", 0.0)
+    for results, code in (([], 0), ([whole], 0), ([whole, lacking], 1), ([failed, whole], 1)):
+        monkeypatch.setattr(tour, "run_tour", lambda out, quick, debug, results=results: results)
+        assert run("tour", "--out", str(tmp_path), "--quick").exit_code == code
+
+
+@pytest.fixture
+def composite(tmp_path, byte_tokenizer):
+    """A folder with a composite of two tiny models."""
+    from hf_iclr import SpeculativeCascadeForCausalLM
+    from tests.generation.toy import tiny_llama
+
+    pair = (tiny_llama(seed, vocab_size=256) for seed in (1, 2))
+    SpeculativeCascadeForCausalLM.from_cascade_pretrained(*pair).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_cascade_prints_text_and_statistics(run, composite):
+    result = run("cascade", "hello", "--model", composite, "--max-new-tokens", "9", "--rule", "opt", "--alpha", "0.1")
+    assert result.exit_code == 0, result.output
+    lines = {
+        line.split("│")[1].strip(): line.split("│")[2].strip() for line in result.output.splitlines() if "│" in line
+    }
+    assert lines["new tokens"] == "9" and lines["rule"] == "opt" and lines["alpha"] == "0.100"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rule", "best"], "Choose one of spec"),
+        (["--alpha", "7"], "must lie in"),
+        (["--num-assistant-tokens", "0"], "at least 1"),
+    ],
+)
+def test_cascade_says_what_is_wrong(run, composite, options, words):
+    result = run("cascade", "hello", "--model", composite, *options)
+    assert result.exit_code == 2 and words in result.output
+
+
+@pytest.fixture
+def tiny_model(tmp_path, byte_tokenizer):
+    """A folder with a tiny model that never refuses, for it writes no words."""
+    from tests.generation.toy import tiny_llama
+
+    folder = tmp_path / "model"
+    tiny_llama(1, vocab_size=256).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
+    prompts, harmless = tmp_path / "prompts.jsonl", tmp_path / "harmless.txt"
+    prompts.write_text('{"prompt": "one", "answer": "three"}\n{"prompt": "two", "answer": null}\n')
+    harmless.write_text("four\n\nfive\n")
+    options = ["--prompts", str(prompts), "--harmless-prompts", str(harmless), "--max-new-tokens", "4"]
+    options += ["--attack", "prefill", "--k", "2", "--out", str(tmp_path / "out")]
+    result = run("audit", tiny_model, *options, "--max-over-refusal", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "prefix of 2 tokens" in result.output
+
+    from hf_iclr.trainers.safety_audit.report import SafetyReport
+
+    report = SafetyReport.load(tmp_path / "out")
+    assert report.find("prefill", "2").refused == [False, None] and report.find("harmless").refused == [False] * 2
+    assert "by `model` with" in (tmp_path / "out" / "model_card.md").read_text() and not report.find("none").texts
+
+    result = run("audit", tiny_model, *options, "--min-refusal", "0.9", "--before", str(tmp_path / "out"))
+    assert result.exit_code == 1 and "min_refusal is 0.9, but the refusal rate is 0.000" in result.output
+    assert "McNemar" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "words"),
+    [
+        ("p.txt", "", [], "every row of p.txt"),
+        ("p.csv", "question\nwhy\n", [], "column `prompt` in p.csv, got question"),
+        ("p.xml", "<p/>", [], "got p.xml"),
+        ("p.txt", "why", ["--attack", "magic"], "got 'magic'"),
+        ("p.txt", "why", ["--max-over-refusal", "0.1"], "harmless_prompts"),
+    ],
+)
+def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, name, content, options, words):
+    (tmp_path / name).write_text(content)
+    result = run("audit", tiny_model, "--prompts", str(tmp_path / name), *options)
+    assert result.exit_code == 2 and words in result.output, result.output
+
+
+def test_audit_of_what_is_not_there_is_no_crossed_threshold(run, tiny_model, tmp_path):
+    (tmp_path / "p.txt").write_text("why")
+    assert run("audit", tiny_model, "--prompts", str(tmp_path / "none.txt")).exit_code == 2
+    result = run("audit", str(tmp_path / "none"), "--prompts", str(tmp_path / "p.txt"))
+    assert result.exit_code == 2 and "none" in result.output, result.output
+
+
+def test_audit_against_the_model_without_its_adapter(run, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    lora.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "p.txt").write_text("why")
+    options = ["--attack", "prefill", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    options += ["--prompts", str(tmp_path / "p.txt"), "--before", "adapter_off", "--base", "adapter_off"]
+    result = run("audit", str(tmp_path / "adapter"), *options)
+    assert result.exit_code == 0 and "McNemar" in result.output, result.output
+
+
+def test_edit_says_what_is_missing(run, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"promt": 1}')
+    for arguments, sentence in (
+        ([], "Expected a model, a file of requests"),
+        (["m", str(tmp_path / "none.jsonl")], "does not exist"),
+        (["m", str(tmp_path / "bad.jsonl"), "--text", str(tmp_path / "bad.jsonl")], "got ['promt']"),
+        (["--undo", "1", "--out", str(tmp_path / "none")], "a folder with edits"),
+    ):
+        result = run("edit", *arguments)
+        assert result.exit_code == 2 and sentence in result.output

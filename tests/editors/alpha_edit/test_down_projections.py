@@ -1,0 +1,79 @@
+"""Every architecture's down-projections are found, and found out when they are not what they seem."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_iclr.editors.alpha_edit.down_projections import capture, find_down_projections, run_until
+from tests.architectures import tiny
+from tests.editors.tiny import EDITABLE, NORMED, tiny_model
+
+
+@pytest.mark.parametrize("model_type", EDITABLE)
+def test_found_in_every_architecture(model_type):
+    model = tiny_model(model_type)
+    found = find_down_projections(model)
+    assert [p.index for p in found] == [0, 1, 2, 3]
+    assert all(p.adds_to_residual == (model_type not in NORMED) for p in found)
+    for p in found:
+        assert model.get_submodule(p.name) is p.module
+        assert p.as_stored(torch.ones(p.out_features, p.in_features)).shape == p.module.weight.shape
+
+
+def test_an_update_of_a_square_projection_is_not_transposed():
+    """Shapes alone cannot tell `Conv1D` from `Linear` when the MLP is as wide as the model."""
+    for model in (_square("gpt2"), _square("llama")):
+        p = find_down_projections(model)[1]
+        delta, keys = torch.randn(16, 16), torch.randn(3, 16)
+        before = p.module(keys)
+        p.module.weight.data += p.as_stored(delta)
+        torch.testing.assert_close(p.module(keys) - before, keys @ delta.T, rtol=1e-4, atol=1e-5)
+
+
+def _square(model_type):
+    size = {"n_inner": 16} if model_type == "gpt2" else {"intermediate_size": 16}
+    return tiny(model_type, 0, **{**EDITABLE[model_type], **size})
+
+
+def test_a_renamed_projection_is_found_by_what_is_called_last():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.last = mlp.down_proj
+        del mlp.down_proj
+        mlp.forward = lambda x, mlp=mlp: mlp.last(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert find_down_projections(model)[3].name == "model.layers.3.mlp.last"
+
+
+def test_a_layer_that_is_not_the_last_of_its_mlp_is_found_out():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(x.repeat(1, 1, 2)) * 0 + x
+    with pytest.raises(ValueError, match="did not move the layer's output"):
+        find_down_projections(model)
+
+
+def test_mixtures_of_experts_are_refused_with_the_reason():
+    model = tiny("mixtral", 0, num_local_experts=2)
+    with pytest.raises(ValueError, match="mixture-of-experts .* other weights for other routes"):
+        find_down_projections(model)
+
+
+def test_bfloat16_is_checked_within_its_rounding():
+    assert find_down_projections(tiny_model("llama").bfloat16())[0].adds_to_residual
+    assert not find_down_projections(tiny_model("gemma2").bfloat16())[0].adds_to_residual
+
+
+def test_a_run_stops_where_it_is_told_and_leaves_no_hook():
+    model = tiny_model("llama")
+    calls = []
+    model.model.layers[2].register_forward_hook(lambda *_: calls.append(2))
+    ids = torch.tensor([[1, 2, 3]])
+    with capture({"k": (model.model.layers[1].mlp.down_proj, "input")}) as seen:
+        run_until(model, model.model.layers[1], input_ids=ids)
+    assert seen["k"].shape == (1, 3, 32) and calls == []
+    model(ids)
+    assert calls == [2]
+    assert not any(
+        module._forward_hooks for module in model.model.layers[1].modules() if isinstance(module, nn.Module)
+    )

@@ -1,0 +1,219 @@
+"""Second moments: what is summed, over what, and which directions are kept."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_iclr.editors.alpha_edit.down_projections import choose_layers, find_down_projections
+from hf_iclr.editors.alpha_edit.statistics import KeyStatistics, hash_weights
+from tests.editors.tiny import text_rows, tiny_model, tiny_statistics
+from tests.trainers.distributed import run_in_two
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def keys_by_hand(model, tokenizer, layer, rows, skip=0):
+    """Every row alone, no padding."""
+    seen = []
+    hook = model.model.layers[layer].mlp.down_proj.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0][0])
+    )
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([tokenizer(row["text"])["input_ids"]]))
+    hook.remove()
+    return torch.cat([keys[skip:] for keys in seen]).double()
+
+
+def assert_close_as_a_whole(got, expected):
+    """Keys come from float32 forwards of other shapes: the sums differ by their rounding."""
+    assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_sums_are_those_of_every_row_alone(model, word_tokenizer, skip):
+    rows = Dataset.from_list([{"text": "w1 w2 w3"}, {"text": "w4"}, {"text": "w5 w6 w7 w8"}, {"text": "w9 w9"}])
+    made = KeyStatistics.from_dataset(
+        model, word_tokenizer, rows, layers="all", batch_size=3, skip_first_token=bool(skip), progress=False
+    )
+    assert made.layers == [0, 1, 2, 3] and made.tokens == 10 - 4 * skip and made.rows == 4
+    for layer in made.layers:
+        keys = keys_by_hand(model, word_tokenizer, layer, rows, skip)
+        assert_close_as_a_whole(made.second_moment(layer), keys.T @ keys / len(keys))
+
+
+def test_one_pass_for_all_layers_and_no_layer_above_the_last(model, word_tokenizer):
+    calls = {1: 0, 2: 0, 3: 0}
+
+    def count(layer):
+        calls[layer] += 1
+
+    hooks = [model.model.layers[layer].register_forward_hook(lambda *_, layer=layer: count(layer)) for layer in calls]
+    KeyStatistics.from_dataset(model, word_tokenizer, text_rows(16), layers=[1, 2], batch_size=8, progress=False)
+    for hook in hooks:
+        hook.remove()
+    assert calls == {1: 2, 2: 2, 3: 0}
+
+
+def test_max_tokens_is_exact(model, word_tokenizer):
+    made = KeyStatistics.from_dataset(model, word_tokenizer, text_rows(), max_tokens=50, progress=False)
+    assert made.tokens == 50
+
+
+def test_huge_first_keys_do_not_drown_the_others(word_tokenizer):
+    """A key a million times the others': float32 sums would lose the small directions altogether."""
+    model = tiny_model("llama")
+    down = model.model.layers[0].mlp.down_proj
+    huge = torch.zeros(32)
+    huge[0] = 1e6
+
+    def sink(_, inputs):
+        keys = inputs[0].clone()
+        keys[:, 0] = huge
+        keys[:, 1:, 0] = 0
+        return (keys,)
+
+    hook = down.register_forward_pre_hook(sink)
+    made = KeyStatistics.from_dataset(model, word_tokenizer, text_rows(), layers=[0], progress=False)
+    hook.remove()
+    values = torch.linalg.eigvalsh(made.second_moment(0))
+    assert values[-1] > 1e10
+    plain = KeyStatistics.from_dataset(
+        model, word_tokenizer, text_rows(), layers=[0], skip_first_token=True, progress=False
+    )
+    without = plain.sums[0][1:, 1:]
+    torch.testing.assert_close(made.sums[0][1:, 1:], without, rtol=1e-4, atol=1e-6)
+
+
+def test_two_texts_add(model, word_tokenizer):
+    whole = tiny_statistics(model, word_tokenizer)
+    rows = text_rows()
+    parts = [
+        KeyStatistics.from_dataset(model, word_tokenizer, rows.select(part), progress=False)
+        for part in (range(15), range(15, 40))
+    ]
+    both = parts[0] + parts[1]
+    assert (both.tokens, both.rows, len(both.datasets)) == (whole.tokens, whole.rows, 2)
+    assert_close_as_a_whole(both.second_moment(0), whole.second_moment(0))
+    with pytest.raises(ValueError, match="statistics of the same model and layers"):
+        whole + tiny_statistics(tiny_model("gpt2"), word_tokenizer)
+
+
+def _statistics_of_a_rank(tokenizer):
+    return tiny_statistics(tiny_model("llama"), tokenizer)
+
+
+def test_two_processes_sum_to_one(model, word_tokenizer, tmp_path):
+    whole = tiny_statistics(model, word_tokenizer)
+    for made in run_in_two(_statistics_of_a_rank, tmp_path, word_tokenizer):
+        assert (made.tokens, made.rows) == (whole.tokens, whole.rows)
+        assert_close_as_a_whole(made.second_moment(0), whole.second_moment(0))
+
+
+def test_an_interrupted_run_goes_on_where_it_was_kept(model, word_tokenizer, tmp_path, monkeypatch):
+    rows = text_rows(130)
+    settings = {"batch_size": 1, "max_tokens": 10**6, "checkpoint": tmp_path, "progress": False}
+    whole = KeyStatistics.from_dataset(model, word_tokenizer, rows, **settings | {"checkpoint": None})
+    added = []
+    add = KeyStatistics._add
+
+    def add_until_120(self, *args):
+        if len(added) == 120:
+            raise KeyboardInterrupt
+        added.append(1)
+        add(self, *args)
+
+    monkeypatch.setattr(KeyStatistics, "_add", add_until_120)
+    with pytest.raises(KeyboardInterrupt):
+        KeyStatistics.from_dataset(model, word_tokenizer, rows, **settings)
+    added.clear()
+    resumed = KeyStatistics.from_dataset(model, word_tokenizer, rows, **settings)
+    assert len(added) == 30  # of 130 rows 100 were kept
+    assert (resumed.tokens, resumed.rows) == (whole.tokens, whole.rows)
+    assert torch.equal(resumed.sums[0], whole.sums[0])
+    with pytest.raises(ValueError, match="other text or settings"):
+        KeyStatistics.from_dataset(model, word_tokenizer, rows, **settings | {"max_length": 5})
+
+
+def test_rules_of_the_null_space(model, word_tokenizer):
+    made = tiny_statistics(model, word_tokenizer)
+    values = torch.linalg.eigvalsh(made.second_moment(0)).flip(0)
+    # Between two eigenvalues: the solver that finds them rounds otherwise with eigenvectors than without.
+    kept = made.preserved(0, threshold=values[4:6].mean().item())
+    assert kept.shape == (32, 5) and kept.dtype == torch.float64
+    torch.testing.assert_close(kept.T @ kept, torch.eye(5, dtype=torch.float64))
+    moment = made.second_moment(0)
+    torch.testing.assert_close(moment @ kept, kept * values[:5])
+    share = (values[:6].sum() / values.sum()).item()
+    assert made.preserved(0, energy=share - 1e-9).shape[1] == 6
+    assert made.preserved(0, rank=7).shape[1] == 7
+    assert made.preserved(0, rank=99).shape[1] == 32
+    assert made.preserved(0, energy=0.0).shape[1] == 0
+    for rules, sentence in (
+        ({}, "exactly one"),
+        ({"rank": 1, "energy": 0.5}, "exactly one"),
+        ({"energy": 2}, "between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            made.preserved(0, **rules)
+
+
+def test_saved_loaded_and_pushed(model, word_tokenizer, tmp_path, hub):
+    made = tiny_statistics(model, word_tokenizer)
+    made.save_pretrained(tmp_path / "saved")
+    loaded = KeyStatistics.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.sums[0], made.sums[0])
+    assert {**vars(loaded), "sums": 0} == {**vars(made), "sums": 0}
+    printed = hub.run(f"""
+        from hf_iclr import KeyStatistics
+        KeyStatistics.from_pretrained({str(tmp_path / "saved")!r}).push_to_hub("user/keys")
+        print(KeyStatistics.from_pretrained("user/keys").tokens)
+    """)
+    assert str(made.tokens) in printed
+    shutil.rmtree(tmp_path / "saved")
+    with pytest.raises(ValueError, match="key_statistics.safetensors"):
+        (tmp_path / "saved").mkdir()
+        KeyStatistics.from_pretrained(tmp_path / "saved")
+
+
+def test_weights_have_one_name_in_every_type_and_another_after_training(model):
+    name = hash_weights(model)
+    assert name == hash_weights(tiny_model("llama")) == hash_weights(tiny_model("llama").bfloat16())
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[3].mlp.down_proj.weight[0, 0] += 1
+    assert hash_weights(other) != name
+
+
+def test_default_layers_are_an_eighth_up():
+    deep = tiny_model("llama")
+    projections = find_down_projections(deep)
+    assert [p.index for p in choose_layers(projections * 8, "auto")] == [p.index for p in (projections * 8)[4:9]]
+    with pytest.raises(ValueError, match="layers among 0 to 3"):
+        choose_layers(projections, [4])
+
+
+def test_bad_input_gets_a_sentence(model, word_tokenizer, caplog):
+    with pytest.raises(ValueError, match="column 'text' with text, got \\['words'\\]"):
+        KeyStatistics.from_dataset(model, word_tokenizer, Dataset.from_dict({"words": ["w1"]}), progress=False)
+    with pytest.raises(ValueError, match="rows with text"):
+        KeyStatistics.from_dataset(model, word_tokenizer, Dataset.from_dict({"text": []}), progress=False)
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[7] = float("nan")
+    with caplog.at_level(logging.CRITICAL), pytest.raises(ValueError, match="finite keys"):
+        tiny_statistics(broken, word_tokenizer)
+    made = tiny_statistics(model, word_tokenizer)
+    with pytest.raises(ValueError, match="statistics of layer 3, got those of \\[0\\]"):
+        made.preserved(3, rank=1)
+    made.sums[0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite statistics"):
+        made.preserved(0, rank=1)
+    with pytest.raises(ValueError, match="whose weights differ"):
+        made.check_model(tiny_model("gpt2"))

@@ -1,0 +1,180 @@
+"""Target states of many requests at once equal those of the plain loop: one request, full forwards, all positions."""
+
+import pytest
+import torch
+
+from hf_iclr.editors.alpha_edit.down_projections import find_down_projections
+from hf_iclr.editors.alpha_edit.prompts import encode_request, reasons_against, sample_contexts
+from hf_iclr.editors.alpha_edit.request import EditRequest
+from hf_iclr.editors.alpha_edit.targets import find_target_states
+from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
+
+
+def reference_state(model, tokenizer, projection, request, config):
+    """The paper's procedure as it is written: every step runs the whole model on every row and every position."""
+    rows = [
+        encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
+        for context in config.context_templates
+    ]
+    kl_row = encode_request(tokenizer, "{} is a", request.subject)
+    initial = None
+
+    def run(row, delta):
+        def add(_, __, output):
+            nonlocal initial
+            states = output[0] if isinstance(output, tuple) else output
+            if initial is None:
+                initial = states[0, row.subject].detach().clone()
+            moved = states.clone()
+            moved[0, row.subject] = moved[0, row.subject] + delta
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        hook = projection.target.register_forward_hook(add)
+        logits = model(torch.tensor([row.ids]), use_cache=False).logits[0].log_softmax(-1)
+        hook.remove()
+        return logits
+
+    delta = torch.zeros(projection.out_features, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=config.learning_rate)
+    before = None
+    for step in range(config.num_steps):
+        losses = []
+        for row in rows:
+            log_probs = run(row, delta)
+            places = range(row.start, len(row.ids))
+            losses.append(-torch.stack([log_probs[i - 1, row.ids[i]] for i in places]).mean())
+        now = run(kl_row, delta)[kl_row.subject]
+        before = now.detach() if before is None else before
+        loss = torch.stack(losses).mean() + config.kl_factor * (now.exp() * (now - before)).sum()
+        if step:
+            loss = loss + config.weight_decay * delta.norm() / initial.norm() ** 2
+        if step == config.num_steps - 1 or loss < config.loss_threshold:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta *= (config.clamp_factor * initial.norm() / delta.norm()).clamp_max(1)
+    return initial + delta.detach(), loss.detach()
+
+
+@pytest.mark.parametrize("model_type", EDITABLE)
+def test_many_at_once_equal_one_at_a_time(model_type, word_tokenizer):
+    model = tiny_model(model_type, attn_implementation="eager")
+    projections = find_down_projections(model)[:3]
+    config = quick_config(kl_factor=0.5, num_steps=5)
+    found = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    for request, state, loss in zip(REQUESTS, found.states, found.losses, strict=True):
+        expected, expected_loss = reference_state(model, word_tokenizer, projections[-1], request, config)
+        torch.testing.assert_close(state, expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(loss, expected_loss, rtol=2e-4, atol=2e-4)
+
+
+def test_finished_rows_leave_the_batch_and_stay_as_they_were(word_tokenizer):
+    model = tiny_model("llama")
+    projections = find_down_projections(model)[:3]
+    config = quick_config(num_steps=12, clamp_factor=4.0, kl_factor=0.0, weight_decay=0.0, learning_rate=0.3)
+    whole = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    config.loss_threshold = whole.losses.sort().values[1].item() + 1e-3  # two of the four get there
+    together = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    assert 2 <= (together.losses < config.loss_threshold).sum() < 4
+    assert together.steps.min() < 11 == together.steps.max()
+    for index, request in enumerate(REQUESTS):
+        alone = find_target_states(model, word_tokenizer, projections, [request], config, progress=False)
+        torch.testing.assert_close(alone.states[0], together.states[index], rtol=1e-3, atol=1e-3)
+        assert alone.steps[0] == together.steps[index]
+
+
+def test_only_layers_above_and_tokens_from_the_subject_on_are_run(word_tokenizer):
+    model = tiny_model("llama")
+    projections = find_down_projections(model)[:3]
+    seen = {0: [], 3: []}
+    for layer, shapes in seen.items():
+        mlp = model.model.layers[layer].mlp
+        mlp.register_forward_hook(lambda _, inputs, __, shapes=shapes: shapes.append(inputs[0].shape))
+    heads = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: heads.append(inputs[0].shape))
+    config = quick_config(kl_factor=0.0, num_steps=4, loss_threshold=0.0)
+    find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    assert len(seen[0]) == 2  # tokens before the subjects' ends, and the others once
+    assert len(seen[3]) == 1 + 4
+    assert all(shape[1] <= 4 for shape in seen[3][1:])
+    # Three contexts of three requests with one target token and one with two.
+    assert heads == [(1, 3 * 5, 16)] * 4
+
+
+def test_the_model_is_left_as_it_was(word_tokenizer):
+    model = tiny_model("gpt2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    find_target_states(
+        model, word_tokenizer, find_down_projections(model)[:2], REQUESTS, quick_config(), progress=False
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_subject_that_ends_at_the_first_token_needs_no_prefix(word_tokenizer):
+    model = tiny_model("llama")
+    projections = find_down_projections(model)[:2]
+    requests = [EditRequest("{} w2", "w3", "w4"), EditRequest("{} w6 w7", "w8", "w9")]
+    config = quick_config(context_templates=["{}"], kl_factor=0.0)
+    found = find_target_states(model, word_tokenizer, projections, requests, config, progress=False)
+    assert found.states.isfinite().all() and found.log_probs.lt(0).all()
+
+
+def test_subject_and_target_are_found_by_characters(byte_tokenizer):
+    row = encode_request(byte_tokenizer, "He saw {}'s dog in Rome, and {}".replace(", and {}", ""), "Rome", "grey")
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "He saw Rome"
+    assert byte_tokenizer.decode(row.ids[row.start :]) == " grey"
+    row = encode_request(byte_tokenizer, "In {} ", "Ro{me", " x", "A {b. {}")
+    assert byte_tokenizer.decode(row.ids) == "A {b. In Ro{me  x"
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "A {b. In Ro{me"
+
+
+def test_conflicts_within_a_batch_are_told_apart(word_tokenizer):
+    first = EditRequest("w1 {} w2", "w3", "w4")
+    again = EditRequest("w1 {} w2", "w3", "w4", id="again")
+    other = EditRequest("w1 {} w2", "w3", "w5")
+    reasons = reasons_against([first, again, other], word_tokenizer, ["{}"], None, ())
+    assert reasons == {
+        1: "the same edit as request 0",
+        2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
+    }
+
+
+def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
+    model = tiny_model("llama")
+    state = torch.get_rng_state()
+    first = sample_contexts(model, word_tokenizer, 3, 6, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == sample_contexts(model, word_tokenizer, 3, 6, seed=1)
+    assert first != sample_contexts(model, word_tokenizer, 3, 6, seed=2)
+    assert first[0] == "{}" and len(first) == 4
+    assert all(text.endswith(". {}") and text.count("{") == 1 for text in first[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("no place", "Rome", "x"), "with {} once"),
+        (("Rome is in", "Rome", "x"), r"Write the subject's place as {}: '{} is in'"),
+        (("{} and {}", "Rome", "x"), "with {} once"),
+        (("{} is", " ", "x"), "subject of an edit to say something"),
+        (("{} is", "Rome", ""), "target_new of an edit"),
+    ],
+)
+def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EditRequest(*arguments)
+    with pytest.raises(TypeError, match="subject to be text"):
+        EditRequest("{} is", 3, "x")
+
+
+def test_requests_survive_as_plain_values():
+    request = EditRequest("w1 {} w2", "w3", "w4", paraphrases=["w5 w3"], source="counterfact")
+    assert EditRequest.from_dict(request.to_dict()) == request
+    with pytest.raises(ValueError, match="prompt, subject and target_new .* got \\['promt'\\]"):
+        EditRequest.from_dict({"promt": "x"})

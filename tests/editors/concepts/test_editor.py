@@ -1,0 +1,291 @@
+"""Concepts erased and replaced in whole pipelines, prompt to image; what is retained, undone, saved and pushed."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FluxPipeline, SD3Transformer2DModel
+
+from hf_iclr.editors.concepts.editor import EDITS_NAME, WEIGHTS_NAME, ConceptEditor
+from hf_iclr.editors.concepts.pipelines import find_text_layers, preserved_directions
+from hf_iclr.tour.demo.pipeline import WIDTH, WORDS, build_demo_pipeline
+
+
+RETAIN = ["a dog", "the fox", "a tree"]
+EXACT = {"nullspace_energy": 1.0, "l2": 1e-6}
+KINDS = ["unet", "transformer"]
+
+
+def options(pipeline):
+    return {"max_sequence_length": 8} if isinstance(pipeline, FluxPipeline) else {}
+
+
+def draw(pipeline, prompt):
+    """Two steps, with guidance: a UNet is also given the empty prompt."""
+    return pipeline(
+        prompt,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        height=8,
+        width=8,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **options(pipeline),
+    ).images
+
+
+def make_editor(pipeline, retain=RETAIN, **settings):
+    return ConceptEditor(pipeline, retain, encode_options=options(pipeline), **{**EXACT, **settings})
+
+
+def distance(first, second):
+    return (first - second).abs().max().item()
+
+
+def weights(pipeline):
+    return {name: value.clone() for name, value in getattr(pipeline, component(pipeline)).state_dict().items()}
+
+
+def component(pipeline):
+    return "transformer" if isinstance(pipeline, FluxPipeline) else "unet"
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_preserved_directions_by_hand():
+    """
+    Retained states 3 e1, 3 e1, e2 have the mean square 6 e1 e1^T + 1/3 e2 e2^T; the fixed state is e2 + e3. By the
+    threshold 1 or rank 1 e1 is retained, and (e2 + e3) / √2 added; with all the energy e1, e2, e3.
+    """
+    e = torch.eye(4, dtype=torch.float64)
+    retained, fixed = torch.stack([3 * e[0], 3 * e[0], e[1]], 1), (e[1] + e[2])[:, None]
+    expected = torch.stack([e[0], (e[1] + e[2]) / 2**0.5], 1)
+    for rule in ({"threshold": 1.0}, {"rank": 1}, {"energy": 0.9}):
+        found = preserved_directions(retained, fixed, **rule)
+        assert torch.allclose(found @ found.T, expected @ expected.T)
+    whole = preserved_directions(retained, fixed, energy=1.0)
+    assert torch.allclose(whole @ whole.T, torch.diag(torch.tensor([1.0, 1, 1, 0], dtype=torch.float64)))
+    assert preserved_directions(retained, fixed, rank=0).shape == (4, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_concept_is_drawn_as_the_other_and_the_retained_as_before(kind):
+    pipeline = build_demo_pipeline(kind)
+    before = {prompt: draw(pipeline, prompt) for prompt in [*RETAIN, "", "a cat", "a owl"]}
+    start = weights(pipeline)
+    editor = make_editor(pipeline)
+    report = editor.edit({"a cat": "a owl"})
+    assert distance(before["a cat"], before["a owl"]) > 1e-2
+    assert distance(draw(pipeline, "a cat"), before["a owl"]) < 1e-3
+    for prompt in [*RETAIN, ""]:
+        assert distance(draw(pipeline, prompt), before[prompt]) < 1e-5
+    assert distance(draw(pipeline, "a owl"), before["a owl"]) < 1e-4  # the ridge holds it, not the projector
+    assert report.loc[0, "residual"] < 1e-2 and report.loc[0, "retain_shift"] < 1e-5
+    editor.undo()
+    assert same(weights(pipeline), start) and editor.concepts == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_erased_concept_is_drawn_as_nothing_in_particular(kind):
+    pipeline = build_demo_pipeline(kind)
+    empty, retained, before = draw(pipeline, ""), draw(pipeline, "a dog"), draw(pipeline, "cat")
+    make_editor(pipeline).edit({"cat": ""})
+    assert distance(draw(pipeline, "cat"), empty) < 1e-3 < distance(before, empty)
+    assert distance(draw(pipeline, "a dog"), retained) < 1e-5
+
+
+def test_without_the_retained_prompts_they_move():
+    """The control: it is the null space that holds them."""
+    pipeline = build_demo_pipeline()
+    before = draw(pipeline, "a dog")
+    ConceptEditor(pipeline, [], nullspace_rank=0, l2=1e-6).edit({"a cat": "a owl"})
+    assert distance(draw(pipeline, "a dog"), before) > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_follow_each_other_and_are_undone_one_by_one(kind):
+    pipeline = build_demo_pipeline(kind)
+    editor = make_editor(pipeline, ["a dog"])
+    start = weights(pipeline)
+    editor.edit({"a cat": "a owl"})
+    first, cat, cup = weights(pipeline), draw(pipeline, "a cat"), draw(pipeline, "a cup")
+    editor.edit({"a jug": "a cup"})
+    assert distance(draw(pipeline, "a cat"), cat) < 1e-3 and distance(draw(pipeline, "a jug"), cup) < 1e-2
+    assert editor.concepts == {"a cat": "a owl", "a jug": "a cup"}
+    editor.undo()
+    assert same(weights(pipeline), first)
+    editor.edit({"a jug": "a cup"})
+    editor.undo(2)
+    assert same(weights(pipeline), start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_lora_draws_what_the_edited_pipeline_draws(kind, tmp_path):
+    edited, other = build_demo_pipeline(kind), build_demo_pipeline(kind)
+    start = draw(other, "a cat")
+    editor = make_editor(edited)
+    editor.edit({"a cat": "a owl"})
+    editor.edit({"a jug": ""})
+    editor.save_pretrained(tmp_path)
+    other.load_lora_weights(tmp_path, weight_name=WEIGHTS_NAME)
+    for prompt in ("a cat", "a jug", "a dog"):
+        assert distance(draw(other, prompt), draw(edited, prompt)) < 1e-5
+    assert distance(draw(other, "a cat"), start) > 1e-3
+    other.unload_lora_weights()
+    assert distance(draw(other, "a cat"), start) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_editor_goes_on_where_the_saved_one_stopped(kind, tmp_path):
+    pipeline, other = build_demo_pipeline(kind), build_demo_pipeline(kind)
+    editor = make_editor(pipeline)
+    editor.edit({"a cat": "a owl"})
+    first = weights(pipeline)
+    editor.edit({"a jug": ""})
+    editor.save_pretrained(tmp_path)
+    loaded = ConceptEditor.from_pretrained(tmp_path, other)
+    assert same(weights(other), weights(pipeline)) and loaded.concepts == editor.concepts
+    assert loaded.settings == editor.settings and loaded.retain == RETAIN
+    for each in (editor, loaded):
+        each.edit({"sky": "tree"})
+    assert same(weights(other), weights(pipeline))
+    loaded.undo(2)
+    assert same(weights(other), first)
+    assert "| a cat | a owl |" in (tmp_path / "README.md").read_text()
+
+
+def test_pushed_edits_are_loaded_from_the_hub(hub, tmp_path):
+    editor = make_editor(build_demo_pipeline())
+    editor.edit({"a cat": "a owl"})
+    editor.save_pretrained(tmp_path / "saved")
+    printed = hub.run(f"""
+        import torch
+        from hf_iclr.editors.concepts.editor import ConceptEditor
+        from hf_iclr.tour.demo.pipeline import build_demo_pipeline
+        first, second = build_demo_pipeline(), build_demo_pipeline()
+        ConceptEditor.from_pretrained({str(tmp_path / "saved")!r}, first).push_to_hub("user/no-cats")
+        print(ConceptEditor.from_pretrained("user/no-cats", second).concepts)
+        same = zip(first.unet.state_dict().values(), second.unet.state_dict().values())
+        print(all(torch.equal(a, b) for a, b in same))
+    """)
+    assert "{'a cat': 'a owl'}\nTrue" in printed
+
+
+def test_edits_of_another_pipeline_are_refused_unless_asked_for(tmp_path):
+    editor = make_editor(build_demo_pipeline())
+    editor.edit({"a cat": "a owl"})
+    editor.save_pretrained(tmp_path)
+    stranger = build_demo_pipeline(seed=1)
+    start = weights(stranger)
+    with pytest.raises(ValueError, match="Expected the pipeline that was edited.*check_base_model=False"):
+        ConceptEditor.from_pretrained(tmp_path, stranger)
+    assert same(weights(stranger), start)
+    ConceptEditor.from_pretrained(tmp_path, stranger, check_base_model=False)
+    assert not same(weights(stranger), start)
+
+
+def test_half_precision_is_rounded_once_and_undone_exactly():
+    pipeline = build_demo_pipeline().to(torch.bfloat16)
+    start = weights(pipeline)
+    exact = build_demo_pipeline()
+    exact.unet.load_state_dict({name: value.float() for name, value in start.items()})
+    exact.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
+    editor = make_editor(pipeline, l2=1e-2)
+    editor.edit({"a cat": "a owl"})
+    name = next(iter(editor.layers["states"]))
+    batch = editor._batches[0]
+    total = start[f"{name}.weight"].double() + batch.residuals[name].double() @ batch.factors["states"].double()
+    assert torch.equal(pipeline.unet.get_submodule(name).weight, total.bfloat16())
+    editor.undo()
+    assert same(weights(pipeline), start)
+
+
+def test_layers_of_other_transformers_are_found_by_class_or_by_name():
+    sd3 = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
+    )  # fmt: skip
+    found = find_text_layers(sd3)
+    assert list(found["states"]) == ["context_embedder"]
+    assert [layer.in_features for layer in found["pooled"].values()] == [24]
+    unet = build_demo_pipeline().unet
+    assert len(find_text_layers(unet)["states"]) == 8
+    only_values = find_text_layers(unet, r".*attn2\.to_v")
+    assert len(only_values["states"]) == 4 and "pooled" not in only_values
+    assert all(layer.in_features == WIDTH for layer in only_values["states"].values())
+
+
+def test_the_demo_tokenizer_knows_every_word_as_one_token():
+    pipeline = build_demo_pipeline("transformer")
+    for word in WORDS:
+        assert len(pipeline.tokenizer(word).input_ids) == 3 and len(pipeline.tokenizer_2(word).input_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("concepts", "words"),
+    [
+        ({}, "Expected concepts and what replaces each"),
+        (["a cat"], "Type `editor.edit"),
+        ({" ": "a owl"}, "Expected a concept and a text"),
+        ({"a cat": None}, "Expected a concept and a text"),
+        ({"a cat": "a cat"}, "replaced by something else"),
+        ({"a jug": "a cup", "a dog": "a cat"}, "'a dog' either edited or retained"),
+        ({"a cup": "a jug"}, "not edited yet, got 'a cup', now 'a cat'"),
+    ],
+)
+def test_bad_concepts_change_nothing(concepts, words):
+    pipeline = build_demo_pipeline()
+    editor = make_editor(pipeline)
+    editor.edit({"a cup": "a cat"})
+    start = weights(pipeline)
+    with pytest.raises(ValueError, match=words):
+        editor.edit(concepts)
+    assert same(weights(pipeline), start)
+
+
+def test_bad_pipelines_and_settings_get_a_sentence(tmp_path):
+    pipeline = build_demo_pipeline()
+    with pytest.raises(TypeError, match="Expected a pipeline, got UNet2DConditionModel"):
+        ConceptEditor(pipeline.unet, RETAIN)
+    with pytest.raises(TypeError, match=r"retain=\['a dog'\]"):
+        ConceptEditor(pipeline, "a dog")
+    with pytest.raises(ValueError, match="exactly one of"):
+        ConceptEditor(pipeline, RETAIN, nullspace_rank=3, nullspace_energy=0.5)
+    with pytest.raises(ValueError, match="l2 above 0, got 0"):
+        ConceptEditor(pipeline, RETAIN, l2=0)
+    with pytest.raises(ValueError, match="linear layers named 'attn9'"):
+        ConceptEditor(pipeline, RETAIN, modules="attn9")
+    with pytest.raises(ValueError, match="to read the text encoder's states of 64 numbers, but it reads 16"):
+        ConceptEditor(pipeline, RETAIN, modules=r"mid_block.*attn1\.to_v")
+    with pytest.raises(ValueError, match="Expected one of .*got AutoencoderKL"):
+        find_text_layers(pipeline.vae)
+    with pytest.raises(ValueError, match="between 1 and 0 batches"):
+        make_editor(pipeline).undo()
+    with pytest.raises(ValueError, match="at least one edit to save"):
+        make_editor(pipeline).save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=f"repository with {EDITS_NAME}"):
+        ConceptEditor.from_pretrained(tmp_path, pipeline)
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[2].fill_(float("nan"))
+    with pytest.raises(ValueError, match="Expected finite states of .*a dog"):
+        ConceptEditor(pipeline, RETAIN)
+
+
+def test_a_concept_within_the_retained_ones_is_told(caplog):
+    """All pairs of words span all directions that states have: nothing is left to edit."""
+    words = [f"{first} {second}" for first in WORDS for second in WORDS]
+    report = make_editor(build_demo_pipeline(), words).edit({"a cat in": "a owl in"})
+    assert "100 % of the states of 'a cat in' lie in the retained directions" in caplog.text
+    assert report.loc[0, "editable"] < 1e-3 and report.loc[0, "residual"] > 0.99
+
+
+def test_the_saved_file_names_its_base_and_batches(tmp_path):
+    editor = make_editor(build_demo_pipeline())
+    editor.edit({"a cat": "a owl", "a jug": ""})
+    editor.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / EDITS_NAME).read_text())
+    assert about["base_hash"] == editor.base_hash and about["retain"] == RETAIN
+    assert about["batches"][0]["concepts"] == {"a cat": "a owl", "a jug": ""}

@@ -1,0 +1,350 @@
+import copy
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_iclr.generation.calibration import calibrate as cascade_calibration
+from hf_iclr.generation.calibration.calibrate import CascadeCosts, calibrate_cascade
+from hf_iclr.generation.calibration.sweep import mean_log_probability, pareto_front, sweep_cascade
+from hf_iclr.generation.calibration.teacher_forcing import expected_rounds, prepare_config, read_texts
+from hf_iclr.generation.calibration.texts import Text
+from hf_iclr.generation.cascade_generation import enable_cascade
+from hf_iclr.generation.deferral_rules import cascade_target, total_variation
+from tests.generation.toy import tiny_llama
+
+
+STORIES = Path(__file__).parents[4] / "shared" / "data" / "models" / "stories260k"
+POSITIONWISE = [
+    ("chow", 0.3), ("chow_log", 1.0), ("diff", 0.1), ("opt", 0.2), ("opt_log", 0.5), ("token_v1", 0.2),
+    ("token_v2", 0.3), ("token_v3", 0.8), ("lossy", 0.4), ("ensemble", 0.6),
+]  # fmt: skip
+SAMPLING = {"do_sample": True, "top_k": 0}
+
+
+def noisy_copy(model, noise: float):
+    """A small model that agrees with the large one about as often as a trained pair does."""
+    generator = torch.Generator().manual_seed(1)
+    small = copy.deepcopy(model)
+    for parameter in small.parameters():
+        parameter.data += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return small
+
+
+@pytest.fixture(scope="module")
+def pair():
+    large = tiny_llama(0, layers=2, vocab_size=50)
+    large.lm_head.weight.data *= 2  # so that it is sure of some tokens
+    return large, noisy_copy(large, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def fixed_costs(monkeypatch):
+    """Seconds would differ from run to run; one test undoes this."""
+    monkeypatch.setattr(cascade_calibration._Run, "time", lambda run, texts: CascadeCosts(0.01, 0.001, 0.011, 0.002))
+
+
+@pytest.fixture
+def model(pair):
+    return enable_cascade(*pair, cascade_rule="token_v3")
+
+
+@pytest.fixture(scope="module")
+def dataset(pair, word_tokenizer):
+    large, _ = pair
+    torch.manual_seed(0)
+    rows = large.generate(torch.randint(50, (192, 1)), max_new_tokens=47, pad_token_id=0, **SAMPLING)
+    return datasets.Dataset.from_dict({"text": word_tokenizer.batch_decode(rows)})
+
+
+def calibrate(model, dataset, target, tokenizer, **kwargs):
+    settings = {"prompt_tokens": 8, "max_new_tokens": 40, "max_tokens": 3840, "batch_size": 96, **SAMPLING}
+    return calibrate_cascade(model, dataset, target, tokenizer=tokenizer, **{**settings, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "rule, target",
+    [("token_v3", {"deferral_rate": 0.3}), ("opt", {"acceptance": 0.7})],
+)
+def test_hits_the_target_on_held_out_prompts(model, dataset, word_tokenizer, rule, target):
+    result = calibrate(model, dataset, target, word_tokenizer, rule=rule)
+    assert abs(result.relative_error) < 0.1
+    assert result.measured != result.value  # a measurement, not the prediction
+    assert 0 < result.standard_error < 0.05
+    assert (model.generation_config.cascade_rule, model.generation_config.cascade_alpha) == (rule, result.alpha)
+    assert (result.table["deferral_rate"].diff().dropna() <= 1e-6).all()
+    assert (result.table["acceptance"].diff().dropna() >= -1e-6).all()
+
+    # the same rate again, from another seed and the defaults that were set
+    inputs = word_tokenizer([row.rsplit(" ", 40)[0] for row in dataset["text"]], return_tensors="pt")
+    torch.manual_seed(5)
+    model.generate(**inputs, **SAMPLING, max_new_tokens=40, pad_token_id=0)
+    counts = model.cascade_statistics.to_dict()
+    name, value = next(iter(target.items()))
+    assert counts[{"acceptance": "acceptance_rate"}.get(name, name)] == pytest.approx(value, rel=0.1)
+
+
+def test_hits_a_speedup(model, dataset, word_tokenizer):
+    """With the costs above, and again from another seed one prompt at a time, where all forwards are counted."""
+    result = calibrate(model, dataset, {"speedup": 1.5}, word_tokenizer)
+    assert abs(result.relative_error) < 0.1
+
+    torch.manual_seed(3)
+    tokens, seconds = 0, 0.0
+    for index in range(12):
+        model.generate(torch.tensor([[index, 3, 5]]), **SAMPLING, max_new_tokens=40, pad_token_id=0)
+        done = model.cascade_statistics
+        tokens += done.new_tokens[0]
+        seconds += 0.001 * done.small_forwards + 0.013 * done.large_forwards
+    assert 0.01 * tokens / seconds == pytest.approx(1.5, rel=0.15)
+
+
+def test_times_both_models(pair, model, dataset, word_tokenizer, monkeypatch):
+    """
+    On a clock that forwards alone move: 10 ms for one token of the large model, 13 ms for several, 1 ms for the small
+    one. Alone, the large model reads the prompt by one forward and makes one a token from there: 13 + 39 · 10 ms for
+    40 tokens. A draft is a token, a verification several but at the very end, and the rest of a round takes nothing.
+    """
+    monkeypatch.undo()
+    _, small = pair
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def tick(module, _, kwargs, __):
+        now[0] += 0.001 if module is small else 0.010 if kwargs["input_ids"].shape[1] == 1 else 0.013
+
+    hooks = [each.register_forward_hook(tick, with_kwargs=True) for each in pair]
+    try:
+        costs = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, max_tokens=40, check=False).costs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [costs.plain, costs.draft, costs.overhead] == pytest.approx([(13 + 39 * 10) / 40e3, 0.001, 0], abs=1e-9)
+    assert 0.012 < costs.verify <= 0.013 + 1e-9
+
+
+def test_check_corrects_what_the_texts_do_not_show(model, dataset, word_tokenizer):
+    """A strict prefix of 10 of 40 tokens defers a quarter on top: the given texts' alpha would defer 62 %."""
+    result = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, rule="diff", strict_prefix=10)
+    assert abs(result.relative_error) < 0.1
+    assert result.alpha > result.teacher_forced_alpha + 0.02
+
+
+@pytest.mark.parametrize("generation", [{**SAMPLING}, {**SAMPLING, "temperature": 0.7}, {"do_sample": False}])
+@pytest.mark.parametrize("rule, alpha", POSITIONWISE)
+def test_rates_are_those_of_the_rule(pair, model, rule, alpha, generation):
+    """Every position by brute force: fresh forwards, full distributions, the target of the rule itself."""
+    large, small = pair
+    texts = [Text([1, 2, 3], [4, 5, 6, 7, 8]), Text([9], [3, 1, 4])]
+    config = prepare_config(model, **generation)
+    read = read_texts(model, small, texts, rule, config)
+    rates = read.rates(alpha)
+    temperature = generation.get("temperature", 1.0)
+    for index, text in enumerate(texts):
+        for step in range(len(text.continuation)):
+            ids = torch.tensor([text.prompt + text.continuation[:step]])
+            with torch.no_grad():
+                logits = [half(input_ids=ids).logits[0, -1] for half in (small, large)]
+            q0, p0 = (half.softmax(-1) for half in logits)
+            q, p = (
+                (half / temperature).softmax(-1) if config.do_sample else (half == half.max()).float()
+                for half in logits
+            )
+            pi, deferred = cascade_target(rule, alpha, q, p, q0, p0)
+            if rule == "ensemble" and not config.do_sample:
+                pi = alpha * q0 + (1 - alpha) * p0
+                pi = (pi == pi.max()).float()
+            expected = deferred, torch.minimum(q, pi).sum(), total_variation(pi, p)
+            actual = [float(part[index, step]) for part in rates]
+            assert actual == pytest.approx([float(part) for part in expected], abs=2e-5)
+    assert all((part[1, 3:] == 0).all() for part in rates)  # after the end of the shorter text
+
+
+@pytest.mark.parametrize("rule", ["chow", "diff", "opt"])
+def test_alpha_of_a_threshold_rule_is_a_quantile(model, dataset, word_tokenizer, rule):
+    """The share of positions whose score exceeds alpha is the deferral rate, to within one position."""
+    result = calibrate(model, dataset, {"deferral_rate": 0.25}, word_tokenizer, rule=rule, check=False, apply=False)
+    texts = [Text(ids[:8], ids[8:]) for ids in word_tokenizer(list(dataset["text"]))["input_ids"]]
+    order = np.random.default_rng(0).permutation(192)[:96]  # seed 0; 3840 tokens of 40 are 96 texts
+    _, small = model.cascade_pair
+    read = read_texts(model, small, [texts[i] for i in order], rule, prepare_config(model, **SAMPLING))
+    assert read.deferral_rate(result.alpha) == pytest.approx(0.25, abs=1.01 / 3840)
+    assert np.quantile(read.score, 0.75) == pytest.approx(result.alpha, abs=0.01)
+    assert (
+        not hasattr(model.generation_config, "cascade_alpha") or model.generation_config.cascade_alpha != result.alpha
+    )
+
+
+def test_expected_rounds_by_hand():
+    """
+    Three tokens, drafts of one, acceptance 0.5 everywhere. From 0: kept (1/2) emits 2 tokens, next round at 2;
+    rejected, next at 1. From 1: one draft; kept, the text ends; rejected, the next is at 2, where nothing is drafted.
+    Rounds at 0: 1; at 1: 1/2; at 2: 1/2 (kept at 0) + 1/4 (rejected at 1). So 2.25 rounds, 1.5 drafts, 0.75 kept, and
+    small forwards: 1.5 drafts + 0.75 after a kept one + 0.75 in the round without a draft.
+    """
+    rounds = expected_rounds(np.full((1, 3), 0.5), np.array([3]), 1)
+    assert rounds == pytest.approx((2.25, 1.5, 0.75, 3.0))
+
+
+def test_expected_rounds_of_a_long_text():
+    """E = (1 - a^(γ+1)) / (1 - a) tokens a round where acceptance is constant."""
+    rounds = expected_rounds(np.full((2, 4000), 0.8), np.array([4000, 4000]), 4)
+    assert 8000 / rounds.rounds == pytest.approx((1 - 0.8**5) / 0.2, rel=1e-3)
+    certain = expected_rounds(np.ones((1, 10)), np.array([10]), 4)
+    assert certain == pytest.approx((2, 8, 8, 10))
+
+
+def test_expected_rounds_are_those_of_generate(model, pair):
+    """Acceptance 1 (chow, alpha 1) and 0 in greedy decoding leave nothing to chance."""
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=23,
+        num_assistant_tokens=3,
+        cascade_rule="token_v3",
+        cascade_alpha=0.5,
+    )
+    done = model.cascade_statistics
+    config = prepare_config(model, do_sample=False)
+    text = Text([1, 2, 3], output[0, 3:].tolist())
+    rounds = read_texts(model, pair[1], [text], "token_v3", config, alphas=[0.4, 0.5, 0.6]).rounds(0.5, 3)
+    assert rounds == pytest.approx((done.rounds[0], done.drafted[0], done.accepted[0], done.small_forwards))
+
+
+def test_speedup_by_hand():
+    """100 tokens at 10 ms are 1 s; 40 rounds of 10 + 1 ms and 150 drafts of 1 ms are 0.59 s."""
+    assert CascadeCosts(0.01, 0.001, 0.01, 0.001).speedup(100, 40, 150) == pytest.approx(1 / 0.59)
+
+
+def test_chats(model, word_tokenizer):
+    word_tokenizer = copy.deepcopy(word_tokenizer)
+    word_tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+    )
+    rows = [
+        [{"role": "user", "content": f"w{i} w2"}, {"role": "assistant", "content": " ".join([f"w{i}"] * 30)}]
+        for i in range(20)
+    ]
+    chats = datasets.Dataset.from_dict({"messages": rows})
+    result = calibrate(model, chats, {"deferral_rate": 0.3}, word_tokenizer, check=False)
+    assert result.predicted == 0.3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"target": {"deferal": 0.3}}, "with one of deferral_rate, acceptance, speedup, got {'deferal'"),
+        ({"target": {"deferral_rate": 0.3, "acceptance": 0.5}}, "a target of one entry"),
+        ({"target": {"deferral_rate": 1.2}}, "a share between 0 and 1 for deferral_rate, got 1.2"),
+        ({"target": {"speedup": 0}}, "a speedup above 0"),
+        ({"target": {"acceptance": 0.001}}, r"can't be reached .* value in \[0\..*\]. The nearest is .* at alpha="),
+        ({"dataset": []}, "at least 2 rows, half of them held out, got 0"),
+        ({"dataset": datasets.Dataset.from_dict({"story": ["w1 w2"] * 4})}, "no column 'text', only story"),
+        ({"dataset": [{"story": "w1 w2"}] * 4}, "no column 'text', only story"),
+        ({"dataset": ["w1", "w2"]}, "texts of at least two tokens"),
+        ({"rule": "spec"}, "a rule with an alpha to calibrate, got 'spec'"),
+        ({"max_new_tokens": 1}, "max_new_tokens of at least 2"),
+        ({"temprature": 1}, "got temprature"),
+    ],
+)
+def test_bad_input(model, dataset, word_tokenizer, change, message):
+    arguments = {"dataset": dataset, "target": {"deferral_rate": 0.3}, "tokenizer": word_tokenizer, **change}
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **arguments)
+
+
+def test_needs_a_cascade(pair, dataset, word_tokenizer):
+    with pytest.raises(TypeError, match=r"enable_cascade\(model, small\)"):
+        calibrate(pair[0], dataset, {"deferral_rate": 0.3}, word_tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.exists(), reason=f"no {STORIES}")
+def test_hits_the_target_with_a_trained_model():
+    """A trained Llama, the drafts of its noisy copy, and stories it writes itself."""
+    large, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES).eval(), AutoTokenizer.from_pretrained(STORIES)
+    model = enable_cascade(large, noisy_copy(large, 0.2))
+    rows = large.generate(torch.full((64, 1), tokenizer.bos_token_id), max_new_tokens=60, pad_token_id=0, **SAMPLING)
+    stories = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    result = calibrate(model, stories, {"deferral_rate": 0.3}, tokenizer, rule="token_v3", batch_size=32)
+    assert abs(result.relative_error) < 0.1
+
+
+def test_pareto_front_by_hand():
+    """(quality, cost): b has more than a at the same cost, d less than c at more; e ties with c in both and stays."""
+    quality, cost = [1.0, 2.0, 5.0, 4.0, 5.0, float("nan")], [1.0, 1.0, 3.0, 4.0, 3.0, 0.1]
+    assert pareto_front(quality, cost).tolist() == [False, True, True, False, True, False]
+
+
+def test_sweep(model, pair, tmp_path, word_tokenizer):
+    prompts = ["w1 w2 w3", "w9"]
+    sweep = sweep_cascade(
+        model, prompts, tokenizer=word_tokenizer, rules={"token_v3": [0.0, 0.6, 1.0]}, max_new_tokens=4,
+        do_sample=False, cost="large_forwards_per_token",
+    )  # fmt: skip
+    table = sweep.table
+    assert table["method"].unique().tolist() == [
+        "large", "small", "speculative decoding", "lossy speculative decoding", "ensemble", "token cascade",
+        "sequence cascade", "BiLD, greedy", "speculative cascade",
+    ]  # fmt: skip
+    by_method = table.groupby("method", sort=False).first()
+    assert by_method.loc["large", ["relative_latency", "relative_flops", "large_forwards_per_token"]].tolist() == [
+        1,
+        1,
+        1,
+    ]
+    assert by_method.loc["small", "large_forwards_per_token"] == 0
+    assert by_method.loc["small", "relative_flops"] == pytest.approx(1.0)  # a copy of the same size
+    # in greedy decoding, exact methods and both ends of token_v3 write what the two models alone write
+    large, small = table.iloc[0], table.iloc[1]
+    ours = table[table["method"] == "speculative cascade"]
+    assert table[table["rule"] == "spec"]["quality"].item() == large["quality"] == ours["quality"].iloc[0]
+    assert ours["quality"].iloc[2] == small["quality"] < large["quality"]
+    assert sweep.texts[0] == sweep.texts[2] != sweep.texts[1]
+    assert ours["deferral_rate"].is_monotonic_decreasing
+    assert ours["drift"].iloc[0] == 0 < ours["drift"].iloc[2]
+    assert sweep.pareto()["large_forwards_per_token"].iloc[0] == 0
+    assert sweep.pareto()["quality"].is_monotonic_increasing
+
+    sweep.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.csv", "sweep.json", "sweep.png"}
+
+
+def test_quality_is_the_log_probability(pair):
+    """Two tokens after one: -loss of the model itself."""
+    large, _ = pair
+    ids = torch.tensor([[4, 7, 9]])
+    expected = -large(input_ids=ids, labels=torch.tensor([[-100, 7, 9]])).loss.item()
+    assert mean_log_probability(large, [[4]], [ids[0, 1:]]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sweep_with_a_metric(model, word_tokenizer):
+    def length(texts, references):
+        assert references == ["a", "b"]
+        return float(len(texts))
+
+    sweep = sweep_cascade(
+        model, ["w1", "w2"], length, tokenizer=word_tokenizer, references=["a", "b"], rules={"diff": [0.0]},
+        baselines=False, max_new_tokens=4, **SAMPLING,
+    )  # fmt: skip
+    assert sweep.table["quality"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"rules": {"opd": [0.1]}}, "Unknown cascade_rule"),
+        ({"rules": {"token_v3": [2.0]}}, "must lie in"),
+        ({"cost": "money"}, "a cost of relative_latency"),
+        ({"references": ["a"]}, "one reference a prompt, got 1 and 2"),
+    ],
+)
+def test_bad_sweep(model, word_tokenizer, change, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_cascade(model, **{"prompts": ["w1", "w2"], "tokenizer": word_tokenizer, **change})

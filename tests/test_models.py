@@ -1,0 +1,212 @@
+"""Generation after prefixes equals plain `generate` on each prompt and prefix alone, whatever shares the batch."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_iclr import models as prefill_generation
+from hf_iclr.models import answer_logits, evaluation_mode, generate_after_prefixes
+
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
+ANSWERS = ["w20 w21 w22 w23", "w24 w25", "w26 w27 w28 w29 w30 w31 w32", ""]
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "initializer_range": 0.4, "bos_token_id": None, "eos_token_id": [49, 7],
+    "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def ids(text):
+    return [int(word[1:]) for word in text.split()]
+
+
+def alone(model, prompt, answer, k, tokens=9):
+    """What plain greedy `generate` gives for one prompt and prefix, up to the end of the sequence."""
+    if len(ids(answer)) < k:
+        return None
+    row = torch.tensor([ids(prompt) + ids(answer)[:k]])
+    new = model.generate(row, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, row.shape[1] :].tolist()
+    stop = next((index for index, token in enumerate(new) if token in (49, 7)), len(new))
+    return new[:stop]
+
+
+def check_equal_to_generate(model, tokenizer, ks, **options):
+    found = generate_after_prefixes(
+        model, tokenizer, PROMPTS, ANSWERS, ks, max_new_tokens=9, progress=False, **options
+    )
+    assert sorted(found) == sorted(ks)
+    for k in ks:
+        assert found[k] == [alone(model, prompt, answer, k) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_equals_generate(model, word_tokenizer, batch_size):
+    found = check_equal_to_generate(model, word_tokenizer, (0, 1, 2, 4, 5, 7, 40), batch_size=batch_size)
+    assert found[40] == [None] * 4  # no answer is that long
+    assert found[5][0] is None and found[5][2] is not None
+    assert any(len(new) < 9 for new in found[0] + found[1] if new is not None)  # some end early
+
+
+@pytest.mark.parametrize("ks", [(0, 1, 4, 7), (7,)])
+def test_one_prefill_for_all_k(model, word_tokenizer, ks):
+    widths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    generate_after_prefixes(model, word_tokenizer, PROMPTS, ANSWERS, ks, max_new_tokens=3, progress=False)
+    assert [width for width in widths if width > 1] == [6 + 7]
+
+
+@pytest.mark.parametrize("window", [4, 8, 64])
+def test_sliding_windows(word_tokenizer, window):
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window, head_dim=16)).eval()
+    with patch.object(prefill_generation, "_can_crop", wraps=prefill_generation._can_crop) as can_crop:
+        check_equal_to_generate(model, word_tokenizer, (0, 2, 7))
+        cache = can_crop.call_args.args[0]
+        assert prefill_generation._can_crop(*can_crop.call_args.args) == (window == 64)
+    assert all(cache.is_sliding)
+
+
+def test_recurrent_layers(word_tokenizer):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    sizes = {**SIZES, "num_key_value_heads": 2}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_multiple_of=8)).eval()
+    check_equal_to_generate(model, word_tokenizer, (0, 2, 4), batch_size=1)
+
+
+def test_absolute_positions(word_tokenizer):
+    config = GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4, bos_token_id=None, eos_token_id=[49, 7]
+    )
+    check_equal_to_generate(GPT2LMHeadModel(config).eval(), word_tokenizer, (0, 1, 4))
+
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed
+PEFT_READS_OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@PEFT_READS_OLD_NAME
+def test_peft(model, word_tokenizer):
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    check_equal_to_generate(lora, word_tokenizer, (0, 2, 4))
+
+
+def test_answers_as_ids_end_at_the_end_token(model, word_tokenizer):
+    found = generate_after_prefixes(
+        model, word_tokenizer, ["w1 w2"], [[20, 21, 49, 22]], (2, 3), max_new_tokens=5, progress=False
+    )
+    assert found[3] == [None] and found[2] == [alone(model, "w1 w2", "w20 w21", 2, 5)]
+
+
+def test_chat_template(model, word_tokenizer):
+    tokenizer = word_tokenizer.__class__(
+        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", eos_token="w49",
+        chat_template="{% for m in messages %}w40 {{ m.content }} {% endfor %}{{ 'w41' if add_generation_prompt }}",
+    )  # fmt: skip
+    chat = [{"role": "user", "content": "w3 w4"}]
+    found = generate_after_prefixes(model, tokenizer, ["w3 w4", chat], max_new_tokens=6, progress=False)[0]
+    assert found == [alone(model, "w40 w3 w4 w41", "", 0, 6)] * 2
+
+
+def test_sampling_depends_on_seed_and_row_alone(model, word_tokenizer):
+    def run(seed=0, batch_size=16, ks=(0, 1), **options):
+        return generate_after_prefixes(
+            model, word_tokenizer, PROMPTS, ANSWERS, ks, max_new_tokens=9, do_sample=True, seed=seed,
+            batch_size=batch_size, progress=False, **options,
+        )  # fmt: skip
+
+    state = torch.get_rng_state()
+    first = run()
+    assert run(batch_size=1) == first and run(ks=(0,))[0] == first[0] and run(seed=1) != first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run(top_k=1) == generate_after_prefixes(
+        model, word_tokenizer, PROMPTS, ANSWERS, (0, 1), max_new_tokens=9, progress=False
+    )
+    assert run(temperature=1e-4)[0] == run(top_p=1e-6)[0] == run(top_k=1)[0]
+
+
+def test_samples_follow_the_model(model, word_tokenizer):
+    """2000 first tokens against the softmax (Kolmogorov-Smirnov)."""
+    new = generate_after_prefixes(
+        model, word_tokenizer, ["w1 w2"] * 2000, max_new_tokens=1, do_sample=True, batch_size=500, progress=False
+    )[0]
+    first = torch.tensor([row[0] if row else -1 for row in new])
+    probs = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
+    probs[[49, 7]] = 0  # ended
+    shares = torch.bincount(first[first >= 0], minlength=50) / 2000
+    assert (shares.cumsum(0) - probs.cumsum(0)).abs().max() < 2 / 2000**0.5
+
+
+def test_model_and_tokenizer_are_left_as_found(model, word_tokenizer):
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    side = word_tokenizer.padding_side
+    generate_after_prefixes(model, word_tokenizer, PROMPTS, max_new_tokens=2, progress=False)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert word_tokenizer.padding_side == side
+    with pytest.raises(KeyError), evaluation_mode(model):
+        assert not model.training and not torch.is_grad_enabled()
+        raise KeyError
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_answer_logits(model):
+    prompts, answers = [ids(prompt) for prompt in PROMPTS], [ids(answer) for answer in ANSWERS]
+    seen = []
+    for rows, logits in answer_logits(model, prompts, answers, batch_size=2):
+        for index, row in enumerate(rows):
+            expected = model(torch.tensor([prompts[row] + answers[row]])).logits[0, len(prompts[row]) - 1 : -1]
+            torch.testing.assert_close(logits[index, : len(answers[row])], expected, rtol=1e-4, atol=1e-5)
+        seen += rows
+    assert sorted(seen) == [0, 1, 2]  # the empty answer is passed over
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": ["w1"], "ks": (0, 3)}, r"up to 3 tokens, got none"),
+        ({"prompts": ["w1"], "ks": (-1,)}, "0 or more"),
+        ({"prompts": ["w1"], "ks": ()}, "0 or more"),
+        ({"prompts": ["w1"], "answers": ["w2", "w3"]}, "one answer a prompt, got 2 and 1"),
+        ({"prompts": [""]}, "'' has none"),
+        ({"prompts": [[{"role": "user", "content": "w1"}]]}, "no chat template"),
+        ({"prompts": ["w1"], "max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_bad_input(model, word_tokenizer, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        generate_after_prefixes(model, word_tokenizer, **arguments)
+
+
+@PEFT_READS_OLD_NAME
+def test_bad_models(model, word_tokenizer):
+    with pytest.raises(TypeError, match="one string"):
+        generate_after_prefixes(model, word_tokenizer, "w1")
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        generate_after_prefixes(t5, word_tokenizer, ["w1"])
+    prompt_tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="virtual tokens"):
+        generate_after_prefixes(prompt_tuned, word_tokenizer, ["w1"])

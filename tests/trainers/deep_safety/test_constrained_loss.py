@@ -1,0 +1,87 @@
+"""The loss against numbers worked out by hand, and the window against small examples."""
+
+import math
+
+import pytest
+import torch
+
+from hf_iclr.trainers.deep_safety.constrained_loss import (
+    BEYOND_WINDOW,
+    answer_positions,
+    constrained_sft_loss,
+    constraint_weights,
+    schedule_betas,
+    window_positions,
+)
+
+
+def test_loss_worked_out_by_hand():
+    """
+    β = 2, log π = -0.5, log π_ref = -3: z = 2.5, σ(5) = 1 / (1 + e^-5) = 0.9933071, so the loss is
+    3 - (log 0.9933071 + log 2) = 3 + 0.0067153 - 0.6931472 = 2.3135681. At z = 0 it is -log π; with β = 0 it is -log
+    π.
+    """
+    logps = torch.tensor([[-0.5, -3.0, -0.5]], dtype=torch.float64)
+    reference = torch.tensor([[-3.0, -3.0, -3.0]], dtype=torch.float64)
+    loss = constrained_sft_loss(logps, reference, torch.tensor([[2.0, 2.0, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(loss, torch.tensor([[2.3135681, 3.0, 0.5]], dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_gradient_is_that_of_equation_3_and_of_weighted_cross_entropy(beta):
+    logps = (-3 * torch.rand(4, 7, dtype=torch.float64)).requires_grad_()
+    reference, betas = -3 * torch.rand(4, 7, dtype=torch.float64), torch.full((4, 7), beta, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(constrained_sft_loss(logps, reference, betas).sum(), logps)
+    equation_3 = -2 / betas * torch.log(1 / (1 + torch.exp(-betas * (logps - reference))))
+    (papers,) = torch.autograd.grad(equation_3.sum(), logps)
+    torch.testing.assert_close(ours, papers)
+    torch.testing.assert_close(ours, -constraint_weights(logps.detach(), reference, betas))
+    assert (ours < 0).all() and (ours > -2).all()
+
+
+def test_small_beta_is_cross_entropy_and_large_beta_stops_at_the_reference():
+    """For β → ∞ the gradient weight is 2 below the reference and 0 above it."""
+    logps = torch.tensor([-2.0, -1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.5, -1.5], dtype=torch.float64)
+    tiny = constrained_sft_loss(logps, reference, torch.full((2,), 1e-6, dtype=torch.float64))
+    torch.testing.assert_close(tiny, -logps, atol=1e-6, rtol=0)
+    large = constrained_sft_loss(logps, reference, torch.full((2,), 200.0, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(large.sum(), logps)
+    torch.testing.assert_close(gradient, torch.tensor([-2.0, 0.0], dtype=torch.float64))
+
+
+def test_an_unread_reference_may_be_anything():
+    logps = torch.tensor([-1.0], requires_grad=True)
+    loss = constrained_sft_loss(logps, torch.tensor([math.nan]), torch.zeros(1))
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.item() == 1.0 and gradient.item() == -1.0
+    assert constraint_weights(logps, torch.tensor([math.nan]), torch.zeros(1)).item() == 1.0
+
+
+def test_positions_start_again_with_every_run():
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert answer_positions(mask).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [1, 0, 1, 0, 1, 2, 0, 0]]
+
+
+# 7 ends the thinking, 8 is a special token, 9 a blank one.
+LABELS = torch.tensor([[-100, 8, 9, 1, 2, 7, 9, 3, 4, -100, 9, 5, 9, 6]])
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("completion", [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4]),
+        ("after_template", [0, -1, -1, 1, 2, 3, 4, 5, 6, 0, -1, 1, 2, 3]),
+        ("answer", [0, -1, -1, -1, -1, -1, -1, 1, 2, 0, -1, 1, 2, 3]),
+        ("thinking_and_answer", [0, -1, -1, 1, 2, -1, -1, 1, 2, 0, -1, 1, 2, 3]),
+    ],
+)
+def test_where_the_window_starts(start, expected):
+    got = window_positions(LABELS, start, frozenset({8, 9}), 7)
+    assert got.tolist() == [[BEYOND_WINDOW if position == -1 else position for position in expected]]
+
+
+def test_schedule_of_the_paper():
+    """β = 0.5 for the first token, 2 for tokens 2 to 5, 0.1 after."""
+    betas = schedule_betas(torch.tensor([0, 1, 2, 5, 6, BEYOND_WINDOW]), 0.5, 2.0, 0.1, 5)
+    torch.testing.assert_close(betas, torch.tensor([0.0, 0.5, 2.0, 2.0, 0.1, 0.1]))

@@ -1,0 +1,272 @@
+"""Bounded memory gives the masks of an unbounded one, and is bounded."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_iclr.vision.session.memory import (
+    FeatureCache,
+    Remembered,
+    exact,
+    long_term_diverse,
+    motion_gated,
+)
+from hf_iclr.vision.session.session import VideoSession
+from tests.vision.session.direct import direct_masks, direct_stream
+from tests.vision.tiny import clip, near_pipe, tiny_pipe
+
+
+LONG = clip(14)  # much longer than the model looks back
+CLICK = {"points": [[20, 20]]}
+
+
+def kept_bytes(session: VideoSession) -> int:
+    """All that a session holds: tensors of every memory, counted once, cached features and their encodings."""
+    tensors = [*session.features._positions, *session.features._latest[1]]
+    tensors += [level for levels in session.features._kept.values() for level in levels]
+    for memory in session._memories.values():
+        for outputs in memory.output_dict_per_obj[0].values():
+            tensors += [tensor for output in outputs.values() for tensor in output.values()]
+        assert memory.processed_frames is None
+    return sum(
+        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+    )
+
+
+def kept_frames(session: VideoSession, key: str) -> dict[int, list[int]]:
+    return {
+        obj: [frame for frame, output in memory.tracked.items() if key in output]
+        for obj, memory in session._memories.items()
+    }
+
+
+@pytest.mark.parametrize("direction", ["forward", "both", "backward"])
+def test_bounded_equals_unbounded_over_a_long_clip(direction):
+    pipe = near_pipe()
+    found = {}
+    for keep in ("all", "window"):
+        session = pipe.session(LONG, keep=keep, output="logits")
+        session.add(6, 1, **CLICK)
+        session.add(5, 2, box=[40, 5, 70, 40])
+        session.add(10, 1, points=[[60, 30]])
+        found[keep] = session.propagate(direction)
+    assert found["all"].frames == found["window"].frames
+    assert len(found["all"]) == {"forward": 9, "backward": 11, "both": 14}[direction]
+    for left, right in zip(found["all"], found["window"], strict=True):
+        assert left.objects == right.objects and left.scores == right.scores
+        for obj in left.objects:
+            assert torch.equal(torch.from_numpy(left.masks[obj]), torch.from_numpy(right.masks[obj]))
+
+
+def test_bounded_equals_the_models_own_session():
+    pipe = near_pipe()
+    for ways, direction in (((False,), "forward"), ((False, True), "both")):
+        inputs = {"input_points": [[[[20, 20]]]], "input_labels": [[[1]]]}
+        expected = direct_masks(pipe.model, pipe.processor, LONG, 6, ways=ways, **inputs)
+        result = pipe(LONG, prompts={6: {1: CLICK}}, direction=direction, output="logits")
+        assert result.frames == list(expected)
+        assert all(np.array_equal(result[frame].masks[1], expected[frame]) for frame in expected)
+
+
+def test_a_stream_equals_the_models_own_stream():
+    pipe = near_pipe()
+    expected = direct_stream(pipe.model, pipe.processor, LONG, input_points=[[[[20, 20]]]], input_labels=[[[1]]])
+    frames = pipe.stream(iter(LONG), prompts={0: {1: CLICK}}, output="logits")
+    assert all(np.array_equal(frame.masks[1], expected[frame.frame]) for frame in frames)
+
+
+def test_a_model_that_limits_its_conditioning_frames_is_bounded_alike():
+    pipe = tiny_pipe(max_cond_frame_num=2, num_maskmem=3, max_object_pointers_in_encoder=5)
+    found = []
+    for keep in ("all", "window"):
+        session = pipe.session(LONG, keep=keep, output="logits")
+        for frame in (2, 5, 7, 9):
+            session.add(frame, 1, points=[[10 + frame, 20]])
+        found.append(session.propagate("both"))
+    assert all(np.array_equal(a.masks[1], b.masks[1]) for a, b in zip(*found, strict=True))
+
+
+def test_memory_is_flat_over_a_stream():
+    pipe = near_pipe()
+    session = pipe.session(iter(clip(24)))
+    session.add(0, 1, **CLICK)
+    session.add(0, 2, box=[40, 5, 70, 40])
+    sizes = [kept_bytes(session) for _ in session.iterate()]
+    assert len(set(sizes[8:])) == 1
+    frames = kept_frames(session, "maskmem_features")
+    assert frames == {1: [21, 22, 23], 2: [21, 22, 23]}  # 2 to attend to, and the current one
+    assert kept_frames(session, "object_pointer")[1] == list(range(19, 24))  # 4 and the current one
+    assert len(session._memories[1].frames_tracked_per_obj[0]) == 6  # and the prompted frame
+
+
+def test_the_current_frame_of_a_stream_can_be_corrected_as_in_an_unbounded_session():
+    pipe = near_pipe()
+    masks = []
+    for video, options in ((iter(LONG), {}), (LONG, {"keep": "all"})):
+        session = pipe.session(video, output="logits", **options)
+        session.add(0, 1, **CLICK)
+        frames = session.iterate()
+        for _ in range(8):
+            next(frames)
+        masks.append([session.correct(7, 1, points=[[60, 30]]).masks[1], *(next(frames).masks[1] for _ in range(3))])
+        if not options:
+            with pytest.raises(ValueError, match="only frame 10, the latest"):
+                session.correct(9, 1, points=[[60, 30]])
+            assert next(frames).frame == 11
+    assert all(np.array_equal(left, right) for left, right in zip(*masks, strict=True))
+
+
+def test_prompts_of_a_stream_wait_for_their_frame():
+    pipe = near_pipe()
+    session = pipe.session(iter(LONG[:8]), output="logits")
+    assert session.add(0, 1, **CLICK) is not None
+    assert session.add(5, 2, box=[40, 5, 70, 40]) is None
+    assert session.prompts.describe() == "frame 0: object 1 by 1 point\nframe 5: object 2 by a box"
+    frames = list(session.iterate())
+    assert [frame.objects for frame in frames] == [[1]] * 5 + [[1, 2]] * 3
+    assert frames[5].prompted == {2}
+    late = pipe.session(iter(LONG[5:8]), output="logits")
+    late.add(0, 2, box=[40, 5, 70, 40])
+    # The same object in a stream that begins with it: what came before leaves no trace.
+    assert all(np.array_equal(a.masks[2], b.masks[2]) for a, b in zip(frames[5:], late.iterate(), strict=True))
+
+
+def test_a_streams_bad_frames_and_moments_are_told():
+    session = near_pipe().session(iter([LONG[0], LONG[1], LONG[2, :20], LONG[3]]))
+    session.add(0, 1, **CLICK)
+    session.add(1, 2, points=[[500, 3]])
+    frames = session.iterate()
+    next(frames)
+    with pytest.raises(ValueError, match=r"x in 0\.\.80"):
+        next(frames)
+    frames = session.iterate()  # goes on where it was; the bad prompt is gone
+    assert next(frames).objects == [1]
+    with pytest.raises(ValueError, match="20 x 80 on frame 2"):
+        next(frames)
+    with pytest.raises(ValueError, match="A stream goes forward"):
+        session.propagate("both")
+    with pytest.raises(ValueError, match=r"frame in 0\.\.2, got 0|can't go back"):
+        session.add(0, 3, **CLICK)
+
+
+def test_offloading_moves_every_large_tensor():
+    session = near_pipe().session(LONG[:4], offload=True)
+    session.add(0, 1, **CLICK)
+    memory = session._memories[1]
+    assert memory.inference_state_device.type == "cpu"
+    memory.inference_state_device = torch.device("meta")  # the only other device of every machine
+    memory.cache.device = torch.device("meta")
+    memory.run(session.model, 1)
+    output = memory.tracked[1]
+    assert {key for key, tensor in output.items() if tensor.device.type == "meta"} >= {
+        "maskmem_features",
+        "pred_masks",
+    }
+    assert "high_res_masks" not in output
+    large = [tensor for tensor in output.values() if tensor.numel() > 1024 and tensor.device.type != "meta"]
+    assert [tensor.data_ptr() for tensor in large] == [session.features.memory_positions.data_ptr()] * len(large)
+    assert all(level.device.type == "meta" for level in session.features._kept[1])
+
+
+def test_the_position_encoding_is_kept_once_and_high_resolution_masks_never():
+    session = near_pipe().session(LONG[:6])
+    session.add(0, 1, **CLICK)
+    session.add(0, 2, **CLICK)
+    session.propagate()
+    outputs = [
+        o for m in session._memories.values() for kind in m.output_dict_per_obj[0].values() for o in kind.values()
+    ]
+    assert len(outputs) == 12 and not any("high_res_masks" in output for output in outputs)
+    assert len({output["maskmem_pos_enc"].data_ptr() for output in outputs}) == 1
+
+
+def features(value: float) -> dict:
+    return {
+        "vision_feats": [torch.full((16, 1, 4), value), torch.full((4, 1, 4), value)],
+        "vision_pos_embeds": [torch.zeros(16, 1, 4), torch.zeros(4, 1, 4)],
+    }
+
+
+def test_the_feature_cache_holds_features_only_up_to_its_limit():
+    cache = FeatureCache(limit_bytes=2 * 80 * 4)
+    for frame in range(5):
+        cache.cache_vision_features(frame, features(float(frame)))
+    assert [frame for frame in range(6) if frame in cache] == [0, 1, 4]  # first come, and the latest
+    assert cache.kept_bytes == 2 * 80 * 4 and [tuple(x.shape) for x in cache._positions] == [(4, 1, 4)]
+    assert torch.equal(cache.get_vision_features(1)["vision_feats"][1], torch.ones(4, 1, 4))
+    assert cache.get_vision_features(3) is None
+
+
+def test_features_in_bfloat16_take_half_and_serve_later_passes_only():
+    cache = FeatureCache(limit_bytes=80 * 2, dtype=torch.bfloat16)
+    cache.cache_vision_features(0, features(1.001))
+    assert float(cache.get_vision_features(0)["vision_feats"][0][0, 0, 0]) == pytest.approx(1.001)  # all objects alike
+    cache.cache_vision_features(1, features(2.0))
+    again = cache.get_vision_features(0)["vision_feats"][0]
+    assert again.dtype == torch.float32 and float(again[0, 0, 0]) == 1.0 and cache.kept_bytes == 160
+    session = near_pipe().session(LONG[:6], feature_cache_dtype=torch.bfloat16, output="logits")
+    session.add(0, 1, **CLICK)
+    first, second = session.propagate(), session.propagate()
+    difference = [np.abs(a.masks[1] - b.masks[1]).mean() for a, b in zip(first, second, strict=True)][1:]
+    assert 0 < max(difference) < 0.05 * np.abs(first[3].masks[1]).mean()
+
+
+def past(count: int, **changes) -> list[Remembered]:
+    """Frames 0 .. count - 1 with pointers that turn by 10 degrees a frame; `changes` are lists of fields by frame."""
+    frames = []
+    for number in range(count):
+        angle = np.radians(10 * number)
+        fields = {"mask_score": 0.9, "object_score": 1.0, "motion_score": 1.0}
+        fields |= {name: values[number] for name, values in changes.items() if number in values}
+        frames.append(Remembered(number, pointer=torch.tensor([np.cos(angle), np.sin(angle)]), **fields))
+    return frames
+
+
+def test_the_exact_policy_takes_the_latest():
+    assert exact(past(9), 4) == [5, 6, 7, 8] and exact(past(2), 4) == [0, 1]
+
+
+def test_the_gated_policy_passes_over_doubtful_frames():
+    doubtful = past(9, mask_score={8: 0.4}, object_score={6: -1.0}, motion_score={5: 0.0})
+    assert motion_gated(doubtful, 4) == [2, 3, 4, 7]
+
+
+def test_the_diverse_policy_keeps_what_differs_most():
+    # Frames 8 and 7 are recent; frame 0 (80 degrees from 8) differs most, then 3 (30 from 0, 40 from 7; 4 is 40, 30).
+    assert long_term_diverse(past(9), 4) in ([0, 3, 7, 8], [0, 4, 7, 8])
+    assert 0 not in long_term_diverse(past(9, object_score={0: -1.0}), 4)
+    assert long_term_diverse(past(2), 4) == [0, 1]
+
+
+@pytest.mark.parametrize("keep", ["all", "window"])
+def test_a_policy_decides_what_is_attended_to(keep):
+    pipe = near_pipe()
+
+    def run(memory):
+        session = pipe.session(LONG[:10], memory=memory, keep=keep, output="logits")
+        session.add(0, 1, **CLICK)
+        return [frame.masks[1] for frame in session.iterate()]
+
+    own = run("exact")
+    assert all(np.array_equal(a, b) for a, b in zip(own, run(lambda past, slots: exact(past, slots)), strict=True))
+    for name in ("motion_gated", "long_term_diverse"):
+        assert all(np.array_equal(a, b) for a, b in zip(own[:4], run(name)[:4], strict=True))
+    earliest = run(lambda past, slots: [seen.frame for seen in past[:slots]])
+    same = [np.array_equal(a, b) for a, b in zip(own, earliest, strict=True)]
+    assert same == [True] * 4 + [False] * 6  # from frame 4 on, more is past than two slots hold
+
+
+def test_a_policy_sees_scores_motion_and_pointers_and_keeps_its_choice():
+    seen = []
+
+    def first_and_last(past, slots):
+        seen.append(past)
+        return [past[0].frame, past[-1].frame] if len(past) > 1 else [frame.frame for frame in past]
+
+    session = near_pipe().session(iter(LONG), memory=first_and_last)
+    session.add(0, 1, **CLICK)
+    session.propagate()
+    assert seen[-1][0].frame == 1 and seen[-1][-1].frame == 12  # frame 1 was never dropped, being chosen
+    assert 0 < seen[-1][-1].mask_score < 1 and 0 <= seen[-1][-1].motion_score <= 1
+    assert seen[-1][-1].pointer.shape == (128,)
+    assert kept_frames(session, "maskmem_features")[1] == [1, 11, 12, 13]

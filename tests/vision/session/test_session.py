@@ -1,0 +1,376 @@
+"""Sessions: what is prompted, corrected, removed, undone and saved, and what stays as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hf_iclr.vision.session.session import VideoSession
+from tests.vision.session.direct import corrected_masks, direct_masks
+from tests.vision.session.test_frames import smooth, write_video
+from tests.vision.tiny import clip, tiny_pipe
+
+
+VIDEO = clip(8)
+CLICK = {"points": [[20, 20]], "labels": [1]}
+
+
+def session(video=VIDEO, **options) -> VideoSession:
+    return tiny_pipe().session(video, output="logits", **options)
+
+
+def logits(segments, obj=1) -> dict[int, np.ndarray]:
+    return {frame.frame: frame.masks[obj] for frame in segments if obj in frame.masks}
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[frame], right[frame]) for frame in left)
+
+
+def test_fixed_use(tmp_path):
+    pipe = tiny_pipe()
+    s = pipe.session(write_video(tmp_path / "clip.mp4", smooth(16)))
+    s.add(frame=0, obj=1, points=[[30, 30]])
+    assert [frame.frame for frame in list(s.propagate())] == list(range(16))
+    s.correct(frame=12, obj=1, points=[[50, 40]], labels=[0])
+    s.propagate()
+    s.add(frame=2, obj=2, box=[3, 3, 40, 30])
+    s.remove_object(2)
+    s.clear(frame=12, obj=1)
+    s.undo()
+    assert s.prompts.describe() == "frame 0: object 1 by 1 point\nframe 12: object 1 by 1 point"
+    s.save(tmp_path / "state.safetensors")
+    again = VideoSession.load(pipe, tmp_path / "state.safetensors")
+    assert again.prompts == s.prompts and again.segments(12).corrected == {1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "inputs"),
+    [
+        (CLICK, {"input_points": [[[[20, 20]]]], "input_labels": [[[1]]]}),
+        ({"box": [8, 12, 28, 30]}, {"input_boxes": [[[8.0, 12.0, 28.0, 30.0]]]}),
+        (
+            {"points": [[20, 20], [60, 40]], "labels": [1, 0], "box": [8, 12, 28, 30]},
+            {
+                "input_points": [[[[20, 20], [60, 40]]]],
+                "input_labels": [[[1, 0]]],
+                "input_boxes": [[[8.0, 12.0, 28.0, 30.0]]],
+            },
+        ),
+        ({"mask": VIDEO[2, :, :, 0] > 200}, {"input_masks": VIDEO[2, :, :, 0] > 200}),
+    ],
+    ids=["click", "box", "clicks and box", "mask"],
+)
+def test_every_prompt_equals_the_direct_loop(prompt, inputs):
+    pipe = tiny_pipe()
+    s = session()
+    s.add(2, 1, **prompt)
+    expected = direct_masks(pipe.model, pipe.processor, VIDEO, 2, ways=(False, True), **inputs)
+    assert same(logits(s.propagate("both")), expected)
+
+
+@pytest.mark.parametrize("ways", [(False,), (False, True)], ids=["forward", "both"])
+def test_a_correction_equals_the_reference_predictor(ways):
+    pipe = tiny_pipe()
+    s = session()
+    s.add(1, 1, **CLICK)
+    s.propagate()
+    s.correct(5, 1, points=[[60, 30], [30, 20]], labels=[1, 0])
+    expected = corrected_masks(
+        pipe.model, pipe.processor, VIDEO, 1, [20, 20], 5, [[60, 30], [30, 20]], [1, 0], ways=ways
+    )
+    ours = logits(s.propagate("both" if True in ways else "forward"))
+    assert same(ours, expected)
+
+
+def test_a_correction_changes_later_frames_and_survives_both_directions():
+    s = session()
+    s.add(0, 1, **CLICK)
+    before = logits(s.propagate())
+    preview = s.correct(4, 1, points=[[60, 30]], labels=[1])
+    assert preview.prompted == preview.corrected == {1}
+    after = logits(s.propagate())
+    assert not np.array_equal(before[4], after[4]) and not np.array_equal(before[6], after[6])
+    for direction in ("backward", "forward", "both"):
+        assert np.array_equal(logits(s.propagate(direction))[4], preview.masks[1])
+
+
+def test_the_previous_mask_is_fed_with_the_click():
+    corrected, replaced = session(), session()
+    for s in (corrected, replaced):
+        s.add(0, 1, **CLICK)
+        s.propagate()
+    left = corrected.correct(4, 1, points=[[60, 30]])
+    right = replaced.add(4, 1, points=[[60, 30]])  # a new prompt knows nothing of the old mask
+    assert not np.array_equal(left.masks[1], right.masks[1]) and not right.corrected
+
+
+def test_a_correction_of_the_first_prompt_joins_its_clicks():
+    s = session()
+    s.add(0, 1, **CLICK)
+    s.propagate()
+    old = s.segments(0).masks[1]
+    s.correct(0, 1, points=[[60, 30]], labels=[0])
+    assert s.prompts[0][1].points == [[20.0, 20.0], [60.0, 30.0]] and s.prompts[0][1].labels == [1, 0]
+    new = s.segments(0).masks[1]
+    assert not np.array_equal(old, new)
+    assert np.array_equal(s.propagate()[0].masks[1], new)
+    memory = s._memories[1]
+    assert list(memory.conditioning) == [0] and 0 not in memory.tracked  # not two outputs of one frame
+    assert "maskmem_features" in memory.conditioning[0]
+
+
+def test_objects_on_other_frames_leave_the_others_alone():
+    alone, together = session(), session()
+    alone.add(0, 1, **CLICK)
+    together.add(0, 1, **CLICK)
+    together.add(0, 2, box=[40, 5, 70, 40])
+    together.add(3, 3, mask=VIDEO[3, :, :, 1] > 100)
+    expected = logits(alone.propagate("both"))
+    assert same(logits(together.propagate("both")), expected)
+    together.add(5, 4, points=[[70, 40]])  # after tracking has begun
+    together.correct(6, 2, points=[[50, 30]], labels=[0])
+    assert same(logits(together.propagate("both")), expected)
+    together.remove_object(2)
+    assert same(logits(together.propagate("both")), expected) and together.objects == [1, 3, 4]
+
+
+def test_prompts_queue_and_the_order_of_adding_does_not_matter():
+    first, second = session(), session()
+    prompts = [(0, 1, CLICK), (0, 2, {"box": [40, 5, 70, 40]}), (4, 2, CLICK), (2, 3, CLICK)]
+    for frame, obj, prompt in prompts:
+        first.add(frame, obj, **prompt)
+    for frame, obj, prompt in [prompts[3], prompts[1], prompts[0], prompts[2]]:
+        second.add(frame, obj, **prompt)
+    left, right = first.propagate("both"), second.propagate("both")
+    for obj in (1, 2, 3):
+        assert same(logits(left, obj), logits(right, obj)) and len(logits(left, obj)) == len(VIDEO)
+    assert [frame.prompted for frame in left][:5] == [{1, 2}, set(), {3}, set(), {2}]
+
+
+def test_the_callers_lists_are_not_changed():
+    given = {"points": [[20, 20], [60, 40]], "labels": [1, 0], "box": [8, 12, 28, 30]}
+    before = copy.deepcopy(given)
+    s = session()
+    s.add(0, 1, **given)
+    s.propagate()
+    clicks = [[60, 30]]
+    s.correct(3, 1, points=clicks)
+    s.correct(3, 1, points=clicks)
+    assert given == before and clicks == [[60, 30]]
+    assert len(s.prompts[3][1].points) == 2
+
+
+def test_backwards_before_the_first_prompt_is_defined():
+    s = session()
+    s.add(3, 1, **CLICK)
+    s.add(5, 2, box=[40, 5, 70, 40])
+    forward = s.propagate("forward")
+    assert [frame.objects for frame in forward] == [[1], [1], [1, 2], [1, 2], [1, 2]]
+    assert list(s._memories[1].conditioning) == [3]  # frames without a prompt never condition
+    backward = s.propagate("backward")
+    assert backward.frames == [0, 1, 2, 3, 4, 5] and all(2 in frame.masks for frame in backward)
+    assert s.segments(0).objects == [1, 2]
+
+
+def test_a_pass_can_start_and_stop_anywhere():
+    s = session()
+    s.add(0, 1, **CLICK)
+    whole = logits(s.propagate())
+    assert s.propagate(start=2, max_frames=3).frames == [2, 3, 4]
+    assert same(logits(s.propagate()), whole)
+    known = logits(s.propagate("backward", start=4, max_frames=2))  # the object's last prompt is frame 0: none is new
+    assert same(known, {frame: whole[frame] for frame in (3, 4)})
+
+
+def test_a_pass_is_lazy_and_takes_corrections_while_it_runs():
+    s = session()
+    s.add(0, 1, **CLICK)
+    frames = s.iterate()
+    next(frames), next(frames)
+    assert 2 not in s._memories[1].tracked
+    s.correct(1, 1, points=[[60, 30]])
+    s.add(1, 2, box=[40, 5, 70, 40])
+    assert next(frames).objects == [1, 2]
+
+
+def test_clear_takes_a_prompt_back_and_the_last_one_the_object():
+    s = session()
+    s.add(0, 1, **CLICK)
+    before = logits(s.propagate())
+    s.correct(4, 1, points=[[60, 30]])
+    s.propagate()
+    s.clear(4, 1)
+    assert s.prompts.describe() == "frame 0: object 1 by 1 point"
+    assert same(logits(s.propagate()), before)
+    s.clear(0, 1)
+    assert s.objects == []
+
+
+def test_undo_goes_back_edit_by_edit_with_the_masks_of_that_time():
+    s = session(undo_levels=3)
+    s.add(0, 1, **CLICK)
+    before = logits(s.propagate())
+    s.correct(4, 1, points=[[60, 30]])
+    s.propagate()
+    s.remove_object(1)
+    s.undo()
+    assert s.objects == [1] and s.segments(4).corrected == {1}
+    s.undo()
+    assert not s.segments(4).corrected
+    assert same({frame: s.segments(frame).masks[1] for frame in before}, before)
+    assert same(logits(s.propagate()), before)
+    s.undo()
+    assert s.objects == []
+    with pytest.raises(ValueError, match="nothing to undo"):
+        s.undo()
+
+
+def test_a_saved_session_goes_on_as_if_it_had_not_been(tmp_path):
+    pipe = tiny_pipe()
+    s = session(max_hole_area=3, feature_cache_bytes=10)
+    s.add(3, 1, **CLICK)
+    s.add(1, 1, points=[[60, 20]], labels=[0])  # conditioning frames out of order
+    s.add(0, 2, mask=VIDEO[0, :, :, 0] > 200)
+    s.propagate("both")
+    s.correct(5, 1, points=[[60, 30]])
+    s.save(tmp_path / "state.safetensors")
+    again = VideoSession.load(pipe, tmp_path / "state.safetensors", video=VIDEO)
+    assert again.config == s.config and again.prompts == s.prompts and again.objects == s.objects
+    assert same({f: again.segments(f).masks[1] for f in range(8)}, {f: s.segments(f).masks[1] for f in range(8)})
+    left, right = again.propagate("both"), s.propagate("both")
+    assert same(logits(left, 1), logits(right, 1)) and same(logits(left, 2), logits(right, 2))
+    assert left[5].corrected == {1} and left[0].prompted == {2}
+
+
+def test_a_second_pass_encodes_no_frame_again():
+    pipe = tiny_pipe()
+    s = session()
+    s.add(0, 1, **CLICK)
+    first = logits(s.propagate())
+    encoded = []
+    hook = pipe.model.vision_encoder.register_forward_hook(lambda *args: encoded.append(1))
+    try:
+        assert same(logits(s.propagate()), first)
+        assert not encoded
+        uncached = session(feature_cache_bytes=0)
+        uncached.add(0, 1, **CLICK)
+        uncached.propagate()
+        assert len(encoded) == len(VIDEO)
+        assert same(logits(uncached.propagate()), first) and len(encoded) == 2 * len(VIDEO) - 1  # frame 0 has a prompt
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda s: s.add(8, 1, **CLICK), r"frame in 0\.\.7, got 8"),
+        (lambda s: s.add(-1, 1, **CLICK), "frame numbers from 0 on"),
+        (lambda s: s.add(0, 1), "at least one of"),
+        (lambda s: s.add(0, 1, points=[[81, 3]]), r"x in 0\.\.80"),
+        (lambda s: s.add(0, 1, mask=np.ones((4, 4))), r"frame's size \(48, 80\)"),
+        (lambda s: s.correct(0, 9, points=[[1, 1]]), r"no object 9; there are \[1\]"),
+        (lambda s: s.correct(7, 1, points=[[1, 1]]), "no mask on frame 7 to correct"),
+        (lambda s: s.correct(12, 1, points=[[1, 1]]), r"frame in 0\.\.7, got 12"),
+        (lambda s: s.correct(0, 1, points=[[1, 60]]), r"y in 0\.\.48"),
+        (lambda s: s.remove_object(2), "no object 2"),
+        (lambda s: s.clear(3, 1), "no prompt on frame 3. Its prompts: frame 0"),
+        (lambda s: s.propagate("sideways"), "forward, backward, both"),
+        (lambda s: s.propagate(start=8), r"frame in 0\.\.7, got 8"),
+    ],
+)
+def test_bad_calls_are_told_and_leave_the_session_usable(call, sentence):
+    s = session()
+    s.add(0, 1, **CLICK)
+    with pytest.raises(ValueError, match=sentence):
+        call(s)
+    fresh = session()
+    fresh.add(0, 1, **CLICK)
+    assert s.prompts == fresh.prompts and same(logits(s.propagate()), logits(fresh.propagate()))
+
+
+def test_a_failure_inside_the_model_leaves_the_session_as_it_was(monkeypatch):
+    s = session()
+    s.add(0, 1, **CLICK)
+    before = logits(s.propagate())
+    monkeypatch.setattr(s.model.mask_decoder, "forward", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        s.correct(4, 1, points=[[60, 30]])
+    monkeypatch.undo()
+    assert s.prompts.describe() == "frame 0: object 1 by 1 point"
+    assert not s.model.mask_decoder._forward_hooks and not s.model.prompt_encoder._forward_pre_hooks
+    assert same(logits(s.propagate()), before)
+
+
+def test_a_session_without_prompts_says_so():
+    with pytest.raises(ValueError, match="Add a prompt first"):
+        session().propagate()
+
+
+def test_a_frame_of_another_size_is_told_and_the_frames_before_it_stay():
+    video = [*VIDEO[:4], VIDEO[4, :20], *VIDEO[5:]]
+    s = session(video)
+    s.add(0, 1, **CLICK)
+    with pytest.raises(ValueError, match="on frame 4"):
+        s.propagate()
+    assert s.segments(3).objects == [1]
+    assert s.propagate(max_frames=4).frames == [0, 1, 2, 3]
+
+
+def test_a_truncated_file_is_tracked_up_to_the_damage(tmp_path):
+    path = write_video(tmp_path / "a.mp4", clip(40, 96, 128), movflags="faststart")
+    with open(path, "rb") as file:
+        whole = file.read()
+    s = session(whole[: len(whole) // 2])
+    s.add(0, 1, **CLICK)
+    result = s.propagate()
+    assert 5 < len(result) < 40 and f"{len(result)} of" in result.damage
+    assert len(s.propagate("both")) == len(result)
+    with pytest.raises(ValueError, match="frame in"):
+        s.add(39, 1, **CLICK)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [("nothing", "There is no file"), ("text", "no safetensors file"), ("weights", "no video session")],
+)
+def test_what_is_no_saved_session_is_told(tmp_path, state, sentence):
+    from safetensors.torch import save_file
+
+    if state == "text":
+        (tmp_path / "state").write_text("hello")
+    elif state == "weights":
+        save_file({"x": torch.ones(1)}, tmp_path / "state")
+    with pytest.raises(ValueError, match=sentence):
+        VideoSession.load(tiny_pipe(), tmp_path / "state")
+
+
+def test_a_saved_session_wants_its_own_video_and_model(tmp_path):
+    s = session()
+    s.add(0, 1, **CLICK)
+    s.save(tmp_path / "state")
+    with pytest.raises(ValueError, match="was no file"):
+        VideoSession.load(tiny_pipe(), tmp_path / "state")
+    with pytest.raises(ValueError, match=r"8 frames of \[48, 80\]"):
+        VideoSession.load(tiny_pipe(), tmp_path / "state", video=VIDEO[:3])
+    with pytest.raises(ValueError, match="of a sam2_video model, got a sam3_tracker_video model"):
+        VideoSession.load(tiny_pipe("sam3_tracker_video"), tmp_path / "state", video=VIDEO)
+    with pytest.raises(ValueError, match="policy with a name"):
+        session(memory=lambda past, slots: []).save(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"output": "png"}, "output to be one of mask, logits, rle, polygon"),
+        ({"memory": "best"}, "memory to be one of exact"),
+        ({"keep": "some"}, "keep to be one of"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"undo_levels": -1}, "undo_levels of at least 0"),
+    ],
+)
+def test_bad_options_are_told(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_pipe().session(VIDEO, **options)

@@ -1,0 +1,7 @@
+from .callback import InRunDataShapleyCallback
+from .result import DataShapleyResult
+
+__all__ = [
+    "DataShapleyResult",
+    "InRunDataShapleyCallback",
+]

@@ -1,0 +1,262 @@
+"""Whether the scores of all rows add up to the gradient that was applied, and which parameters they miss."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .direction import Direction, inner, is_sharded, untouched, whole
+from .rows import RowLayout
+from .taps import TappedModule, Taps
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Group:
+    """Modules that share parameters, which can only be checked together."""
+
+    modules: list[int]
+    parameters: list[int]  # positions in the list of trainable parameters
+    names: list[str]
+
+
+def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Parameter]) -> list[Group]:
+    """Divide tapped modules so that tied parameters fall into one group."""
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
+    owner: dict[int, Group] = {}
+    groups: list[Group] = []
+    for tapped in modules:
+        mine = [position[id(parameter)] for parameter in tapped.parameters.values()]
+        group = next((owner[index] for index in mine if index in owner), None)
+        if group is None:
+            group = Group([], [], [])
+            groups.append(group)
+        group.modules.append(tapped.index)
+        group.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
+        group.parameters += [index for index in mine if index not in group.parameters]
+        owner |= dict.fromkeys(mine, group)
+    return groups
+
+
+def clip_factor(gradient: np.ndarray, scores: np.ndarray) -> float:
+    """
+    What all gradients were multiplied by between the backward pass and the step.
+
+    Args:
+        gradient (`np.ndarray` of shape `(groups,)`):
+            `<G_g, u_g>` with the gradient that will be applied.
+        scores (`np.ndarray` of shape `(groups,)`):
+            Sum over rows of `<g_{i,g}, u_g>`.
+
+    Returns:
+        `float`: median of the groups' ratios, weighted by the size of their scores, so that groups whose scores miss
+        something don't matter; 1 if all scores are 0.
+    """
+    weights = np.abs(scores)
+    known = weights > 0
+    if not known.any():
+        return 1.0
+    ratios, weights = gradient[known] / scores[known], weights[known]
+    order = np.argsort(ratios)
+    middle = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
+    return float(ratios[order][middle])
+
+
+def applied_factor(ratio: float, scale: float) -> float:
+    """
+    What scores of a loss scaled by an fp16 scaler are multiplied by to be those of the step.
+
+    Args:
+        ratio (`float`):
+            Of present gradients to scores, see [`clip_factor`].
+        scale (`float`):
+            The scaler's, 1 without one.
+
+    Returns:
+        `float`: the ratio if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is
+        still going to divide them. Clipping never raises a gradient, so the two can be told apart.
+    """
+    return ratio / scale if scale > 1 and ratio > np.sqrt(scale) else ratio
+
+
+def find_gaps(
+    gradient: np.ndarray, scores: np.ndarray, sizes: np.ndarray, factor: float, tolerance: float
+) -> list[int]:
+    """
+    Groups whose scores don't add up to their gradient.
+
+    Args:
+        gradient, scores (`np.ndarray` of shape `(groups,)`), factor (`float`):
+            As in [`clip_factor`].
+        sizes (`np.ndarray` of shape `(groups,)`):
+            Sum over rows of the scores' absolute values: rounding errors are relative to it.
+        tolerance (`float`):
+            Error that counts as rounding.
+    """
+    error = np.abs(gradient - factor * scores)
+    size = np.abs(factor) * sizes + np.abs(gradient)
+    return [int(group) for group in np.flatnonzero(error > tolerance * size) if size[group] > 1e-7 * size.sum()]
+
+
+def check_scores(
+    scores: torch.Tensor,
+    groups: Sequence[Group],
+    taps: Taps,
+    parameters: Sequence[nn.Parameter],
+    directions: Sequence[Direction],
+    scale: float,
+) -> float:
+    """
+    Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
+
+    Args:
+        scores (`torch.Tensor` of shape `(modules, rows)`):
+            Of all rows of this process.
+        groups (list of [`Group`]), taps ([`Taps`]), parameters (list of `torch.nn.Parameter`), directions:
+            What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
+        scale (`float`):
+            Of an fp16 scaler, else 1.
+
+    Returns:
+        `float`: the clip factor.
+
+    Raises:
+        ValueError: if nothing adds up.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    places = [(index, module) for index, group in enumerate(groups) for module in group.modules]
+    members = torch.zeros(len(groups), len(scores), dtype=torch.float64, device=scores.device)
+    members[tuple(torch.tensor(places).T)] = 1
+    sums = members @ torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()
+    if world > 1:
+        dist.all_reduce(sums)
+    zero = scores.new_zeros(())
+    gradients = [
+        sum((_product(directions[index], parameters[index]) for index in group.parameters), zero) for group in groups
+    ]
+    active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
+    found = torch.stack(gradients).double().cpu().numpy() * active
+    expected, sizes = (sums.cpu().numpy() / world / scale).T * active
+    ratio = clip_factor(found, expected)
+    coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+    coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
+    gaps = find_gaps(found, expected, sizes, ratio, 0.05 if coarse else 1e-3)
+    if gaps:
+        _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
+    return applied_factor(ratio, scale)
+
+
+def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout) -> set[int] | None:
+    """
+    Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
+    doesn't move along when the rows of a batch are rotated.
+
+    Args:
+        model (`torch.nn.Module`), taps ([`Taps`]):
+            The model and what is scored of it.
+        inputs (`Mapping`):
+            What the model was called with, positional arguments under their number.
+        layout ([`RowLayout`]):
+            Its rows.
+
+    Returns:
+        `set[int]`: indices of the modules; `None` if this batch can't tell.
+
+    Raises:
+        ValueError: if that is every module.
+    """
+    if layout.segments is not None or is_sharded(model):
+        return set()
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
+        return None
+    rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
+    once, again, moved = (
+        _row_sums(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+    )
+    unordered = set()
+    for index, sums in once.items():
+        calls = [len(sums), len(again[index]), len(moved[index])]
+        if len(set(calls)) > 1 or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
+            continue  # it is random
+        if not all(_alike(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
+            unordered.add(index)
+    if len(unordered) == len(taps.modules):
+        raise ValueError(
+            f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
+            "rotated when the rows are, so what each row contributes can't be told."
+        )
+    return unordered
+
+
+def _row_sums(
+    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int
+) -> dict[int, list[torch.Tensor]]:
+    """For each call of each module, sums of what would be each row's part of its output."""
+    found: dict[int, list[torch.Tensor]] = {tapped.index: [] for tapped in taps.modules}
+
+    def keep(index: int, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
+            found[index].append(output.detach().double().reshape(batch, -1).sum(1))
+
+    handles = [
+        tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))
+        for tapped in taps.modules
+    ]
+    args = [inputs[str(place)] for place in range(len(inputs)) if str(place) in inputs]
+    kwargs = {name: value for name, value in inputs.items() if not name.isdigit()}
+    was, taps.on = taps.on, False
+    try:
+        with untouched(model, next(model.parameters()).device, seed), torch.no_grad():
+            output = model.forward(*args, **kwargs)  # around hooks of its own
+    finally:
+        taps.on = was
+        for handle in handles:
+            handle.remove()
+    for tapped in taps.modules:
+        if tapped.module is model:
+            keep(tapped.index, output)
+    return found
+
+
+def _alike(first: torch.Tensor, then: torch.Tensor) -> bool:
+    return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
+
+
+def _product(direction: Direction, parameter: nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:
+        return torch.zeros((), device=parameter.device)
+    return inner(direction, whole(parameter.grad))
+
+
+def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> None:
+    reasons = []
+    for group in gaps:
+        why = [taps.misfits[index] for index in group.modules if index in taps.misfits]
+        silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
+        if not why and silent:
+            why = [f"{silent[0]} is used without being called, as by a fused output layer"]
+        other = (
+            "used outside of the module they belong to, or their gradient was changed by more than one factor for "
+            "all, as clipping by value does"
+        )
+        reasons.append(f"{', '.join(group.names)} ({why[0] if why else other})")
+        taps.excluded.update(group.modules)
+    if len(gaps) == active:
+        raise ValueError(
+            "The scores of the rows add up to the gradient of no parameter, so values would be wrong: "
+            f"{'; '.join(reasons[:3])}."
+        )
+    logger.warning(
+        "Values leave out %d of %d groups of parameters, whose gradient the rows' scores don't add up to: %s.",
+        len(gaps),
+        total,
+        "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else ""),
+    )

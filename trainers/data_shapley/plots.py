@@ -1,0 +1,157 @@
+"""Values by source, as tables and a figure, and by token, as a page."""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import numpy as np
+import pandas as pd
+from datasets import Dataset, IterableDataset
+
+from hf_iclr.extras import new_figure
+
+from .alignment import row_keys
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class SourceValues:
+    """
+    What the sources of a dataset were worth.
+
+    Attributes:
+        totals (`pandas.DataFrame`):
+            By source: `value` (nats), `rows`, `exposures`, `tokens`, `value_per_exposure`, `value_per_token` and
+            `harmful` (share of exposures with a negative value).
+        timeline (`pandas.DataFrame`):
+            Value (nats) of each source (columns) in each step.
+        target (`str`):
+            Whose loss.
+    """
+
+    totals: pd.DataFrame
+    timeline: pd.DataFrame
+    target: str
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, labels: pd.Series, target: str) -> "SourceValues":
+        """Sums the rows of one target by their labels."""
+        rows = rows.assign(source=labels)
+        key = "id" if "id" in rows else "index"
+        totals = rows.groupby("source").agg(
+            value=("value", "sum"), rows=(key, "nunique"), exposures=("value", "size"), tokens=("tokens", "sum")
+        )
+        totals["value_per_exposure"] = totals["value"] / totals["exposures"]
+        totals["value_per_token"] = totals["value"] / totals["tokens"]
+        totals["harmful"] = (rows["value"] < 0).groupby(rows["source"]).mean()
+        timeline = rows.pivot_table(index="step", columns="source", values="value", aggfunc="sum")
+        return cls(totals, timeline, target)
+
+    def plot(self, path: str | Path | None = None, bins: int = 20) -> "Figure":
+        """
+        Draws the totals, and the mean value of a step over the run.
+
+        Args:
+            path (`str` or `Path`, *optional*):
+                Where to save the figure.
+            bins (`int`, *optional*, defaults to 20):
+                Parts of the run, over whose steps the timeline is averaged.
+
+        Returns:
+            `matplotlib.figure.Figure`
+        """
+        figure = new_figure("SourceValues.plot", (10, 3.8))
+        left, right = figure.subplots(1, 2)
+        left.barh([str(source) for source in self.totals.index], self.totals["value"])
+        left.axvline(0, color="0.6", lw=0.8)
+        left.set_xlabel(f"value for {self.target}, nats")
+        steps = self.timeline.fillna(0.0)
+        parts = np.array_split(np.arange(len(steps)), min(bins, len(steps)))
+        middle = [steps.index[part].to_numpy().mean() for part in parts]
+        for source in steps:
+            right.plot(middle, [steps[source].iloc[part].mean() for part in parts], marker=".", label=str(source))
+        right.axhline(0, color="0.6", lw=0.8)
+        right.set_xlabel("step")
+        right.set_ylabel("value of a step, nats")
+        right.legend(fontsize=8)
+        if path is not None:
+            figure.savefig(path, dpi=130)
+        return figure
+
+
+def label_rows(
+    keys: pd.Series,
+    source: str | Sequence[Hashable],
+    train_dataset: Dataset | IterableDataset | None,
+    id_column: str | None,
+) -> pd.Series:
+    """
+    The source of each stored line; see [`DataShapleyResult.by_source`].
+
+    Raises:
+        ValueError: if nothing says where rows come from.
+    """
+    if isinstance(source, str):
+        if not isinstance(train_dataset, Dataset) or source not in train_dataset.column_names:
+            seen = train_dataset.column_names if isinstance(train_dataset, Dataset) else type(train_dataset).__name__
+            raise ValueError(
+                f"Expected training data with a column {source!r}, got {seen}. Give it: "
+                f"result.by_source({source!r}, train_dataset)."
+            )
+        labels = train_dataset[source][:]
+    else:
+        labels = list(source)
+    if keys.name == "index" and keys.max() >= len(labels):
+        raise ValueError(f"Expected a label for each row, up to row {keys.max()}, got {len(labels)} labels.")
+    places = pd.RangeIndex(len(labels)) if keys.name == "index" else row_keys(train_dataset, keys, id_column)
+    return keys.map(dict(zip(places, labels, strict=True)))
+
+
+def token_page(
+    rows: pd.DataFrame,
+    key: str,
+    chosen: Iterable[Hashable],
+    tokenizer: "PreTrainedTokenizerBase",
+    train_dataset: Dataset | IterableDataset | None,
+    id_column: str | None,
+) -> str:
+    """
+    A page with the tokens of some rows, coloured by their value; see [`DataShapleyResult.token_heatmap`].
+
+    Raises:
+        ValueError: if the values or the ids of tokens are not known.
+    """
+    if "token_values" not in rows:
+        raise ValueError("Expected values of tokens, but those of whole rows were kept. Give token_values_for=[...].")
+    if not isinstance(train_dataset, Dataset) or "input_ids" not in train_dataset.column_names:
+        raise ValueError("Expected rows with input_ids, as trainer.train_dataset has: give train_dataset=...")
+    places = {name: place for place, name in enumerate(row_keys(train_dataset, rows[key], id_column))}
+    texts = []
+    for name in chosen:
+        stored = rows.loc[rows[key] == name, "token_values"].dropna().to_list()
+        if not stored:
+            raise ValueError(f"Expected rows of token_values_for that were trained on, got {name!r}.")
+        values = np.sum(stored, axis=0)
+        largest = np.abs(values).max() or 1.0
+        ids = train_dataset[places[name]]["input_ids"]
+        texts.append(
+            {
+                "name": name,
+                "value": values.sum(),
+                "tokens": [
+                    {"text": tokenizer.decode([token]), "value": value, "strength": value / largest}
+                    for token, value in zip(ids, values, strict=False)
+                ],
+            }
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("tokens.html").render(rows=texts, target=rows["target"].iloc[0])

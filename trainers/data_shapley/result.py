@@ -1,0 +1,443 @@
+"""What the rows of a run were worth: totals by row, source, step and token, and what one does with them."""
+
+import math
+import tempfile
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import jinja2
+import pandas as pd
+from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi, snapshot_download
+
+import hf_iclr
+from hf_iclr.untrusted import as_written_by, check_links, inside
+
+from .alignment import add_columns, select_rows
+from .plots import SourceValues, label_rows, token_page
+from .store import ShapleyStore, read_parquet
+from .values import explain, value_table
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VALIDATION = "validation"
+_COLUMNS = {None: "value", "exposure": "value_per_exposure", "token": "value_per_token", "step": "step_share"}
+Normalize = Literal["exposure", "token", "step"] | None
+
+
+class DataShapleyResult:
+    """
+    What [`InRunDataShapleyCallback`] measured. Values are in nats of a target's loss; positive is helpful: training on
+    the row lowered that loss.
+
+    They belong to one run, with its order of rows and learning rates, and are no forecast of what retraining without a
+    row would do. Rows that were never trained on have no value. Positions (`index`) refer to `trainer.train_dataset`,
+    which may differ from the dataset given to the trainer, for example after packing.
+
+    Source: "Data Shapley in One Training Run" (https://huggingface.co/papers/2406.11011).
+
+    Args:
+        rows (`pandas.DataFrame`):
+            One line for each step, row and target: `step`, `index` or `id`, `target`, `value`, `tokens` and perhaps
+            `token_values`.
+        steps (`pandas.DataFrame`):
+            One line a step: `step` and what [`ShapleyStore.add`] lists.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            The rows themselves, for [`~DataShapleyResult.by_source`]; [`~DataShapleyResult.to_dataset`] and
+            [`~DataShapleyResult.filter`] set it.
+        id_column (`str`, *optional*):
+            The callback's, if it had one. Else rows without a position are known by the hash of their `input_ids`.
+    """
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        steps: pd.DataFrame,
+        train_dataset: Dataset | IterableDataset | None = None,
+        id_column: str | None = None,
+    ) -> None:
+        self.rows, self.steps, self.train_dataset, self.id_column = rows, steps, train_dataset, id_column
+        self.key = "id" if "id" in rows else "index"
+
+    @classmethod
+    def from_store(
+        cls,
+        store: ShapleyStore,
+        train_dataset: Dataset | IterableDataset | None = None,
+        id_column: str | None = None,
+    ) -> "DataShapleyResult":
+        """
+        Reads what a run has stored so far.
+
+        Args:
+            store ([`ShapleyStore`]):
+                `ShapleyStore(output_dir)` reads that of a run that has ended, or was killed.
+            train_dataset, id_column:
+                As above.
+
+        Returns:
+            [`DataShapleyResult`]
+        """
+        return cls(*store.read(), train_dataset, id_column)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of what values were measured for."""
+        return list(self.rows["target"].unique())
+
+    def table(self, target: str = VALIDATION) -> pd.DataFrame:
+        """
+        All about each row that was trained on.
+
+        Args:
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+
+        Returns:
+            `pandas.DataFrame` by `index` (or `id`): `value` (nats, the sum over steps), `exposures` (times seen),
+            `tokens` (over all of them), `value_per_exposure`, `value_per_token`, and `step_share`: the row's share of
+            the absolute values of its step, summed over steps, in which early steps with their large losses count no
+            more than late ones.
+        """
+        return value_table(self._of_target(target), self.key)
+
+    def values(self, target: str = VALIDATION, normalize: Normalize = None) -> pd.Series:
+        """
+        One value a row.
+
+        Args:
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+            normalize (`str`, *optional*):
+                `"exposure"`, `"token"` or `"step"`: the other columns of [`~DataShapleyResult.table`]. Sums grow with
+                epochs, duplicates and length; these do not.
+
+        Returns:
+            `pandas.Series` by `index` (or `id`), nats unless normalised by step.
+        """
+        if normalize not in _COLUMNS:
+            raise ValueError(f"Expected normalize=None, 'exposure', 'token' or 'step', got {normalize!r}.")
+        return self.table(target)[_COLUMNS[normalize]]
+
+    def top(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
+        """The `k` most helpful rows, best first, as in [`~DataShapleyResult.table`]."""
+        return self._sorted(target, normalize).head(k)
+
+    def bottom(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
+        """The `k` least helpful rows, worst first, as in [`~DataShapleyResult.table`]."""
+        return self._sorted(target, normalize).iloc[::-1].head(k)
+
+    def _sorted(self, target: str, normalize: Normalize) -> pd.DataFrame:
+        order = self.values(target, normalize).sort_values(ascending=False, kind="stable").index
+        return self.table(target).loc[order]
+
+    def summary(self) -> pd.DataFrame:
+        """
+        All about each target.
+
+        Returns:
+            `pandas.DataFrame` by `target`: `rows` with a value, `value` (nats, the sum), `harmful` (share of rows with
+            a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
+            [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
+            kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
+            earlier steps and thus no row's; negative if momentum took back part of what their rows gained).
+        """
+        lines = []
+        for target in self.targets:
+            values = self.values(target)
+            losses = self._record("loss", target)
+            momentum = self._record("unattributed", target)
+            gained = momentum + self._record("sum", target).reindex(momentum.index)
+            lines.append(
+                {
+                    "target": target,
+                    "rows": len(values),
+                    "value": values.sum(),
+                    "harmful": (values < 0).mean(),
+                    "loss_first": losses.iloc[0] if len(losses) else math.nan,
+                    "loss_last": losses.iloc[-1] if len(losses) else math.nan,
+                    "explained": self.explained_ratio(target),
+                    "energy": self._record("energy", target).mean(),
+                    "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
+                }
+            )
+        return pd.DataFrame(lines).set_index("target")
+
+    def explained(self, target: str = VALIDATION) -> pd.DataFrame:
+        """
+        Sums of values against what the loss really did, between the steps at which it was measured.
+
+        Args:
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+
+        Returns:
+            `pandas.DataFrame`: `first_step`, `last_step`, `value` (nats, of the steps in between), `loss_drop` (nats)
+            and `ratio`, which is 1 where values add up to the change of loss and far from it where steps are too
+            large for their sizes to mean anything (ranks last longer).
+        """
+        return explain(self._of_target(target), self._record("loss", target))
+
+    def explained_ratio(self, target: str = VALIDATION) -> float:
+        """Sum of values over the fall of loss between its first and last measurement; NaN if measured once."""
+        intervals = self.explained(target)
+        drop = intervals["loss_drop"].sum()
+        return float(intervals["value"].sum() / drop) if drop else math.nan
+
+    def to_dataset(self, train_dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """
+        Adds the values as columns.
+
+        Args:
+            train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                `trainer.train_dataset`, or a dataset with the same rows in the same order. Rows known by their id,
+                or the hash of their `input_ids`, are found in any order; packed rows are not, but the tokenised texts
+                from before the packing, as `SFTTrainer(..., packing=False).train_dataset` has them.
+
+        Returns:
+            The dataset with `shapley_value` (of the validation loss), `shapley_value_<target>` of the other targets,
+            and `shapley_exposures`. Rows that were never trained on have None.
+
+        Raises:
+            ValueError: if these are not the rows that were trained on.
+        """
+        columns: dict[str, pd.Series] = {}
+        for target in self.targets:
+            table = self.table(target)
+            columns["shapley_value" if target == VALIDATION else f"shapley_value_{target}"] = table["value"]
+            columns["shapley_exposures"] = table["exposures"]
+        with_values = add_columns(train_dataset, columns, self.id_column)
+        self.train_dataset = train_dataset
+        return with_values
+
+    def filter(
+        self,
+        train_dataset: Dataset | IterableDataset,
+        keep: str | float = "positive",
+        target: str = VALIDATION,
+        normalize: Normalize = None,
+        within: str | None = None,
+        keep_unseen: bool = True,
+    ) -> Dataset | IterableDataset:
+        """
+        Keeps the helpful rows, in their order. Whether training on them does better than on as many random rows is to
+        be measured, and not on the validation data, which has been used here.
+
+        Args:
+            train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                As in [`~DataShapleyResult.to_dataset`].
+            keep (`str` or `float`, *optional*, defaults to `"positive"`):
+                `"positive"` for the rows with a value above zero, or a share in (0, 1] of the rows that have a value:
+                0.8 keeps the best four fifths.
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+            normalize (`str`, *optional*):
+                As in [`~DataShapleyResult.values`].
+            within (`str`, *optional*):
+                Column of the dataset; the share is taken within each of its values, so that every source keeps its
+                part.
+            keep_unseen (`bool`, *optional*, defaults to `True`):
+                Whether to keep rows that were never trained on.
+
+        Returns:
+            The smaller dataset.
+
+        Raises:
+            ValueError: if `keep` is neither, or these are not the rows that were trained on.
+        """
+        values = self.values(target, normalize)
+        filtered = select_rows(train_dataset, values, keep, within, keep_unseen, self.id_column)
+        self.train_dataset = train_dataset
+        return filtered
+
+    def by_source(
+        self,
+        source: str | Sequence[Hashable],
+        train_dataset: Dataset | None = None,
+        target: str = VALIDATION,
+    ) -> "SourceValues":
+        """
+        Values summed by where rows come from.
+
+        Args:
+            source (`str` or `Sequence`):
+                Column of the training data, or one label for each of its rows.
+            train_dataset ([`~datasets.Dataset`], *optional*):
+                The rows with that column. Defaults to those known already; the Trainer drops columns that the model
+                does not read, so the callback may not have seen it.
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+
+        Returns:
+            `SourceValues`: `totals`, `timeline` and `plot()`.
+
+        Raises:
+            ValueError: if nothing says where rows come from.
+        """
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        rows = self._of_target(target)
+        return SourceValues.of(rows, label_rows(rows[self.key], source, train_dataset, self.id_column), target)
+
+    def token_heatmap(
+        self,
+        rows: int | str | Iterable[Hashable],
+        tokenizer: "PreTrainedTokenizerBase",
+        train_dataset: Dataset | None = None,
+        target: str = VALIDATION,
+        path: str | Path | None = None,
+    ) -> str:
+        """
+        Shows what each token of some rows was worth, as HTML. Needs a callback that stored the values of tokens.
+
+        Args:
+            rows (`int`, `str` or `Iterable`):
+                Their `index` (or `id`), for example `result.bottom(5).index`.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                To write the tokens.
+            train_dataset ([`~datasets.Dataset`], *optional*):
+                Rows with `input_ids`. Defaults to those known already.
+            target (`str`, *optional*, defaults to `"validation"`):
+                Whose loss.
+            path (`str` or `Path`, *optional*):
+                Where to write the page.
+
+        Returns:
+            `str`: a page that stands alone.
+
+        Raises:
+            ValueError: if the values or the ids of tokens are not known.
+        """
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        keys: Iterable[Hashable] = [rows] if isinstance(rows, int | str) else rows
+        page = token_page(self._of_target(target), self.key, keys, tokenizer, train_dataset, self.id_column)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def to_frame(self) -> pd.DataFrame:
+        """[`~DataShapleyResult.table`] of every target, one below the other, with `target` as a column."""
+        tables = [self.table(target).reset_index() for target in self.targets]
+        frame = pd.concat(tables, keys=self.targets, names=["target"])
+        return frame.reset_index("target").reset_index(drop=True)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes [`~DataShapleyResult.to_frame`]."""
+        self.to_frame().to_csv(path, index=False)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Writes [`~DataShapleyResult.to_frame`]."""
+        self.to_frame().to_parquet(path, index=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """
+        Writes `values.parquet` (as [`~DataShapleyResult.to_frame`]), `rows.parquet` and `steps.parquet` (as they came)
+        and a dataset card, `README.md`. No text of the training data is in them.
+
+        Args:
+            folder (`str` or `Path`):
+                Made if it does not exist.
+        """
+        self._save(check_links(folder), str(folder))
+
+    def _save(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_parquet(folder / "values.parquet")
+        self.rows.attrs["id_column"] = self.id_column
+        self.rows.to_parquet(folder / "rows.parquet", index=False)
+        self.steps.to_parquet(folder / "steps.parquet", index=False)
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+        )
+        card = environment.get_template("card.md").render(
+            name=name,
+            summary=self.summary().reset_index().to_dict("records"),
+            steps=len(self.steps),
+            key=self.key,
+            version=hf_iclr.__version__,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
+    ) -> "DataShapleyResult":
+        """
+        Reads what [`~DataShapleyResult.save_pretrained`] wrote, from a folder or a dataset repository.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                The folder, or for example `"me/values"`.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*):
+                As in [`~huggingface_hub.snapshot_download`].
+
+        Returns:
+            [`DataShapleyResult`]
+
+        Raises:
+            ValueError: when there are no such files, or with other contents.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            files = ["rows.parquet", "steps.parquet"]
+            folder = Path(
+                snapshot_download(
+                    str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
+                )
+            )
+        rows, steps = (read_parquet(inside(folder, f"{name}.parquet")) for name in ("rows", "steps"))
+        with as_written_by("DataShapleyResult.save_pretrained", folder):
+            read = cls(rows, steps, id_column=rows.attrs["id_column"])
+            counts = [rows[name] for name in ("step", "tokens", *(["index"] if read.key == "index" else []))]
+            for column in (*counts, steps["step"]):
+                if not pd.api.types.is_integer_dtype(column) or (column < 0).any():
+                    raise TypeError(f"a column {column.name} that is no count")
+            if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
+                raise TypeError("values that are no numbers, or targets that are no text")
+        return read
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload Data Shapley values",
+    ) -> str:
+        """
+        Pushes what [`~DataShapleyResult.save_pretrained`] writes as a dataset repository, which `load_dataset` reads.
+
+        Args:
+            repo_id (`str`):
+                Made if it does not exist.
+            private (`bool`, *optional*):
+                Visibility of a new repository. Defaults to the Hub's.
+            token (`str` or `bool`, *optional*):
+                As in [`~huggingface_hub.HfApi`].
+            commit_message (`str`, *optional*, defaults to `"Upload Data Shapley values"`):
+                Title of the commit.
+
+        Returns:
+            `str`: address of the repository.
+        """
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), url.repo_id)
+            api.upload_folder(
+                repo_id=url.repo_id, folder_path=folder, repo_type="dataset", commit_message=commit_message
+            )
+        return str(url)
+
+    def _of_target(self, target: str) -> pd.DataFrame:
+        if target not in self.targets:
+            raise ValueError(f"Expected a target among {self.targets}, got {target!r}.")
+        return self.rows[self.rows["target"] == target]
+
+    def _record(self, name: str, target: str) -> pd.Series:
+        """What was recorded of a target, by step; empty if nothing was."""
+        steps = self.steps.set_index("step")
+        return steps.get(f"{name}_{target}", pd.Series(dtype=float)).dropna()

@@ -1,0 +1,108 @@
+"""What [`DeepSafetySFTTrainer`] makes of its arguments: the config, the triplets, the adapter, the tokens of a "
+"window."""
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from .config import DeepSafetySFTConfig
+from .reference_log_probs import CONSTRAIN
+
+
+logger = logging.getLogger(__name__)
+
+_OWN_COPY = "hf_iclr_keeps_reference"  # of a model whose adapter "ref" a trainer of ours made
+
+
+def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig:
+    if isinstance(args, DeepSafetySFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path or ""
+        return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
+    values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
+    logger.warning(
+        "The arguments are a %s: beta1 of Adam is %s and the warm-up %s as they say; the paper's are 0.5 and 10 "
+        "steps. Use `DeepSafetySFTConfig` for those.",
+        type(args).__name__,
+        args.adam_beta1,
+        args.warmup_steps,
+    )
+    return DeepSafetySFTConfig(**values)
+
+
+def load_triplets(name: str) -> Dataset:
+    suffix = Path(name).suffix.lstrip(".")
+    builder = {"jsonl": "json"}.get(suffix, suffix)
+    if builder in ("json", "csv", "parquet"):
+        return load_dataset(builder, data_files=name, split="train")
+    return load_dataset(name, split="train")
+
+
+def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig) -> None:
+    """Raises where `ref_model` can't be held frozen beside the model."""
+    if ref_model is None:
+        return
+    if not isinstance(ref_model, (PreTrainedModel, PeftModel)):
+        raise TypeError(
+            f"Expected `ref_model` to be a model, got {type(ref_model).__name__}. Type "
+            "`ref_model=AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    if ref_model is model:
+        raise ValueError(
+            "Expected `ref_model` to be another model than the one to train, which it would freeze. Leave it out: the "
+            "model as it is given is the reference."
+        )
+    if args.reference not in ("auto", "frozen"):
+        raise ValueError(
+            f"Expected `reference='frozen'` with a `ref_model`, which is kept beside the model, got "
+            f"{args.reference!r}. Leave one of them out."
+        )
+
+
+def check_marked_rows(rows: Any, args: DeepSafetySFTConfig) -> None:
+    """Raises where packing would lose which rows are marked."""
+    if args.packing and CONSTRAIN in (getattr(rows, "column_names", None) or ()):
+        raise ValueError(
+            f"Packing keeps no column `{CONSTRAIN}`: every row would be constrained. Set `packing=False` (with "
+            "`padding_free=True` rows still take no padding), or leave the column out."
+        )
+
+
+def keep_adapter(model: PeftModel) -> None:
+    """Copy the adapter in training to a frozen one named "ref", as TRL's DPO trainer does."""
+    name = model.active_adapter
+    if "ref" in model.peft_config and not getattr(model, _OWN_COPY, False):
+        raise ValueError(
+            'Expected a model without an adapter named "ref", which is the name of the frozen copy that is the '
+            'reference. Type `model.delete_adapter("ref")`, or load it under another name.'
+        )
+    if "ref" not in model.peft_config:
+        model.add_adapter("ref", model.peft_config[name])
+        setattr(model, _OWN_COPY, True)
+    for path, parameter in list(model.named_parameters()):
+        if f".{name}." in path:
+            model.get_parameter(path.replace(f".{name}.", ".ref.")).data.copy_(parameter.data)
+
+
+def template_ids(tokenizer: Any) -> frozenset[int]:
+    """Special and added tokens, and tokens that are blank."""
+    blank = {index for index in range(len(tokenizer)) if not tokenizer.decode([index]).strip()}
+    return frozenset(blank | set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder))
+
+
+def end_of_thinking_id(tokenizer: Any, args: DeepSafetySFTConfig) -> int | None:
+    if args.window_start not in ("answer", "thinking_and_answer"):
+        return None
+    ids = tokenizer(args.end_of_thinking, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"Expected `end_of_thinking` to be one token of the vocabulary, got {args.end_of_thinking!r}, which is "
+            f"{len(ids)}. Set `end_of_thinking` to the token your model ends its thinking with."
+        )
+    return ids[0]

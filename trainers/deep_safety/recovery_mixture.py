@@ -1,0 +1,154 @@
+"""Utility rows and safety-recovery rows in one epoch, in the same proportion at every step."""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .recovery_rows import check_prefix_arguments, draw_recovery_row
+
+
+class RecoveryMixture(torch.utils.data.Dataset):
+    """
+    Utility rows and safety-recovery rows behind one integer index. Index i below N, the number of utility rows, is
+    that row; from N on, with M triplets, it is triplet `(i - N) % M` in its copy `(i - N) // M`, whose prefix
+    [`draw_recovery_row`] draws from seed, copy and triplet. The index holds all that is needed, so any worker process
+    gives the same row. [`RecoveryMixtureSampler`] gives the indices of an epoch.
+
+    Args:
+        utility ([`~datasets.Dataset`]):
+            Prepared rows with `input_ids`, `labels` and any other columns. They are given `constrain=True` unless they
+            have such a column; recovery rows have `constrain=False`.
+        triplets ([`~datasets.Dataset`]):
+            Rows of [`tokenize_triplets`].
+        prefix_probability (`float`, *optional*, defaults to `0.5`):
+            Probability that a recovery row begins the harmful answer.
+        max_prefix_tokens (`int`, *optional*, defaults to `100`):
+            Longest prefix in tokens.
+        max_length (`int`, *optional*):
+            Longest recovery row in tokens; its prefix is drawn so that it fits.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the prefixes.
+
+    Raises:
+        ValueError: for an argument out of range, or a dataset that is empty or not prepared.
+    """
+
+    def __init__(
+        self,
+        utility: Dataset,
+        triplets: Dataset,
+        *,
+        prefix_probability: float = 0.5,
+        max_prefix_tokens: int = 100,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_prefix_arguments(prefix_probability, max_prefix_tokens, seed)
+        needed = {"utility": ("input_ids", "labels"), "triplets": ("prompt_ids", "harmful_ids", "refusal_ids")}
+        for name, dataset in (("utility", utility), ("triplets", triplets)):
+            missing = [column for column in needed[name] if column not in dataset.column_names]
+            if missing:
+                raise ValueError(
+                    f"Expected `{name}` as token ids in columns {', '.join(needed[name])}, got "
+                    f"{', '.join(dataset.column_names)}. Triplets come from `tokenize_triplets(...)`."
+                )
+            if not len(dataset):
+                raise ValueError(f"Expected rows in `{name}`, got none.")
+        self.utility, self.triplets = utility, triplets
+        self.prefix_probability, self.max_prefix_tokens = prefix_probability, max_prefix_tokens
+        self.max_length, self.seed, self.epoch = max_length, seed, 0
+
+    def __len__(self) -> int:
+        """Utility rows and triplets; an epoch is as long as its sampler says."""
+        return len(self.utility) + len(self.triplets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.utility):
+            return {"constrain": True, **self.utility[index]}
+        copy, triplet = divmod(index - len(self.utility), len(self.triplets))
+        row = draw_recovery_row(
+            self.triplets[triplet],
+            seed=self.seed,
+            copy=copy,
+            index=triplet,
+            prefix_probability=self.prefix_probability,
+            max_prefix_tokens=self.max_prefix_tokens,
+            max_length=self.max_length,
+        )
+        return {**row, "constrain": False}
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Sets the epoch that the sampler gives. Accelerate calls it here where it does not reach the sampler: on
+        resuming within an epoch with several processes, whose batch sampler is wrapped twice.
+        """
+        self.epoch = epoch
+
+
+class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
+    """
+    Indices of one epoch of a [`RecoveryMixture`]. Place t is a recovery row where `floor((t + 1) * ratio)` exceeds
+    `floor(t * ratio)`, so T places in a row hold `ratio * T` recovery rows, rounded up or down where that is no whole
+    number. Accelerate hands batches in turn to the processes and an optimizer step takes batches in a row, therefore
+    each step over T rows holds that many, whatever the processes, batch size and gradient accumulation steps.
+
+    Utility rows come once, shuffled by seed and epoch. Triplets come in shuffled passes that go on over the epochs;
+    each pass is a new copy, so a prefix is drawn anew every time a triplet is seen. The order depends on seed and
+    epoch alone: every process makes the same, and a resumed run skips what was seen.
+
+    Args:
+        mixture ([`RecoveryMixture`]):
+            What the indices are of. It also keeps the epoch.
+        ratio (`float` or [`~fractions.Fraction`], *optional*, defaults to `0.2`):
+            Share of the recovery rows by number of examples: "alpha = 0.2" of equation 2 in the
+            [paper](https://huggingface.co/papers/2406.05946), where every step takes 16 recovery examples and 64 of
+            the utility anchor. The loss is a mean over tokens, so the weight of the two parts also depends on the
+            lengths of their answers. Taken as the nearest fraction with a denominator up to 10000.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+
+    Raises:
+        ValueError: if the ratio is not between 0 and 1, or there are so few utility rows that an epoch has no recovery
+            row.
+    """
+
+    def __init__(self, mixture: RecoveryMixture, *, ratio: float | Fraction = 0.2, seed: int = 0) -> None:
+        self.mixture, self.seed = mixture, seed
+        self.ratio = Fraction(ratio).limit_denominator(10_000)
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"Expected a share of recovery rows between 0 and 1, both excluded, got {ratio}.")
+        # The longest epoch in which each utility row comes once: 64 utility rows and ratio 1/5 give 80 rows.
+        self._length = int(len(mixture.utility) / (1 - self.ratio))
+        if self._length == len(mixture.utility):
+            raise ValueError(
+                f"Expected at least {math.ceil((1 - self.ratio) / self.ratio)} utility rows for a ratio of "
+                f"{self.ratio}, got {len(mixture.utility)}: an epoch would hold no recovery row."
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        part, whole = self.ratio.as_integer_ratio()
+        epoch, num_utility, num_triplets = self.mixture.epoch, len(self.mixture.utility), len(self.mixture.triplets)
+        utility = iter(np.random.default_rng([self.seed, epoch]).permutation(num_utility).tolist())
+        seen = epoch * (len(self) - num_utility)  # recovery rows of earlier epochs
+        order: dict[int, list[int]] = {}
+        for place in range(len(self)):
+            if (place + 1) * part // whole == place * part // whole:
+                yield next(utility)
+                continue
+            copy, position = divmod(seen, num_triplets)
+            if copy not in order:
+                order = {copy: np.random.default_rng([self.seed, copy, 0, 1]).permutation(num_triplets).tolist()}
+            yield num_utility + copy * num_triplets + order[copy][position]
+            seen += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose indices come next; the trainer calls it before each."""
+        self.mixture.set_epoch(epoch)

@@ -1,0 +1,202 @@
+"""Reference log-probabilities of answer tokens: computed once for a dataset, laid out again for each batch."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from hf_iclr.saving import whole_file
+
+from .constrained_loss import window_positions
+
+
+REF_LOGPS, CONSTRAIN, POSITIONS = "ref_logps", "constrain", "window_positions"
+
+
+@dataclass(frozen=True)
+class Window:
+    """
+    Where the protected window lies.
+
+    Args:
+        start (`str`):
+            See `window_start` in [`~hf_iclr.trainers.deep_safety.constrained_loss.window_positions`].
+        template_ids (`frozenset[int]`):
+            Tokens skipped in front of a window.
+        end_of_thinking_id (`int`, *optional*):
+            The token that ends the thinking.
+        stored_tokens (`int`, *optional*):
+            Tokens from the window's start whose reference is stored; all answer tokens where it is `None`.
+    """
+
+    start: str
+    template_ids: frozenset[int] = frozenset()
+    end_of_thinking_id: int | None = None
+    stored_tokens: int | None = None
+
+    def positions(self, labels: torch.Tensor) -> torch.Tensor:
+        """Positions of the answer tokens of `labels` (`torch.LongTensor` of shape `(batch, seq_len)`)."""
+        return window_positions(labels, self.start, self.template_ids, self.end_of_thinking_id)
+
+    def stored(self, positions: torch.Tensor) -> torch.Tensor:
+        """Which answer tokens have a stored reference (`torch.BoolTensor` of the shape of `positions`)."""
+        if self.stored_tokens is None:
+            return positions > 0
+        return (positions > 0) & (positions <= self.stored_tokens)
+
+
+@dataclass
+class ConstrainedCollator:
+    """
+    A collator of TRL plus what the constrained loss needs of each token: `window_positions`, and `ref_logps` where the
+    rows carry them. Rows whose column `constrain` is `False` get position 0 everywhere, which is plain cross-entropy.
+
+    Args:
+        collator (`Callable`):
+            Pads, flattens or reads images, as the trainer set it up. Without shape changes it may be anything that
+            returns `labels` of shape `(batch, seq_len)`.
+        window (`Window`):
+            Where the protected window lies.
+        stored (`bool`):
+            Whether rows carry `ref_logps`, the reference of their stored tokens one after the other.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    window: Window
+    stored: bool
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        for row in rows:
+            if "labels" in row:
+                check_answer_labels(row["labels"])
+        batch = self.collator([{k: v for k, v in row.items() if k not in (REF_LOGPS, CONSTRAIN)} for row in rows])
+        positions = self.window.positions(F.pad(batch["labels"][:, 1:], (1, 0), value=-100))  # none predicts the first
+        constrained = [bool(row.get(CONSTRAIN, True)) for row in rows]
+        if not all(constrained):
+            positions = positions * _spread(constrained, rows, batch["labels"])
+        batch[POSITIONS] = positions
+        if self.stored and all(REF_LOGPS in row for row, keep in zip(rows, constrained, strict=True) if keep):
+            values = [value for row, keep in zip(rows, constrained, strict=True) if keep for value in row[REF_LOGPS]]
+            batch[REF_LOGPS] = torch.zeros(positions.shape).masked_scatter(
+                self.window.stored(positions), torch.tensor(values)
+            )
+        return batch
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """A hash (64 hexadecimal digits) of the types and values of a model's weights, those of its adapters with them."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_answer_labels(labels: Sequence[int]) -> None:
+    """Raises `ValueError` where a row's loss starts at its first token."""
+    if len(labels) and labels[0] != -100:
+        raise ValueError(
+            "Expected labels on answers only, got a row whose loss starts at its first token: the window would "
+            "protect the prompt. Use rows with `prompt` and `completion`, or conversations with "
+            "`assistant_only_loss=True`; or set `constrain='none'`."
+        )
+
+
+def _spread(flags: list[bool], rows: Sequence[Mapping[str, Any]], labels: torch.Tensor) -> torch.Tensor:
+    """One flag a row -> one a token, whether the rows lie below each other or one after the other."""
+    if labels.shape[0] == len(rows):
+        return torch.tensor(flags)[:, None]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    flat = torch.tensor(flags).repeat_interleave(lengths)
+    return F.pad(flat, (0, labels.shape[1] - len(flat)))[None]
+
+
+def add_reference_log_probs(
+    dataset: Dataset,
+    score: Callable[[dict[str, Any]], torch.Tensor],
+    collator: ConstrainedCollator,
+    accelerator: Accelerator,
+    batch_size: int,
+    model_hash: str | None,
+    name: str,
+) -> Dataset:
+    """
+    Add the column `ref_logps`: the reference log-probabilities (nats, float32) of the stored tokens of each row.
+
+    Where the rows lie on disk, the column is kept in the cache of `datasets` under a fingerprint of the rows, the
+    reference and the window, so that the next run of the same script reads it. Every process scores its share.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `input_ids` and `labels`, packed or not.
+        score (`Callable`):
+            Batch -> log-probabilities (`torch.Tensor` of shape `(batch, seq_len - 1)`) under the reference.
+        collator (`ConstrainedCollator`):
+            Must keep rows below each other; rows are cut after their last stored token first.
+        accelerator ([`~accelerate.Accelerator`]):
+            The trainer's.
+        batch_size (`int`):
+            Rows scored at once by a process.
+        model_hash (`str`, *optional*):
+            Stands for the reference's weights; without it nothing is kept on disk.
+        name (`str`):
+            What the progress bar calls the dataset.
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows with one more column.
+    """
+    window = collator.window
+    computed = (dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)
+    fingerprint = [Hasher.hash(computed) if model_hash else ""]
+    broadcast_object_list(fingerprint, from_process=0)
+    on_disk = datasets.is_caching_enabled() and bool(dataset.cache_files) and model_hash is not None
+    cache_file = None
+    if on_disk:
+        cache_file = Path(dataset.cache_files[0]["filename"]).with_name(f"cache-{fingerprint[0]}.arrow")
+    found = torch.tensor(cache_file is not None and cache_file.exists(), device=accelerator.device)
+    if accelerator.gather(found.long()[None]).all():
+        return concatenate_datasets([dataset, Dataset.from_file(str(cache_file))], axis=1)
+
+    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
+    cut = dataset.select_columns(columns).with_transform(lambda rows: _cut_rows(rows, window))
+    loader = accelerator.prepare(DataLoader(cut, batch_size=batch_size, collate_fn=collator, shuffle=False))
+    scored: list[list[float]] = []
+    for batch in tqdm(loader, desc=f"Reference log-probs of {name}", disable=not accelerator.is_main_process):
+        kept = window.stored(batch[POSITIONS])
+        logps = F.pad(score(batch).float(), (1, 0))
+        width = int(accelerator.gather(torch.tensor([kept.shape[1]], device=kept.device)).max())
+        logps, kept = (F.pad(tensor, (0, width - kept.shape[1])) for tensor in (logps, kept))
+        logps, kept = accelerator.gather_for_metrics((logps, kept))
+        scored += [row[keep].tolist() for row, keep in zip(logps.cpu(), kept.cpu(), strict=True)]
+    column = Dataset.from_dict(
+        {REF_LOGPS: scored}, features=datasets.Features({REF_LOGPS: datasets.List(datasets.Value("float32"))})
+    )
+    if cache_file is not None and accelerator.is_local_main_process:
+        with whole_file(cache_file) as part, ArrowWriter(features=column.features, path=str(part)) as writer:
+            writer.write_table(column.data.table)
+            writer.finalize()
+    accelerator.wait_for_everyone()
+    return concatenate_datasets([dataset, column], axis=1)
+
+
+def _cut_rows(rows: dict[str, list], window: Window) -> dict[str, list]:
+    """Rows without what comes after their last stored token."""
+    if "seq_lengths" in rows or window.stored_tokens is None:
+        return rows
+    lengths = []
+    for labels in rows["labels"]:
+        stored = window.stored(window.positions(torch.tensor([labels])))[0].nonzero()
+        lengths.append(int(stored[-1]) + 1 if len(stored) else 1)
+    return {name: [row[:length] for row, length in zip(rows[name], lengths, strict=True)] for name in rows}

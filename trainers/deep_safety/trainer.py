@@ -1,0 +1,536 @@
+"""SFT that keeps an alignment: recovery rows and the constrained loss of https://huggingface.co/papers/2406.05946."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import logging
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer import add_fused_lm_head
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from typing_extensions import override
+
+from hf_iclr.fused_outputs import FusedOutputsProxy
+from hf_iclr.models import evaluation_mode
+
+from .arguments import (
+    as_config,
+    check_marked_rows,
+    check_reference_model,
+    end_of_thinking_id,
+    keep_adapter,
+    load_triplets,
+    template_ids,
+)
+from .config import DeepSafetySFTConfig
+from .constrained_loss import constrained_sft_loss, constraint_weights, schedule_betas
+from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler
+from .recovery_rows import tokenize_triplets
+from .reference_log_probs import (
+    CONSTRAIN,
+    POSITIONS,
+    REF_LOGPS,
+    ConstrainedCollator,
+    Window,
+    add_reference_log_probs,
+    check_answer_labels,
+    weights_hash,
+)
+from .refused_prompts import find_refusals, prompts_of
+
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput
+
+
+logger = logging.getLogger(__name__)
+
+# β₁ times the surprise (nats) of a compliant first token that held in benchmarks/deep_safety.py; docs/deep_safety.md.
+STEADY_HOLD = 20.0
+_BUCKETS = ("first", "initial", "rest")
+
+
+class DeepSafetySFTTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] whose loss holds the first tokens of every answer near the model it starts from, and which can
+    mix safety-recovery rows into every step.
+
+    Normalisation, metrics, packing and everything else are TRL's. `eval_loss` stays plain cross-entropy;
+    `eval_constrained_loss` stands beside it. Logged by bucket (`first`, `initial` and `rest` of the answer tokens):
+    `constraint/weight_*`, the mean weight of the cross-entropy gradient, and `constraint/log_ratio_*`, the mean of
+    log π - log π_ref in nats.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The aligned model. As it is when it gets here, it is the reference. A PEFT model with a trained adapter
+            keeps a frozen copy of the adapter, named "ref".
+        args ([`DeepSafetySFTConfig`], *optional*):
+            Settings. Any other [`~transformers.TrainingArguments`] are taken over as they are, with our defaults for
+            the rest.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            As in [`~trl.SFTTrainer`]: prompt-completion, or conversations with `assistant_only_loss=True`. A boolean
+            column `constrain` that is `False` gives a row plain cross-entropy.
+        safety_dataset ([`~datasets.Dataset`], *optional*):
+            Triplets with the columns `prompt`, `harmful` and `refusal`. A share `safety_ratio` of every step is made
+            of them.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Another reference than the starting point, with the same vocabulary; kept frozen.
+        beta_schedule (`Callable`, *optional*):
+            Positions (`torch.LongTensor`, 1 at the start of a window, 0 outside of answers) -> strengths, instead of
+            those in `args`. A strength of 0 is plain cross-entropy.
+        kwargs (`dict`, *optional*):
+            Everything else [`~trl.SFTTrainer`] takes.
+
+    Raises:
+        ValueError: where the constrained loss could not be right, before anything is computed: full-sequence labels, a
+            loss or packing it cannot rewrite, a reference of another vocabulary, sequence parallelism.
+    """
+
+    # Set by the parents, whose types are not read.
+    args: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "hf_iclr", "deep-safety"]
+    _name = "Deep safety SFT"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+        "id": "2406.05946",
+        "citation": (
+            "@inproceedings{qi2025safety,\n"
+            "    title        = {{Safety Alignment Should Be Made More Than Just a Few Tokens Deep}},\n"
+            "    author       = {Xiangyu Qi and Ashwinee Panda and Kaifeng Lyu and Xiao Ma and Subhrajit Roy and "
+            "Ahmad Beirami and Prateek Mittal and Peter Henderson},\n"
+            "    year         = 2025,\n"
+            "    booktitle    = {International Conference on Learning Representations},\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        safety_dataset: Dataset | None = None,
+        ref_model: PreTrainedModel | None = None,
+        beta_schedule: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = as_config(args, model)
+        if safety_dataset is None and args.safety_dataset_name is not None:
+            safety_dataset = load_triplets(args.safety_dataset_name)
+        self._constrains = args.constrain != "none"
+        if self._constrains and kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "The constrained loss cannot be right here: `compute_loss_func` takes its own loss from full logits. "
+                "Leave it out, or set `constrain='none'`."
+            )
+        if (safety_dataset is not None or args.rehearse_refusals) and (
+            args.packing or args.train_sampling_strategy != "random"
+        ):
+            raise ValueError(
+                "Recovery rows are mixed by row and by step, got "
+                f"packing={args.packing} and train_sampling_strategy={args.train_sampling_strategy!r}. Set "
+                "`packing=False, train_sampling_strategy='random'`, or concatenate the rows of "
+                "`make_safety_recovery_dataset` with your dataset."
+            )
+        if self._constrains:
+            check_reference_model(ref_model, model, args)
+            check_marked_rows(kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None), args)
+        if self._constrains and ref_model is None and isinstance(model, PeftModel) and not kwargs.get("peft_config"):
+            keep_adapter(model)
+        self.beta_schedule = beta_schedule
+        self._ref_model: torch.nn.Module | None = None
+        self._totals: dict[str, torch.Tensor] = {}
+        self._own_refusals: dict[tuple[int, ...], list[int]] = {}
+        super().__init__(model, args, *positional, **kwargs)
+
+        triplets = []  # what may be wrong with them shows before the reference is computed
+        if safety_dataset is not None:
+            triplets = list(tokenize_triplets(safety_dataset, self._tokenizer, max_length=args.max_length))
+        self.reference = self._choose_reference(ref_model) if self._constrains else None
+        if self._constrains:
+            self._set_up_constraint(ref_model)
+        if safety_dataset is not None or args.rehearse_refusals:
+            self._mix_in(triplets)
+
+    def _choose_reference(self, ref_model: PreTrainedModel | None) -> str:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "The constrained loss cannot be right here: context and sequence parallelism cut answers across "
+                "devices. Turn them off in the accelerate config, or set `constrain='none'`."
+            )
+        if ref_model is not None:
+            size, expected = (
+                ref_model.get_input_embeddings().weight.shape[0],
+                self.model.get_input_embeddings().weight.shape[0],
+            )
+            if size != expected:
+                raise ValueError(
+                    f"Expected a reference with the vocabulary of the model ({expected} rows of embeddings), got one "
+                    f"with {size}. Pass the model the training starts from, or leave `ref_model` out."
+                )
+            return "frozen"
+        every = [rows for rows in (self.train_dataset, *self._evaluation_sets().values()) if rows is not None]
+        once = (
+            all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
+            and not self._is_vision_dataset
+            and not self.is_fsdp_enabled
+        )
+        reference = self.args.reference
+        if reference == "auto":
+            reference = "adapter" if isinstance(self.model, PeftModel) else "precompute" if once else "frozen"
+        if reference in ("precompute", "window") and not once:
+            raise ValueError(
+                f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
+                'evaluation), `with_transform`, images and FSDP do not allow. Set `reference="adapter"` with a '
+                '`peft_config`, or `reference="frozen"`.'
+            )
+        if reference == "adapter" and not isinstance(self.model, PeftModel):
+            raise ValueError(
+                '`reference="adapter"` turns the adapter off, but the model has none. Pass a `peft_config`, or set '
+                '`reference="precompute"`.'
+            )
+        return reference
+
+    def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
+        args: DeepSafetySFTConfig = self.args
+        self._check_labels()
+        window = Window(
+            args.window_start,
+            template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
+            end_of_thinking_id(self._tokenizer, args),
+            args.window_tokens if self.reference == "window" else None,
+        )
+        stored = self.reference in ("precompute", "window")
+        self.data_collator = ConstrainedCollator(self.data_collator, window, stored)
+        if self.reference == "frozen":
+            self._ref_model = self._freeze_reference(ref_model)
+        if args.constrain == "refused":
+            self._map_datasets(self._mark_refused)
+            if args.betas is None and self.beta_schedule is None:
+                self._warn_of_a_weak_hold()
+        if stored:
+            self._map_datasets(functools.partial(self._score, window=window, keep=True))
+
+    def _warn_of_a_weak_hold(self) -> None:
+        rows = self.train_dataset.select(np.flatnonzero(self.train_dataset[CONSTRAIN]))
+        if not len(rows):
+            logger.warning(
+                "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
+                "nothing is held, this is plain SFT. Mark the rows to hold in a boolean column `constrain` and set "
+                "`constrain='all'`.",
+                len(self.train_dataset),
+            )
+            return
+        first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
+        scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
+        surprise = -statistics.mean(values[0] for values in scored if values)
+        logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(self.train_dataset))
+        if self.args.beta_first * surprise < STEADY_HOLD:
+            logger.warning(
+                "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
+                "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so it may not hold; set "
+                "`beta_first=%.1f`.",
+                len(rows),
+                surprise,
+                self.args.beta_first,
+                STEADY_HOLD / max(surprise, 0.1),
+            )
+
+    def _check_labels(self) -> None:
+        if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
+            return
+        if not any(label != -100 for row in self.train_dataset["labels"] for label in row):
+            raise ValueError(
+                f"Expected answer tokens to train on, got none in {len(self.train_dataset)} rows: all labels are "
+                f"masked. Raise `max_length` (now {self.args.max_length}) or check the column `labels`."
+            )
+        for labels in self.train_dataset["labels"]:
+            check_answer_labels(labels)
+
+    def _evaluation_sets(self) -> dict[str, Any]:
+        """Those known now, by name."""
+        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+
+    def _map_datasets(self, function: Callable[[Dataset, str], Dataset]) -> None:
+        """Apply `function` to the training rows and to every evaluation set known now."""
+        self.train_dataset = function(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: function(rows, name) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = function(self.eval_dataset, "eval")
+
+    def _mark_refused(self, rows: Dataset, name: str) -> Dataset:
+        plain = isinstance(rows, Dataset) and rows.format["type"] != "custom" and not self._is_vision_dataset
+        if not plain or "seq_lengths" in rows.column_names:
+            raise ValueError(
+                "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data, "
+                "`with_transform` and images do not allow. Set `packing=False`; for a stream add a boolean column "
+                "`constrain` yourself and set `constrain='all'`."
+            )
+        with self._reference_weights(), evaluation_mode(self.model):
+            model = self.accelerator.unwrap_model(self._reference_model)
+            refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
+        before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
+        prompts = prompts_of(rows)
+        marks = [bool(keep) and prompt in refusals for keep, prompt in zip(before, prompts, strict=True)]
+        if rows is self.train_dataset:
+            self._own_refusals = {p: refusals[p] for p, mark in zip(prompts, marks, strict=True) if mark}
+        rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
+        return rows.add_column(CONSTRAIN, marks)
+
+    def _score(self, rows: Dataset, name: str, window: Window, keep: bool) -> Dataset:
+        """Rows with the reference log-probabilities of the tokens that `window` stores, kept on disk if wanted."""
+        if "seq_lengths" in rows.column_names:  # packed rows are scored one by one, as they are
+            collator, batch_size = self.data_collator.collator, 1
+        else:
+            collator = DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id)
+            batch_size = self.args.per_device_eval_batch_size
+        model = self._reference_model
+        if self._ref_model is None and self.is_deepspeed_enabled:
+            model = prepare_deepspeed(self.model, self.accelerator)
+
+        def score(batch: dict[str, Any]) -> torch.Tensor:
+            kwargs = {key: value for key, value in batch.items() if key != POSITIONS}
+            with self.accelerator.autocast(), self._reference_weights(), evaluation_mode(self.model):
+                outputs = model(**kwargs, use_cache=False, fused_lm_head=True)
+            return outputs.log_probs[:, 1 - batch["labels"].shape[1] :]
+
+        return add_reference_log_probs(
+            rows,
+            score,
+            ConstrainedCollator(collator, window, stored=False),
+            self.accelerator,
+            batch_size,
+            weights_hash(model) if keep else None,
+            name,
+        )
+
+    def _freeze_reference(self, ref_model: PreTrainedModel | None) -> torch.nn.Module:
+        reference = ref_model if ref_model is not None else copy.deepcopy(self.model)
+        reference.eval().requires_grad_(False)
+        base = reference.get_base_model() if isinstance(reference, PeftModel) else reference
+        vars(base).pop("forward", None)  # a copied fused head would still lead to the original's forward
+        add_fused_lm_head(base)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _mix_in(self, triplets: list[dict[str, list[int]]]) -> None:
+        if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
+            raise ValueError(
+                "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
+                f"{type(self.train_dataset).__name__}. Mix rows of `make_safety_recovery_dataset` into the stream "
+                "yourself."
+            )
+        args: DeepSafetySFTConfig = self.args
+        if args.rehearse_refusals:
+            rehearsed = sorted(self._own_refusals.items())
+            triplets = [
+                *({"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": own} for prompt, own in rehearsed),
+                *triplets,
+            ]
+        if not triplets:
+            logger.warning(
+                "The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse."
+            )
+            return
+        token_ids = List(Value("int64"))
+        mixture = RecoveryMixture(
+            self.train_dataset,
+            Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
+            seed=args.seed,
+            prefix_probability=args.recovery_probability,
+            max_prefix_tokens=args.max_prefix_tokens,
+            max_length=args.max_length,
+        )
+        RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
+        self.train_dataset = mixture
+
+    @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, RecoveryMixture):
+            return RecoveryMixtureSampler(rows, ratio=self.args.safety_ratio, seed=self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    @override
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, REF_LOGPS, CONSTRAIN})
+
+    @override
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if not self._constrains:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        positions, stored = inputs.pop(POSITIONS, None), inputs.pop(REF_LOGPS, None)
+        if positions is None:
+            raise ValueError(
+                f"Expected `{POSITIONS}` in the batch, got {sorted(inputs)}: the trainer's `data_collator` was "
+                "replaced. Wrap yours in the trainer's: `trainer.data_collator.collator = yours`."
+            )
+
+        def rewrite(outputs: "FusedCausalLMOutput", kwargs: dict[str, Any]) -> "FusedCausalLMOutput":
+            return self._constrain(outputs, kwargs, positions[:, 1:], stored)
+
+        return super().compute_loss(FusedOutputsProxy(model, rewrite), inputs, return_outputs, num_items_in_batch)
+
+    def _constrain(
+        self,
+        outputs: "FusedCausalLMOutput",
+        kwargs: dict[str, Any],
+        positions: torch.Tensor,
+        stored: torch.Tensor | None,
+    ) -> "FusedCausalLMOutput":
+        if self.reference not in ("precompute", "window"):
+            ref_logps = self._reference_log_probs(kwargs, positions.shape[1])
+        elif stored is not None:
+            ref_logps = stored[:, 1:]
+        elif self.model.training:
+            raise ValueError(
+                f"Expected the column `{REF_LOGPS}` in every training row, got rows without it. It is added when the "
+                'trainer is made: pass the rows as `train_dataset` then, or set `reference="frozen"`.'
+            )
+        else:  # rows first seen by `evaluate` after training began: the reference is gone
+            return outputs
+        betas = self._betas(positions)
+        # Prompt-learning adapters put virtual tokens in front; the positions of the real tokens come last.
+        logps = outputs.log_probs[:, -positions.shape[1] :]
+        mask = outputs.label_mask[:, -positions.shape[1] :]
+        losses = constrained_sft_loss(logps, ref_logps, betas)
+        self._count(logps.detach(), ref_logps, betas, positions, losses.detach(), mask)
+        if self.model.training:
+            outputs.log_probs = torch.where(mask, -losses, 0.0)
+        return outputs
+
+    def _betas(self, positions: torch.Tensor) -> torch.Tensor:
+        args: DeepSafetySFTConfig = self.args
+        if self.beta_schedule is not None:
+            betas = self.beta_schedule(positions).to(torch.float32)
+        elif args.betas is not None:
+            table = torch.tensor([0.0, *args.betas], device=positions.device)
+            betas = table[positions.clamp(max=len(args.betas))]
+        else:
+            betas = schedule_betas(
+                positions, args.beta_first, args.beta_initial, args.beta_rest, args.num_initial_tokens
+            )
+        window: Window = self.data_collator.window
+        return torch.where(window.stored(positions), betas, 0.0)
+
+    def _reference_log_probs(self, kwargs: dict[str, Any], length: int) -> torch.Tensor:
+        kwargs = {key: value for key, value in kwargs.items() if key != "output_router_logits"}
+        with torch.no_grad():
+            if self._ref_model is not None:
+                outputs = self._ref_model(**kwargs)
+            else:
+                with self._reference_weights(), evaluation_mode(self.model):
+                    outputs = self.model(**kwargs)
+        return outputs.log_probs[:, -length:]
+
+    @property
+    def _reference_model(self) -> torch.nn.Module:
+        """The frozen one, or the model itself, to be used within `_reference_weights`."""
+        return self.model if self._ref_model is None else self._ref_model
+
+    @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Inside, the model is the reference: a PEFT model without the adapter in training."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            yield
+            return
+        if "ref" not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        in_training = model.active_adapter
+        model.set_adapter("ref")
+        try:
+            yield
+        finally:
+            model.set_adapter(in_training)
+
+    def _count(
+        self,
+        logps: torch.Tensor,
+        ref_logps: torch.Tensor,
+        betas: torch.Tensor,
+        positions: torch.Tensor,
+        losses: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """Add the batch to the sums behind the logged means; they stay on the device until they are logged."""
+        rows = self._rows_of_this_process(len(positions))
+        logps, ref_logps, betas, positions, losses, mask = (
+            tensor[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask)
+        )
+        constrained = mask & (betas > 0)
+        weights = constraint_weights(logps, ref_logps, betas)
+        window = self.args.window_tokens
+        buckets = (positions == 1, (positions > 1) & (positions <= window), positions > window)
+        zero = torch.zeros((), device=logps.device)
+        sums = [losses.sum(dtype=torch.float32), mask.sum()]
+        for bucket in buckets:
+            inside = bucket & constrained
+            log_ratio = torch.where(inside, logps - ref_logps, zero)
+            sums += [inside.sum(), torch.where(inside, weights, zero).sum(), log_ratio.sum()]
+        mode = "train" if self.model.training else "eval"
+        total = torch.stack([value.float() for value in sums])
+        self._totals[mode] = self._totals.get(mode, 0) + total
+
+    def _rows_of_this_process(self, rows: int) -> int:
+        """Without those that repeat the first rows of an evaluation so that its last batch is full on each process."""
+        state = self.accelerator.gradient_state
+        if self.model.training or self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        if mode not in self._totals:
+            return {}
+        losses, tokens, *buckets = self.accelerator.reduce(self._totals.pop(mode), "sum").tolist()
+        means = {"constrained_loss": losses / tokens} if mode == "eval" and tokens else {}
+        for index, name in enumerate(_BUCKETS):
+            count, weight, log_ratio = buckets[3 * index : 3 * index + 3]
+            if count:
+                means[f"constraint/weight_{name}"] = weight / count
+                means[f"constraint/log_ratio_{name}"] = log_ratio / count
+        return means
+
+    @override
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._totals.pop("eval", None)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._pop_means("eval").items()})
+        return output
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._pop_means("train"))
+        super().log(logs, start_time)

@@ -1,0 +1,187 @@
+"""Rank preference pairs by how likely training on them is to squeeze, before any training."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_iclr.models import evaluation_mode
+
+from .argmax import HiddenStateTap
+from .influence import answer_gradient, encode_answers, padded_batch
+
+
+SCORES = ("ches", "ches_per_token", "pressure", "valley_frac", "force")
+
+
+def audit_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Mapping[str, Any]],
+    *,
+    beta: float = 0.1,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """
+    Score each pair with one forward and no gradient; the higher a score, the riskier the pair.
+
+    | column | |
+    |---|---|
+    | `logp_chosen`, `logp_rejected` | mean log-probability in nats per token |
+    | `ches` | ⟨Σ h⁺, Σ h⁻⟩ - ‖Σ h⁺‖² over the last hidden states that predict the tokens of each answer |
+    | `ches_per_token` | the same of means: ⟨h̄⁺, h̄⁻⟩ - ‖h̄⁺‖² |
+    | `pressure` | mean squeeze pressure Σ_v π(v)² - π(y⁻) of the rejected tokens, zero for samples of the model |
+    | `valley_frac` | share of rejected tokens with positive pressure |
+    | `force` | β/2 Σ_l max(S_l, 0): what DPO's first step puts on tokens in valleys |
+
+    CHES is from "Unintentional Unalignment" (https://huggingface.co/papers/2410.08847): a rejected answer whose hidden
+    states resemble those of the chosen one takes the chosen one down with it. Pressure and force are worked out from
+    the softmax model of https://huggingface.co/papers/2407.10490, see
+    [`~hf_iclr.trainers.squeeze.metrics.squeeze_pressure`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The one that will be trained.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Of the model.
+        pairs (iterable of rows):
+            `prompt`, `chosen`, `rejected`: text or messages.
+        beta (`float`, *optional*, defaults to `0.1`):
+            β of DPO.
+        max_length (`int`, *optional*):
+            Tokens of prompt and answer together; what exceeds it is cut off.
+        batch_size (`int`, *optional*, defaults to 8):
+            Pairs in one forward.
+
+    Returns:
+        `pandas.DataFrame`: a row per pair, in the order given.
+
+    Raises:
+        `ValueError`: when a column is missing, or an answer is empty or does not fit.
+    """
+    answers = encode_answers(tokenizer, pairs, ("chosen", "rejected"), max_length)
+    if not answers:
+        raise ValueError("Expected at least one pair, got none.")
+    base = model.get_base_model() if is_peft_model(model) else model
+    rows = []
+    with evaluation_mode(model):
+        starts = range(0, len(answers), 2 * batch_size)
+        for start in tqdm(starts, desc="pair audit", disable=len(starts) == 1):
+            batch = answers[start : start + 2 * batch_size]
+            inputs, mask = padded_batch(batch, model.device)
+            tap = HiddenStateTap(base)
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            hidden = tap.pop()[:, :-1]
+            targets, mask = inputs["input_ids"][:, 1:], mask[:, 1:]
+            log_p = [row[own].float().log_softmax(-1) for row, own in zip(logits, mask, strict=True)]
+            logps = [p.gather(-1, ids[own, None])[:, 0] for p, ids, own in zip(log_p, targets, mask, strict=True)]
+            states = [row[own].double() for row, own in zip(hidden, mask, strict=True)]
+            for index in range(0, len(batch), 2):
+                up, down = states[index].sum(0), states[index + 1].sum(0)
+                up_mean, down_mean = states[index].mean(0), states[index + 1].mean(0)
+                pressure = (2 * log_p[index + 1]).exp().sum(-1) - logps[index + 1].exp()
+                rows.append(
+                    {
+                        "tokens_chosen": len(states[index]),
+                        "tokens_rejected": len(states[index + 1]),
+                        "logp_chosen": logps[index].mean().item(),
+                        "logp_rejected": logps[index + 1].mean().item(),
+                        "ches": (up @ down - up @ up).item(),
+                        "ches_per_token": (up_mean @ down_mean - up_mean @ up_mean).item(),
+                        "pressure": pressure.mean().item(),
+                        "valley_frac": (pressure > 0).double().mean().item(),
+                        "force": beta / 2 * pressure.clamp(min=0).sum().item(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def filter_pairs(pairs: Dataset, table: pd.DataFrame, *, drop: float = 0.1, by: str = "ches_per_token") -> Dataset:
+    """
+    Leave out the riskiest pairs.
+
+    Args:
+        pairs ([`~datasets.Dataset`]):
+            Those that were audited.
+        table (`pandas.DataFrame`):
+            From [`audit_pairs`].
+        drop (`float`, *optional*, defaults to `0.1`):
+            Share to leave out, rounded down to whole pairs.
+        by (`str`, *optional*, defaults to `"ches_per_token"`):
+            Score: `ches`, `ches_per_token`, `pressure`, `valley_frac` or `force`.
+
+    Returns:
+        [`~datasets.Dataset`]: in the same order.
+
+    Raises:
+        `ValueError`: when the table is of other pairs, or an option lies outside of its range.
+    """
+    if len(pairs) != len(table):
+        raise ValueError(f"Expected a table of the {len(pairs)} pairs, got one of {len(table)}. Audit these pairs.")
+    if by not in SCORES:
+        raise ValueError(f"by must be one of {', '.join(SCORES)}, got {by!r}.")
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1), got {drop}. For example `drop=0.1`.")
+    order = table[by].reset_index(drop=True).sort_values(kind="stable").index
+    return pairs.select(sorted(order[: len(pairs) - int(drop * len(pairs))]))
+
+
+def measure_chosen_change(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Mapping[str, Any]],
+    *,
+    step_size: float,
+    beta: float = 0.1,
+    max_length: int | None = None,
+) -> pd.DataFrame:
+    """
+    What one DPO step on each pair alone, from the same weights, does to its own chosen answer: the effect the scores
+    of [`audit_pairs`] are to foretell. Two backward passes a pair.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            In float32; its weights are put back.
+        tokenizer, pairs, beta, max_length:
+            As in [`audit_pairs`].
+        step_size (`float`):
+            Learning rate of a plain gradient step, small enough to be linear: 1e-4 on SmolLM2.
+
+    Returns:
+        `pandas.DataFrame`: a row per pair, in nats summed over tokens: `chosen_change` and `rejected_change` as
+        measured, and `push_on_chosen`, the part of the first that is due to the rejected answer, to first order.
+    """
+    answers = encode_answers(tokenizer, pairs, ("chosen", "rejected"), max_length)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scale, rows = step_size * beta / 2, []
+    with evaluation_mode(model):
+        starts = range(0, len(answers), 2)
+        for start in tqdm(starts, desc="one step", disable=len(starts) == 1):
+            pair = answers[start : start + 2]
+            before = _logps(model, pair)
+            up, down = (answer_gradient(model, parameters, each)[0] for each in pair)
+            # Tensor by tensor and in float64: over 1e8 elements a float32 product is off by percents.
+            product = sum((up[name].double() * down[name]).sum().item() for name in parameters)
+            backup = {name: p.clone() for name, p in parameters.items()}
+            try:
+                for name, p in parameters.items():
+                    p.add_(up[name] - down[name], alpha=scale)
+                chosen, rejected = (_logps(model, pair) - before).tolist()
+            finally:
+                for name, p in parameters.items():
+                    p.copy_(backup[name])
+            rows.append({"chosen_change": chosen, "rejected_change": rejected, "push_on_chosen": -scale * product})
+    return pd.DataFrame(rows)
+
+
+def _logps(model: PreTrainedModel, answers: list[Any]) -> torch.Tensor:
+    inputs, mask = padded_batch(answers, model.device)
+    log_p = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    logps = log_p.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    return logps.masked_fill(~mask[:, 1:], 0).double().sum(1)

@@ -1,0 +1,258 @@
+"""What a model in training thinks of given answers, and what it answers itself, without disturbing the training."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl.trainer import add_fused_lm_head
+
+from hf_iclr.models import end_tokens, evaluation_mode
+
+from .argmax import HiddenStateTap, exact_argmax
+from .metrics import TOKEN_METRICS, token_quantities
+
+
+# Columns of `score_answers`: the number of tokens, then sums over the tokens of an answer.
+COLUMNS = ("tokens", *TOKEN_METRICS, "logp_argmax")
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], answer: str | list[dict], max_length: int | None
+) -> tuple[list[int], list[int]]:
+    """
+    Token ids of a prompt and of an answer to it, as TRL's DPO and SFT make them: a plain answer ends with the
+    end-of-text token, a chat goes through the template, and what exceeds `max_length` is cut off at the end.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            With a chat template if prompts are chats.
+        prompt, answer (`str` or `list[dict]`):
+            Both text, or both lists of messages.
+        max_length (`int`, *optional*):
+            In tokens, prompt and answer together.
+
+    Returns:
+        `tuple[list[int], list[int]]`: the second is empty when the prompt fills `max_length`.
+    """
+    if not (isinstance(prompt, str) and isinstance(answer, str)):
+        assert isinstance(prompt, list) and isinstance(answer, list), "TRL takes two texts or two chats"
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt + answer, return_dict=True)["input_ids"]
+    else:
+        end = tokenizer.eos_token or ""
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + (answer if answer.endswith(end) else answer + end))["input_ids"]
+    # A chat template may write the prompt alone otherwise than in front of an answer.
+    same = [ours == theirs for ours, theirs in zip(prompt_ids, ids, strict=False)]
+    start = same.index(False) if False in same else len(same)
+    return ids[:start], ids[start:max_length]
+
+
+def score_answers(
+    trainer: Trainer,
+    answers: Sequence[tuple[list[int], list[int]]],
+    with_argmax: Sequence[bool],
+    batch_size: int,
+    progress: bool = False,
+) -> torch.Tensor:
+    """
+    Teacher-forced token metrics of answers. Each process scores its share; none holds (batch, length, vocabulary)
+    logits, and whether the trainer gave the model a fused head does not matter: it has one while this runs.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Its model is run in evaluation mode, without gradients, in the trainer's mixed precision.
+        answers (`Sequence[tuple[list[int], list[int]]]`):
+            Token ids of prompts and answers.
+        with_argmax (`Sequence[bool]`):
+            Which answers get a `logp_argmax`; zero for the others.
+        batch_size (`int`):
+            Answers in one forward.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+
+    Returns:
+        `torch.Tensor` of shape `(len(answers), len(COLUMNS))`, float64, on the CPU.
+    """
+    accelerator = trainer.accelerator
+    model, base = trainer.model_wrapped, base_model(trainer)
+    vocab_size = base.config.get_text_config().vocab_size
+    order = sorted(range(len(answers)), key=lambda index: sum(map(len, answers[index])))
+    # Where the model is sharded every forward is met by all processes, so all get as many answers.
+    order += order[:1] * (-len(order) % accelerator.num_processes)
+    shares = [order[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
+    mine, rows = shares[accelerator.process_index], []
+    with evaluation_mode(model), _fused_head(base), accelerator.autocast():
+        for start in tqdm(range(0, len(mine), batch_size), desc="probes", disable=not progress, leave=False):
+            batch = mine[start : start + batch_size]
+            ids, mask, labels = _right_padded([answers[index] for index in batch], accelerator.device)
+            tap = HiddenStateTap(base)
+            outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            length = labels.size(1) - 1  # prompt-learning adapters prepend virtual tokens
+            tokens = token_quantities(
+                outputs.log_probs[:, -length:],
+                outputs.entropy[:, -length:],
+                outputs.log_sum_sq_probs[:, -length:],
+                outputs.is_top1[:, -length:],
+                vocab_size,
+            )
+            wanted = torch.tensor([with_argmax[index] for index in batch], device=labels.device)
+            asked = labels[:, 1:].masked_fill(~wanted[:, None], -100)
+            argmax = exact_argmax(base, tap.pop()[:, :-1][:, -length:], asked).logp_argmax
+            tokens = torch.cat([torch.ones_like(tokens[:1]), tokens, argmax[None].to(tokens)])
+            rows.append(tokens.masked_fill(labels[:, 1:] == -100, 0).sum(-1).t())
+    gathered = accelerator.gather(torch.cat(rows)).cpu().double()
+    table = gathered.new_empty(len(answers), len(COLUMNS))
+    table[[index for share in shares for index in share]] = gathered
+    return table
+
+
+def decode_answers(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    do_sample: bool = False,
+) -> list[list[int]]:
+    """
+    Greedy answers of the model as it is now, or samples from its own distribution at temperature 1. What the model's
+    generation config says about sampling and repetition is left out.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Its model generates in evaluation mode, each process its share.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            For the end-of-text token where the generation config names none.
+        prompts (`Sequence[list[int]]`):
+            Token ids.
+        max_new_tokens (`int`):
+            At most so many.
+        batch_size (`int`):
+            Prompts in one call of `generate`.
+        do_sample (`bool`, *optional*, defaults to `False`):
+            Draws from torch's random state.
+
+    Returns:
+        `list[list[int]]`: token ids; the last one is the end-of-text token unless `max_new_tokens` came first.
+    """
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model_wrapped)
+    ends = end_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+    config = GenerationConfig(
+        do_sample=do_sample,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        use_cache=True,
+        **sampling,
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    share = [*prompts, *prompts[:1] * (-len(prompts) % world)][rank::world]
+    answers = []
+    with evaluation_mode(model), accelerator.autocast():
+        for start in range(0, len(share), batch_size):
+            batch = share[start : start + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[padding] * (width - len(row)) + row for row in batch], device=accelerator.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=ids.device)
+            outputs = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for row in outputs[:, width:].tolist():
+                end = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+                answers.append(row[:end])
+    if world > 1:
+        gathered = gather_object(answers)
+        answers = [gathered[rank * len(share) + index] for index in range(len(share)) for rank in range(world)]
+    return answers[: len(prompts)]
+
+
+def repetition_metrics(answers: Sequence[Sequence[int]], ends: Sequence[int]) -> dict[str, float]:
+    """
+    How much decoded answers repeat: themselves (the "repeater" of section 3.3 of
+    https://huggingface.co/papers/2407.10490) and each other.
+
+    Args:
+        answers (`Sequence[Sequence[int]]`):
+            Token ids, with the end-of-text token where the model ended.
+        ends (`Sequence[int]`):
+            End-of-text tokens; not counted as text.
+
+    Returns:
+        `dict[str, float]`: `rep_4`, the share of the 4-grams of an answer seen in it before; `distinct_2`, different
+        2-grams over all 2-grams; `dup_across_prompts`, the share of an answer's different 4-grams that also stand in
+        the answer to another prompt; `longest_run`, tokens; `length`, tokens; `eos_rate`, the share that ended. Means
+        over answers, those too short for an n-gram left out.
+    """
+    texts = [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
+    fours = [_ngrams(text, 4) for text in texts]
+    twos = [gram for answer in texts for gram in _ngrams(answer, 2)]
+    holders = Counter(gram for grams in fours for gram in set(grams))
+    long = [grams for grams in fours if grams]
+    return {
+        "rep_4": _mean([1 - len(set(grams)) / len(grams) for grams in long]),
+        "distinct_2": len(set(twos)) / len(twos) if twos else 1.0,
+        "dup_across_prompts": _mean([_mean([holders[gram] > 1 for gram in set(grams)]) for grams in long]),
+        "longest_run": _mean([_longest_run(text) for text in texts]),
+        "length": _mean([len(text) for text in texts]),
+        "eos_rate": _mean([len(text) < len(answer) for text, answer in zip(texts, answers, strict=True)]),
+    }
+
+
+def base_model(trainer: Trainer) -> PreTrainedModel:
+    """The model that has the head, inside of wrappers for distributed training and adapters."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+@contextmanager
+def _fused_head(base: PreTrainedModel) -> Iterator[None]:
+    """TRL's fused head with all per-token outputs, for a while; then the forward that was there before."""
+    patched = vars(base).get("forward")
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1", "log_sum_sq_probs"))
+    try:
+        yield
+    finally:
+        if patched is None:
+            del base.forward
+        else:
+            base.forward = patched
+
+
+def _right_padded(
+    answers: Sequence[tuple[list[int], list[int]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (len(answers), max(len(prompt) + len(answer) for prompt, answer in answers))
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for row, (prompt, answer) in enumerate(answers):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def _ngrams(answer: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(answer[start : start + n]) for start in range(len(answer) - n + 1)]
+
+
+def _longest_run(answer: Sequence[int]) -> int:
+    longest = run = 0
+    for index, token in enumerate(answer):
+        run = run + 1 if index and token == answer[index - 1] else 1
+        longest = max(longest, run)
+    return longest
+
+
+def _mean(values: list) -> float:
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,291 @@
+"""`SqueezeDPOTrainer`: TRL's DPO, logging where probability mass goes."""
+
+import dataclasses
+import logging
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import EvalLoopOutput
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import add_fused_lm_head
+
+from hf_iclr.fused_outputs import FusedOutputsProxy
+
+from .argmax import HiddenStateTap, exact_argmax
+from .config import SqueezeDPOConfig
+from .metrics import batch_sums, gate_rejected, metrics_from_sums
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from trl.trainer.utils import FusedCausalLMOutput
+
+logger = logging.getLogger(__name__)
+
+
+class SqueezeDPOTrainer(DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] that also logs the squeezing effect: how likely, how peaked and how far in a valley the chosen
+    and rejected answers are, and what the loss does about it. Loss, gradients and weights are bit for bit those of the
+    parent, for every loss type.
+
+    The keys `squeeze/...` (see [`~hf_iclr.trainers.squeeze.metrics.token_quantities`] and
+    [`~hf_iclr.trainers.squeeze.metrics.metrics_from_sums`]) appear in the logs, in what `evaluate()` returns, once per
+    split as `eval_{split}_squeeze/...`, and may be used as `metric_for_best_model`. They are means over all tokens or
+    pairs since the last log and over all processes, which costs one collective per log.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`~trl.DPOTrainer`].
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            As in [`~trl.DPOTrainer`].
+        args ([`SqueezeDPOConfig`], *optional*):
+            A plain [`~trl.DPOConfig`] gets the default options.
+        probe_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            Answers to watch during training, see [`SqueezeProbeCallback`].
+        kwargs:
+            Everything else [`~trl.DPOTrainer`] takes.
+
+    Raises:
+        `ValueError`: when an answer is empty, when no prompt fits into `max_length`, or, at the next log, when a
+        log-probability is not finite.
+    """
+
+    _tag_names: ClassVar = ["trl", "dpo", "squeeze-dpo"]
+    _name = "DPO with squeezing metrics"
+    _paper: ClassVar = {
+        "title": "Learning Dynamics of LLM Finetuning",
+        "id": "2407.10490",
+        # docstyle-ignore
+        "citation": (
+            "@inproceedings{ren2025learning,\n"
+            "    title     = {{Learning Dynamics of LLM Finetuning}},\n"
+            "    author    = {Yi Ren and Danica J. Sutherland},\n"
+            "    year      = 2025,\n"
+            "    booktitle = {The Thirteenth International Conference on Learning Representations, {ICLR} 2025},\n"
+            "    url       = {https://openreview.net/forum?id=tPNHOoZFl9},\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        *positional: Any,
+        probe_dataset: Dataset | dict[str, Dataset] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path or ""
+            args = SqueezeDPOConfig(f"{name.split('/')[-1]}-SqueezeDPO")
+        for field in dataclasses.fields(SqueezeDPOConfig):
+            if not hasattr(args, field.name):
+                setattr(args, field.name, field.default)
+        super().__init__(model, ref_model, args, *positional, **kwargs)
+        self._base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._sums: dict[str, torch.Tensor] = {}
+        if self._observes:
+            outputs = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+            add_fused_lm_head(self._base, outputs=outputs)
+        if probe_dataset is not None:
+            from .probes import SqueezeProbeCallback
+
+            self.add_callback(
+                SqueezeProbeCallback(
+                    probe_dataset, trainer=self, every=args.probe_every, processing_class=self.processing_class
+                )
+            )
+
+    @property
+    def _observes(self) -> bool:
+        return self.args.squeeze_metrics != "off" or self.args.pressure_gate is not None
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if isinstance(dataset, Dataset):
+            check_answers(dataset, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
+            message = (
+                f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset have a prompt "
+                f"that alone fills max_length={args.max_length} tokens"
+            )
+            if not len(prepared):
+                raise ValueError(f"{message}, so nothing is left to train on. Raise `max_length`.")
+            logger.warning(f"{message}; they are left out. Raise `max_length` to keep them.")
+        return prepared
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not self._observes:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        seen: dict[str, Any] = {}
+        training = torch.is_grad_enabled()
+        if self._argmax_is_due:
+            seen["tap"] = HiddenStateTap(self._base)
+        # In an evaluation only the model runs without a graph: that of the loss tells the force on each token.
+        policy: Any = model if training else torch.no_grad()(model.__call__)
+        reference = self.ref_model if self.ref_model is not None else self.model
+        with torch.enable_grad(), ExitStack() as stack:
+            stack.callback(reference.register_forward_hook(partial(_keep_log_probs, seen)).remove)
+            proxy = FusedOutputsProxy(policy, partial(self._rewrite, seen, stack))
+            result = super().compute_loss(proxy, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if self.args.squeeze_metrics != "off":
+            self._add_batch(seen, inputs, loss)
+        loss = loss if training else loss.detach()
+        return (loss, result[1]) if return_outputs else loss
+
+    @property
+    def _argmax_is_due(self) -> bool:
+        return self.args.squeeze_metrics == "full" and (
+            not self.model.training or self.state.global_step % self.args.argmax_every == 0
+        )
+
+    def _rewrite(
+        self, seen: dict[str, Any], stack: ExitStack, outputs: "FusedCausalLMOutput", kwargs: dict[str, Any]
+    ) -> "FusedCausalLMOutput":
+        """Note the policy's outputs, and hand TRL log-probabilities to which a gradient can be asked for."""
+        seen.update(outputs=outputs, labels=kwargs["labels"].to(outputs.log_probs.device))
+        # Activation offloading hands out a saved tensor once, but the loss's own few are read twice: keep it off them.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved))
+        # A node of its own: asking for its gradient runs none of the hooks FSDP leaves on outputs of the model.
+        log_probs = outputs.log_probs
+        seen["log_probs"] = log_probs.view_as(log_probs) if log_probs.requires_grad else log_probs.requires_grad_()
+        rewritten = type(outputs)(**{**outputs, "log_probs": seen["log_probs"]})
+        if self.args.pressure_gate is not None:
+            if outputs.log_sum_sq_probs is None:
+                raise ValueError(
+                    "pressure_gate was set after a trainer was made with squeeze_metrics='off'. Make it with "
+                    "`squeeze_metrics='default'`, or with the gate."
+                )
+            rewritten.log_probs = gate_rejected(rewritten.log_probs, outputs.log_sum_sq_probs, self.args.pressure_gate)
+        return rewritten
+
+    def _add_batch(self, seen: dict[str, Any], inputs: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        labels, length = seen["labels"], seen["labels"].size(1) - 1
+        (gradients,) = torch.autograd.grad(loss, seen["log_probs"], retain_graph=True)
+        argmax = None
+        if "tap" in seen:
+            hidden_states = seen.pop("tap").pop()[:, :-1][:, -length:]
+            with self.accelerator.autocast():
+                argmax = exact_argmax(self._base, hidden_states, labels[:, 1:])
+        reference_logps = None
+        if not self.precompute_ref_logps:
+            reference_logps = seen["reference"][:, -length:].sum(1)
+        elif self.ld_alpha is None:  # precomputed sums are weighted by it, and cannot be compared
+            reference_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        sums = batch_sums(
+            seen["outputs"],
+            labels,
+            self._base.config.get_text_config().vocab_size,
+            log_prob_gradients=gradients[:, -length:],
+            reference_logps=reference_logps,
+            argmax=argmax,
+            num_pairs=self._pairs_of_this_process(len(labels) // 2),
+        )
+        mode = "train" if self.model.training else "eval"
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+
+    def _pairs_of_this_process(self, pairs: int) -> int:
+        """Without those that repeat the first rows of an evaluation so that its last batch is full on each process."""
+        state = self.accelerator.gradient_state
+        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
+            return pairs
+        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        sums = self._sums.pop(mode, None)
+        return {} if sums is None else metrics_from_sums(self.accelerator.reduce(sums, reduction="sum"))
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Added here rather than in `log`, which does not know the name of the split.
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._pop_metrics("eval").items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._pop_metrics("train"))
+        super().log(logs, start_time)
+
+    def squeeze_report(self, directory: str | Path, **kwargs: Any) -> Any:
+        """
+        Write what was logged so far as a report, see [`write_squeeze_report`].
+
+        Args:
+            directory (`str` or `Path`):
+                Made if it does not exist.
+            kwargs:
+                Options of [`write_squeeze_report`].
+        """
+        from .report import write_squeeze_report
+
+        return write_squeeze_report(self.state.log_history, directory, **kwargs)
+
+
+def _keep_log_probs(seen: dict[str, Any], module: torch.nn.Module, args: tuple, output: Any) -> None:
+    # With an adapter policy and reference are one module, and the reference runs last.
+    if getattr(output, "log_probs", None) is not None:
+        seen["reference"] = output.log_probs.detach()
+
+
+def check_answers(dataset: Dataset, name: str) -> None:
+    """
+    Refuse pairs with nothing to compare.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            With the columns `chosen` and `rejected`, text or messages.
+        name (`str`):
+            What to call it in the error.
+
+    Raises:
+        `ValueError`: naming the first row with an empty answer and how many there are.
+    """
+    columns = [column for column in ("chosen", "rejected") if column in dataset.column_names]
+    empty = [
+        (index, column)
+        for index, row in enumerate(dataset.select_columns(columns))
+        for column in columns
+        if _is_empty(row[column])
+    ]
+    if empty:
+        index, column = empty[0]
+        raise ValueError(
+            f"Every pair needs two answers, but {len(empty)} of the {name} dataset are empty, the first being "
+            f"`{column}` in row {index}. Drop such rows, for example with `dataset.filter(lambda row: row['chosen'] "
+            "and row['rejected'])`."
+        )
+
+
+def _is_empty(answer: Any) -> bool:
+    if not isinstance(answer, list):
+        return not answer
+    return not answer or not (answer[-1].get("content") or answer[-1].get("tool_calls"))

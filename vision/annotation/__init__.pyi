@@ -1,0 +1,5 @@
+from .data_engine import annotate
+
+__all__ = [
+    "annotate",
+]

@@ -1,0 +1,321 @@
+"""Annotates videos with a model in the loop: masks proposed, verified, corrected, and written as a dataset."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from hf_iclr.saving import cached_revision
+
+from ..session.automatic_masks import AutomaticMaskConfig
+from ..session.config import VideoSessionConfig
+from ..session.prompts import ObjectPrompt, VideoPrompts
+from ..session.segments import VideoSegments
+from ..session.session import VideoSession
+from .masklets import Masklet, QualityGate, find_masklets, measure_cycles, sister_session, track
+from .store import AnnotationStore, list_videos, name_video, open_frames, to_row
+
+
+logger = logging.getLogger(__name__)
+
+_FEATURE_CACHE_BYTES = 2**31  # the features of 100 frames at 1024 pixels
+
+
+def annotate(
+    videos: Any,
+    pipe,
+    prompts: str | Callable[[Any, VideoSession], Mapping | None] = "auto",
+    verifier: Callable[[Masklet], bool] | None = None,
+    corrector: Callable[[Masklet], VideoSegments | None] | None = None,
+    phase: int = 3,
+    out: str | Path = "annotations",
+    gate: QualityGate | None = None,
+    automatic: AutomaticMaskConfig | Mapping | None = None,
+    max_rounds: int = 8,
+    **options: Any,
+) -> datasets.Dataset:
+    """
+    The data engine of SAM 2 (https://huggingface.co/papers/2408.00714, section 5): a model proposes the masks of
+    objects through videos, somebody or something judges and corrects them, and all is written down.
+
+    What is done to a masklet: it passes the gate or not; if it does, the verifier judges it. One that is satisfactory
+    is accepted; another goes to the corrector and back to the verifier (without one, to the gate), `max_rounds` times
+    at most. One that is still unsatisfactory, that nobody corrects or whose verifier or corrector raises, waits in the
+    queue: see [`review_queue`].
+
+    Each video is written to `out/shards` when it is done. Called again, after a kill or with more videos, `annotate`
+    goes on with those that are not there. Under `accelerate launch` the processes share the videos. A video that can't
+    be read or prompted is logged, left out and listed in `out/skipped.json` and in the description of the dataset.
+
+    Args:
+        videos (`Any`):
+            A folder of video files or of folders of images, a video file, a `datasets` dataset, or any iterable, read
+            lazily, of what `open_video` takes or of what has such `frames`.
+        pipe (`Sam2VideoPipeline`):
+            The model in the loop. Each frame is encoded once for all objects and passes, as far as
+            `feature_cache_bytes` reach.
+        prompts (`str` or `Callable`, *optional*, defaults to `"auto"`):
+            "auto" finds objects by a grid of clicks (the paper's automatic masklets). Or a function of the video as it
+            was given and a session, that clicks in the session or returns prompts by frame and object; what it points
+            at is "manual".
+        verifier (`Callable`, *optional*):
+            Whether a [`Masklet`] is satisfactory.
+        corrector (`Callable`, *optional*):
+            Corrects a [`Masklet`] by prompts in `masklet.session`, or removes its object there to reject it; or
+            returns corrected [`VideoSegments`], as [`annotate_in_browser`] does.
+        phase (`int`, *optional*, defaults to `3`):
+            What the model does with prompts: 1, every frame on its own, without tracking; 2, clicks make a mask on
+            their frame from nothing, and masks are propagated; 3, clicks and masks are propagated, and clicks refine
+            what is there. In phase 2 the functions get a session that does not track.
+        out (`str` or `Path`, *optional*, defaults to `"annotations"`):
+            Folder for the results.
+        gate (`QualityGate`, *optional*):
+            Least quality; left out, its defaults.
+        automatic (`AutomaticMaskConfig` or `Mapping`, *optional*):
+            How "auto" finds objects.
+        max_rounds (`int`, *optional*, defaults to `8`):
+            Corrections of a masklet at most: the paper's interactive evaluation corrects on up to 8 frames.
+        options:
+            Fields of `VideoSessionConfig`.
+
+    Returns:
+        `datasets.Dataset`: all masklets in `out`, a row each: the video's path, name and size; object; frames with
+        their COCO RLEs, scores and object scores; stability, cycle IoU and uncertainty; provenance, model, revision,
+        phase and prompts; clicks, clicked and edited frames, rounds and seconds in the functions given; status, reason
+        and damage of the file.
+
+    Raises:
+        TypeError: if `videos` is a single video.
+        ValueError: if an argument is out of its range, or `out` holds annotations of another phase or model.
+        OSError: if a result can't be written.
+
+    Example:
+
+    ```python
+    >>> pipe = pipeline("promptable-video-segmentation", model="facebook/sam2.1-hiera-tiny")
+    >>> masklets = annotate("clips/", pipe, out="annotated")
+    >>> masklets.filter(lambda row: row["status"] == "accepted").push_to_hub("me/masklets")
+    >>> by_hand = lambda masklet: annotate_in_browser(pipe, masklet.session)
+    >>> masklets = annotate("clips/", pipe, corrector=by_hand, out="corrected")
+    ```
+    """
+    if phase not in (1, 2, 3):
+        raise ValueError(f"Expected phase 1, 2 or 3, got {phase!r}.")
+    if prompts != "auto" and not callable(prompts):
+        raise ValueError(f'Expected prompts to be "auto" or a function of a video and a session, got {prompts!r:.80}.')
+    if phase == 1 and prompts == "auto":
+        raise ValueError("Phase 1 does not track what a grid of clicks finds. Pass phase=3, or prompts as a function.")
+    if automatic is not None and prompts != "auto":
+        raise ValueError('`automatic` says how prompts="auto" finds objects. Pass prompts="auto" with it.')
+    if max_rounds < 0:
+        raise ValueError(f"Expected max_rounds of at least 0, got {max_rounds}.")
+    pipe._sanitize_parameters(**options)
+    gate = gate or QualityGate()
+    passes: dict[str, Any] = {"keep": "window" if corrector is None else "all"}
+    if corrector is None and gate.min_cycle_iou is None:  # no frame is looked at twice
+        passes["feature_cache_bytes"] = 0
+    options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
+    VideoSessionConfig(**options)  # a wrong value is told before any work
+    finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
+    engine = _Engine(
+        pipe,
+        prompts,
+        verifier,
+        corrector,
+        phase,
+        gate,
+        finder,
+        max_rounds,
+        options,
+    )
+    given = list_videos(videos)
+    model = pipe.model.config.name_or_path
+    revision = cached_revision(model)
+    store = AnnotationStore(out, {"phase": phase, "model": model})
+    state = PartialState(cpu=pipe.model.device.type == "cpu")
+    skipped = []
+    for index, video in enumerate(tqdm(given, desc="Annotating", unit="video", disable=not state.is_main_process)):
+        if index % state.num_processes != state.process_index:
+            continue
+        name = f"videos[{index}]"
+        try:
+            name, path = name_video(video)
+            if name in store:
+                continue
+            masklets = engine.annotate(video, name)
+        except Exception as error:
+            skipped.append({"name": name, "reason": f"{type(error).__name__}: {error}"})
+            logger.warning("Skipped %s. %s", name, error)
+            logger.debug("Where that came from:", exc_info=error)
+            continue
+        store.write(name, [to_row(masklet, path, model, revision) for masklet in masklets])
+    skipped = gather_object(skipped)
+    if state.is_main_process:
+        store.write_json("skipped.json", skipped)
+    state.wait_for_everyone()
+    return store.read(skipped)
+
+
+@dataclass
+class _Engine:
+    """What is done to each video."""
+
+    pipe: Any
+    prompts: str | Callable
+    verifier: Callable | None
+    corrector: Callable | None
+    phase: int
+    gate: QualityGate
+    finder: AutomaticMaskConfig
+    max_rounds: int
+    options: dict[str, Any]
+
+    def annotate(self, video: Any, name: str) -> list[Masklet]:
+        session = self.pipe.session(open_frames(video), **self.options)
+        masklets: dict[int, Masklet] = {}
+        if isinstance(self.prompts, str):
+            masklets = {found.object: found for found in find_masklets(self.pipe, session, self.finder, video, name)}
+        else:
+            self._first_prompts(session, masklets, video, name)
+        for masklet in masklets.values():
+            masklet.phase = self.phase
+        self._measure(session, masklets.values())
+        settled: set[int] = set()
+        while pending := [masklet for obj, masklet in masklets.items() if obj not in settled]:
+            settled.add(pending[0].object)
+            self._settle(pending[0], masklets)
+        self._measure(session, masklets.values())
+        return list(masklets.values())
+
+    def _first_prompts(self, session: VideoSession, masklets: dict[int, Masklet], video: Any, name: str) -> None:
+        assert callable(self.prompts)
+        prompt = self.prompts
+
+        def point(desk: VideoSession) -> None:
+            for frame, objects in VideoPrompts(prompt(video, desk)).items():
+                for obj, one in objects.items():
+                    desk.add(frame, obj, **vars(one))
+
+        _, clicks, seconds = self._at_desk(session, point)
+        for frame, obj in clicks:
+            masklets.setdefault(obj, Masklet(video, name, obj, session, self.phase, "manual"))
+            masklets[obj].clicks[frame] = clicks[frame, obj]
+        for masklet in masklets.values():
+            masklet.seconds = seconds / len(masklets)
+        self._retrack(session, masklets.values())
+
+    def _settle(self, masklet: Masklet, masklets: dict[int, Masklet]) -> None:
+        """Verifies and corrects a masklet until it is accepted or waits."""
+        session = masklet.session
+        complaint = self.gate.complaint(masklet)
+        try:
+            while True:
+                if self.verifier is not None and (masklet.rounds or complaint is None):
+                    started = time.perf_counter()
+                    complaint = None if self.verifier(masklet) else "unsatisfactory"
+                    masklet.seconds += time.perf_counter() - started
+                masklet.status, masklet.reason = "waiting" if complaint else "accepted", complaint
+                if complaint is None or self.corrector is None or masklet.rounds >= self.max_rounds:
+                    return
+                if not self._correct(masklet, masklets):
+                    return
+                if masklet.object not in session.objects:
+                    masklet.status, masklet.reason = "rejected", "removed"
+                    return
+                if self.verifier is None:
+                    self._measure(session, [masklet])
+                    complaint = self.gate.complaint(masklet)
+        except Exception as error:
+            masklet.status, masklet.reason = "waiting", f"{type(error).__name__}: {error}"
+            logger.warning("Object %d of %s waits for review. %s", masklet.object, masklet.name, error)
+            logger.debug("Where that came from:", exc_info=error)
+
+    def _correct(self, masklet: Masklet, masklets: dict[int, Masklet]) -> bool:
+        """Has a masklet corrected, and whatever else is prompted with it; whether anything changed."""
+        assert self.corrector is not None
+        session, corrector = masklet.session, self.corrector
+        prompted = _prompts_of(session)
+
+        def correct(desk: VideoSession) -> VideoSegments | None:
+            masklet.session = desk
+            try:
+                return corrector(masklet)
+            finally:
+                masklet.session = session
+
+        segments, clicks, seconds = self._at_desk(session, correct)
+        masklet.rounds += 1
+        masklet.seconds += seconds
+        changed = {obj for _, obj in clicks}
+        changed |= {obj for frame, obj in prompted.keys() - _prompts_of(session).keys()}
+        for frame, obj in clicks:
+            if obj not in masklets:
+                masklets[obj] = Masklet(masklet.video, masklet.name, obj, session, self.phase)
+            masklets[obj].clicks[frame] = masklets[obj].clicks.get(frame, 0) + clicks[frame, obj]
+            masklets[obj].provenance = "manual"
+        if segments is None:
+            self._retrack(session, [masklets[obj] for obj in changed if obj in session.objects])
+            return bool(changed)
+        for obj in changed | {masklet.object}:
+            _replace_masks(masklets[obj], segments, session, drawn=obj not in changed)
+        return True
+
+    def _at_desk(self, session: VideoSession, work: Callable) -> tuple[Any, dict[tuple[int, int], int], float]:
+        """
+        Has somebody work in a session, in phase 2 an empty one, whose masks the session then gets. Returned are what
+        the work gave, clicks by frame and object prompted, and seconds.
+        """
+        desk = sister_session(session) if self.phase == 2 else session
+        before = _prompts_of(desk)
+        started = time.perf_counter()
+        result = work(desk)
+        seconds = time.perf_counter() - started
+        made = {key: prompt for key, prompt in _prompts_of(desk).items() if prompt is not before.get(key)}
+        if desk is not session:
+            for (frame, obj), prompt in made.items():
+                drawn = desk.segments(frame).masks[obj] if prompt.mask is None else prompt.mask
+                session.add(frame, obj, mask=drawn)
+        return result, {key: _new_clicks(prompt, before.get(key)) for key, prompt in made.items()}, seconds
+
+    def _retrack(self, session: VideoSession, masklets: Iterable[Masklet]) -> None:
+        if self.phase > 1:
+            track(session, masklets)
+            return
+        for masklet in masklets:
+            masklet.clear()
+            for frame, objects in session.prompts.items():
+                if masklet.object in objects:
+                    masklet.take(session.segments(frame), session)
+
+    def _measure(self, session: VideoSession, masklets: Iterable[Masklet]) -> None:
+        if self.phase > 1 and self.gate.min_cycle_iou is not None:
+            measure_cycles(session, [masklet for masklet in masklets if masklet.cycle_iou is None])
+
+
+def _prompts_of(session: VideoSession) -> dict[tuple[int, int], ObjectPrompt]:
+    return {(frame, obj): prompt for frame, objects in session.prompts.items() for obj, prompt in objects.items()}
+
+
+def _new_clicks(prompt: ObjectPrompt, before: ObjectPrompt | None) -> int:
+    """Clicks of a prompt that are not those of the one it took the place of; a box is two."""
+    kept = before is not None and prompt.points[: len(before.points)] == before.points
+    boxes = prompt.box is not None and (before is None or prompt.box != before.box)
+    return len(prompt.points) - (len(before.points) if before is not None and kept else 0) + 2 * boxes
+
+
+def _replace_masks(masklet: Masklet, segments: VideoSegments, session: VideoSession, drawn: bool) -> None:
+    """Takes masks from elsewhere; those `drawn` there without prompts count as edited frames."""
+    before = dict(masklet.masks)
+    for frame in segments:
+        if masklet.object in frame.objects:
+            masklet.take(frame, session)
+            if drawn and masklet.masks[frame.frame] != before.get(frame.frame):
+                masklet.clicks.setdefault(frame.frame, 0)
+                masklet.provenance = "manual"

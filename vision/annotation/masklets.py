@@ -1,0 +1,292 @@
+"""Masklets, the masks of one object through a video: tracked, measured, and found without anybody's help."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco
+
+from ..session.automatic_masks import AutomaticMaskConfig
+from ..session.prompts import encode_rle
+from ..session.segments import FrameSegments, decode_mask
+from ..session.session import VideoSession
+
+
+_STABILITY_OFFSET = 1.0  # logits, as in the reference's automatic mask generator
+
+
+@dataclass
+class Masklet:
+    """
+    One object of a video under annotation: what a verifier judges and a corrector improves.
+
+    Args:
+        video (`Any`):
+            The video as it was given.
+        name (`str`):
+            Of the video, unique to it.
+        object (`int`):
+            Number of the object.
+        session (`VideoSession`):
+            Where a corrector clicks, see [`annotate`].
+        phase (`int`):
+            Of the data engine: 1, 2 or 3.
+        provenance (`str`, *optional*, defaults to `"auto"`):
+            "auto", or "manual" once somebody has pointed at it.
+        masks (`dict[int, dict]`):
+            COCO RLE by frame.
+        scores, object_scores, stabilities (`dict[int, float]`):
+            By frame: the IoU that the model expects, in 0..1; the logit that the object is visible; the IoU of the
+            masks at thresholds 1 and -1.
+        cycle_iou (`float`, *optional*):
+            IoU of the first mask with what comes back of it when the last one is tracked backwards.
+        clicks (`dict[int, int]`):
+            Made by hand, by edited frame; the corners of a box are two, a drawn mask is none.
+        seconds (`float`):
+            That its prompts, verifications and corrections took, by the clock.
+        rounds (`int`):
+            Of correction.
+        status (`str`):
+            "waiting" (in the review queue), "accepted" or "rejected" (its object was removed).
+        reason (`str`, *optional*):
+            Why it waits.
+    """
+
+    video: Any = field(repr=False)
+    name: str
+    object: int
+    session: VideoSession = field(repr=False)
+    phase: int = 3
+    provenance: str = "auto"
+    masks: dict[int, Any] = field(default_factory=dict, repr=False)
+    scores: dict[int, float] = field(default_factory=dict, repr=False)
+    object_scores: dict[int, float] = field(default_factory=dict, repr=False)
+    stabilities: dict[int, float] = field(default_factory=dict, repr=False)
+    cycle_iou: float | None = None
+    clicks: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    rounds: int = 0
+    status: str = "waiting"
+    reason: str | None = None
+
+    def binary(self, frame: int) -> np.ndarray:
+        """The boolean mask on a frame, empty if there is none."""
+        size = self.session.size
+        return decode_mask(self.masks[frame], size) if frame in self.masks else np.zeros(size, dtype=bool)
+
+    @property
+    def in_sight(self) -> list[int]:
+        """The frames on which its mask is not empty."""
+        return [frame for frame in sorted(self.masks) if coco.area(self.masks[frame])]
+
+    @property
+    def visibility(self) -> float:
+        """Mean over its frames of the probability that the object is visible."""
+        scores = np.array(list(self.object_scores.values()))
+        return float((1 / (1 + np.exp(-scores.clip(-50, 50)))).mean()) if len(scores) else 0.0
+
+    @property
+    def stability(self) -> float:
+        """Mean over its frames."""
+        return float(np.mean(list(self.stabilities.values()))) if self.stabilities else 0.0
+
+    @property
+    def uncertainty(self) -> float:
+        """1 less the product of the mean score of its frames in sight, its stability and its cycle IoU; in 0..1."""
+        frames = self.in_sight
+        score = np.mean([self.scores[frame] for frame in frames]).clip(0, 1) if frames else 0.0
+        return float(1 - score * self.stability * (1.0 if self.cycle_iou is None else self.cycle_iou))
+
+    def clear(self) -> None:
+        """Forgets its masks."""
+        for known in (self.masks, self.scores, self.object_scores, self.stabilities):
+            known.clear()
+
+    def take(self, segments: FrameSegments, session: VideoSession) -> None:
+        """Takes its mask on a frame; `session` knows how stable it is."""
+        frame, obj = segments.frame, self.object
+        mask = segments.masks[obj]
+        rle = mask if isinstance(mask, dict) else encode_rle(segments.binary(obj))
+        if tuple(rle["size"]) != tuple(session.size):
+            raise ValueError(
+                f"Expected masks of the video's size {tuple(session.size)} (height, width), got {tuple(rle['size'])} "
+                f"on frame {frame}."
+            )
+        self.masks[frame] = rle
+        self.scores[frame] = segments.scores[obj]
+        self.object_scores[frame] = segments.object_scores[obj]
+        output = session._memories[obj].output(frame) if obj in session.objects else None
+        logits = (output or {}).get("pred_masks")
+        self.stabilities[frame] = 1.0 if logits is None else _stability(logits)
+        self.cycle_iou = None
+
+
+@dataclass(frozen=True)
+class QualityGate:
+    """
+    What a masklet must reach to be accepted without a verifier, or to be shown to one. The thresholds are ours.
+
+    Args:
+        min_object_score (`float`, *optional*, defaults to `0.5`): Least `visibility`.
+        min_stability (`float`, *optional*, defaults to `0.8`): Least `stability`.
+        min_cycle_iou (`float`, *optional*, defaults to `0.5`): Least `cycle_iou`, which costs a second, backward pass
+            over features that are kept; `None` leaves it out.
+    """
+
+    min_object_score: float = 0.5
+    min_stability: float = 0.8
+    min_cycle_iou: float | None = 0.5
+
+    def complaint(self, masklet: Masklet) -> str | None:
+        """What a masklet does not reach, `None` if it passes."""
+        for what, value, least in (
+            ("object score", masklet.visibility, self.min_object_score),
+            ("stability", masklet.stability, self.min_stability),
+            ("cycle IoU", masklet.cycle_iou, self.min_cycle_iou),
+        ):
+            if value is not None and least is not None and value < least:
+                return f"{what} {value:.2f} is below {least:g}"
+        return None
+
+
+def sister_session(session: VideoSession, **options: Any) -> VideoSession:
+    """An empty session of the same video that shares its vision features; `options` change its configuration."""
+    sister = VideoSession(session.model, session.processor, session.frames, replace(session.config, **options))
+    sister.features = session.features
+    return sister
+
+
+def track(session: VideoSession, masklets: Iterable[Masklet]) -> None:
+    """Gives masklets the masks of a pass over the video, in both directions; other objects are left alone."""
+    wanted = {masklet.object: masklet for masklet in masklets}
+    if not wanted:
+        return
+    everybody = session._memories
+    session._memories = {obj: memory for obj, memory in everybody.items() if obj in wanted}
+    try:
+        for segments in session.iterate("both"):
+            for obj in segments.objects:
+                wanted[obj].take(segments, session)
+    finally:
+        session._memories = everybody
+
+
+def measure_cycles(session: VideoSession, masklets: Iterable[Masklet]) -> None:
+    """
+    Measures the forward-backward consistency of masklets: the mask on the last frame in sight, given as a prompt to an
+    empty memory, is tracked back to the first one.
+    """
+    sister = sister_session(session, keep="window", undo_levels=0)
+    returning: dict[int, Masklet] = {}
+    for masklet in masklets:
+        frames = masklet.in_sight
+        masklet.cycle_iou = 1.0 if frames else 0.0
+        if len(frames) > 1:
+            returning[masklet.object] = masklet
+            sister.add(frames[-1], masklet.object, mask=masklet.masks[frames[-1]])
+    if not returning:
+        return
+    first = {obj: masklet.in_sight[0] for obj, masklet in returning.items()}
+    distance = max(masklet.in_sight[-1] for masklet in returning.values()) - min(first.values())
+    for segments in sister.iterate("backward", max_frames=distance + 1):
+        for obj in segments.objects:
+            if segments.frame == first[obj]:
+                pair = [segments.masks[obj]], [returning[obj].masks[first[obj]]]
+                returning[obj].cycle_iou = float(coco.iou(*pair, [0])[0, 0])
+
+
+def find_masklets(pipe, session: VideoSession, config: AutomaticMaskConfig, video: Any, name: str) -> list[Masklet]:
+    """
+    Finds objects by a grid of clicks and tracks them, both ways if they were found late. Of two masklets that share
+    `config.max_overlap` of their pixels in space and time, the more certain one is kept.
+
+    Args:
+        pipe (`Sam2VideoPipeline`): Whose model looks.
+        session (`VideoSession`): Without objects; gets them.
+        config (`AutomaticMaskConfig`): How to look, and on which frames.
+        video (`Any`), name (`str`): For the masklets.
+
+    Returns:
+        `list[Masklet]`, empty if nothing is found.
+    """
+    length = session.num_frames or 0
+    searched = config.frame - 1
+    for searched in range(config.frame, length, config.every or length):
+        if _search(pipe, session, searched, config):
+            break
+    masklets: dict[int, Masklet] = {}
+    for segments in session.iterate("both") if session.objects else ():
+        if config.every and segments.frame > searched and (segments.frame - config.frame) % config.every == 0:
+            searched = segments.frame
+            if _search(pipe, session, searched, config):
+                segments = session.segments(searched)
+        for obj in segments.objects:
+            masklets.setdefault(obj, Masklet(video, name, obj, session)).take(segments, session)
+    kept = _without_duplicates(list(masklets.values()), config.max_overlap)
+    for obj in set(masklets) - {masklet.object for masklet in kept}:
+        session.remove_object(obj)
+    return kept
+
+
+def _search(pipe, session: VideoSession, frame: int, config: AutomaticMaskConfig) -> bool:
+    """Adds what is found on a frame and not tracked yet; whether there was any. The frame is encoded only once."""
+    before = len(session.objects)
+    with _encoded_once(session, frame):
+        pipe._add_found(session, frame, config)
+    return len(session.objects) > before
+
+
+@contextmanager
+def _encoded_once(session: VideoSession, frame: int) -> Iterator[None]:
+    """While it lasts, the first image that the model encodes is known to be the whole frame, crops come after it."""
+    model, compute = session.model, session.model.get_image_features
+    whole = True
+
+    def get_image_features(pixel_values, **kwargs):
+        nonlocal whole
+        if not whole:
+            return compute(pixel_values, **kwargs)
+        whole = False
+        known = session.features.get_vision_features(frame)
+        if known is None:
+            outputs = compute(pixel_values, **kwargs)
+            maps, positions = outputs.fpn_hidden_states, outputs.fpn_position_encoding
+            session.features.cache_vision_features(frame, {"vision_feats": maps, "vision_pos_embeds": positions})
+            known = session.features.get_vision_features(frame)
+        return SimpleNamespace(
+            fpn_hidden_states=list(known["vision_feats"]), fpn_position_encoding=known["vision_pos_embeds"]
+        )
+
+    model.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del model.get_image_features
+
+
+def _without_duplicates(masklets: list[Masklet], max_overlap: float) -> list[Masklet]:
+    """Those that share less than `max_overlap` of their union, over all frames, with every more certain one."""
+    masklets = sorted(masklets, key=lambda masklet: masklet.uncertainty)
+    shared = np.zeros((len(masklets), len(masklets)))
+    union = np.zeros_like(shared)
+    for frame in {frame for masklet in masklets for frame in masklet.masks}:
+        masks = [masklet.masks.get(frame) or encode_rle(masklet.binary(frame)) for masklet in masklets]
+        iou = coco.iou(masks, masks, [0] * len(masks))
+        areas = coco.area(masks).astype(float)
+        both = iou / (1 + iou) * (areas[:, None] + areas)
+        shared += both
+        union += areas[:, None] + areas - both
+    kept: list[int] = []
+    for index in range(len(masklets)):
+        if all(shared[index, other] < max_overlap * union[index, other] for other in kept):
+            kept.append(index)
+    return [masklets[index] for index in sorted(kept, key=lambda index: masklets[index].object)]
+
+
+def _stability(logits: torch.Tensor) -> float:
+    outer = int((logits > -_STABILITY_OFFSET).sum())
+    return int((logits > _STABILITY_OFFSET).sum()) / outer if outer else 1.0

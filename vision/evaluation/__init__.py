@@ -1,0 +1,6 @@
+"""Measures of segmented videos, offline and interactive: begin with vos.py."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

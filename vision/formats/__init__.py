@@ -1,0 +1,1 @@
+"""Readers and writers of masks and annotations: begin with annotated_videos.py."""

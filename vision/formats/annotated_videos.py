@@ -1,0 +1,260 @@
+"""Videos with true masks, read from what others publish, in the one form that training and evaluations take."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+
+from hf_iclr.untrusted import check_links
+
+from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames, open_video
+from ..session.prompts import to_boolean_mask
+from ..session.segments import VideoSegments
+from .annotation_json import read_sav
+from .mask_folders import read_labels
+
+
+@dataclass
+class AnnotatedVideo:
+    """
+    A video or an image with true masks, which are read when they are needed.
+
+    Args:
+        video (`Any`):
+            Anything `open_video` takes, but for an iterator.
+        frames (`Sequence[int]`):
+            Numbers of the frames with masks, ascending.
+        masks (`Callable[[int], Mapping[int, Any]]`):
+            Gives the masks of a frame by object, boolean or COCO RLE. An object that is missing there is out of sight.
+        name (`str`, *optional*, defaults to `"video"`):
+            For tables.
+    """
+
+    video: Any = field(repr=False)
+    frames: Sequence[int]
+    masks: Callable[[int], Mapping[int, Any]] = field(repr=False)
+    name: str = "video"
+
+    @classmethod
+    def from_segments(cls, video: Any, segments: VideoSegments, name: str = "video") -> "AnnotatedVideo":
+        """Masks as a reader of this package gives them, such as `read_sav` or `read_youtube_vos`."""
+
+        def masks(frame: int) -> dict[int, np.ndarray]:
+            return {obj: segments[frame].binary(obj) for obj in segments[frame].masks}
+
+        return cls(video, segments.frames, masks, name)
+
+    @classmethod
+    def from_masks(
+        cls, video: Any, masks: Mapping[int, Any], frames: Sequence[int] | None = None, name: str = "video"
+    ) -> "AnnotatedVideo":
+        """
+        Args:
+            video (`Any`):
+                Anything `open_video` takes, but for an iterator.
+            masks (`Mapping[int, Sequence]`):
+                By object, one mask for each annotated frame: a boolean array `(frames, height, width)`, or a list of
+                masks or COCO RLEs. A mask is empty where the object is out of sight.
+            frames (`Sequence[int]`, *optional*, defaults to all from frame 0 on):
+                Numbers of the annotated frames, ascending.
+            name (`str`, *optional*, defaults to `"video"`):
+                For tables.
+
+        Raises:
+            TypeError: if `masks` is no mapping.
+            ValueError: if there are no masks, or not as many for each object as frames are annotated.
+        """
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"Expected masks by object, such as {{1: masks}}, got {type(masks).__name__}.")
+        counts = {int(obj): len(own) for obj, own in masks.items()}
+        if not any(counts.values()):
+            raise ValueError(f"Expected masks of at least one object in {name}, got none.")
+        numbers = list(range(max(counts.values()))) if frames is None else list(frames)
+        if set(counts.values()) != {len(numbers)}:
+            raise ValueError(
+                f"Expected {len(numbers)} masks of each object in {name}, one an annotated frame, got {counts}."
+            )
+        places = {number: place for place, number in enumerate(numbers)}
+        return cls(video, numbers, lambda frame: {int(obj): own[places[frame]] for obj, own in masks.items()}, name)
+
+    def load(self) -> tuple[VideoFrames, dict[int, np.ndarray]]:
+        """
+        The frames, to be read more than once, and all masks by object, boolean of shape `(annotated frames, height,
+        width)`.
+
+        Raises:
+            ValueError: if the frames are an iterator, fewer than annotated, or of another size than the masks.
+        """
+        video = open_video(self.video)
+        if isinstance(video, StreamedFrames):
+            raise ValueError(f"The frames of {self.name} can be read only once. Pass `list(frames)`.")  # noqa: TRY004
+        if video.num_frames is not None and self.frames[-1] >= video.num_frames:
+            raise ValueError(
+                f"Expected at least {self.frames[-1] + 1} frames in {self.name}, as many as there are masks, got "
+                f"{video.num_frames}."
+            )
+        size = video[self.frames[0]].shape[:2]
+        known = [{obj: to_boolean_mask(mask) for obj, mask in self.masks(frame).items()} for frame in self.frames]
+        if others := {mask.shape for masks in known for mask in masks.values()} - {size}:
+            raise ValueError(f"Expected masks of the frames' size {size} in {self.name}, got {others.pop()}.")
+        nothing = np.zeros(size, bool)
+        objects = sorted({obj for masks in known for obj in masks})
+        return video, {obj: np.stack([masks.get(obj, nothing) for masks in known]) for obj in objects}
+
+
+def to_annotated(video: Any, number: int = 0) -> AnnotatedVideo:
+    """
+    Any form of a video with true masks as an [`AnnotatedVideo`].
+
+    Args:
+        video (`AnnotatedVideo`, `tuple`, `Mapping` or `Any`):
+            One; or (frames, masks by object); or a row of a dataset with `frames` (or `video`) and `masks`; or
+            anything with attributes `frames` and `masks`, such as a procedural clip.
+        number (`int`, *optional*, defaults to `0`):
+            Names videos without a name.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(video, AnnotatedVideo):
+        return video
+    name = f"clip {number}"
+    if isinstance(video, tuple) and len(video) == 2:
+        return AnnotatedVideo.from_masks(*video, name=name)
+    if isinstance(video, Mapping) and "masks" in video and ("frames" in video or "video" in video):
+        frames = video.get("frames", video.get("video"))
+        return AnnotatedVideo.from_masks(frames, video["masks"], name=video.get("name", name))
+    if hasattr(video, "frames") and hasattr(video, "masks"):
+        return AnnotatedVideo.from_masks(video.frames, video.masks, name=getattr(video, "name", name))
+    raise TypeError(
+        f"Expected a video as (frames, {{object: masks}}) or an AnnotatedVideo, got {type(video).__name__}."
+    )
+
+
+def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo]:
+    """
+    The annotated videos of a folder, by what is in it.
+
+    Args:
+        folder (`str` or `Path`):
+            `JPEGImages` and `Annotations` of DAVIS, MOSE or YouTube-VOS; SA-V's JSON beside its videos, manual
+            masklets if there are any; or what [`annotate`] wrote, of which the accepted masklets count.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which of DAVIS' lists, `ImageSets/2017/{split}.txt`, to keep to; folders without lists are taken whole.
+
+    Raises:
+        ValueError: if there are none, or one that [`annotate`] wrote down is no file or folder.
+    """
+    folder = Path(folder)
+    if (folder / "shards").is_dir():
+        check_links(folder)
+        rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
+        videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
+        for video in videos:
+            if not (Path(video.video).is_file() or Path(video.video).is_dir()):
+                raise ValueError(
+                    f"Expected the videos of {folder} to be files or folders here, got {video.video!r:.80}, which is "
+                    "none; nothing else that a folder names is opened. Pass rows of your own: `read_rows(rows)`."
+                )
+        if not videos:
+            raise ValueError(f"Expected accepted masklets of videos that have a path in {folder}, got none.")
+        return videos
+    if (folder / "Annotations").is_dir():
+        inner = "480p" if (folder / "Annotations" / "480p").is_dir() else ""
+        videos = read_png_videos(folder / "JPEGImages" / inner, folder / "Annotations" / inner)
+        names = folder / "ImageSets" / "2017" / f"{split}.txt"
+        if names.exists():
+            listed = names.read_text().split()
+            videos = [video for video in videos if video.name in listed]
+        return videos
+    for kind in ("manual", "auto"):
+        if any(folder.rglob(f"*_{kind}.json")):
+            return read_sav_videos(folder, kind)
+    raise ValueError(
+        f"Expected a folder with JPEGImages and Annotations, with name_manual.json beside name.mp4, or with the "
+        f"shards that `annotate` writes, got {folder}."
+    )
+
+
+def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVideo]:
+    """
+    The videos of DAVIS, MOSE and YouTube-VOS: for each video a folder of images and one of PNGs, whose pixels are
+    object numbers. Pixels of 255 are void; in gray images without any number between, object 1.
+
+    Args:
+        frames (`str` or `Path`): Folder of folders of images, such as `JPEGImages/480p`.
+        masks (`str` or `Path`): Folder of folders of PNGs of the same names, such as `Annotations/480p`.
+
+    Raises:
+        ValueError: if no folder of masks has images of its name.
+    """
+    videos = []
+    for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
+        images = {file.stem: file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES}
+        files = [file for file in sorted(folder.glob("*.png")) if file.stem in images]
+        if files:
+            ordered = sorted(images)
+            places = {ordered.index(file.stem): file for file in files}
+            pictures = [images[stem] for stem in ordered]
+            videos.append(AnnotatedVideo(pictures, sorted(places), partial(_labels, places), folder.name))
+    if not videos:
+        raise ValueError(f"Expected folders of the same names with images in {frames} and PNGs in {masks}, got none.")
+    return videos
+
+
+def read_sav_videos(folder: str | Path, kind: str = "manual") -> list[AnnotatedVideo]:
+    """
+    The videos of SA-V: `sav_000001.mp4` beside `sav_000001_manual.json`, at any depth of a folder.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        kind (`str`, *optional*, defaults to `"manual"`): "manual" or "auto" masklets.
+
+    Raises:
+        ValueError: if there are no such pairs.
+    """
+    videos = []
+    for file in sorted(Path(folder).rglob(f"*_{kind}.json")):
+        video = file.with_name(file.name.replace(f"_{kind}.json", ".mp4"))
+        if video.exists():
+            videos.append(AnnotatedVideo.from_segments(str(video), read_sav(file)[0], video.stem))
+    if not videos:
+        raise ValueError(f"Expected name_{kind}.json beside name.mp4 in {folder}, got no such pair.")
+    return videos
+
+
+def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnnotatedVideo]:
+    """
+    The videos of a `datasets.Dataset` with a row for each object, as `annotate` makes it.
+
+    Args:
+        rows (`Iterable[Mapping]`): Each with `video` (anything `open_video` takes), `frames` (numbers of those with a
+            mask) and `masks` (as many COCO RLEs); *optional* are `object`, its number, and `name`: rows of one name,
+            or of one path, are of one video.
+
+    Raises:
+        ValueError: if a row has no such columns, or as many masks as frames.
+    """
+    groups: dict[Any, tuple[Any, dict[int, dict[int, Any]]]] = {}
+    for number, row in enumerate(rows):
+        if not {"video", "frames", "masks"} <= set(row) or len(row["frames"]) != len(row["masks"]):
+            raise ValueError(f"Expected video, frames and as many masks in row {number}, got columns {sorted(row)}.")
+        video = row["video"]
+        key = row.get("name") or (video if isinstance(video, (str, Path)) else number)
+        _, masks = groups.setdefault(key, (video, {}))
+        objects = {obj for frame in masks.values() for obj in frame}
+        obj = row.get("object", max(objects, default=0) + 1)
+        for frame, mask in zip(row["frames"], row["masks"], strict=True):
+            masks.setdefault(frame, {})[obj] = mask
+    return [
+        AnnotatedVideo(video, sorted(masks), masks.__getitem__, str(key)) for key, (video, masks) in groups.items()
+    ]
+
+
+def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:
+    labels = read_labels(files[frame])
+    return {int(number): labels == number for number in np.unique(labels) if number}

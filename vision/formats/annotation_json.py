@@ -1,0 +1,230 @@
+"""Masks of videos as JSON: SA-V, COCO and YouTube-VIS."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from ..session.prompts import encode_rle
+from ..session.segments import VideoSegments
+from .segment_files import given_segments, read_json, rle_of, write_json
+
+
+SAV_STRIDE = 4  # SA-V annotates every fourth frame
+Videos = Mapping[str, VideoSegments]
+
+
+def write_sav(segments: VideoSegments, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+    """
+    Writes the masklets of a video as SA-V does, with what can be told from them: sizes, visibility, first appearance.
+
+    Args:
+        segments (`VideoSegments`):
+            Of the frames that count as annotated, in SA-V every fourth.
+        path (`str` or `Path`):
+            The JSON file.
+        about (`Mapping[str, Any]`, *optional*):
+            Other fields of the file, such as `video_id` or `masklet_type`, and any that shall not be counted anew.
+
+    Raises:
+        ValueError: if there are no masks.
+    """
+    if not segments.objects:
+        raise ValueError("Expected masks of at least one object, got none.")
+    objects, size = segments.objects, next(iter(segments)).size
+    empty = encode_rle(np.zeros(size, bool))
+    masklet = [[rle_of(frame, obj) if obj in frame.masks else empty for obj in objects] for frame in segments]
+    areas = np.array([[int(coco.area(rle)) for rle in frame] for frame in masklet]).T
+    sizes = [float(area[area > 0].mean()) if area.any() else 0.0 for area in areas]
+    visible = [np.flatnonzero(area) for area in areas]
+    first = [int(seen[0]) if len(seen) else len(segments) for seen in visible]
+    pixels = size[0] * size[1]
+    record = {
+        "video_id": Path(path).stem,
+        "video_frame_count": float(segments.frames[-1] + 1),
+        "video_height": float(size[0]),
+        "video_width": float(size[1]),
+        "video_resolution": float(pixels),
+        "masklet": masklet,
+        "masklet_id": objects,
+        "masklet_size_rel": [round(value / pixels, 10) for value in sizes],
+        "masklet_size_abs": [round(value, 10) for value in sizes],
+        "masklet_size_bucket": ["small" if s < 32**2 else "medium" if s < 96**2 else "large" for s in sizes],
+        "masklet_visibility_changes": [
+            int(np.count_nonzero(np.diff(area[start:] > 0))) for area, start in zip(areas, first, strict=True)
+        ],
+        "masklet_first_appeared_frame": [float(start) for start in first],
+        "masklet_frame_count": [len(segments)] * len(objects),
+        "masklet_num": len(objects),
+    }
+    write_json({**record, **(about or {})}, path)
+
+
+def read_sav(path: str | Path, stride: int = SAV_STRIDE) -> tuple[VideoSegments, dict[str, Any]]:
+    """
+    Reads the masklets of a video of SA-V.
+
+    Args:
+        path (`str` or `Path`):
+            A JSON file such as `sav_000001_manual.json`.
+        stride (`int`, *optional*, defaults to `4`):
+            Frames of the video from one annotated frame to the next.
+
+    Returns:
+        `tuple`: [`VideoSegments`] with masks as COCO RLE, and the fields beside the masklets, for `write_sav`.
+
+    Raises:
+        ValueError: if the file has no masklets.
+    """
+    record = read_json(path, ("masklet", "masklet_id"))
+    objects = [int(obj) for obj in record["masklet_id"]]
+    frames = []
+    for number, masks in enumerate(record["masklet"]):
+        if len(masks) != len(objects):
+            raise ValueError(f"Expected {len(objects)} masks on annotated frame {number} of {path}, got {len(masks)}.")
+        frames.append(given_segments(number * stride, tuple(masks[0]["size"]), dict(zip(objects, masks, strict=True))))
+    return VideoSegments(frames), {key: value for key, value in record.items() if key not in ("masklet", "masklet_id")}
+
+
+def write_coco(videos: Videos, path: str | Path, categories: Mapping[int, str] | None = None) -> None:
+    """
+    Writes videos as images of a COCO detection file: an annotation for each object in sight, its mask as RLE.
+
+    Args:
+        videos (`Mapping[str, VideoSegments]`):
+            By name; frame 7 of "park" is the image `park/00007.jpg`.
+        path (`str` or `Path`):
+            The JSON file.
+        categories (`Mapping[int, str]`, *optional*, defaults to "object" for all):
+            What each object is.
+    """
+    numbers, described = _categories(categories)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for name, segments in videos.items():
+        for frame in segments:
+            height, width = frame.size
+            image = {"id": len(images) + 1, "file_name": f"{name}/{frame.frame:05}.jpg", "height": height}
+            images.append({**image, "width": width, "video": name, "frame": frame.frame})
+            for obj in frame.objects:
+                rle = rle_of(frame, obj)
+                if coco.area(rle):
+                    annotation = {"id": len(annotations) + 1, "image_id": len(images), "category_id": numbers(obj)}
+                    annotation |= {"segmentation": rle, "area": int(coco.area(rle)), "iscrowd": 0}
+                    annotation |= {"bbox": coco.toBbox(rle).tolist(), "object": obj, "score": frame.scores[obj]}
+                    annotations.append(annotation)
+    write_json({"images": images, "annotations": annotations, "categories": described}, path)
+
+
+def read_coco(path: str | Path) -> dict[str, VideoSegments]:
+    """
+    Reads a COCO file: what `write_coco` writes by video and object; of any other file each image is a video of one
+    frame, named by its file, with its annotations as objects from 1 on.
+
+    Raises:
+        ValueError: if the file has no images and annotations.
+    """
+    record = read_json(path, ("images", "annotations"))
+    by_image = _annotations_by(record, "image_id")
+    videos: dict[str, list] = {}
+    for image in record["images"]:
+        size = image["height"], image["width"]
+        masks, scores = {}, {}
+        for number, annotation in enumerate(by_image.get(image["id"], []), start=1):
+            obj = int(annotation.get("object", number))
+            masks[obj] = _as_rle(annotation["segmentation"], size)
+            scores[obj] = float(annotation.get("score", 1.0))
+        name = image.get("video", image["file_name"])
+        videos.setdefault(name, []).append(given_segments(image.get("frame", 0), size, masks, scores))
+    return {name: VideoSegments(frames) for name, frames in videos.items()}
+
+
+def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] | None = None) -> None:
+    """
+    Writes videos in the form of YouTube-VIS: an annotation for each object, with an RLE or null for each frame.
+
+    Args:
+        videos (`Mapping[str, VideoSegments]`):
+            By name; the files of "park" are `park/00000.jpg` and so on.
+        path (`str` or `Path`):
+            The JSON file.
+        categories (`Mapping[int, str]`, *optional*, defaults to "object" for all):
+            What each object is.
+    """
+    numbers, described = _categories(categories)
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for name, segments in videos.items():
+        height, width = next(iter(segments)).size
+        files = [f"{name}/{frame.frame:05}.jpg" for frame in segments]
+        video = {"id": len(records) + 1, "width": width, "height": height, "length": len(segments)}
+        records.append({**video, "file_names": files})
+        for obj in segments.objects:
+            shown = [frame.areas.get(obj, 0) > 0 for frame in segments]
+            masks = [rle_of(frame, obj) if seen else None for frame, seen in zip(segments, shown, strict=True)]
+            scores = [frame.scores[obj] for frame in segments if obj in frame.scores]
+            annotation = {"id": len(annotations) + 1, "video_id": len(records), "category_id": numbers(obj)}
+            annotation |= {"object": obj, "iscrowd": 0, "width": width, "height": height}
+            annotation |= {"score": float(np.mean(scores)), "segmentations": masks}
+            annotation |= {"bboxes": [None if rle is None else coco.toBbox(rle).tolist() for rle in masks]}
+            annotation |= {"areas": [None if rle is None else int(coco.area(rle)) for rle in masks]}
+            annotations.append(annotation)
+    write_json({"videos": records, "annotations": annotations, "categories": described}, path)
+
+
+def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
+    """
+    Reads a file of YouTube-VIS, by the folder that a video's files are in. Frames have the numbers of their files;
+    objects have their own numbers if the file tells them, else 1 and so on.
+
+    Raises:
+        ValueError: if the file has no videos and annotations.
+    """
+    record = read_json(path, ("videos", "annotations"))
+    by_video = _annotations_by(record, "video_id")
+    videos = {}
+    for video in record["videos"]:
+        size = video["height"], video["width"]
+        tracks = enumerate(by_video.get(video["id"], []), start=1)
+        objects = {int(track.get("object", number)): track for number, track in tracks}
+        frames = []
+        for place, file in enumerate(video["file_names"]):
+            masks = {o: track["segmentations"][place] for o, track in objects.items()}
+            masks = {o: _as_rle(mask, size) for o, mask in masks.items() if mask is not None}
+            scores = {o: float(track.get("score", 1.0)) for o, track in objects.items()}
+            frames.append(given_segments(int(Path(file).stem), size, masks, scores))
+        videos[Path(video["file_names"][0]).parent.name] = VideoSegments(frames)
+    return videos
+
+
+def _annotations_by(record: Mapping[str, Any], key: str) -> dict[Any, list[dict[str, Any]]]:
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for annotation in record["annotations"]:
+        found.setdefault(annotation[key], []).append(annotation)
+    return found
+
+
+def _categories(categories: Mapping[int, str] | None):
+    """Gives the number of an object's category, and all of them as COCO describes them."""
+    names = sorted({*(categories or {}).values()}) or ["object"]
+    if categories is not None and "object" not in names:
+        names.append("object")
+    described = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    return (lambda obj: names.index((categories or {}).get(obj, "object")) + 1), described
+
+
+def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Any segmentation of COCO (polygons, RLE with a list or with text) as RLE with text."""
+    if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], str):
+        return dict(segmentation)
+    if not isinstance(segmentation, Mapping):  # pycocotools trusts polygons with its memory
+        reach = 2 * max(size)
+        for polygon in segmentation:
+            points = np.asarray(polygon, dtype=float)
+            if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) <= reach).all():
+                raise ValueError(f"Expected polygons as [x, y, ...] of an image of {size}, got {polygon!r:.80}.")
+    rle = coco.frPyObjects(segmentation, *size)
+    rle = coco.merge(rle) if isinstance(rle, list) else rle
+    return {"size": list(size), "counts": rle["counts"].decode("ascii")}

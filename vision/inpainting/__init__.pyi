@@ -1,0 +1,5 @@
+from .inpainting import inpaint_video
+
+__all__ = [
+    "inpaint_video",
+]

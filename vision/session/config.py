@@ -1,0 +1,69 @@
+"""How a session remembers and what it shows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .memory import MEMORY_POLICIES, MemoryPolicy
+from .segments import OUTPUTS
+
+
+@dataclass
+class VideoSessionConfig:
+    """
+    How a session remembers and what it shows. At its defaults, masks equal those of the model's own loop.
+
+    Args:
+        output (`str`, *optional*, defaults to `"mask"`):
+            "mask" (boolean array), "logits", "rle" (COCO) or "polygon".
+        memory (`str` or `MemoryPolicy`, *optional*, defaults to `"exact"`):
+            Which tracked frames the model attends to: "exact" (its own rule), "motion_gated", "long_term_diverse", or
+            a function of a list of `Remembered` and a number of slots.
+        keep (`str`, *optional*, defaults to `"all"`):
+            "all" keeps what corrections of any frame need (about 0.8 MB an object and frame at 1024 pixels), "window"
+            only what the next frame needs. A stream keeps a window whatever is said.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether memories, masks and cached features wait on the CPU while the model is elsewhere.
+        feature_cache_bytes (`int`, *optional*, defaults to `2**28`):
+            How many bytes of vision features are kept for later passes (21 MB a frame at 1024 pixels).
+        feature_cache_dtype (`torch.dtype`, *optional*):
+            How they are stored; `torch.bfloat16` halves them and changes masks of later passes slightly.
+        non_overlap (`bool`, *optional*, defaults to `False`):
+            Whether each pixel belongs to one object only, the one with the highest logit.
+        max_hole_area (`float`, *optional*, defaults to `0`):
+            Holes up to this area are filled, in pixels of the model's mask (256 x 256 for a model of 1024 pixels).
+        max_sprinkle_area (`float`, *optional*, defaults to `0`):
+            Islands up to this area are removed, in the same pixels.
+        smoothing (`float`, *optional*, defaults to `0.0`):
+            Share, in 0..1, of the frame before in what is shown (not in what is remembered).
+        undo_levels (`int`, *optional*, defaults to `4`):
+            How many edits can be undone; each keeps the masks of its time.
+
+    Raises:
+        ValueError: if a value is none of these.
+    """
+
+    output: str = "mask"
+    memory: str | MemoryPolicy = "exact"
+    keep: str = "all"
+    offload: bool = False
+    feature_cache_bytes: int = 2**28
+    feature_cache_dtype: torch.dtype | None = None
+    non_overlap: bool = False
+    max_hole_area: float = 0
+    max_sprinkle_area: float = 0
+    smoothing: float = 0.0
+    undo_levels: int = 4
+
+    def __post_init__(self):
+        choices = {"output": OUTPUTS, "keep": ("all", "window")}
+        if not callable(self.memory):
+            choices["memory"] = tuple(MEMORY_POLICIES)
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"Expected {name} to be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"Expected smoothing in 0..1 (1 excluded), got {self.smoothing}.")
+        for name in ("feature_cache_bytes", "max_hole_area", "max_sprinkle_area", "undo_levels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Expected {name} of at least 0, got {getattr(self, name)}.")

@@ -1,0 +1,226 @@
+"""`pipeline("promptable-video-segmentation")`."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Pipeline
+
+from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
+from .config import VideoSessionConfig
+from .frames import is_image, open_video
+from .prompts import VideoPrompts
+from .segments import FrameSegments, VideoSegments, encode_mask
+from .session import VideoSession
+
+
+MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")
+_OPTIONS = {option.name for option in fields(VideoSessionConfig)}
+
+
+class Sam2VideoPipeline(Pipeline):
+    """
+    Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
+    of SAM 3: every object on its own, in a memory bounded to what the model attends to.
+
+    Any field of [`~hf_iclr.vision.session.config.VideoSessionConfig`] may be passed here or to a call.
+
+    Raises:
+        ValueError: if the model is no video segmenter, has no processor, or a call has no prompts.
+
+    Example:
+
+    ```python
+    >>> import hf_iclr
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("promptable-video-segmentation", model="facebook/sam2.1-hiera-tiny")
+    >>> prompts = {0: {1: {"points": [[210, 350]], "labels": [1]}, 2: {"box": [10, 10, 80, 90]}}}
+    >>> result = pipe("clip.mp4", prompts=prompts, direction="both", output="rle")
+    >>> result[12].masks[1], result[12].scores[1]
+    >>> for frame in pipe.stream(camera, prompts=prompts):  # any iterator, constant memory
+    ...     frame.masks[1]
+    >>> pipe(image, prompts="auto")  # everything in an image
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, model, *args, **kwargs):
+        if model.config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"Expected a model of type {', '.join(MODEL_TYPES)}, got {model.config.model_type} "
+                f"({type(model).__name__})."
+            )
+        if kwargs.get("processor") is None:
+            raise ValueError("Expected a processor beside the model: processor=AutoProcessor.from_pretrained(...).")
+        super().__init__(model, *args, **kwargs)
+
+    def __call__(self, video: Any, prompts: Any = None, **kwargs: Any) -> VideoSegments | list[VideoSegments]:
+        """
+        Segments one video or image, or a list of them.
+
+        Args:
+            video (`Any`):
+                A video or an image in any form that `open_video` takes. A list of images is one video; any other list
+                is a list of videos.
+            prompts (`VideoPrompts`, `Mapping`, `str` or `list`):
+                By frame and object, or by object for frame 0; "auto" segments everything. With a list of videos, a
+                list of as many, or one for all.
+            direction (`str`, *optional*, defaults to `"forward"`):
+                "forward", "backward" or "both", see [`VideoSession.iterate`].
+            automatic (`AutomaticMaskConfig` or `Mapping`, *optional*):
+                How "auto" finds objects.
+            kwargs:
+                Fields of `VideoSessionConfig`, such as `output="rle"`.
+
+        Returns:
+            [`VideoSegments`], or a list of them.
+        """
+        if isinstance(video, list) and video and not is_image(video[0]):
+            several = prompts if isinstance(prompts, list) else [prompts] * len(video)
+            if len(several) != len(video):
+                raise ValueError(f"Expected prompts for each of {len(video)} videos, got {len(several)}.")
+            pairs = zip(video, several, strict=True)
+            return [super(Sam2VideoPipeline, self).__call__({"video": v, "prompts": p}, **kwargs) for v, p in pairs]
+        if isinstance(prompts, list):
+            raise ValueError("Expected prompts of one video, got a list. Pass a list of videos with it.")  # noqa: TRY004
+        return super().__call__({"video": video, "prompts": prompts}, **kwargs)
+
+    def stream(self, frames: Iterable, prompts: Any = None, **kwargs: Any) -> Iterator[FrameSegments]:
+        """
+        Segments frames as they come and keeps only what the next frame needs.
+
+        Args:
+            frames (`Iterable`):
+                Frames in any form that `open_video` takes; an iterator is read lazily.
+            prompts (`VideoPrompts`, `Mapping` or `str`):
+                By frame and object, used when the frame comes; "auto" segments everything.
+            automatic (`AutomaticMaskConfig` or `Mapping`, *optional*):
+                How "auto" finds objects.
+            kwargs:
+                Fields of `VideoSessionConfig`.
+
+        Returns:
+            An iterator of [`FrameSegments`].
+        """
+        params = self._sanitize_parameters(**kwargs)
+        inputs = {"video": iter(open_video(frames)), "prompts": prompts}
+        ready = self.preprocess(inputs, **{**self._preprocess_params, **params[0]})
+        return self._frames(**ready, **{**self._forward_params, **params[1]})
+
+    def session(self, video: Any, **options: Any) -> VideoSession:
+        """
+        Opens a video for prompts and corrections.
+
+        Args:
+            video (`Any`): Anything `open_video` takes.
+            options: Fields of `VideoSessionConfig`.
+        """
+        options = {**self._preprocess_params.get("options", {}), **options}
+        return VideoSession(self.model, self.processor, video, VideoSessionConfig(**options))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves model and processor; `pipeline(task, model=save_directory)` loads both."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+    def _sanitize_parameters(self, direction: str | None = None, automatic: Any = None, **options: Any):
+        unknown = set(options) - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"Unknown options {', '.join(sorted(unknown))}. There are direction, automatic, "
+                f"{', '.join(sorted(_OPTIONS))}."
+            )
+        preprocess: dict[str, Any] = {"options": options} if options else {}
+        if automatic is not None:
+            preprocess["automatic"] = automatic
+        return preprocess, {} if direction is None else {"direction": direction}, {}
+
+    def preprocess(
+        self, inputs: dict[str, Any], options: Mapping | None = None, automatic: Any = None
+    ) -> dict[str, Any]:
+        prompts = inputs["prompts"]
+        if automatic is not None and prompts != "auto":
+            raise ValueError('`automatic` says how prompts="auto" finds objects. Pass prompts="auto" with it.')
+        finder = None
+        if isinstance(prompts, str):
+            if prompts != "auto":
+                raise ValueError(f'Expected prompts by frame and object, or "auto", got {prompts!r}.')
+            given = isinstance(automatic, AutomaticMaskConfig)
+            finder = automatic if given else AutomaticMaskConfig(**(automatic or {}))
+            prompts = {}
+        checked = prompts if isinstance(prompts, VideoPrompts) else VideoPrompts(prompts)
+        if not checked and finder is None:
+            raise ValueError(
+                'Nothing says what to segment. Pass prompts={0: {1: {"points": [[x, y]]}}} or prompts="auto".'
+            )
+        # One way over the video needs neither old features nor old states.
+        once: dict[str, Any] = {"keep": "window", "feature_cache_bytes": 0, "undo_levels": 0}
+        once |= {**self._preprocess_params.get("options", {}), **(options or {})}
+        session = self.session(inputs["video"], **once)
+        if not session.streaming:
+            checked.check(session.size, session.num_frames)
+        return {"session": session, "prompts": checked, "finder": finder}
+
+    def _forward(self, model_inputs: dict[str, Any], direction: str = "forward") -> dict[str, Any]:
+        session, finder = model_inputs["session"], model_inputs["finder"]
+        if finder is not None and session.num_frames == 1:
+            return {"segments": VideoSegments([self._everything(session, finder)])}
+        frames = list(self._frames(**model_inputs, direction=direction))
+        return {"segments": VideoSegments(frames, session.frames.damage)}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> VideoSegments:
+        return model_outputs["segments"]
+
+    def _frames(
+        self, session: VideoSession, prompts: VideoPrompts, finder: AutomaticMaskConfig | None, direction="forward"
+    ) -> Iterator[FrameSegments]:
+        for frame, objects in prompts.items():
+            for obj, prompt in objects.items():
+                session.add(frame, obj, **vars(prompt))
+        if finder is not None and not session.streaming:
+            self._add_found(session, finder.frame, finder)
+            if not session.objects:
+                raise ValueError(
+                    f"Nothing was found on frame {finder.frame}. Lower pred_iou_thresh, or prompt by hand."
+                )
+        searched = -1 if finder is None or session.streaming else finder.frame
+        for segments in session.iterate(direction):
+            since = -1 if finder is None else segments.frame - finder.frame
+            if finder is not None and segments.frame > searched and since >= 0:
+                if since == 0 or finder.every and since % finder.every == 0:
+                    self._add_found(session, segments.frame, finder)
+                    segments = session.segments(segments.frame)
+                searched = segments.frame
+            yield segments
+
+    def _add_found(self, session: VideoSession, frame: int, finder: AutomaticMaskConfig) -> None:
+        """Adds the objects found on a frame that are not tracked yet, numbered on."""
+        found = generate_masks(self.model, self.processor, session.frames[frame], finder)
+        segments = session.segments(frame)
+        tracked = [segments.binary(obj) for obj in segments.objects]
+        fresh = new_objects(found, tracked, finder.max_overlap)
+        for obj, record in enumerate(fresh, start=max(session.objects, default=0) + 1):
+            session.add(frame, obj, mask=record["segmentation"])
+
+    def _everything(self, session: VideoSession, finder: AutomaticMaskConfig) -> FrameSegments:
+        """The masks found in an image as they are, rather than as prompts."""
+        found = generate_masks(self.model, self.processor, session.frames[0], finder)
+        records = dict(enumerate(found, start=1))
+        return FrameSegments(
+            0,
+            session.size,
+            {
+                obj: encode_mask(np.where(record["segmentation"], 10.0, -10.0), session.config.output)
+                for obj, record in records.items()
+            },
+            {obj: record["predicted_iou"] for obj, record in records.items()},
+            {obj: record["object_score"] for obj, record in records.items()},
+        )

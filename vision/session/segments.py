@@ -1,0 +1,232 @@
+"""What is shown: the masks of all objects on a frame, and of a video."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from contourpy import contour_generator
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco
+
+from .prompts import decode_rle, encode_rle
+
+
+OUTPUTS = ("mask", "logits", "rle", "polygon")
+
+
+def encode_mask(logits: np.ndarray, output: str) -> Any:
+    """
+    Mask logits in the form a user asked for.
+
+    Args:
+        logits (`np.ndarray` of shape `(height, width)`): Positive on the object.
+        output (`str`): "mask" (boolean array), "logits", "rle" (COCO) or "polygon" (list of `(n, 2)` arrays of x, y).
+    """
+    if output == "logits":
+        return logits
+    mask = logits > 0
+    if output == "rle":
+        return encode_rle(mask)
+    return to_polygons(mask) if output == "polygon" else mask
+
+
+def to_polygons(mask: np.ndarray) -> list[np.ndarray]:
+    """
+    The outlines of a boolean mask, each an array `(n, 2)` of x, y, halfway between the pixels in it and those beside
+    it; whole numbers are middles of pixels. Outlines of holes come too: what two outlines hold is not in the mask.
+    """
+    padded = np.pad(mask.astype(float), 1)
+    lines: Any = contour_generator(z=padded).lines(0.5)
+    return [line[:-1] - 1 for line in lines]
+
+
+def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """
+    The boolean mask of any form of `encode_mask`.
+
+    Args:
+        mask (`np.ndarray`, `dict` or `list`): Mask or logits, COCO RLE, polygons.
+        size (`tuple[int, int]`): Height and width.
+    """
+    if isinstance(mask, Mapping):
+        return decode_rle(mask)
+    if isinstance(mask, np.ndarray):
+        return mask if mask.dtype == bool else mask > 0
+    filled = np.zeros(size, dtype=bool)
+    for polygon in mask:
+        # Twice as large, outlines run through whole pixels of their own, and every second one is the mask's.
+        canvas = Image.new("1", (2 * size[1], 2 * size[0]))
+        ImageDraw.Draw(canvas).polygon([(2 * x, 2 * y) for x, y in polygon.tolist()], fill=1)
+        filled ^= np.asarray(canvas)[::2, ::2]
+    return filled
+
+
+@dataclass
+class FrameSegments:
+    """
+    All objects on one frame. Every mapping is by object number.
+
+    Args:
+        frame (`int`):
+            Number of the frame, from 0.
+        size (`tuple[int, int]`):
+            Height and width of the frame in pixels.
+        masks (`dict[int, Any]`):
+            In the form asked for: boolean array or logits of shape `(height, width)`, COCO RLE, or polygons.
+        scores (`dict[int, float]`):
+            The IoU with the true mask that the model expects, in 0..1; 1 for a mask that was given.
+        object_scores (`dict[int, float]`):
+            Logit that the object is visible.
+        prompted (`frozenset[int]`, *optional*):
+            Objects with a prompt or a correction on this frame.
+        corrected (`frozenset[int]`, *optional*):
+            Objects with a correction on this frame.
+    """
+
+    frame: int
+    size: tuple[int, int]
+    masks: dict[int, Any] = field(repr=False)
+    scores: dict[int, float]
+    object_scores: dict[int, float]
+    prompted: frozenset[int] = frozenset()
+    corrected: frozenset[int] = frozenset()
+
+    @property
+    def objects(self) -> list[int]:
+        """Numbers of the objects."""
+        return list(self.masks)
+
+    @property
+    def visible(self) -> dict[int, bool]:
+        """Whether each object is in sight, as the model judges it."""
+        return {obj: score > 0 for obj, score in self.object_scores.items()}
+
+    def binary(self, obj: int) -> np.ndarray:
+        """The boolean mask of an object, whatever form `masks` has."""
+        return decode_mask(self.masks[obj], self.size)
+
+    @cached_property
+    def areas(self) -> dict[int, int]:
+        """Pixels of each mask."""
+        return {
+            obj: int(coco.area(mask)) if isinstance(mask, Mapping) else int(self.binary(obj).sum())
+            for obj, mask in self.masks.items()
+        }
+
+    @cached_property
+    def boxes(self) -> dict[int, list[float]]:
+        """`[x0, y0, x1, y1]` around each mask, the last pixel within; zeros for an empty one."""
+        return {
+            obj: _xyxy(coco.toBbox(mask)) if isinstance(mask, Mapping) else box_around(self.binary(obj))
+            for obj, mask in self.masks.items()
+        }
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One record an object, as pipelines return them."""
+        return [
+            {
+                "frame": self.frame,
+                "object": obj,
+                "mask": mask,
+                "box": self.boxes[obj],
+                "area": self.areas[obj],
+                "score": self.scores[obj],
+                "object_score": self.object_scores[obj],
+                "visible": self.visible[obj],
+                "prompted": obj in self.prompted,
+                "corrected": obj in self.corrected,
+            }
+            for obj, mask in self.masks.items()
+        ]
+
+
+def box_around(mask: np.ndarray) -> list[float]:
+    """`[x0, y0, x1, y1]` around a boolean mask, zeros if it is empty."""
+    xs, ys = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return [float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)] if len(xs) else [0.0] * 4
+
+
+def _xyxy(box: np.ndarray) -> list[float]:
+    x, y, width, height = box.tolist()
+    return [x, y, x + width, y + height]
+
+
+class VideoSegments:
+    """
+    The [`FrameSegments`] of a video in the order of its frames; a frame given twice is kept as given last.
+
+    Args:
+        frames (`Iterable[FrameSegments]`):
+            In any order.
+        damage (`str`, *optional*):
+            What was wrong with the file, if it could not be read to its end.
+
+    Example:
+
+    ```python
+    >>> for frame in result:
+    ...     frame.frame, frame.masks[1], frame.boxes[1]
+    >>> result[12].scores[1]  # by number of the frame
+    >>> result.tracks()[1]["visible"]  # [(0, 17), (25, 79)]
+    ```
+    """
+
+    def __init__(self, frames: Iterable[FrameSegments], damage: str | None = None):
+        self._frames: dict[int, FrameSegments] = dict(sorted({frame.frame: frame for frame in frames}.items()))
+        self.damage = damage
+
+    def __iter__(self) -> Iterator[FrameSegments]:
+        return iter(self._frames.values())
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, frame: int) -> FrameSegments:
+        if frame not in self._frames:
+            raise KeyError(f"There are no masks of frame {frame!r}; there are of frames {list(self._frames)}.")
+        return self._frames[frame]
+
+    def __repr__(self) -> str:
+        return f"VideoSegments({len(self)} frames, objects {self.objects})"
+
+    @property
+    def frames(self) -> list[int]:
+        """Numbers of the frames, sorted."""
+        return list(self._frames)
+
+    @property
+    def objects(self) -> list[int]:
+        """Numbers of all objects, sorted."""
+        return sorted({obj for frame in self for obj in frame.objects})
+
+    def tracks(self) -> dict[int, dict[str, Any]]:
+        """
+        Every object through time: `masks`, `boxes`, `areas`, `scores` and `object_scores` by frame, and `visible`, the
+        spans (first frame, last frame) in which it is in sight.
+        """
+        tracks: dict[int, dict[str, Any]] = {}
+        for obj in self.objects:
+            frames = [frame for frame in self if obj in frame.masks]
+            track: dict[str, Any] = {
+                name: {frame.frame: getattr(frame, name)[obj] for frame in frames}
+                for name in ("masks", "boxes", "areas", "scores", "object_scores")
+            }
+            track["visible"] = _spans([frame.frame for frame in frames if frame.visible[obj]])
+            tracks[obj] = track
+        return tracks
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One record an object and frame."""
+        return [record for frame in self for record in frame.to_dicts()]
+
+
+def _spans(frames: list[int]) -> list[tuple[int, int]]:
+    spans: list[tuple[int, int]] = []
+    for frame in frames:
+        if spans and frame == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], frame)
+        else:
+            spans.append((frame, frame))
+    return spans

@@ -1,0 +1,413 @@
+"""A video that is being segmented: prompts, corrections that hold, and passes over its frames."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import VideoSessionConfig
+from .frames import EndOfVideo, StreamedFrames, open_video
+from .mask_postprocessing import clean_logits, smooth_logits
+from .memory import MEMORY_POLICIES, FeatureCache, ObjectMemory
+from .prompts import ObjectPrompt, VideoPrompts
+from .segments import FrameSegments, VideoSegments, encode_mask
+from .session_file import read_session, restore_session, write_session
+
+
+DIRECTIONS = ("forward", "backward", "both")
+_FRAMES_AHEAD = 4  # frames preprocessed at once, which costs a third of one by one
+
+
+class VideoSession:
+    """
+    Tracks objects through a video, each on its own: an object's masks do not depend on the others.
+
+    A frame with a prompt or a correction is a conditioning frame: passes attend to it and never overwrite it. A pass
+    forwards shows an object from its first prompted frame on; one backwards, up to its last prompted frame.
+
+    Args:
+        model (`Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`):
+            Put in evaluation mode.
+        processor (`Sam2VideoProcessor` or `Sam3TrackerVideoProcessor`):
+            Of the same checkpoint.
+        video (`Any`):
+            Anything `open_video` takes.
+        config (`VideoSessionConfig`, *optional*):
+            How to remember and what to show.
+
+    Raises:
+        ValueError: from any method, for frames, objects, prompts or places that are not there. The session stays as
+            it was before the call.
+
+    Example:
+
+    ```python
+    >>> session = pipe.session("clip.mp4")
+    >>> preview = session.add(frame=0, obj=1, points=[[30, 60]])
+    >>> masks = session.propagate()
+    >>> session.correct(frame=12, obj=1, points=[[90, 40]], labels=[0])
+    >>> masks = session.propagate("both")
+    ```
+    """
+
+    def __init__(self, model, processor, video: Any, config: VideoSessionConfig | None = None):
+        self.model = model.eval()
+        self.processor = processor
+        self.frames = open_video(video)
+        self.config = config or VideoSessionConfig()
+        self.streaming = isinstance(self.frames, StreamedFrames)
+        self.policy = self.config.memory if callable(self.config.memory) else MEMORY_POLICIES[self.config.memory]
+        self._state_device = torch.device("cpu") if self.config.offload else model.device
+        self.features = FeatureCache(
+            0 if self.streaming else self.config.feature_cache_bytes,
+            self.config.feature_cache_dtype,
+            self._state_device,
+        )
+        self._memories: dict[int, ObjectMemory] = {}
+        self._prompts: dict[int, dict[int, ObjectPrompt]] = {}
+        self._corrected: set[tuple[int, int]] = set()
+        self._queue: dict[int, dict[int, ObjectPrompt]] = {}  # prompts of a stream for frames to come
+        self._latest = -1  # the frame tracked last
+        self._step = 1  # 1 forward, -1 backward
+        self._ahead: dict[int, torch.Tensor] = {}  # preprocessed frames, the next ones of a pass
+        self._undo: deque[tuple] = deque(maxlen=self.config.undo_levels)
+
+    @property
+    def objects(self) -> list[int]:
+        """Numbers of all objects, in the order they were added."""
+        return list(self._memories)
+
+    @property
+    def prompts(self) -> VideoPrompts:
+        """All prompts that count, those that wait for a frame of a stream included."""
+        frames = {*self._prompts, *self._queue}
+        prompts = {frame: {**self._prompts.get(frame, {}), **self._queue.get(frame, {})} for frame in frames}
+        return VideoPrompts({frame: objects for frame, objects in prompts.items() if objects})
+
+    @property
+    def num_frames(self) -> int | None:
+        """Length of the video; `None` for a stream."""
+        return self.frames.num_frames
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames; the first one is read for it."""
+        if self.frames.size is None:
+            self.frames[0]
+        assert self.frames.size is not None
+        return self.frames.size
+
+    def add(self, frame: int, obj: int, points=None, labels=None, box=None, mask=None) -> FrameSegments | None:
+        """
+        Prompts an object, old or new, on a frame; an earlier prompt of the object on this frame is replaced.
+
+        Args:
+            frame (`int`): Number of the frame.
+            obj (`int`): Number of the object.
+            points (`list[list[float]]`, *optional*): Clicks as `[x, y]` in pixels of the frame.
+            labels (`list[int]`, *optional*, defaults to all 1): 1 on the object, 0 beside it.
+            box (`list[float]`, *optional*): `[x0, y0, x1, y1]`.
+            mask (`np.ndarray`, *optional*): Boolean mask of the frame's size, a `PIL.Image` or a COCO RLE.
+
+        Returns:
+            [`FrameSegments`] of the frame, or `None` if the frame of a stream is yet to come.
+        """
+        ((frame, prompts),) = VideoPrompts({frame: {obj: ObjectPrompt(points, labels, box, mask)}}).items()
+        ((obj, prompt),) = prompts.items()
+        if isinstance(self.frames, StreamedFrames) and frame > max(self.frames.position, 0):
+            self._queue.setdefault(frame, {})[obj] = prompt
+            return None
+        self._check(frame, prompt)
+        with self._edit():
+            self._run_prompt(frame, obj, prompt)
+            self._corrected.discard((frame, obj))
+        return self.segments(frame)
+
+    def correct(self, frame: int, obj: int, points, labels=None) -> FrameSegments:
+        """
+        Corrects an object's mask by clicks, which join the earlier ones on this frame. The mask as it was is fed to
+        the model with them, and the frame becomes a conditioning frame, as in the reference predictor with
+        `add_all_frames_to_correct_as_cond=True`.
+
+        Args:
+            frame (`int`): Number of a frame on which the object has a mask.
+            obj (`int`): Number of the object.
+            points (`list[list[float]]`): Clicks as `[x, y]` in pixels of the frame.
+            labels (`list[int]`, *optional*, defaults to all 1): 1 on the object, 0 beside it.
+
+        Returns:
+            [`FrameSegments`] of the frame.
+        """
+        memory = self._memory(obj)
+        prompt = ObjectPrompt(points, labels)
+        self._check(frame, prompt)
+        output = memory.output(frame)
+        if output is None or "pred_masks" not in output:
+            raise ValueError(f"Object {obj} has no mask on frame {frame} to correct. Call propagate() or add() first.")
+        if self._windowed and frame != self._latest and frame not in memory.conditioning:
+            raise ValueError(
+                f"What led to frame {frame} is forgotten; only frame {self._latest}, the latest, can be corrected. "
+                'Open the session with keep="all" to correct any frame.'
+            )
+        earlier = self._prompts.get(frame, {}).get(obj)
+        if earlier is not None:
+            prompt = ObjectPrompt(earlier.points + prompt.points, earlier.labels + prompt.labels, earlier.box)
+        with self._edit():
+            self._run_prompt(frame, obj, prompt, output["pred_masks"].to(self.model.device).clamp(-32, 32))
+            self._corrected.add((frame, obj))
+        return self.segments(frame)
+
+    def remove_object(self, obj: int) -> None:
+        """Forgets an object; the others keep their masks."""
+        self._memory(obj)
+        with self._edit():
+            self._remove(obj)
+
+    def clear(self, frame: int, obj: int) -> None:
+        """Takes back an object's prompts on a frame, which later passes track again; without any, the object goes."""
+        self._memory(obj)
+        if obj not in self._prompts.get(frame, {}):
+            raise ValueError(f"Object {obj} has no prompt on frame {frame}. Its prompts: {self._describe(obj)}.")
+        with self._edit():
+            del self._prompts[frame][obj]
+            self._corrected.discard((frame, obj))
+            self._memories[obj].demote(frame)
+            if not self._memories[obj].conditioning:
+                self._remove(obj)
+
+    def undo(self) -> None:
+        """Goes back to before the last add, correct, clear or remove_object, with the masks of that time."""
+        if not self._undo:
+            raise ValueError(f"There is nothing to undo; the last {self.config.undo_levels} edits can be undone.")
+        self._restore(self._undo.pop())
+
+    def propagate(self, direction: str = "forward", start: int | None = None, max_frames: int | None = None):
+        """[`VideoSegments`] of a whole pass; `iterate` gives the same frame by frame."""
+        frames = list(self.iterate(direction, start, max_frames))
+        return VideoSegments(frames, self.frames.damage)
+
+    def iterate(
+        self, direction: str = "forward", start: int | None = None, max_frames: int | None = None
+    ) -> Iterator[FrameSegments]:
+        """
+        Tracks all objects through the video. Prompts may be added and corrected while it runs.
+
+        Args:
+            direction (`str`, *optional*, defaults to `"forward"`):
+                "forward" from the first prompt to the end, "backward" from the last prompt to frame 0, or "both":
+                forward, then each object backward from its first prompt.
+            start (`int`, *optional*):
+                Another frame to start at.
+            max_frames (`int`, *optional*):
+                Frames of each pass at most.
+
+        Yields:
+            [`FrameSegments`] of each frame, all objects that have a mask there included.
+        """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"Expected direction to be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        if self.streaming and (direction != "forward" or start is not None):
+            raise ValueError("A stream goes forward from where it is. Pass `list(frames)` to move freely.")
+        if not self._memories and not self._queue and not self.streaming:
+            raise ValueError("There is nothing to track. Add a prompt first: add(frame=0, obj=1, points=[[x, y]]).")
+        if start is not None:
+            self._check(start)
+        return self._iterate(direction, start, max_frames)
+
+    def segments(self, frame: int, smoothed: dict[int, torch.Tensor] | None = None) -> FrameSegments:
+        """The masks known of a frame, without tracking."""
+        outputs = {obj: memory.output(frame) or {} for obj, memory in self._memories.items()}
+        outputs = {obj: output for obj, output in outputs.items() if "pred_masks" in output}
+        masks: dict[int, Any] = {}
+        if outputs:
+            logits = {obj: output["pred_masks"].to(self.model.device) for obj, output in outputs.items()}
+            if smoothed is not None and self.config.smoothing:
+                logits = {o: smooth_logits(x, smoothed.get(o), self.config.smoothing) for o, x in logits.items()}
+                smoothed.update(logits)
+            low = torch.cat(list(logits.values()))
+            low = clean_logits(low, self.config.max_hole_area, self.config.max_sprinkle_area)
+            high = self.processor.post_process_masks(
+                [low], [self.size], binarize=False, apply_non_overlapping_constraints=self.config.non_overlap
+            )[0]
+            arrays = high[:, 0].float().cpu().numpy()
+            masks = {obj: encode_mask(array, self.config.output) for obj, array in zip(outputs, arrays, strict=True)}
+        return FrameSegments(
+            frame,
+            self.size,
+            masks,
+            {obj: float(output["mask_score"]) for obj, output in outputs.items()},
+            {obj: float(output["object_score_logits"]) for obj, output in outputs.items()},
+            frozenset(obj for obj in self._prompts.get(frame, {}) if obj in outputs),
+            frozenset(obj for obj in outputs if (frame, obj) in self._corrected),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """
+        Writes prompts, masks and memories to a safetensors file. Frames are not written: a video that is no file must
+        be given again to `load`.
+        """
+        write_session(self, path)
+
+    @classmethod
+    def load(cls, pipe, path: str | Path, video: Any = None) -> "VideoSession":
+        """
+        Opens what `save` wrote.
+
+        Args:
+            pipe (`Sam2VideoPipeline`): With the model that the session was saved with.
+            path (`str` or `Path`): The safetensors file.
+            video (`Any`, *optional*): The video; needed if it was no file.
+        """
+        state, tensors = read_session(path)
+        return restore_session(cls, pipe, state, tensors, video)
+
+    @property
+    def _windowed(self) -> bool:
+        return self.streaming or self.config.keep == "window"
+
+    def _check(self, frame: int, prompt: ObjectPrompt | None = None) -> None:
+        last = self.frames.position if isinstance(self.frames, StreamedFrames) else (self.num_frames or 0) - 1
+        if not (isinstance(frame, (int, np.integer)) and 0 <= frame <= max(last, 0)):
+            raise ValueError(f"Expected a frame in 0..{last}, got {frame!r}.")
+        if prompt is not None:
+            prompt.check(self.size)
+
+    def _memory(self, obj: int) -> ObjectMemory:
+        if obj not in self._memories:
+            raise ValueError(f"There is no object {obj!r}; there are {self.objects or 'none yet'}.")
+        return self._memories[obj]
+
+    def _describe(self, obj: int) -> str:
+        return ", ".join(f"frame {frame}" for frame, prompts in self._prompts.items() if obj in prompts) or "none"
+
+    def _new_memory(self, obj: int) -> ObjectMemory:
+        config, size = self.model.config, self.size
+        return ObjectMemory(
+            obj,
+            self._pixel_values,
+            self.num_frames,
+            self.features,
+            (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
+            self.policy,
+            video_height=size[0],
+            video_width=size[1],
+            inference_device=self.model.device,
+            inference_state_device=self._state_device,
+            dtype=self.model.dtype,
+        )
+
+    def _pixel_values(self, frame: int) -> torch.Tensor:
+        kwargs = {"return_tensors": "pt", "device": self.model.device}
+        if self.streaming:  # the processor's own way with a stream and with a video
+            return self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
+        if frame not in self._ahead:
+            pixels = [self.frames[frame]]
+            for number in range(1, _FRAMES_AHEAD):
+                try:
+                    pixels.append(self.frames[frame + number * self._step])
+                except (ValueError, TypeError):
+                    break  # told when its turn comes
+            values = self.processor.video_processor(np.stack(pixels), **kwargs)["pixel_values_videos"][0]
+            self._ahead = {frame + number * self._step: value for number, value in enumerate(values)}
+        return self._ahead[frame]
+
+    def _run_prompt(self, frame: int, obj: int, prompt: ObjectPrompt, logits: torch.Tensor | None = None) -> None:
+        memory = self._memories.setdefault(obj, self._new_memory(obj))
+        self.processor.add_inputs_to_inference_session(
+            memory,
+            frame,
+            [obj],
+            input_points=[[[list(point) for point in prompt.points]]] if prompt.points else None,
+            input_labels=[[list(prompt.labels)]] if prompt.points else None,
+            input_boxes=None if prompt.box is None else [[list(prompt.box)]],
+            input_masks=None if prompt.mask is None else [prompt.mask],
+        )
+        tracked = memory.frames_tracked_per_obj[0].get(frame, {"reverse": False})
+        memory.run(self.model, frame, tracked["reverse"], logits)
+        self._prompts.setdefault(frame, {})[obj] = prompt
+
+    def _remove(self, obj: int) -> None:
+        del self._memories[obj]
+        self._prompts = {f: {o: p for o, p in prompts.items() if o != obj} for f, prompts in self._prompts.items()}
+        self._corrected = {(frame, o) for frame, o in self._corrected if o != obj}
+
+    @contextmanager
+    def _edit(self):
+        """Keeps what was for `undo`, and returns to it if the edit fails."""
+        before = (
+            {frame: dict(prompts) for frame, prompts in self._prompts.items()},
+            set(self._corrected),
+            {obj: (memory, memory.snapshot()) for obj, memory in self._memories.items()},
+        )
+        try:
+            yield
+        except BaseException:
+            self._restore(before)
+            raise
+        self._undo.append(before)
+
+    def _restore(self, state: tuple) -> None:
+        self._prompts, self._corrected, memories = state
+        self._memories = {}
+        for obj, (memory, snapshot) in memories.items():
+            memory.restore(snapshot)
+            self._memories[obj] = memory
+
+    def _iterate(self, direction: str, start: int | None, max_frames: int | None) -> Iterator[FrameSegments]:
+        both = direction == "both"
+        if direction != "backward":
+            begin = start
+            if begin is None:
+                begin = self._latest + 1 if self.streaming else min(self._first().values())
+            yield from self._pass(begin, False, max_frames, both)
+        if direction != "forward":
+            if both:
+                origins = {obj: frame - 1 for obj, frame in self._first().items()}
+            else:
+                origins = {obj: max(memory.conditioning) for obj, memory in self._memories.items()}
+            begin = start if start is not None and not both else max(origins.values())
+            yield from self._pass(begin, True, max_frames, both, origins)
+
+    def _first(self) -> dict[int, int]:
+        return {obj: min(memory.conditioning) for obj, memory in self._memories.items()}
+
+    def _pass(
+        self, begin: int, reverse: bool, max_frames: int | None, both: bool, origins: dict[int, int] | None = None
+    ) -> Iterator[FrameSegments]:
+        """One way over the video; an object joins at its origin, or at its first prompt if there are no origins."""
+        smoothed: dict[int, torch.Tensor] = {}
+        frame = begin
+        self._step = -1 if reverse else 1
+        while frame >= 0 and (max_frames is None or abs(frame - begin) < max_frames):
+            if self.num_frames is not None and frame >= self.num_frames:
+                return
+            try:
+                if self.streaming:
+                    self._take_queued(frame)
+                for obj, memory in self._memories.items():
+                    if min(memory.conditioning) <= frame if origins is None else frame <= origins.get(obj, -1):
+                        if frame not in memory.conditioning:
+                            memory.run(self.model, frame, reverse)
+                        memory.frames_tracked_per_obj[0][frame] = {"reverse": reverse}
+            except EndOfVideo:
+                return
+            self._latest = frame
+            segments = self.segments(frame, smoothed)
+            if self._windowed:
+                for memory in self._memories.values():
+                    # The way back starts at the first prompt and shows masks of the way there again.
+                    ahead = [(min(memory.conditioning) - 1, True)] if both else []
+                    memory.forget(frame, reverse, ahead, keep_masks=both)
+            yield segments
+            frame += -1 if reverse else 1
+
+    def _take_queued(self, frame: int) -> None:
+        self.frames[frame]  # the stream ends here, or the frame is bad
+        for obj, prompt in self._queue.pop(frame, {}).items():
+            self._check(frame, prompt)
+            with self._edit():
+                self._run_prompt(frame, obj, prompt)
