@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.saving import in_own_memory
 
-from ..closed_form import (
+from .closed_form import (
     EditedKeys,
     cholesky_of_moment,
     covariance_factor,
@@ -19,11 +19,10 @@ from ..closed_form import (
     prune_singular_values,
 )
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
-from .edited_weight import EditedWeight
 from .journal import EditBatch
+from .projections import DownProjection, EditedWeight, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
+from .requests import EditRequest
 from .statistics import KeyStatistics, right_padded
 
 

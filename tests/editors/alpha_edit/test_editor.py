@@ -8,11 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
-from hf_iclr.editors.alpha_edit.down_projections import find_down_projections
-from hf_iclr.editors.alpha_edit.editor import AlphaEditor
-from hf_iclr.editors.alpha_edit.request import EditRequest
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
+from hf_iclr.editors.alpha_edit import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
+from hf_iclr.editors.alpha_edit.projections import find_down_projections
 from tests.editors.tiny import CONTEXTS, ENDING, REQUESTS, quick_config, text_rows, tiny_model, tiny_statistics
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_iclr.editors.closed_form import (
+from hf_iclr.editors.alpha_edit.closed_form import (
     EditedKeys,
     cholesky_of_moment,
     covariance_factor,
