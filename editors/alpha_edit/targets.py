@@ -16,9 +16,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.cache_argument import cache_inputs
 
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
+from .projections import DownProjection, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
+from .requests import EditRequest
 
 
 @dataclass
