@@ -329,6 +329,9 @@ def test_what_does_not_fit_together_is_refused_before_any_work(word_tokenizer):
     )
     with pytest.raises(ValueError, match="finite statistics, got NaN or infinity in layer 1"):
         AlphaEditor(model, word_tokenizer, quick_config(), broken)
+    empty = KeyStatistics(**{**vars(statistics), "sums": {1: 0 * statistics.sums[1], 2: statistics.sums[2]}})
+    with pytest.raises(ValueError, match="full rank .* from more tokens"):
+        AlphaEditor(model, word_tokenizer, quick_config(solver="memit"), empty).edit(REQUESTS[:1], progress=False)
 
 
 @pytest.mark.parametrize(
