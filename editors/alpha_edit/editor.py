@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision, in_own_memory, push_saved, write_safetensors
 from hf_iclr.untrusted import as_written_by, check_links, read_safetensors
 
@@ -26,7 +27,7 @@ from .report import EditReport
 from .request import EditRequest
 from .scoring import score_edits
 from .solver import EditSolver
-from .statistics import KeyStatistics, hash_weights
+from .statistics import KeyStatistics
 from .targets import find_target_states
 
 

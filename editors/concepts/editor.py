@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from huggingface_hub import CommitInfo, snapshot_download
 
+from hf_iclr.models import hash_weights
 from hf_iclr.saving import in_own_memory, push_saved, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
-from ..alpha_edit.statistics import check_null_space_rule, hash_weights
+from ..alpha_edit.statistics import check_null_space_rule
 from ..closed_form import null_space_factor, project_out
 from .card import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions

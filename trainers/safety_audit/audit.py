@@ -20,10 +20,10 @@ from hf_iclr.models import (
     check_decoder,
     check_prompts,
     end_tokens,
-    generate_answers,
     to_answer_ids,
     to_prompt_ids,
 )
+from hf_iclr.prefill import generate_answers
 
 from .attacks import (
     DECODING_GRID,
