@@ -30,7 +30,7 @@ ALSO_IN = {"load_metric": "vision"}  # evaluate is in both
 BEHIND_A_QUESTION = {
     "cli": r"hf_iclr\.(cli|tour)(\..*)?|hf_iclr\.doctor\.tables",
     "metrics": r"hf_iclr\.editors\.alpha_edit\.evaluate_modules",
-    "vision": r"hf_iclr\.vision\..*",
+    "vision": r"hf_iclr\.vision\..*|hf_iclr\.tour\.(sam2|demo\.segmenter)|hf_iclr\.cli\.(segment|train)_command",
 }
 
 

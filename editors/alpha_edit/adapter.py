@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from hf_iclr.saving import write_safetensors
 
-from ..closed_form import low_rank_factors
-from .down_projections import DownProjection
+from .closed_form import low_rank_factors
+from .projections import DownProjection
 
 
 Updates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> residuals (o, r) and factor (r, d)

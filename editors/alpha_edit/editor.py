@@ -20,11 +20,10 @@ from hf_iclr.untrusted import as_written_by, check_links, read_safetensors
 from .adapter import Updates, add_adapters, concatenate_updates, save_adapter
 from .card import edit_card
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, choose_layers, find_down_projections
-from .journal import LEDGER_NAME, EditBatch, append_event, batches_of, read_events
+from .journal import LEDGER_NAME, EditBatch, EditReport, append_event, batches_of, read_events
+from .projections import DownProjection, choose_layers, find_down_projections
 from .prompts import reasons_against, sample_contexts
-from .report import EditReport
-from .request import EditRequest
+from .requests import EditRequest
 from .scoring import score_edits
 from .solver import EditSolver
 from .statistics import KeyStatistics

@@ -11,7 +11,7 @@ from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
 from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows, split_answer
 
 from .metrics import edit_success, fluency
-from .request import EditRequest
+from .requests import EditRequest
 
 
 def evaluate_edits(

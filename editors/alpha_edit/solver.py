@@ -10,21 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.models import pad_rows
 from hf_iclr.saving import in_own_memory
 
-from ..closed_form import (
-    EditedKeys,
-    cholesky_of_moment,
-    covariance_factor,
-    keep_relative_changes,
-    low_rank_factors,
-    project_out,
-    prune_singular_values,
-)
+from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out, prune_singular_values
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
-from .edited_weight import EditedWeight
 from .journal import EditBatch
+from .projections import DownProjection, EditedWeight, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
+from .requests import EditRequest
 from .statistics import KeyStatistics
 
 
@@ -64,7 +55,6 @@ class EditSolver:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.projections, self.preserved, self.statistics = projections, preserved, statistics
         self._weights = {p.index: EditedWeight(p) for p in projections}
-        self._cholesky: dict[int, torch.Tensor] = {}
         self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
 
     def write(self, batches: Sequence[EditBatch]) -> None:
@@ -132,19 +122,10 @@ class EditSolver:
         return batch
 
     def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
-        config = self.config
-        if config.solver in ("alphaedit", "ridge"):
-            batches, edited = self._edited_keys(layer, keys, before)
-            factor = edited.add(keys)
-            batches.append(batch)
-        else:
-            assert self.statistics is not None
-            if layer not in self._cholesky:
-                moment = self.statistics.second_moment(layer)
-                self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
-            seen = [other.keys[layer].double() for other in before if config.solver == "memit_seq"]
-            factor = covariance_factor(keys, torch.cat([keys[:, :0], *seen], 1), self._cholesky[layer])
-        if config.project and config.solver != "alphaedit":
+        batches, edited = self._edited_keys(layer, keys, [] if self.config.solver == "memit" else before)
+        factor = edited.add(keys)
+        batches.append(batch)
+        if self.config.project and self.config.solver != "alphaedit":
             factor = project_out(factor.T, self.preserved[layer]).T
         return factor
 
@@ -153,8 +134,21 @@ class EditSolver:
     ) -> tuple[list[EditBatch], EditedKeys]:
         """Those of the batches before, and these batches: what the last solve has in common with them stays."""
         if layer not in self._edited:
-            inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
-            self._edited[layer] = [], EditedKeys(inside, self.config.l2)
+            if self.config.solver.startswith("memit"):
+                assert self.statistics is not None
+                moment = self.config.moment_weight * self.statistics.second_moment(layer)
+                cholesky, info = torch.linalg.cholesky_ex(moment)
+                if info.any():
+                    raise ValueError(
+                        "Expected a second moment of full rank for the solvers memit and memit_seq, got a singular "
+                        f"one of {len(moment)} x {len(moment)}. Collect statistics from more tokens: "
+                        "`KeyStatistics.from_dataset(..., max_tokens=...)`."
+                    )
+                edited = EditedKeys(keys[:, :0], 1.0, cholesky)
+            else:
+                inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
+                edited = EditedKeys(inside, self.config.l2)
+            self._edited[layer] = [], edited
         batches, edited = self._edited[layer]
         common = 0
         while common < min(len(batches), len(before)) and batches[common] is before[common]:

@@ -21,7 +21,7 @@ from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
 from hf_iclr.saving import cached_revision, push_saved, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
-from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
+from .projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.models import pad_around
 
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
+from .projections import DownProjection, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
+from .requests import EditRequest
 
 
 @dataclass

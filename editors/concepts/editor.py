@@ -15,8 +15,8 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import in_own_memory, push_saved, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
+from ..alpha_edit.closed_form import EditedKeys, project_out
 from ..alpha_edit.statistics import check_null_space_rule
-from ..closed_form import null_space_factor, project_out
 from .card import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 
@@ -162,7 +162,9 @@ class ConceptEditor:
             wanted = others[kind].flatten(0, 1).T
             # What replaces a concept keeps its own values, as earlier edits keep theirs.
             previous = torch.cat([wanted, *(earlier.keys[kind] for earlier in self._batches)], 1)
-            factor = null_space_factor(keys, previous, self._preserved[kind], self.settings["l2"])
+            edited = EditedKeys(self._preserved[kind], self.settings["l2"])
+            edited.add(previous)
+            factor = edited.add(keys)
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..batched_cascade import padding_token
 from ..cascade_generation import CASCADE_DEFAULTS, SpeculativeCascadeGenerationMixin
 from ..configuration_speculative_cascade import SpeculativeCascadeConfig
 from ..deferral_rules import DEFERRAL_RULES
-from ..special_tokens import padding_token
 from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
 from .texts import Text, left_padded, split_texts
 

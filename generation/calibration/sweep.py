@@ -1,4 +1,4 @@
-"""Quality against cost for many rules and alphas, and for the methods a speculative cascade has to beat."""
+"""Quality against cost for many rules and alphas, beside either model alone and speculative decoding."""
 
 import json
 import logging
@@ -16,11 +16,9 @@ from tqdm.auto import tqdm
 
 from hf_iclr.extras import new_figure, require, save_figure
 
+from ..batched_cascade import padding_token
 from ..cascade_statistics import CascadeStatistics
 from ..deferral_rules import check_rule
-from ..modeling_speculative_cascade import SpeculativeCascadeForCausalLM
-from ..special_tokens import padding_token
-from .baselines import bild_generate, sequence_cascade_generate, token_cascade_generate
 from .calibrate import large_alone, small_model
 from .teacher_forcing import prepare_config
 from .texts import chat_ids, left_padded
@@ -150,8 +148,7 @@ def sweep_cascade(
     Generate from the same prompts with each rule and alpha, and with the baselines, and tabulate quality and cost.
 
     Prompts are run one at a time, so that wall times compare. The baselines are the large and the small model alone,
-    speculative decoding (exact, lossy, and an ensemble target), the sequential cascades by token and by answer, and,
-    in greedy decoding, BiLD; see cascade_baselines.py.
+    and speculative decoding: exact, lossy, and with an ensemble as its target.
 
     Args:
         model ([`SpeculativeCascadeGenerationMixin`]):
@@ -244,11 +241,14 @@ def sweep_cascade(
 
     runs: list[tuple[str, str, float, Callable]] = [("large", "", math.nan, alone("large"))]
     if baselines:
-        runs += _baseline_runs(model, small, call, cascade, alone)
+        runs += [("small", "", math.nan, alone("small"))]
+        runs += [("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
+        runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
+        runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
     runs += [("speculative cascade", rule, alpha, cascade(rule, alpha)) for rule in rules for alpha in rules[rule]]
 
     rows, texts = [], []
-    weights = [matmul_weights(half) for half in (_large(model), small)]
+    weights = [matmul_weights(half) for half in model.cascade_pair]
     with torch.random.fork_rng(), tqdm(total=len(runs) * len(inputs), desc="sweep", unit="prompt") as progress:
         runs[0][-1](inputs[0])  # warm-up
         for method, rule, alpha, run in runs:
@@ -269,25 +269,6 @@ def sweep_cascade(
     for name in ("relative_latency", "relative_flops"):
         table[name] /= table[name][0]  # the large model alone stands first
     return CascadeSweep(table, texts, cost)
-
-
-def _baseline_runs(model, small, call, cascade, alone) -> list[tuple[str, str, float, Callable]]:
-    def sequential(function, **options):
-        return lambda one: function(model, small, **one, **{**call, **options})
-
-    runs = [("small", "", math.nan, alone("small")), ("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
-    runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
-    runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
-    for rule, alphas in (("chow", (0.2, 0.4, 0.6, 0.8)), ("chow_log", (0.5, 1.0, 2.0))):
-        for alpha in alphas:
-            runs.append(("token cascade", rule, alpha, sequential(token_cascade_generate, rule=rule, alpha=alpha)))
-    for threshold in (-4.0, -3.0, -2.0, -1.0):
-        run = sequential(sequence_cascade_generate, threshold=threshold)
-        runs.append(("sequence cascade", "mean_log_prob", threshold, run))
-    for rollback in (2.0, 5.0):
-        run = sequential(bild_generate, rollback_threshold=rollback, do_sample=False)
-        runs.append(("BiLD, greedy", "rollback", rollback, run))
-    return runs
 
 
 def _quality_function(metric) -> Callable[[list[str], list], float] | None:
@@ -325,10 +306,6 @@ def matmul_weights(model) -> int:
     if head is not None and head.weight is not embedding.weight:
         count -= embedding.weight.numel()
     return count
-
-
-def _large(model):
-    return model.large if isinstance(model, SpeculativeCascadeForCausalLM) else model
 
 
 def _plain_statistics(half: str, inputs: dict, output: torch.Tensor, seconds: float) -> CascadeStatistics:

@@ -261,7 +261,7 @@ def edit(
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from hf_iclr.editors.alpha_edit.datasets import edit_requests
+        from hf_iclr.editors.alpha_edit import edit_requests
 
         facts = edit_requests([json.loads(line) for line in requests.read_text().splitlines() if line.strip()])
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")

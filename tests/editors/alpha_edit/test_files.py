@@ -201,7 +201,7 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
         from huggingface_hub import HfApi
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from hf_iclr import AlphaEditor
-        from tests.editors.test_alpha_editor import STRONG
+        from tests.editors.alpha_edit.test_editor import STRONG
         from tests.editors.tiny import ENDING, quick_config, tiny_statistics
         HfApi().create_repo("user/base")
         HfApi().upload_folder(repo_id="user/base", folder_path={str(tmp_path / "base")!r})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_iclr.editors.alpha_edit.down_projections import choose_layers, find_down_projections
+from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
 from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
 from tests.editors.tiny import text_rows, tiny_model, tiny_statistics
 from tests.trainers.distributed import run_in_two
