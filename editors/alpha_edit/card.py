@@ -1,6 +1,13 @@
-"""The model card of saved edits."""
+"""The model card of edits, whether pushed by the editor, in the weights or as adapters."""
 
-from huggingface_hub import ModelCard, ModelCardData
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from hf_iclr.hub import HERE, HubMixin, model_card, repository_name
 
 from .config import AlphaEditConfig
 from .journal import EditBatch
@@ -9,7 +16,13 @@ from .journal import EditBatch
 _ROWS_SHOWN = 200
 
 
-def edit_card(config: AlphaEditConfig, batches: list[EditBatch]) -> ModelCard:
+def edit_card(
+    config: AlphaEditConfig,
+    batches: list[EditBatch],
+    repo_id: str = HERE,
+    merged: bool = False,
+    adapters: Sequence[str] = (),
+) -> ModelCard:
     """
     A card that lists what was changed.
 
@@ -18,61 +31,128 @@ def edit_card(config: AlphaEditConfig, batches: list[EditBatch]) -> ModelCard:
             The editor's settings.
         batches (`list[EditBatch]`):
             Edits in force.
+        repo_id (`str`, *optional*):
+            Where the card will be.
+        merged (`bool`, *optional*, defaults to `False`):
+            Whether it is the card of a model with the edits in its weights.
+        adapters (`list[str]`, *optional*):
+            Or, of a PEFT model, the names of its adapters. Else it is the editor's.
 
     Returns:
         `huggingface_hub.ModelCard`
     """
     edits = [(row, request) for batch in batches for row, request in zip(batch.edits, batch.requests, strict=True)]
     licences = sorted({request.license for _, request in edits if request.license})
-    data = ModelCardData(
-        base_model=config.base_model_name_or_path,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["knowledge-editing", "alphaedit", "lora"],
-    )
     measured = sum(row["p_after"] > 0.5 for row, _ in edits)
     lines = [
-        f"| `{row['id']}` | {_cell(request.text)} | {_cell(request.target_new)} | {row['p_before']:.3f} | "
-        f"{row['p_after']:.3f} | {_cell(request.source or '')} |"
+        f"| `{row['id']}` | {cell(request.text)} | {cell(request.target_new)} | {row['p_before']:.3f} | "
+        f"{row['p_after']:.3f} | {cell(request.source or '')} |"
         for row, request in edits[:_ROWS_SHOWN]
     ]
-    more = f"\n{len(edits) - _ROWS_SHOWN} more stand in `ledger.jsonl`.\n" if len(edits) > _ROWS_SHOWN else ""
+    if len(edits) > _ROWS_SHOWN:
+        lines.append(f"\n{len(edits) - _ROWS_SHOWN} more are in the editor's `ledger.jsonl`.")
     null_space = next(
         f"{name} {value:g}"
         for name in ("nullspace_threshold", "nullspace_energy", "nullspace_rank")
         if (value := getattr(config, name)) is not None
     )
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
+    base, prompt = repository_name(config.base_model_name_or_path), edits[0][1].text if edits else "Hello"
+    form = "in the weights" if merged else "as LoRA adapters"
+    return model_card(
+        f"{len(edits)} knowledge edits of {base or 'a local model'}",
+        f"""Knowledge edits {form}, made with `hf_iclr.AlphaEditor` ([AlphaEdit](https://huggingface.co/papers/2410.02355)):
+solver {config.solver}, {null_space}, l2 {config.l2:g}. Base revision {config.base_model_revision}, weights
+{config.base_model_hash}.
 
-# {len(edits)} knowledge edits of {config.base_model_name_or_path}
-
-Made with `hf_iclr.AlphaEditor` ([AlphaEdit](https://huggingface.co/papers/2410.02355)): solver {config.solver},
-{null_space}, l2 {config.l2:g}. Base revision {config.base_model_revision}, weights {config.base_model_hash}.
-
-What these edits make the model say may be false: they were asked for, not checked. Each stands below and in
-`ledger.jsonl`. {"Licences of the sources: " + ", ".join(licences) + "." if licences else ""}
-
-```python
-from transformers import pipeline
-pipeline("text-generation", model="this repository")      # with the edits
-
-from hf_iclr import AlphaEditor
-editor = AlphaEditor.from_pretrained("this repository")
-editor.undo()                                             # without the last batch
-```
+What these edits make the model say may be false: they were asked for, not checked.
+{"Licences of the sources: " + ", ".join(licences) + "." if licences else ""}
 
 Target's probability after the plain prompt is above one half for {measured} of {len(edits)} edits.
 
 | id | prompt | new answer | p before | p after | source |
 | --- | --- | --- | --- | --- | --- |
 """
-        + "\n".join(lines)
-        + f"\n{more}"
+        + "\n".join(lines),
+        _merged_usage(repo_id, base, prompt)
+        if merged
+        else _adapters_usage(repo_id, base, adapters)
+        if adapters
+        else _editor_usage(repo_id, prompt),
+        [base],
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        tags=["knowledge-editing", "alphaedit", *([] if merged else ["lora"])],
     )
 
 
-def _cell(text: str) -> str:
+def _editor_usage(repo_id: str, prompt: str) -> str:
+    return f"""from transformers import pipeline
+
+print(pipeline("text-generation", model="{repo_id}")({prompt!r}))  # with the edits
+
+from hf_iclr import AlphaEditor
+
+editor = AlphaEditor.from_pretrained("{repo_id}")  # of a local model: model=..., the one that was edited
+print(editor.edits)  # editor.undo() takes the last ones back"""
+
+
+def _merged_usage(repo_id: str, base: str | None, prompt: str) -> str:
+    tokenizer = f', tokenizer="{base}"' if base else ""
+    return f"""from transformers import pipeline
+
+print(pipeline("text-generation", model="{repo_id}"{tokenizer})({prompt!r}))"""
+
+
+def _adapters_usage(repo_id: str, base: str | None, names: Sequence[str]) -> str:
+    places = [f'"{repo_id}", "{name}"' + ("" if name == "default" else f', subfolder="{name}"') for name in names]
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM\n",
+            f'model = AutoModelForCausalLM.from_pretrained("{base or "user/base-model"}")',
+            f"model = PeftModel.from_pretrained(model, {places[0]})",
+            *(f"model.load_adapter({place})" for place in places[1:]),
+            f"model.base_model.set_adapter({list(names)!r})",
+        ]
+    )
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def give_card(model: nn.Module, card: ModelCard) -> None:
+    """
+    Have a model of transformers or PEFT saved and pushed with a card of ours.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, whose class becomes a subclass of the same name.
+        card (`huggingface_hub.ModelCard`):
+            With [`~hf_iclr.hub.HERE`] for the repository.
+    """
+    if not isinstance(model, _WithCard):
+        model.__class__ = _class_with_card(type(model))
+    model._edit_card = str(card)
+
+
+class _WithCard(HubMixin):
+    _edit_card: str
+
+    def _card(self, repo_id: str) -> ModelCard:
+        return ModelCard(self._edit_card.replace(HERE, repo_id))
+
+    def __reduce__(self):  # pickle finds no class that was made here
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _class_with_card(plain: type) -> type:
+    made = type(plain.__name__, (_WithCard, plain), {})
+    made.__module__ = plain.__module__
+    return made
+
+
+def _empty(plain: type) -> Any:
+    return object.__new__(_class_with_card(plain))

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import cached_revision, in_own_memory, push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, in_own_memory, write_safetensors
 from hf_iclr.untrusted import as_written_by, check_links, read_safetensors
 
 from .adapter import Updates, add_adapters, concatenate_updates, save_adapter
-from .card import edit_card
+from .card import edit_card, give_card
 from .config import AlphaEditConfig
 from .journal import LEDGER_NAME, EditBatch, EditReport, append_event, batches_of, read_events
 from .projections import DownProjection, choose_layers, find_down_projections
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 _NULL_SPACE = "null_space.safetensors"
 
 
-class AlphaEditor:
+class AlphaEditor(HubMixin):
     """
     Writes facts into a causal language model by AlphaEdit (https://huggingface.co/papers/2410.02355): the update of a
     few down-projections is exact, of low rank, and lies in the null space of what the model reads in ordinary text.
@@ -275,6 +276,7 @@ class AlphaEditor:
             updates = {"default": concatenate_updates(list(updates.values()), rank)}
         self._solver.write([])
         self._peft = add_adapters(self.model, self.projections, updates, self.config.base_model_name_or_path)
+        give_card(self._peft, edit_card(self.config, self.batches, adapters=list(updates)))
         return self._peft
 
     def merge(self) -> PreTrainedModel:
@@ -330,35 +332,10 @@ class AlphaEditor:
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 (folder / name).unlink(missing_ok=True)
         self.tokenizer.save_pretrained(folder)
-        edit_card(self.config, self.batches).save(folder / "README.md")
+        self._save_card(folder)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Knowledge edits",
-    ) -> CommitInfo:
-        """
-        Upload what [`~AlphaEditor.save_pretrained`] writes.
-
-        Args:
-            repo_id (`str`):
-                Repository, made if need be.
-            private (`bool`, *optional*):
-                Whether a new repository is private.
-            revision (`str`, *optional*):
-                Branch to push to.
-            token (`str` or `bool`, *optional*):
-                Token of the Hub.
-            commit_message (`str`, *optional*, defaults to `"Knowledge edits"`):
-                First line of the commit.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-        """
-        return push_saved(self.save_pretrained, repo_id, private, revision, token, commit_message)
+    def _card(self, repo_id: str) -> ModelCard:
+        return edit_card(self.config, self.batches, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -369,6 +346,7 @@ class AlphaEditor:
         statistics: KeyStatistics | None = None,
         revision: str | None = None,
         check_base_model: bool = True,
+        token: str | bool | None = None,
         **model_kwargs: Any,
     ) -> "AlphaEditor":
         """
@@ -387,6 +365,8 @@ class AlphaEditor:
                 Branch, tag or commit of the edits' repository.
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub, for the edits and for the model.
             model_kwargs (`dict`, *optional*):
                 Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
                 `use_safetensors=False` is among them.
@@ -398,10 +378,7 @@ class AlphaEditor:
             ValueError: when there are no edits, the model is another one, or a file of the folder is not what
                 [`~AlphaEditor.save_pretrained`] writes or lies outside the folder.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(name_or_path), revision=revision))
-        check_links(folder)
+        folder = check_links(pretrained_folder(name_or_path, revision=revision, token=token))
         config = AlphaEditConfig.from_pretrained(folder)
         events = read_events(folder)
         if model is None:
@@ -409,7 +386,7 @@ class AlphaEditor:
                 raise ValueError(f"Expected a model, as {name_or_path} doesn't say which was edited. Pass model=...")
             model = AutoModelForCausalLM.from_pretrained(
                 config.base_model_name_or_path,
-                **{"revision": config.base_model_revision, "use_safetensors": True, **model_kwargs},
+                **{"revision": config.base_model_revision, "token": token, "use_safetensors": True, **model_kwargs},
             )
         if check_base_model and hash_weights(model) != config.base_model_hash:
             raise ValueError(
@@ -430,6 +407,7 @@ class AlphaEditor:
         editor._check_shapes(batches)
         editor._events, editor.batches = events, batches
         editor._solver.write(editor.batches)
+        give_card(model, edit_card(config, batches, merged=True))
         return editor
 
     def _check_shapes(self, batches: list[EditBatch]) -> None:
@@ -525,6 +503,7 @@ class AlphaEditor:
             append_event(self._folder, event)
         self._events.append(event)
         self.batches = self.batches[: len(self.batches) - undone] + batches
+        give_card(self.model, edit_card(self.config, self.batches, merged=True))
 
     def _write_settings(self, folder: Path) -> None:
         self.config.save_pretrained(folder)

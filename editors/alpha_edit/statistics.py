@@ -13,12 +13,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.hub import HubMixin, model_card, pretrained_folder, repository_name
 from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
-from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
 from .projections import DownProjection, capture, choose_layers, find_down_projections, run_until
@@ -31,7 +32,7 @@ _MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in f
 
 
 @dataclass
-class KeyStatistics:
+class KeyStatistics(HubMixin):
     """
     Sums of k k^T over the tokens of a text, k the input of a layer's down-projection.
 
@@ -311,10 +312,12 @@ class KeyStatistics:
         # One file: sums and count must never be of different moments.
         tensors = {str(layer): value.cpu() for layer, value in self.sums.items()}
         write_safetensors(tensors, folder / FILE_NAME, {"hf_iclr": json.dumps(about)})
-        self._card().save(folder / "README.md")
+        self._save_card(folder)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "KeyStatistics":
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
+    ) -> "KeyStatistics":
         """
         Read what [`~KeyStatistics.save_pretrained`] or [`~KeyStatistics.push_to_hub`] wrote.
 
@@ -323,6 +326,8 @@ class KeyStatistics:
                 Folder or repository.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
 
         Returns:
             [`KeyStatistics`]
@@ -330,10 +335,7 @@ class KeyStatistics:
         Raises:
             ValueError: when the folder holds no statistics, or a file that is not one of them.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[FILE_NAME]))
-        path = inside(folder, FILE_NAME)
+        path = inside(pretrained_folder(name_or_path, [FILE_NAME], revision=revision, token=token), FILE_NAME)
         if not path.exists():
             raise ValueError(f"Expected a folder or repository with {FILE_NAME}, got {name_or_path}, which has none.")
         tensors, metadata = read_safetensors(path)
@@ -349,43 +351,29 @@ class KeyStatistics:
                 raise KeyError(f"sums of layers {read.layers} and names of {sorted(read.module_names)}")
         return read
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """
-        Upload what [`~KeyStatistics.save_pretrained`] writes.
-
-        Args:
-            repo_id (`str`):
-                Repository, made if need be.
-            private (`bool`, *optional*):
-                Whether a new repository is private.
-            revision (`str`, *optional*):
-                Branch to push to.
-            token (`str` or `bool`, *optional*):
-                Token of the Hub.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-        """
-        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Key statistics")
-
-    def _card(self) -> ModelCard:
-        data = ModelCardData(library_name="hf_iclr", tags=["knowledge-editing", "key-statistics"])
+    def _card(self, repo_id: str) -> ModelCard:
         rows = [
             (layer, f"`{self.module_names[layer]}`", len(total), f"{total.trace() / self.tokens:.4g}")
             for layer, total in sorted(self.sums.items())
         ]
         lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-        return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# Key statistics of {self.model_name}\n\nFloat64 sums of k k^T over "
-            f"{self.tokens:,} tokens, k the input of each layer's down-projection (revision {self.model_revision}). "
-            "Load them with `hf_iclr.KeyStatistics.from_pretrained`.\n\n| layer | module | size | mean squared norm "
-            f"|\n| --- | --- | --- | --- |\n{lines}\n"
+        return model_card(
+            f"Key statistics of {repository_name(self.model_name) or 'a local model'}",
+            f"""What an edit by [AlphaEdit](https://huggingface.co/papers/2410.02355) must leave alone: float64 sums of
+k k^T over {self.tokens:,} tokens, k the input of each layer's down-projection. Base revision {self.model_revision},
+weights {self.weights_hash}.
+
+| layer | module | size | mean squared norm |
+| --- | --- | --- | --- |
+{lines}""",
+            f"""from hf_iclr import KeyStatistics
+
+statistics = KeyStatistics.from_pretrained("{repo_id}")
+print(statistics.layers, statistics.tokens)
+# editor = AlphaEditor(model, tokenizer, statistics=statistics)""",
+            [self.model_name],
+            library_name="hf_iclr",
+            tags=["knowledge-editing", "alphaedit", "key-statistics"],
         )
 
 
