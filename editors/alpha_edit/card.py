@@ -134,14 +134,14 @@ def give_card(model: nn.Module, card: ModelCard) -> None:
     """
     if not isinstance(model, _WithCard):
         model.__class__ = _class_with_card(type(model))
-    model._edit_card = str(card)
+    model.hub_card = str(card)
 
 
 class _WithCard(HubMixin):
-    _edit_card: str
+    hub_card: str
 
     def _card(self, repo_id: str) -> ModelCard:
-        return ModelCard(self._edit_card.replace(HERE, repo_id))
+        return ModelCard(self.hub_card.replace(HERE, repo_id))
 
     def __reduce__(self):  # pickle finds no class that was made here
         return _empty, (type(self).__bases__[1],), self.__dict__

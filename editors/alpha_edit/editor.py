@@ -332,7 +332,7 @@ class AlphaEditor(HubMixin):
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 (folder / name).unlink(missing_ok=True)
         self.tokenizer.save_pretrained(folder)
-        self._save_card(folder)
+        self.save_card(folder)
 
     def _card(self, repo_id: str) -> ModelCard:
         return edit_card(self.config, self.batches, repo_id)
