@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_iclr.hub import HERE, HubMixin, model_card, repository_name, table_cell
+from hf_iclr.models import hash_weights
 from hf_iclr.saving import in_own_memory, write_safetensors
 from hf_iclr.untrusted import read_safetensors
 
@@ -19,7 +20,6 @@ from .closed_form import low_rank_factors
 from .config import AlphaEditConfig
 from .journal import EditBatch
 from .projections import DownProjection, Updates
-from .statistics import hash_weights
 
 
 _ROWS_SHOWN = 200
@@ -40,7 +40,7 @@ def concatenate_updates(updates: Sequence[Updates], rank: int | None = None) -> 
         `dict`: the same for the sum.
     """
     total: Updates = {}
-    for layer in updates[0]:
+    for layer in updates[0] if updates else ():
         residuals = torch.cat([update[layer][0] for update in updates], 1)
         factor = torch.cat([update[layer][1] for update in updates], 0)
         if residuals.shape[1] > min(rank or len(residuals), len(residuals), factor.shape[1]):
@@ -94,7 +94,7 @@ def remove_adapters(peft_model: PeftModel) -> PreTrainedModel:
 
 
 def save_adapter(
-    folder: Path, projections: Sequence[DownProjection], updates: Updates | None, base_model: str | None
+    folder: Path, projections: Sequence[DownProjection], updates: Updates, base_model: str | None
 ) -> None:
     """
     Write `adapter_model.safetensors` and `adapter_config.json` without touching a model.
@@ -104,12 +104,12 @@ def save_adapter(
             Where to.
         projections (`list[DownProjection]`):
             The edited layers.
-        updates (`dict`, *optional*):
-            Residuals and factor of each. Left out: the files are removed.
+        updates (`dict`):
+            Residuals and factor of each; without any the files are removed.
         base_model (`str`, *optional*):
             Repository or folder of the unedited model.
     """
-    if updates is None:
+    if not updates:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).unlink(missing_ok=True)
         return
@@ -285,14 +285,14 @@ def give_card(model: nn.Module, card: ModelCard) -> None:
     """
     if not isinstance(model, _WithCard):
         model.__class__ = _class_with_card(type(model))
-    model._edit_card = str(card)
+    model.hub_card = str(card)
 
 
 class _WithCard(HubMixin):
-    _edit_card: str
+    hub_card: str
 
     def _card(self, repo_id: str) -> ModelCard:
-        return ModelCard(self._edit_card.replace(HERE, repo_id))
+        return ModelCard(self.hub_card.replace(HERE, repo_id))
 
     def __reduce__(self):  # pickle finds no class that was made here
         return _empty, (type(self).__bases__[1],), self.__dict__

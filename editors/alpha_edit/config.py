@@ -73,7 +73,7 @@ class AlphaEditConfig:
         base_model_revision (`str`, *optional*):
             Set by the editor: its commit.
         base_model_hash (`str`, *optional*):
-            Set by the editor: [`hash_weights`] of it.
+            Set by the editor: [`~hf_iclr.models.hash_weights`] of it.
 
     Raises:
         ValueError: when a setting is out of range, unknown, or two rules for the null space are given.

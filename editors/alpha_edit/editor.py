@@ -12,21 +12,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.hub import HubMixin, pretrained_folder
+from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision
 from hf_iclr.untrusted import check_links
 
-from .checkpoint import (
-    add_adapters,
-    check_base,
-    concatenate_updates,
-    edit_card,
-    give_card,
-    load_base_model,
-    load_null_space,
-    remove_adapters,
-    save_adapter,
-    save_settings,
-)
+from . import checkpoint
 from .config import AlphaEditConfig
 from .journal import JOURNAL_NAME, EditBatch, EditReport, Journal, report_row
 from .projections import choose_layers, find_down_projections
@@ -34,7 +24,7 @@ from .prompts import reasons_against, sample_contexts
 from .requests import EditRequest
 from .scoring import score_edits
 from .solver import EditSolver, null_spaces
-from .statistics import KeyStatistics, hash_weights
+from .statistics import KeyStatistics
 from .targets import find_target_states
 
 
@@ -99,7 +89,7 @@ class AlphaEditor(HubMixin):
                     f"`AlphaEditor.from_pretrained({str(folder)!r})`, or pass another folder."
                 )
             self._journal.folder = Path(folder)
-            save_settings(self._journal.folder, config, self.preserved)
+            checkpoint.save_settings(self._journal.folder, config, self.preserved)
 
     def _set_up(
         self,
@@ -262,10 +252,12 @@ class AlphaEditor(HubMixin):
         self.merge()
         updates = {batch.name: batch.updates for batch in self.batches}
         if rank is not None:
-            updates = {"default": concatenate_updates(list(updates.values()), rank)}
+            updates = {"default": checkpoint.concatenate_updates(list(updates.values()), rank)}
         self._solver.write([])
-        self._peft = add_adapters(self.model, self.projections, updates, self.config.base_model_name_or_path)
-        give_card(self._peft, edit_card(self.config, self.batches, adapters=list(updates)))
+        self._peft = checkpoint.add_adapters(
+            self.model, self.projections, updates, self.config.base_model_name_or_path
+        )
+        checkpoint.give_card(self._peft, checkpoint.edit_card(self.config, self.batches, adapters=list(updates)))
         return self._peft
 
     def merge(self) -> PreTrainedModel:
@@ -276,7 +268,7 @@ class AlphaEditor(HubMixin):
             `~transformers.PreTrainedModel`: the plain edited model.
         """
         if self._peft is not None:
-            self.model = remove_adapters(self._peft)
+            self.model = checkpoint.remove_adapters(self._peft)
             self._peft = None
             self._solver.write(self.batches)
         return self.model
@@ -298,15 +290,15 @@ class AlphaEditor(HubMixin):
         """
         folder = check_links(save_directory)
         self._journal.saved_in(folder)
-        save_settings(folder, self.config, self.preserved)
+        checkpoint.save_settings(folder, self.config, self.preserved)
         self._journal.save(folder)
-        updates = concatenate_updates([batch.updates for batch in self.batches], rank) if self.batches else None
-        save_adapter(folder, self.projections, updates, self.config.base_model_name_or_path)
+        updates = checkpoint.concatenate_updates([batch.updates for batch in self.batches], rank)
+        checkpoint.save_adapter(folder, self.projections, updates, self.config.base_model_name_or_path)
         self.tokenizer.save_pretrained(folder)
-        self._save_card(folder)
+        self.save_card(folder)
 
     def _card(self, repo_id: str) -> ModelCard:
-        return edit_card(self.config, self.batches, repo_id)
+        return checkpoint.edit_card(self.config, self.batches, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -352,17 +344,17 @@ class AlphaEditor(HubMixin):
         folder = check_links(pretrained_folder(name_or_path, revision=revision, token=token))
         config, journal = AlphaEditConfig.from_pretrained(folder), Journal.load(folder)
         if model is None:
-            model = load_base_model(config, token=token, **model_kwargs)
+            model = checkpoint.load_base_model(config, token=token, **model_kwargs)
         if check_base_model:
-            check_base(config, model)
+            checkpoint.check_base(config, model)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         editor = cls.__new__(cls)
-        editor._set_up(model, tokenizer, config, statistics, load_null_space(folder), journal)
+        editor._set_up(model, tokenizer, config, statistics, checkpoint.load_null_space(folder), journal)
         for batch in editor.batches:
             batch.check_shapes(editor.projections)
         editor._solver.write(editor.batches)
-        give_card(model, edit_card(config, editor.batches, merged=True))
+        checkpoint.give_card(model, checkpoint.edit_card(config, editor.batches, merged=True))
         return editor
 
     def _edit_batch(self, requests: list[EditRequest], report: EditReport, progress: bool) -> None:
@@ -402,4 +394,4 @@ class AlphaEditor(HubMixin):
 
     def _commit(self, event: dict[str, Any], undone: int, batches: list[EditBatch]) -> None:
         self._journal.commit(event | {"seed": self.config.seed}, undone, batches)
-        give_card(self.model, edit_card(self.config, self.batches, merged=True))
+        checkpoint.give_card(self.model, checkpoint.edit_card(self.config, self.batches, merged=True))

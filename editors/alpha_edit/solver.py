@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.models import pad_rows
 from hf_iclr.saving import in_own_memory
 
 from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out, prune_singular_values
@@ -15,7 +16,7 @@ from .journal import EditBatch
 from .projections import DownProjection, EditedWeight, capture, run_until
 from .prompts import EditRow, encode_request
 from .requests import EditRequest
-from .statistics import KeyStatistics, right_padded
+from .statistics import KeyStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ class EditSolver:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
         for first in range(0, len(order), _ROWS_READ):
             chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
-            batch = {name: value.to(self.model.device) for name, value in right_padded(chosen).items()}
+            batch = pad_rows(chosen, device=self.model.device)
             ends = batch["attention_mask"].sum(1) - 1
             with capture(wanted) as seen:
                 run_until(self.model, until, **batch)

@@ -1,6 +1,5 @@
 """Second moments of what the down-projections of a model read: what an edit must leave alone."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.hub import HubMixin, model_card, pretrained_folder, repository_name
+from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
 from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
@@ -52,7 +52,7 @@ class KeyStatistics(HubMixin):
         model_revision (`str`, *optional*):
             Its commit.
         weights_hash (`str`):
-            [`hash_weights`] of the model: statistics of another model are refused.
+            [`~hf_iclr.models.hash_weights`] of the model: statistics of another model are refused.
         datasets (`list[str]`):
             Fingerprints of the texts.
     """
@@ -151,10 +151,8 @@ class KeyStatistics(HubMixin):
 
         source = itertools.islice(dataset, state.process_index, None, state.num_processes)
         batches = _batches(source, tokenizer, text_column, max_length, batch_size, made.rows)
-        training = model.training
-        model.eval()
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
-        try:
+        with evaluation_mode(model), bar:
             for number, batch in enumerate(batches, start=1):
                 before = made.tokens
                 made._add(model, projections, batch, share, skip_first_token)
@@ -163,9 +161,6 @@ class KeyStatistics(HubMixin):
                     break
                 if folder is not None and number % 50 == 0:
                     made.save_pretrained(folder)
-        finally:
-            bar.close()
-            model.train(training)
         if state.num_processes > 1:
             made.tokens, made.rows = reduce(
                 torch.tensor([made.tokens, made.rows], device=state.device), "sum"
@@ -182,7 +177,10 @@ class KeyStatistics(HubMixin):
         self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int, skip_first: bool
     ) -> None:
         ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        with torch.no_grad(), capture({p.index: (p.module, "input") for p in projections}) as keys:
+        self.rows += len(mask)
+        if not mask.numel():  # nothing but empty texts
+            return
+        with capture({p.index: (p.module, "input") for p in projections}) as keys:
             run_until(model, projections[-1].layer, input_ids=ids, attention_mask=mask)
         counted = mask.bool()
         if skip_first:
@@ -198,7 +196,6 @@ class KeyStatistics(HubMixin):
             huge, usual = rows[massive].double(), rows[~massive]
             self.sums[p.index] += (usual.T @ usual).to(self.sums[p.index]) + (huge.T @ huge).to(self.sums[p.index])
         self.tokens += int(counted.sum())
-        self.rows += len(mask)
 
     @property
     def layers(self) -> list[int]:
@@ -315,7 +312,7 @@ class KeyStatistics(HubMixin):
         # One file: sums and count must never be of different moments.
         tensors = {str(layer): value.cpu() for layer, value in self.sums.items()}
         write_safetensors(tensors, folder / FILE_NAME, {"hf_iclr": json.dumps(about)})
-        self._save_card(folder)
+        self.save_card(folder)
 
     @classmethod
     def from_pretrained(
@@ -404,28 +401,6 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 
-def hash_weights(model: PreTrainedModel) -> str:
-    """
-    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the
-    same checkpoint has one name in float32 and in bfloat16.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The model.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _fingerprint(dataset: Any, *settings: Any) -> str:
     name = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
     return " ".join(map(str, (name, *settings)))
@@ -448,26 +423,7 @@ def _batches(
             raise ValueError(f"Expected a column {text_column!r} with text, got {sorted(row)}. Pass text_column=...")
         batch.append(encode(row[text_column])["input_ids"])
         if len(batch) == batch_size:
-            yield right_padded(batch)
+            yield pad_rows(batch)
             batch = []
     if batch:
-        yield right_padded(batch)
-
-
-def right_padded(batch: list[list[int]]) -> dict[str, torch.Tensor]:
-    """
-    Rows of token ids as one batch, padding at the right.
-
-    Args:
-        batch (`list[list[int]]`):
-            Rows of any lengths.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, both of shape `(rows, longest)`.
-    """
-    width = max(1, max(map(len, batch)))
-    ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+        yield pad_rows(batch)

@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_iclr.hub import HubMixin, pretrained_folder
+from hf_iclr.models import hash_weights
 from hf_iclr.saving import in_own_memory, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, project_out
-from ..alpha_edit.statistics import check_null_space_rule, hash_weights
+from ..alpha_edit.statistics import check_null_space_rule
 from .card import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 
@@ -253,7 +254,7 @@ class ConceptEditor(HubMixin):
         )
         with whole_file(folder / EDITS_NAME) as part:
             part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
-        self._save_card(folder)
+        self.save_card(folder)
 
     def _about(self) -> dict[str, Any]:
         return {
