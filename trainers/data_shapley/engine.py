@@ -26,7 +26,8 @@ from .gradients.direction import (
     warn_of_other_rule,
 )
 from .gradients.rows import RowLayout, find_layout
-from .gradients.taps import TappedModule, Taps, split_by_rate
+from .gradients.scores import TappedModule
+from .gradients.taps import Taps, split_by_rate
 from .records import StepValues
 
 
