@@ -21,8 +21,7 @@ from trl.trainer import add_fused_lm_head
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from typing_extensions import override
 
-from hf_iclr.fused_outputs import FusedOutputsProxy
-from hf_iclr.models import evaluation_mode
+from hf_iclr.models import FusedOutputsProxy, evaluation_mode, hash_weights
 from hf_iclr.trainers.measuring import rows_of_this_process
 
 from .arguments import (
@@ -46,7 +45,6 @@ from .reference_log_probs import (
     Window,
     add_reference_log_probs,
     check_answer_labels,
-    weights_hash,
 )
 from .refused_prompts import find_refusals, prompts_of
 
@@ -319,7 +317,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
             ConstrainedCollator(collator, window, stored=False),
             self.accelerator,
             batch_size,
-            weights_hash(model) if keep else None,
+            hash_weights(model, exact=True) if keep else None,
             name,
         )
 

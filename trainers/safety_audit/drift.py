@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_iclr.models import answer_logits, check_prompts, generate_answers, to_prompt_ids
+from hf_iclr.models import answer_logits, check_prompts, to_prompt_ids
+from hf_iclr.prefill import generate_answers
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import read_safetensors
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import add_fused_lm_head
 
-from hf_iclr.fused_outputs import FusedOutputsProxy
+from hf_iclr.models import FusedOutputsProxy
 from hf_iclr.trainers.measuring import rows_of_this_process
 
 from .argmax import HiddenStateTap, exact_argmax
