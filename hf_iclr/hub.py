@@ -22,7 +22,7 @@ _PUSH = ("commit_message", "commit_description", "private", "token", "revision",
 class HubMixin(PushToHubMixin):
     """
     transformers' mixin with a card of one's own instead of its blank form. Subclasses have `_card(repo_id)`; those
-    that write their files themselves end their `save_pretrained` with `_save_card(folder)`.
+    that write their files themselves end their `save_pretrained` with `save_card(folder)`.
     """
 
     _repo_type = "model"
@@ -30,7 +30,18 @@ class HubMixin(PushToHubMixin):
     def _card(self, repo_id: str) -> RepoCard:
         raise NotImplementedError
 
-    def _save_card(self, folder: str | Path, repo_id: str = HERE, tags: str | Sequence[str] | None = None) -> None:
+    def save_card(self, folder: str | Path, repo_id: str = HERE, tags: str | Sequence[str] | None = None) -> None:
+        """
+        Write the card alone.
+
+        Args:
+            folder (`str` or `Path`):
+                Where `README.md` goes.
+            repo_id (`str`, *optional*):
+                Repository that its example loads.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
         card = self._card(repo_id)
         more = [*(getattr(self, "model_tags", None) or []), *([tags] if isinstance(tags, str) else tags or [])]
         card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
@@ -57,7 +68,7 @@ class HubMixin(PushToHubMixin):
         kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            self._save_card(save_directory)
+            self.save_card(save_directory)
 
     def push_to_hub(
         self,
@@ -104,7 +115,7 @@ class HubMixin(PushToHubMixin):
             api.create_branch(repo_id, repo_type=self._repo_type, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            self._save_card(folder, repo_id, tags)
+            self.save_card(folder, repo_id, tags)
             return api.upload_folder(
                 repo_id=repo_id,
                 repo_type=self._repo_type,
@@ -139,6 +150,11 @@ def model_card(title: str, text: str, usage: str, bases: Sequence[str | None] = 
     data = ModelCardData(base_model=(names[0] if len(names) == 1 else names) or None, **metadata)
     usage = f"## How to use\n\n```python\n{usage.strip()}\n```"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n\n{usage}\n")
+
+
+def table_cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def repository_name(name: str | None) -> str | None:

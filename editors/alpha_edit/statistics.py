@@ -312,7 +312,7 @@ class KeyStatistics(HubMixin):
         # One file: sums and count must never be of different moments.
         tensors = {str(layer): value.cpu() for layer, value in self.sums.items()}
         write_safetensors(tensors, folder / FILE_NAME, {"hf_iclr": json.dumps(about)})
-        self._save_card(folder)
+        self.save_card(folder)
 
     @classmethod
     def from_pretrained(

@@ -254,7 +254,7 @@ class ConceptEditor(HubMixin):
         )
         with whole_file(folder / EDITS_NAME) as part:
             part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
-        self._save_card(folder)
+        self.save_card(folder)
 
     def _about(self) -> dict[str, Any]:
         return {
