@@ -133,12 +133,6 @@ def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
     return {name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for name, column in columns.items()}
 
 
-def batches(rows: list[TeacherRow], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Collates rows in their order, `batch_size` at a time."""
-    for start in range(0, len(rows), batch_size):
-        yield collate(rows[start : start + batch_size])
-
-
 def _tokenize(tokenizer, texts, max_length) -> Iterator[TeacherRow]:
     for text in texts:
         prompt, completion = ("", text) if isinstance(text, str) else (text["prompt"], text["completion"])
