@@ -152,6 +152,11 @@ def model_card(title: str, text: str, usage: str, bases: Sequence[str | None] = 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n\n{usage}\n")
 
 
+def table_cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def repository_name(name: str | None) -> str | None:
     """
     What a card may say of where a model came from: a folder's path is nobody's business.

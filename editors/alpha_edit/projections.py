@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
 
 
+Updates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> residuals (o, r) and factor (r, d)
+
+
 @dataclass(frozen=True)
 class DownProjection:
     """

@@ -29,9 +29,9 @@ class EditRequest:
             Prompts about other subjects whose answer should stay `target_true`, or pairs of a prompt and its own
             answer; only measured.
         id (`str`, *optional*):
-            Name in the ledger. Left out: derived from prompt, subject and target.
+            Name in the journal. Left out: derived from prompt, subject and target.
         source (`str`, *optional*):
-            Where the fact comes from, for the ledger and the model card.
+            Where the fact comes from, for the journal and the model card.
         license (`str`, *optional*):
             Licence of the source.
 

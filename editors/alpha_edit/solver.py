@@ -60,7 +60,15 @@ class EditSolver:
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
         for layer, weight in self._weights.items():
-            weight.set([(batch.residuals[layer], batch.factors[layer]) for batch in batches])
+            weight.set([batch.updates[layer] for batch in batches])
+
+    def check_statistics(self) -> None:
+        """Raises `ValueError` when a next batch could not be solved, as the edits were loaded without statistics."""
+        if self.config.solver.startswith("memit") and self.statistics is None:
+            raise ValueError(
+                f"Expected statistics to go on editing with the solver {self.config.solver!r}, got none. Pass them: "
+                "`AlphaEditor.from_pretrained(..., statistics=KeyStatistics.from_pretrained(...))`."
+            )
 
     def solve(
         self, name: str, requests: list[EditRequest], states: torch.Tensor, before: list[EditBatch]
@@ -103,8 +111,7 @@ class EditSolver:
             batch.keys[layer] = in_own_memory(keys.float())
             batch.residuals[layer] = in_own_memory(residuals.float())
             batch.factors[layer] = in_own_memory(factor.float())
-            updates = [(other.residuals[layer], other.factors[layer]) for other in [*before, batch]]
-            weight.set(updates)
+            weight.set([other.updates[layer] for other in [*before, batch]])
             outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
             batch.layers.append(
                 {"batch": batch.name, "layer": layer, "width": keys.shape[0],
@@ -166,7 +173,7 @@ class EditSolver:
         projection, weight = self._weights[layer].projection, self._weights[layer]
         if weight.original is None:
             raise ValueError("Expected a floating-point model for post_processing, got a quantised one. Leave it out.")
-        current = [(other.residuals[layer], other.factors[layer]) for other in before]
+        current = [other.updates[layer] for other in before]
         if self.config.post_processing == "rect":
             delta = keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
         else:
@@ -220,3 +227,40 @@ class EditSolver:
                 parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
         back = torch.tensor(order).argsort()
         return {name: torch.cat(values)[back] for name, values in parts.items()}
+
+
+def null_spaces(
+    config: AlphaEditConfig, projections: Sequence[DownProjection], statistics: KeyStatistics | None
+) -> dict[int, torch.Tensor]:
+    """
+    The directions to be preserved in each edited layer, none without projection. Warns where they are next to none, or
+    come of too few tokens.
+
+    Raises:
+        ValueError: when the settings need statistics and there are none.
+    """
+    if statistics is None:
+        if config.project or config.solver.startswith("memit"):
+            raise ValueError(
+                f"Expected statistics for the solver {config.solver!r} with project={config.project}, got none. "
+                "Collect them from text that must not change: `KeyStatistics.from_dataset(model, tokenizer, dataset)`."
+            )
+        return {}
+    rule = (config.nullspace_threshold, config.nullspace_energy, config.nullspace_rank)
+    layers = [p.index for p in projections] if config.project else []
+    preserved = {layer: statistics.preserved(layer, *rule) for layer in layers}
+    for layer, basis in preserved.items():
+        width, count = basis.shape
+        if count < 0.01 * width:
+            logger.warning(
+                "Layer %d: only %d of %d directions are preserved, so the null space constrains next to nothing. "
+                "Lower nullspace_threshold (now %s), or set nullspace_energy or nullspace_rank.",
+                layer, count, width, config.nullspace_threshold,
+            )  # fmt: skip
+    width = max((len(basis) for basis in preserved.values()), default=0)
+    if statistics.tokens < 10 * width:
+        logger.warning(
+            "The statistics have %d tokens for %d directions: too few to know what text needs. A hundred times as "
+            "many tokens as directions is a fair number.", statistics.tokens, width,
+        )  # fmt: skip
+    return preserved

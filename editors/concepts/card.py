@@ -4,9 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_iclr.hub import model_card, repository_name
-
-from ..alpha_edit.card import cell
+from hf_iclr.hub import model_card, repository_name, table_cell
 
 
 def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
@@ -24,7 +22,7 @@ def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
     """
     base = repository_name(about["base_model"])
     rows = "\n".join(
-        f"| {cell(concept)} | {cell(other) or '*(erased)*'} |"
+        f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |"
         for batch in about["batches"]
         for concept, other in batch["concepts"].items()
     )
