@@ -369,6 +369,7 @@ class AlphaEditor:
         statistics: KeyStatistics | None = None,
         revision: str | None = None,
         check_base_model: bool = True,
+        journal: bool = False,
         **model_kwargs: Any,
     ) -> "AlphaEditor":
         """
@@ -387,6 +388,8 @@ class AlphaEditor:
                 Branch, tag or commit of the edits' repository.
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
+            journal (`bool`, *optional*, defaults to `False`):
+                Write each further batch to the folder as soon as it is made, as with `AlphaEditor(folder=...)`.
             model_kwargs (`dict`, *optional*):
                 Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
                 `use_safetensors=False` is among them.
@@ -428,7 +431,7 @@ class AlphaEditor:
             batches = [EditBatch.load(folder, record) for record in batches_of(events)]
         editor._set_up(model, tokenizer, config, find_down_projections(model), preserved, statistics)
         editor._check_shapes(batches)
-        editor._events, editor.batches = events, batches
+        editor._events, editor.batches, editor._folder = events, batches, folder if journal else None
         editor._solver.write(editor.batches)
         return editor
 

@@ -9,12 +9,12 @@ from typing import Any
 
 # Title of each part -> its check, which raises when something is wrong.
 PARTS = {
-    "speculative cascades": "hf_iclr.self_check:check_cascades",
-    "deep safety": "hf_iclr.self_check:check_deep_safety",
-    "squeeze": "hf_iclr.self_check:check_squeeze",
-    "data Shapley": "hf_iclr.self_check:check_data_shapley",
-    "knowledge editing": "hf_iclr.self_check:check_knowledge_editing",
-    "video segmentation": "hf_iclr.self_check:check_video_segmentation",
+    "speculative cascades": "hf_iclr.doctor.self_check:check_cascades",
+    "deep safety": "hf_iclr.doctor.self_check:check_deep_safety",
+    "squeeze": "hf_iclr.doctor.self_check:check_squeeze",
+    "data Shapley": "hf_iclr.doctor.self_check:check_data_shapley",
+    "knowledge editing": "hf_iclr.doctor.self_check:check_knowledge_editing",
+    "video segmentation": "hf_iclr.doctor.self_check:check_video_segmentation",
 }
 TRAINING = {
     "use_cpu": True,
