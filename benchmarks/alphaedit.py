@@ -64,9 +64,9 @@ from tqdm import tqdm
 
 from common.edit_data import load_edit_data
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
-from hf_iclr.editors.alpha_edit.down_projections import choose_layers, find_down_projections
+from hf_iclr.editors.alpha_edit import continue_texts, evaluate_edits, perplexity, score_edits
 from hf_iclr.editors.alpha_edit.journal import EditBatch
-from hf_iclr.editors.alpha_edit.scoring import continue_texts, evaluate_edits, perplexity, score_edits
+from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
 from hf_iclr.metrics import load_metric
 from hf_iclr.tour.demo.language_model import load_demo_model
 

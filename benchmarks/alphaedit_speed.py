@@ -31,10 +31,10 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from hf_iclr import AlphaEditConfig, EditRequest
-from hf_iclr.editors.alpha_edit.down_projections import DownProjection, choose_layers, find_down_projections
+from hf_iclr.editors.alpha_edit.closed_form import EditedKeys
+from hf_iclr.editors.alpha_edit.projections import DownProjection, choose_layers, find_down_projections
 from hf_iclr.editors.alpha_edit.prompts import encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
-from hf_iclr.editors.closed_form import EditedKeys
 from hf_iclr.tour.demo.facts import demo_requests
 from hf_iclr.tour.demo.language_model import load_demo_model
 

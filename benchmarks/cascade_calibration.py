@@ -38,11 +38,12 @@ import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.cascade_baselines import bild_generate, sequence_cascade_generate
 from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
 from hf_iclr.generation.calibration.calibrate import calibrate_cascade, large_alone
-from hf_iclr.generation.calibration.sweep import sweep_cascade
-from hf_iclr.generation.calibration.texts import left_padded
+from hf_iclr.generation.calibration.sweep import mean_log_probability, sweep_cascade
+from hf_iclr.models import pad_rows
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
@@ -68,7 +69,7 @@ def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> flo
     """Seconds a token of the large model alone over those of the cascade, prompt by prompt in turn."""
     plain = cascade = plain_tokens = cascade_tokens = 0.0
     for text in texts:
-        inputs = left_padded([tokenizer(text)["input_ids"][:32]], model.device)
+        inputs = pad_rows([tokenizer(text)["input_ids"][:32]], device=model.device)
         _, tokens, seconds = large_alone(model, inputs, **SAMPLING, max_new_tokens=max_new_tokens)
         plain, plain_tokens = plain + seconds, plain_tokens + tokens
         begin = time.perf_counter()
@@ -76,6 +77,25 @@ def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> flo
         cascade += time.perf_counter() - begin
         cascade_tokens += output.shape[1] - inputs["input_ids"].shape[1]
     return (plain / plain_tokens) / (cascade / cascade_tokens)
+
+
+def baselines(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[list]:
+    """Rows of the sequence-level cascade and of BiLD: setting, mean log-probability, large forwards per token."""
+    runs = [(sequence_cascade_generate, SAMPLING, "threshold", value) for value in (-4.0, -3.0, -2.0, -1.0)]
+    runs += [(bild_generate, {"do_sample": False}, "rollback_threshold", value) for value in (2.0, 5.0)]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = []
+    for generate, options, name, value in runs:
+        outputs, forwards = [], 0
+        for prompt in ids:
+            inputs = pad_rows([prompt], device=model.device)
+            call = {**options, name: value, "max_new_tokens": max_new_tokens}
+            sequences, counts = generate(*model.cascade_pair, **inputs, **call)
+            outputs.append(sequences[0, len(prompt) :])
+            forwards += counts.large_forwards
+        quality = mean_log_probability(model, ids, outputs)
+        rows.append([generate.__name__, f"{name}={value:g}", quality, forwards / sum(map(len, outputs))])
+    return rows
 
 
 def main(args: argparse.Namespace) -> None:
@@ -122,6 +142,9 @@ def main(args: argparse.Namespace) -> None:
     sweep = sweep_cascade(model, prompts, tokenizer=tokenizer, rules=rules, max_new_tokens=40, **SAMPLING)
     print(sweep.table.round(3).to_string())
     sweep.save(args.out)
+    print_table(
+        ["baseline", "setting", "quality", "large forwards per token"], baselines(model, tokenizer, prompts, 40)
+    )
     record = {
         "rule": args.rule,
         "targets": results,

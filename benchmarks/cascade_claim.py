@@ -43,8 +43,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from common.cascade_baselines import token_cascade
 from common.cascade_claim_report import (
     OTHER_SMALL_COSTS,
     Answers,
@@ -55,7 +56,6 @@ from common.cascade_claim_report import (
     shown,
     verdict,
 )
-from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.generation import enable_cascade
 
 
@@ -146,29 +146,6 @@ def train(shape: Shape, steps: int, table: torch.Tensor, seed: int) -> LlamaForC
     return model.eval()
 
 
-@torch.no_grad()
-def token_cascade(large, small, prompts: torch.Tensor, alpha: float, do_sample: bool):
-    """
-    Sequential cascade by Chow's rule, all prompts in step: the large model is asked where max q < 1 - alpha, so that
-    alpha = -1 is the large model alone and alpha = 1 the small one. Returns tokens `(prompts, 8)`, and by prompt the
-    large forwards and the mean of log q. Here both models run everywhere; forwards that aren't needed aren't counted.
-    `hf_iclr.generation.calibration.baselines.token_cascade_generate` does the same for one prompt at a time.
-    """
-    small_cache, large_cache = DynamicCache(), DynamicCache()
-    ids, tokens = prompts, []
-    forwards, log_q = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    for _ in range(ANSWER_LENGTH):
-        q = small(input_ids=ids, **cache_inputs(small, small_cache)).logits[:, -1].softmax(-1)
-        p = large(input_ids=ids, **cache_inputs(large, large_cache)).logits[:, -1].softmax(-1)
-        defer = q.amax(-1) < 1 - alpha
-        probs = torch.where(defer[:, None], p, q)
-        ids = probs.multinomial(1) if do_sample else probs.argmax(-1, keepdim=True)
-        tokens.append(ids)
-        forwards += defer
-        log_q += q.gather(1, ids)[:, 0].log() / ANSWER_LENGTH
-    return torch.cat(tokens, 1), forwards.numpy(), log_q
-
-
 def speculative(cascade, prompts: torch.Tensor, rule: str, alpha: float, gamma: int, sampling: dict[str, Any]):
     """Tokens `(prompts, 8)`; by prompt the large forwards and (at most) the small ones; the share of drafts kept."""
     output = cascade.generate(
@@ -193,8 +170,8 @@ def answer_all(large, small, prompts: torch.Tensor, answers: torch.Tensor, do_sa
         results.setdefault(method, {})[setting] = Answers(exact, large_forwards, small_forwards, ANSWER_LENGTH)
 
     every = np.full(len(prompts), ANSWER_LENGTH)
-    large_tokens, _, _ = token_cascade(large, small, prompts, -1.0, do_sample)
-    small_tokens, _, log_q = token_cascade(large, small, prompts, 1.0, do_sample)
+    large_tokens, _, _ = token_cascade(large, small, prompts, -1.0, do_sample, ANSWER_LENGTH)
+    small_tokens, _, log_q = token_cascade(large, small, prompts, 1.0, do_sample, ANSWER_LENGTH)
     add("large", "", large_tokens, every, 0 * every)
     add("small", "", small_tokens, 0 * every, every)
 
@@ -207,7 +184,7 @@ def answer_all(large, small, prompts: torch.Tensor, answers: torch.Tensor, do_sa
 
     thin = scale.every_nth_setting
     for alpha in SEQUENTIAL_ALPHAS[::thin]:
-        tokens, forwards, _ = token_cascade(large, small, prompts, alpha, do_sample)
+        tokens, forwards, _ = token_cascade(large, small, prompts, alpha, do_sample, ANSWER_LENGTH)
         add("token_cascade", f"alpha={alpha:g}", tokens, forwards, every)
 
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}

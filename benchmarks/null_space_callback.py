@@ -45,10 +45,8 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from common.edit_data import load_edit_data
-from hf_iclr.editors.alpha_edit.request import EditRequest
-from hf_iclr.editors.alpha_edit.scoring import evaluate_edits, perplexity
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
-from hf_iclr.editors.null_space_callback import NullSpaceCallback
+from hf_iclr.editors import NullSpaceCallback
+from hf_iclr.editors.alpha_edit import EditRequest, KeyStatistics, evaluate_edits, perplexity
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 

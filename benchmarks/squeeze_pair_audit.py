@@ -35,8 +35,9 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from common.squeeze_step import measure_chosen_change
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.squeeze.pair_audit import SCORES, audit_pairs, filter_pairs, measure_chosen_change
+from hf_iclr.trainers.squeeze.pair_audit import SCORES, audit_pairs, filter_pairs
 
 
 TARGETS = ("fall per token", "push per token", "push over pull")

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hf_iclr.trainers.squeeze.replay import replay
+from common.squeeze_replay import replay
 
 
 def read_curves(args: argparse.Namespace) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from transformers.generation import logits_process
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
 from .cascade_statistics import CascadeStatistics
-from .deferral_rules import DEFERRAL_RULES, cascade_target, total_variation
+from .deferral_rules import DEFERRAL_RULES, cascade_target, one_hot_of_largest, total_variation
 
 
 _WARPERS = tuple(cls for name, cls in vars(logits_process).items() if name.endswith("LogitsWarper"))
@@ -142,24 +142,20 @@ class CascadeScores(LogitsProcessor):
         if index >= drafted or input_ids.shape[-1] - self.prompt_length < self.options.strict_prefix:
             self.generator.positions.append((1.0, 0.0))
             return scores
-        p_unscaled, vocab_size = self.raw.scores.softmax(-1), scores.shape[-1]
-        p = scores.softmax(-1) if self.do_sample else _one_hot(scores.argmax(-1), vocab_size)
+        p_unscaled = self.raw.scores.softmax(-1)
+        p = scores.softmax(-1) if self.do_sample else one_hot_of_largest(scores)
         if self.generator.candidate_scores is None:  # drafted greedily in another vocabulary: a token and no q
-            q = _one_hot(self.generator.candidate_ids[:, self.generator.prompt_and_accepted + index], vocab_size)
-            q_unscaled = q
+            drafted = self.generator.candidate_ids[:, self.generator.prompt_and_accepted + index]
+            q = q_unscaled = torch.nn.functional.one_hot(drafted, scores.shape[-1]).float()
         else:
             q_scores = self.generator.candidate_scores[:, index].to(scores)
-            q = q_scores.softmax(-1) if self.do_sample else _one_hot(q_scores.argmax(-1), vocab_size)
+            q = q_scores.softmax(-1) if self.do_sample else one_hot_of_largest(q_scores)
             q_unscaled = self.generator.raw_logits[:, index].to(scores).softmax(-1)
         if not self.do_sample and self.options.rule == "ensemble":
             q, p = q_scores.softmax(-1), scores.softmax(-1)
         pi, deferred = cascade_target(self.options.rule, self.options.alpha, q, p, q_unscaled, p_unscaled)
         self.generator.positions.append((float(deferred), float(total_variation(pi, p))))
         return pi.log()
-
-
-def _one_hot(index: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.nn.functional.one_hot(index, size).float()
 
 
 def without_warpers(processors):

@@ -9,9 +9,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .cached_decoder import CachedDecoder
 from .cascade_statistics import CascadeStatistics
-from .deferral_rules import cascade_target, total_variation
+from .deferral_rules import cascade_target, one_hot_of_largest, total_variation
 from .row_processors import RowProcessors
-from .special_tokens import end_tokens, padding_token
 
 
 _MAX_HOLE_SHARE = 0.25
@@ -51,8 +50,14 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, draw, right=True)[..., 0]
 
 
-def _one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+def end_tokens(config) -> list[int]:
+    """The tokens that end a text; none where the config ([`~transformers.GenerationConfig`]) names none."""
+    return [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+
+
+def padding_token(config) -> int | None:
+    """What finished rows are filled with: the padding token, else the first that ends a text, as in `generate`."""
+    return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
 class BatchedCascade:
@@ -219,7 +224,7 @@ class BatchedCascade:
     def _distributions(self, logits: torch.Tensor, scores: torch.Tensor) -> _Distributions:
         unscaled = logits.softmax(-1)
         if self.greedy and self.options.rule != "ensemble":  # an ensemble takes the argmax of the mixture instead
-            return _Distributions(_one_hot_of_largest(scores), unscaled)
+            return _Distributions(one_hot_of_largest(scores), unscaled)
         return _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
 
     def _process(self, logits: torch.Tensor, drafts: torch.Tensor, first: int) -> torch.Tensor:
@@ -249,7 +254,7 @@ class BatchedCascade:
             pi = torch.where(strict[..., None], p_part, pi)
             deferred = torch.where(strict, 1.0, deferred)
         if self.greedy and self.options.rule == "ensemble":
-            pi = _one_hot_of_largest(pi)
+            pi = one_hot_of_largest(pi)
         return pi, deferred, total_variation(pi, p_part)
 
     def _accept(self, drafts, q, p, draft_lengths):

@@ -156,6 +156,11 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p - q).clamp(min=0).sum(-1)
 
 
+def one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
+    """The distribution, of shape `(..., vocab_size)`, that greedy decoding draws from."""
+    return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+
 def _top(probs: torch.Tensor) -> torch.Tensor:
     return probs.amax(-1, keepdim=True)
 

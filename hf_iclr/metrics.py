@@ -7,11 +7,11 @@ from hf_iclr.extras import require
 
 
 _METRICS = {
-    "edit_success": "hf_iclr.editors.alpha_edit.evaluate_modules:EditSuccess",
-    "fluency": "hf_iclr.editors.alpha_edit.evaluate_modules:Fluency",
-    "hidden_drift": "hf_iclr.editors.alpha_edit.evaluate_modules:HiddenDrift",
+    "edit_success": "hf_iclr.editors.evaluate_modules:EditSuccess",
+    "fluency": "hf_iclr.editors.evaluate_modules:Fluency",
+    "hidden_drift": "hf_iclr.editors.evaluate_modules:HiddenDrift",
     "j_and_f": "hf_iclr.vision.evaluation.j_and_f:JAndF",
-    "perplexity": "hf_iclr.editors.alpha_edit.evaluate_modules:Perplexity",
+    "perplexity": "hf_iclr.editors.evaluate_modules:Perplexity",
 }
 
 

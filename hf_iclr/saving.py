@@ -1,13 +1,12 @@
-"""Files that are whole or not there, and folders pushed to the Hub."""
+"""Files that are whole or not there, and numbers that stay the same in them."""
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save_file
 
 
@@ -72,38 +71,3 @@ def cached_revision(name: str) -> str | None:
         return None
     path = try_to_load_from_cache(name, "config.json")
     return Path(path).parent.name if isinstance(path, str) else None
-
-
-def push_saved(
-    save: Callable[[str], None],
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    token: str | bool | None,
-    commit_message: str,
-) -> CommitInfo:
-    """
-    Upload what `save` writes to a folder.
-
-    Args:
-        save (`Callable`):
-            A `save_pretrained`.
-        repo_id (`str`):
-            Model repository, made if need be.
-        private (`bool`, *optional*):
-            Whether a new repository is private.
-        revision (`str`, *optional*):
-            Branch to push to.
-        token (`str` or `bool`, *optional*):
-            Token of the Hub.
-        commit_message (`str`):
-            First line of the commit.
-
-    Returns:
-        `huggingface_hub.CommitInfo`
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)

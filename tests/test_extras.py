@@ -26,11 +26,11 @@ NEEDS = {
     "hf-iclr": "cli",
 }
 ALSO_IN = {"load_metric": "vision"}  # evaluate is in both
-# Modules that only the command, the tour and `load_metric` import, after they have asked for the extra.
+# Modules that only the command and `load_metric` import, after they have asked for the extra.
 BEHIND_A_QUESTION = {
     "cli": r"hf_iclr\.(cli|tour)(\..*)?|hf_iclr\.doctor\.tables",
-    "metrics": r"hf_iclr\.editors\.alpha_edit\.evaluate_modules",
-    "vision": r"hf_iclr\.vision\..*|hf_iclr\.cli\.(segment|train)_command|hf_iclr\.tour\.(sam2|demo\.segmenter)",
+    "metrics": r"hf_iclr\.editors\.evaluate_modules",
+    "vision": r"hf_iclr\.vision\..*|hf_iclr\.tour\.(sam2|demo\.segmenter)|hf_iclr\.cli\.(segment|train)_command",
 }
 
 

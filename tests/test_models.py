@@ -1,10 +1,16 @@
-"""Generation after prefixes equals plain `generate` on each prompt and prefix alone, whatever shares the batch."""
+"""
+What is asked of a model in batches equals the same asked of each row alone, without padding and cache: `generate` on
+each prompt and prefix, the full logits of each answer, the chat template rendered by hand.
+"""
 
+import copy
+import hashlib
 from unittest.mock import patch
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,8 +22,23 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_iclr import models as prefill_generation
-from hf_iclr.models import answer_logits, evaluation_mode, generate_after_prefixes
+from hf_iclr import prefill as prefill_generation
+from hf_iclr.models import (
+    answer_logits,
+    end_tokens,
+    evaluation_mode,
+    generate_rows,
+    hash_weights,
+    logits_at,
+    pad_answers,
+    pad_around,
+    pad_rows,
+    render_prompt,
+    split_answer,
+    to_answer_ids,
+    to_prompt_ids,
+)
+from hf_iclr.prefill import generate_after_prefixes, generate_answers
 
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
@@ -118,14 +139,133 @@ def test_answers_as_ids_end_at_the_end_token(model, word_tokenizer):
     assert found[3] == [None] and found[2] == [alone(model, "w1 w2", "w20 w21", 2, 5)]
 
 
-def test_chat_template(model, word_tokenizer):
-    tokenizer = word_tokenizer.__class__(
-        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", eos_token="w49",
-        chat_template="{% for m in messages %}w40 {{ m.content }} {% endfor %}{{ 'w41' if add_generation_prompt }}",
-    )  # fmt: skip
-    chat = [{"role": "user", "content": "w3 w4"}]
-    found = generate_after_prefixes(model, tokenizer, ["w3 w4", chat], max_new_tokens=6, progress=False)[0]
-    assert found == [alone(model, "w40 w3 w4 w41", "", 0, 6)] * 2
+@pytest.fixture(scope="module")
+def chat_tokenizer(word_tokenizer):
+    """One that puts w48 before every text, which the text of its chat template holds already."""
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w48 $A", special_tokens=[("w48", 48)])
+    tokenizer.chat_template = (
+        "w48 {% for m in messages %}{{ {'system': 'w42', 'user': 'w40', 'assistant': 'w43'}[m.role] }} {{ m.content }}"
+        "{{ ' w49 ' if m.role == 'assistant' else ' ' }}{% endfor %}"
+        "{{ ('w44 ' if brief else '') + 'w43' if add_generation_prompt }}"
+    )
+    return tokenizer
+
+
+CHAT = [
+    {"role": "user", "content": "w3 w4"},
+    {"role": "assistant", "content": "w5"},
+    {"role": "user", "content": "w6"},
+]
+SYSTEM = {"role": "system", "content": "w7"}
+
+
+def test_prompts_are_rendered_as_by_hand(chat_tokenizer):
+    def by_hand(messages, **options):
+        return chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+
+    assert to_prompt_ids(chat_tokenizer, "w3 w4") == [48, 40, 3, 4, 43] == by_hand(CHAT[:1])["input_ids"]
+    assert to_prompt_ids(chat_tokenizer, CHAT) == [48, 40, 3, 4, 43, 5, 49, 40, 6, 43] == by_hand(CHAT)["input_ids"]
+    found = to_prompt_ids(chat_tokenizer, "w3 w4", system="w7", chat_template_kwargs={"brief": True})
+    assert found == [48, 42, 7, 40, 3, 4, 44, 43] == by_hand([SYSTEM, *CHAT[:1]], brief=True)["input_ids"]
+    assert to_prompt_ids(chat_tokenizer, CHAT, system="w7") == by_hand([SYSTEM, *CHAT])["input_ids"]
+    for answer in ("w5", CHAT[1:2]):
+        text = render_prompt(chat_tokenizer, CHAT[:1], answer=answer, system="w7")
+        assert text == chat_tokenizer.apply_chat_template([SYSTEM, *CHAT[:2]], tokenize=False)
+    assert len(CHAT) == 3  # the caller's
+
+
+def test_prompts_without_a_chat_template(chat_tokenizer, word_tokenizer):
+    plain = copy.deepcopy(chat_tokenizer)
+    plain.chat_template = None
+    assert render_prompt(plain, "w3 w4") == "w3 w4" and render_prompt(plain, "w3", answer=" w4") == "w3 w4"
+    assert to_prompt_ids(plain, "w3 w4") == [48, 3, 4] and to_prompt_ids(word_tokenizer, "w3 w4") == [3, 4]
+    with pytest.raises(ValueError, match="got a chat"):
+        render_prompt(plain, CHAT)
+    with pytest.raises(ValueError, match="chat template for the system prompt"):
+        to_prompt_ids(plain, "w3", system="w7")
+
+
+def test_answers_are_cut_where_they_end_and_split_where_they_begin(word_tokenizer):
+    assert to_answer_ids(word_tokenizer, "w3 w4 w49 w5", [49]) == [3, 4]
+    assert to_answer_ids(word_tokenizer, [3, 4, 7], [49, 7]) == [3, 4] and to_answer_ids(word_tokenizer, [3], []) == [
+        3
+    ]
+    assert split_answer([1, 2], [1, 2, 3, 4]) == ([1, 2], [3, 4])
+    assert split_answer([1, 2, 5], [1, 2, 3]) == ([1, 2], [3])  # the prompt's last token is another in front of it
+    assert split_answer([1, 2, 3], [1, 2]) == ([1, 2], [])
+
+
+def test_end_tokens(model, word_tokenizer):
+    assert end_tokens(model, word_tokenizer) == [49, 7]
+    model.generation_config.eos_token_id = 5
+    assert end_tokens(model, word_tokenizer) == [5]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, word_tokenizer) == [49]
+
+
+def test_padding():
+    rows = [[1, 2, 3], [], [4]]
+    right, left = pad_rows(rows), pad_rows(rows, "left", padding=9)
+    assert right["input_ids"].tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 9], [9, 9, 4]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
+    around = pad_around(rows, [[5], [6, 7], []])
+    assert around["input_ids"].tolist() == [[1, 2, 3, 5, 0], [0, 0, 0, 6, 7], [0, 0, 4, 0, 0]]
+    assert around["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    answers = pad_answers([([1, 2], [3]), ([4], [5, 6, 7]), ([8], [])])
+    assert answers["input_ids"].tolist() == [[1, 2, 3, 0], [4, 5, 6, 7], [8, 0, 0, 0]]
+    assert answers["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert answers["labels"].tolist() == [[-100, -100, 3, -100], [-100, 5, 6, 7], [-100] * 4]
+    assert all(value.dtype == torch.int64 for batch in (right, around, answers) for value in batch.values())
+
+
+def test_system_and_template_arguments_reach_generation(model, chat_tokenizer):
+    options = {"max_new_tokens": 6, "progress": False}
+    found = generate_answers(model, chat_tokenizer, ["w3 w4", CHAT[:1]], **options)
+    assert found == [alone(model, "w48 w40 w3 w4 w43", "", 0, 6)] * 2
+    found = generate_answers(
+        model, chat_tokenizer, ["w3 w4"], system="w7", chat_template_kwargs={"brief": True}, **options
+    )
+    assert found == [alone(model, "w48 w42 w7 w40 w3 w4 w44 w43", "", 0, 6)]
+
+
+def test_no_answer_as_long_as_the_prefix(model, word_tokenizer):
+    found = generate_after_prefixes(model, word_tokenizer, PROMPTS, ANSWERS, (7, 9), batch_size=1, progress=False)
+    assert found[9] == [None] * 4 and [new is None for new in found[7]] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_rows_generated_by_the_model(model, batch_size):
+    rows = [ids(prompt) for prompt in PROMPTS]
+    options = {"max_new_tokens": 9, "do_sample": False}
+    plain = [
+        model.generate(torch.tensor([row]), eos_token_id=-1, pad_token_id=0, **options)[0, len(row) :].tolist()
+        for row in rows
+    ]
+    stop = plain[0][3]
+    found = list(generate_rows(model, rows, [stop], batch_size=batch_size, eos_token_id=stop, **options))
+    assert found == [new[: (new + [stop]).index(stop) + 1] for new in plain]
+    assert len(found[0]) <= 4 and any(len(new) == 9 for new in found)
+    assert list(generate_rows(model, rows, (), batch_size=batch_size, eos_token_id=-1, **options)) == plain
+
+
+def test_logits_of_some_columns_with_and_without_a_cache(model):
+    from transformers import DynamicCache
+
+    batch = pad_around([[1, 2, 3], [4]], [[5, 6], [7]])
+    found = logits_at(model, batch["input_ids"], batch["attention_mask"], [1, 2, 4])
+    for row, (tokens, first) in enumerate([([1, 2, 3, 5, 6], 0), ([4, 7], 2)]):
+        expected = model(torch.tensor([tokens])).logits[0]
+        for index, column in enumerate([1, 2, 4]):
+            if 0 <= column - first < len(tokens):
+                torch.testing.assert_close(found[row, index], expected[column - first], rtol=1e-4, atol=1e-5)
+    cache = DynamicCache(config=model.config)
+    logits_at(model, batch["input_ids"][:, :3], batch["attention_mask"][:, :3], [2], cache)
+    assert cache.get_seq_length() == 3
+    step = logits_at(model, batch["input_ids"][:, 3:], batch["attention_mask"], [1], cache)
+    torch.testing.assert_close(step[0, 0], found[0, 2], rtol=1e-4, atol=1e-5)
 
 
 def test_sampling_depends_on_seed_and_row_alone(model, word_tokenizer):
@@ -210,3 +350,31 @@ def test_bad_models(model, word_tokenizer):
     prompt_tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="virtual tokens"):
         generate_after_prefixes(prompt_tuned, word_tokenizer, ["w1"])
+
+
+def test_a_name_for_weights_in_every_type():
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    name = hash_weights(model)
+    assert name == hash_weights(copy.deepcopy(model).float())
+    digest = hashlib.sha256()
+    for key in ("bias", "weight"):
+        numbers = model.get_parameter(key).detach()
+        digest.update(f"{key}{tuple(numbers.shape)}".encode() + numbers.view(torch.int16).numpy().tobytes())
+    assert name == digest.hexdigest()[:16]
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert hash_weights(model) != name
+
+
+def test_an_exact_hash_of_weights_sees_each_bit_and_type():
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    name = hash_weights(model, exact=True)
+    assert name == hash_weights(copy.deepcopy(model), exact=True)
+    assert name != hash_weights(copy.deepcopy(model).float(), exact=True)
+    digest = hashlib.sha256()
+    for key in ("bias", "weight"):
+        digest.update(b"torch.bfloat16" + model.get_parameter(key).detach().view(torch.int16).numpy().tobytes())
+    assert name == digest.hexdigest()
+    with torch.no_grad():
+        model.bias.view(torch.int16)[1] += 1  # the next number up
+    assert hash_weights(model, exact=True) != name

@@ -105,7 +105,7 @@ def test_the_citation_names_the_six_papers():
         assert f"({paper['url']})" in readme and f"## {paper['title']}\n" in index
         assert paper["authors"] and all(set(author) == {"given-names", "family-names"} for author in paper["authors"])
     ours = [paper for paper in citation["references"] if paper["title"].startswith(("Safety", "Learning"))]
-    sources = "".join((ROOT / "trainers" / f"{name}_trainer.py").read_text() for name in ("deep_safety", "squeeze"))
+    sources = "".join((ROOT / "trainers" / name / "trainer.py").read_text() for name in ("deep_safety", "squeeze"))
     for author in [author for paper in ours for author in paper["authors"]]:
         assert f"{author['given-names']} {author['family-names']}" in sources  # as the model cards cite them
 

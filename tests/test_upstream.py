@@ -29,8 +29,8 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
         "_set_signature_columns_if_needed",
     },
     "hf_iclr.trainers.squeeze.trainer:SqueezeDPOTrainer": {"_prepare_dataset"},
-    "hf_iclr.editors.alpha_edit.evaluate_modules:EditSuccess": {"_compute", "_info"},
-    "hf_iclr.editors.alpha_edit.evaluate_modules:Perplexity": {"_compute", "_info"},
+    "hf_iclr.editors.evaluate_modules:EditSuccess": {"_compute", "_info"},
+    "hf_iclr.editors.evaluate_modules:Perplexity": {"_compute", "_info"},
     "hf_iclr.vision.session.pipeline:Sam2VideoPipeline": {"_forward", "_sanitize_parameters"},
 }
 

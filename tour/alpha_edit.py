@@ -6,10 +6,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
-from hf_iclr.editors.alpha_edit.editor import AlphaEditor
-from hf_iclr.editors.alpha_edit.scoring import evaluate_edits, perplexity
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
+from hf_iclr.editors.alpha_edit import AlphaEditConfig, AlphaEditor, KeyStatistics, evaluate_edits, perplexity
 
 from .demo.facts import demo_requests, demo_text
 from .demo.language_model import load_demo_model

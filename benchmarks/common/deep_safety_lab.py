@@ -24,7 +24,8 @@ from common.deep_safety_organism import (
     teaching_rows,
 )  # fmt: skip
 from common.deep_safety_report import AUDIT_ROWS
-from hf_iclr.models import answer_logits, generate_after_prefixes
+from hf_iclr.models import answer_logits
+from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.tour.demo.language_model import demo_model_path, quicker_dtype
 from hf_iclr.trainers.deep_safety.baselines import LisaProximalCallback, project_safe_lora
 from hf_iclr.trainers.deep_safety.config import DeepSafetySFTConfig

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.models import generate_after_prefixes
+from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.tour.demo.language_model import demo_model_path
 
 

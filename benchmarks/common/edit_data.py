@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from common.arguments import find_data
 from hf_iclr import EditRequest
-from hf_iclr.editors.alpha_edit.datasets import edit_requests
+from hf_iclr.editors.alpha_edit import edit_requests
 from hf_iclr.tour.demo.facts import demo_requests, demo_text
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hf_iclr.hub import pretrained_folder
 from hf_iclr.untrusted import as_written_by, inside, read_json
 
 from .statistics import check_null_space_rule
@@ -72,7 +73,7 @@ class AlphaEditConfig:
         base_model_revision (`str`, *optional*):
             Set by the editor: its commit.
         base_model_hash (`str`, *optional*):
-            Set by the editor: [`hash_weights`] of it.
+            Set by the editor: [`~hf_iclr.models.hash_weights`] of it.
 
     Raises:
         ValueError: when a setting is out of range, unknown, or two rules for the null space are given.
@@ -155,13 +156,19 @@ class AlphaEditConfig:
         inside(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, save_directory: str | Path) -> "AlphaEditConfig":
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
+    ) -> "AlphaEditConfig":
         """
         Read `alpha_edit_config.json`.
 
         Args:
-            save_directory (`str` or `Path`):
-                Folder.
+            name_or_path (`str` or `Path`):
+                Folder or repository.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
 
         Returns:
             [`AlphaEditConfig`]
@@ -169,9 +176,9 @@ class AlphaEditConfig:
         Raises:
             ValueError: when there is none, or it has settings that this version does not know.
         """
-        path = inside(save_directory, CONFIG_NAME)
+        path = inside(pretrained_folder(name_or_path, [CONFIG_NAME], revision=revision, token=token), CONFIG_NAME)
         if not path.exists():
-            raise ValueError(f"Expected {CONFIG_NAME} in {save_directory}, got none: no editor was saved there.")
+            raise ValueError(f"Expected {CONFIG_NAME} in {name_or_path}, got none: no editor was saved there.")
         values = read_json(path)
         with as_written_by("AlphaEditConfig.save_pretrained", path):
             unknown = set(values) - {field.name for field in fields(cls)}

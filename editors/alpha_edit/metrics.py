@@ -1,4 +1,4 @@
-"""Metrics of edits as functions of numbers and texts; `edit_evaluate.py` has the same as `evaluate` modules."""
+"""Metrics of edits as functions of numbers and texts; `evaluate_modules.py` has the same for `evaluate`."""
 
 import re
 from collections import Counter

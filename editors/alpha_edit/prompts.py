@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .request import EditRequest
+from .requests import EditRequest
 
 
 # What the reference's contexts start with; the model continues them.

@@ -8,10 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
-from hf_iclr.models import check_decoder, check_prompts, evaluation_mode
+from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows, split_answer
 
 from .metrics import edit_success, fluency
-from .request import EditRequest
+from .requests import EditRequest
 
 
 def evaluate_edits(
@@ -134,10 +134,10 @@ def _split_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[tuple[int, ...
     prompt = prompt.rstrip()
     alone = tokenizer(prompt)["input_ids"]
     both = tokenizer(f"{prompt} {answer.strip()}")["input_ids"]
-    shared = next((at for at, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone))
-    if not shared or not both[shared:]:
+    prompt_ids, answer_ids = split_answer(alone, both)
+    if not prompt_ids or not answer_ids:
         raise ValueError(f"Expected a prompt and an answer of at least one token each, got {prompt!r} and {answer!r}.")
-    return tuple(both[:shared]), tuple(both[shared:])
+    return tuple(prompt_ids), tuple(answer_ids)
 
 
 def _answer_scores(
@@ -162,9 +162,8 @@ def _answer_scores(
             totals = {entry: [n, float(h)] for entry, n, h in zip(batch, nll, hits, strict=True)}
             if longer:
                 # The rest of an answer reads on from its prompt's cache. Padding comes after it, so nothing sees it.
-                width = max(len(answer) for _, answer in longer)
-                padded = torch.tensor([[*a, *[0] * (width - len(a))] for _, a in longer], device=device)
-                wanted = torch.tensor([[t < len(a) for t in range(1, width)] for _, a in longer], device=device)
+                padded, mask = pad_rows([answer for _, answer in longer], device=device).values()
+                wanted = mask[:, 1:].bool()
                 cache = given_cache(output)
                 cache.batch_select_indices(torch.tensor([row for row, _ in longer], device=device))
                 logits = model(padded[:, :-1], use_cache=True, **cache_inputs(model, cache)).logits.float()
@@ -235,9 +234,7 @@ def perplexity(
         while ids:
             size = max(1, batch_tokens // len(ids[-1]))
             batch, ids = ids[-size:], ids[:-size]
-            width = len(batch[-1])
-            padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
+            padded, mask = pad_rows(batch, device=device).values()
             logits = model(padded, attention_mask=mask, use_cache=False).logits[:, :-1].float()
             labels = padded[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
@@ -315,24 +312,19 @@ def continue_texts(
     rows = [tokenizer(prompt)["input_ids"] for prompt in check_prompts(prompts)]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     device = _device(model)
-    texts: dict[int, str] = {}
     with evaluation_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            width = max(len(rows[row]) for row in batch)
-            pads = [width - len(rows[row]) for row in batch]
-            output = model.generate(
-                torch.tensor([[0] * pad + rows[row] for pad, row in zip(pads, batch, strict=True)], device=device),
-                attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device),
-                do_sample=True,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=top_k,
-                min_new_tokens=max_new_tokens,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=0,
-            )
-            new = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            texts |= {row: prompts[row] + text for row, text in zip(batch, new, strict=True)}
-    return [texts[row] for row in range(len(rows))]
+        new = generate_rows(
+            model,
+            [rows[row] for row in order],
+            ends=(),
+            batch_size=batch_size,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=top_k,
+            min_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        texts = {row: tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(order, new, strict=True)}
+    return [prompt + texts[row] for row, prompt in enumerate(prompts)]

@@ -7,24 +7,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.models import pad_rows
 from hf_iclr.saving import in_own_memory
 
-from ..closed_form import (
-    EditedKeys,
-    cholesky_of_moment,
-    covariance_factor,
-    keep_relative_changes,
-    low_rank_factors,
-    project_out,
-    prune_singular_values,
-)
+from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out, prune_singular_values
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
-from .edited_weight import EditedWeight
 from .journal import EditBatch
+from .projections import DownProjection, EditedWeight, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
-from .statistics import KeyStatistics, right_padded
+from .requests import EditRequest
+from .statistics import KeyStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -63,13 +55,20 @@ class EditSolver:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.projections, self.preserved, self.statistics = projections, preserved, statistics
         self._weights = {p.index: EditedWeight(p) for p in projections}
-        self._cholesky: dict[int, torch.Tensor] = {}
         self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
 
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
         for layer, weight in self._weights.items():
-            weight.set([(batch.residuals[layer], batch.factors[layer]) for batch in batches])
+            weight.set([batch.updates[layer] for batch in batches])
+
+    def check_statistics(self) -> None:
+        """Raises `ValueError` when a next batch could not be solved, as the edits were loaded without statistics."""
+        if self.config.solver.startswith("memit") and self.statistics is None:
+            raise ValueError(
+                f"Expected statistics to go on editing with the solver {self.config.solver!r}, got none. Pass them: "
+                "`AlphaEditor.from_pretrained(..., statistics=KeyStatistics.from_pretrained(...))`."
+            )
 
     def solve(
         self, name: str, requests: list[EditRequest], states: torch.Tensor, before: list[EditBatch]
@@ -112,8 +111,7 @@ class EditSolver:
             batch.keys[layer] = in_own_memory(keys.float())
             batch.residuals[layer] = in_own_memory(residuals.float())
             batch.factors[layer] = in_own_memory(factor.float())
-            updates = [(other.residuals[layer], other.factors[layer]) for other in [*before, batch]]
-            weight.set(updates)
+            weight.set([other.updates[layer] for other in [*before, batch]])
             outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
             batch.layers.append(
                 {"batch": batch.name, "layer": layer, "width": keys.shape[0],
@@ -131,19 +129,10 @@ class EditSolver:
         return batch
 
     def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
-        config = self.config
-        if config.solver in ("alphaedit", "ridge"):
-            batches, edited = self._edited_keys(layer, keys, before)
-            factor = edited.add(keys)
-            batches.append(batch)
-        else:
-            assert self.statistics is not None
-            if layer not in self._cholesky:
-                moment = self.statistics.second_moment(layer)
-                self._cholesky[layer] = cholesky_of_moment(moment, config.moment_weight)
-            seen = [other.keys[layer].double() for other in before if config.solver == "memit_seq"]
-            factor = covariance_factor(keys, torch.cat([keys[:, :0], *seen], 1), self._cholesky[layer])
-        if config.project and config.solver != "alphaedit":
+        batches, edited = self._edited_keys(layer, keys, [] if self.config.solver == "memit" else before)
+        factor = edited.add(keys)
+        batches.append(batch)
+        if self.config.project and self.config.solver != "alphaedit":
             factor = project_out(factor.T, self.preserved[layer]).T
         return factor
 
@@ -152,8 +141,21 @@ class EditSolver:
     ) -> tuple[list[EditBatch], EditedKeys]:
         """Those of the batches before, and these batches: what the last solve has in common with them stays."""
         if layer not in self._edited:
-            inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
-            self._edited[layer] = [], EditedKeys(inside, self.config.l2)
+            if self.config.solver.startswith("memit"):
+                assert self.statistics is not None
+                moment = self.config.moment_weight * self.statistics.second_moment(layer)
+                cholesky, info = torch.linalg.cholesky_ex(moment)
+                if info.any():
+                    raise ValueError(
+                        "Expected a second moment of full rank for the solvers memit and memit_seq, got a singular "
+                        f"one of {len(moment)} x {len(moment)}. Collect statistics from more tokens: "
+                        "`KeyStatistics.from_dataset(..., max_tokens=...)`."
+                    )
+                edited = EditedKeys(keys[:, :0], 1.0, cholesky)
+            else:
+                inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
+                edited = EditedKeys(inside, self.config.l2)
+            self._edited[layer] = [], edited
         batches, edited = self._edited[layer]
         common = 0
         while common < min(len(batches), len(before)) and batches[common] is before[common]:
@@ -171,7 +173,7 @@ class EditSolver:
         projection, weight = self._weights[layer].projection, self._weights[layer]
         if weight.original is None:
             raise ValueError("Expected a floating-point model for post_processing, got a quantised one. Leave it out.")
-        current = [(other.residuals[layer], other.factors[layer]) for other in before]
+        current = [other.updates[layer] for other in before]
         if self.config.post_processing == "rect":
             delta = keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
         else:
@@ -216,7 +218,7 @@ class EditSolver:
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
         for first in range(0, len(order), _ROWS_READ):
             chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
-            batch = {name: value.to(self.model.device) for name, value in right_padded(chosen).items()}
+            batch = pad_rows(chosen, device=self.model.device)
             ends = batch["attention_mask"].sum(1) - 1
             with capture(wanted) as seen:
                 run_until(self.model, until, **batch)
@@ -225,3 +227,40 @@ class EditSolver:
                 parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
         back = torch.tensor(order).argsort()
         return {name: torch.cat(values)[back] for name, values in parts.items()}
+
+
+def null_spaces(
+    config: AlphaEditConfig, projections: Sequence[DownProjection], statistics: KeyStatistics | None
+) -> dict[int, torch.Tensor]:
+    """
+    The directions to be preserved in each edited layer, none without projection. Warns where they are next to none, or
+    come of too few tokens.
+
+    Raises:
+        ValueError: when the settings need statistics and there are none.
+    """
+    if statistics is None:
+        if config.project or config.solver.startswith("memit"):
+            raise ValueError(
+                f"Expected statistics for the solver {config.solver!r} with project={config.project}, got none. "
+                "Collect them from text that must not change: `KeyStatistics.from_dataset(model, tokenizer, dataset)`."
+            )
+        return {}
+    rule = (config.nullspace_threshold, config.nullspace_energy, config.nullspace_rank)
+    layers = [p.index for p in projections] if config.project else []
+    preserved = {layer: statistics.preserved(layer, *rule) for layer in layers}
+    for layer, basis in preserved.items():
+        width, count = basis.shape
+        if count < 0.01 * width:
+            logger.warning(
+                "Layer %d: only %d of %d directions are preserved, so the null space constrains next to nothing. "
+                "Lower nullspace_threshold (now %s), or set nullspace_energy or nullspace_rank.",
+                layer, count, width, config.nullspace_threshold,
+            )  # fmt: skip
+    width = max((len(basis) for basis in preserved.values()), default=0)
+    if statistics.tokens < 10 * width:
+        logger.warning(
+            "The statistics have %d tokens for %d directions: too few to know what text needs. A hundred times as "
+            "many tokens as directions is a fair number.", statistics.tokens, width,
+        )  # fmt: skip
+    return preserved

@@ -1,6 +1,5 @@
 """Second moments of what the down-projections of a model read: what an edit must leave alone."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -14,14 +13,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.saving import cached_revision, push_saved, write_safetensors
+from hf_iclr.hub import HubMixin, model_card, pretrained_folder, repository_name
+from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
+from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
-from .down_projections import DownProjection, capture, choose_layers, find_down_projections, run_until
+from .projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in f
 
 
 @dataclass
-class KeyStatistics:
+class KeyStatistics(HubMixin):
     """
     Sums of k k^T over the tokens of a text, k the input of a layer's down-projection.
 
@@ -51,7 +52,7 @@ class KeyStatistics:
         model_revision (`str`, *optional*):
             Its commit.
         weights_hash (`str`):
-            [`hash_weights`] of the model: statistics of another model are refused.
+            [`~hf_iclr.models.hash_weights`] of the model: statistics of another model are refused.
         datasets (`list[str]`):
             Fingerprints of the texts.
     """
@@ -150,10 +151,8 @@ class KeyStatistics:
 
         source = itertools.islice(dataset, state.process_index, None, state.num_processes)
         batches = _batches(source, tokenizer, text_column, max_length, batch_size, made.rows)
-        training = model.training
-        model.eval()
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
-        try:
+        with evaluation_mode(model), bar:
             for number, batch in enumerate(batches, start=1):
                 before = made.tokens
                 made._add(model, projections, batch, share, skip_first_token)
@@ -162,9 +161,6 @@ class KeyStatistics:
                     break
                 if folder is not None and number % 50 == 0:
                     made.save_pretrained(folder)
-        finally:
-            bar.close()
-            model.train(training)
         if state.num_processes > 1:
             made.tokens, made.rows = reduce(
                 torch.tensor([made.tokens, made.rows], device=state.device), "sum"
@@ -181,7 +177,10 @@ class KeyStatistics:
         self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int, skip_first: bool
     ) -> None:
         ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        with torch.no_grad(), capture({p.index: (p.module, "input") for p in projections}) as keys:
+        self.rows += len(mask)
+        if not mask.numel():  # nothing but empty texts
+            return
+        with capture({p.index: (p.module, "input") for p in projections}) as keys:
             run_until(model, projections[-1].layer, input_ids=ids, attention_mask=mask)
         counted = mask.bool()
         if skip_first:
@@ -197,7 +196,6 @@ class KeyStatistics:
             huge, usual = rows[massive].double(), rows[~massive]
             self.sums[p.index] += (usual.T @ usual).to(self.sums[p.index]) + (huge.T @ huge).to(self.sums[p.index])
         self.tokens += int(counted.sum())
-        self.rows += len(mask)
 
     @property
     def layers(self) -> list[int]:
@@ -314,10 +312,12 @@ class KeyStatistics:
         # One file: sums and count must never be of different moments.
         tensors = {str(layer): value.cpu() for layer, value in self.sums.items()}
         write_safetensors(tensors, folder / FILE_NAME, {"hf_iclr": json.dumps(about)})
-        self._card().save(folder / "README.md")
+        self.save_card(folder)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "KeyStatistics":
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
+    ) -> "KeyStatistics":
         """
         Read what [`~KeyStatistics.save_pretrained`] or [`~KeyStatistics.push_to_hub`] wrote.
 
@@ -326,6 +326,8 @@ class KeyStatistics:
                 Folder or repository.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*):
+                Token of the Hub.
 
         Returns:
             [`KeyStatistics`]
@@ -333,10 +335,7 @@ class KeyStatistics:
         Raises:
             ValueError: when the folder holds no statistics, or a file that is not one of them.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=[FILE_NAME]))
-        path = inside(folder, FILE_NAME)
+        path = inside(pretrained_folder(name_or_path, [FILE_NAME], revision=revision, token=token), FILE_NAME)
         if not path.exists():
             raise ValueError(f"Expected a folder or repository with {FILE_NAME}, got {name_or_path}, which has none.")
         tensors, metadata = read_safetensors(path)
@@ -352,43 +351,29 @@ class KeyStatistics:
                 raise KeyError(f"sums of layers {read.layers} and names of {sorted(read.module_names)}")
         return read
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """
-        Upload what [`~KeyStatistics.save_pretrained`] writes.
-
-        Args:
-            repo_id (`str`):
-                Repository, made if need be.
-            private (`bool`, *optional*):
-                Whether a new repository is private.
-            revision (`str`, *optional*):
-                Branch to push to.
-            token (`str` or `bool`, *optional*):
-                Token of the Hub.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-        """
-        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Key statistics")
-
-    def _card(self) -> ModelCard:
-        data = ModelCardData(library_name="hf_iclr", tags=["knowledge-editing", "key-statistics"])
+    def _card(self, repo_id: str) -> ModelCard:
         rows = [
             (layer, f"`{self.module_names[layer]}`", len(total), f"{total.trace() / self.tokens:.4g}")
             for layer, total in sorted(self.sums.items())
         ]
         lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-        return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# Key statistics of {self.model_name}\n\nFloat64 sums of k k^T over "
-            f"{self.tokens:,} tokens, k the input of each layer's down-projection (revision {self.model_revision}). "
-            "Load them with `hf_iclr.KeyStatistics.from_pretrained`.\n\n| layer | module | size | mean squared norm "
-            f"|\n| --- | --- | --- | --- |\n{lines}\n"
+        return model_card(
+            f"Key statistics of {repository_name(self.model_name) or 'a local model'}",
+            f"""What an edit by [AlphaEdit](https://huggingface.co/papers/2410.02355) must leave alone: float64 sums of
+k k^T over {self.tokens:,} tokens, k the input of each layer's down-projection. Base revision {self.model_revision},
+weights {self.weights_hash}.
+
+| layer | module | size | mean squared norm |
+| --- | --- | --- | --- |
+{lines}""",
+            f"""from hf_iclr import KeyStatistics
+
+statistics = KeyStatistics.from_pretrained("{repo_id}")
+print(statistics.layers, statistics.tokens)
+# editor = AlphaEditor(model, tokenizer, statistics=statistics)""",
+            [self.model_name],
+            library_name="hf_iclr",
+            tags=["knowledge-editing", "alphaedit", "key-statistics"],
         )
 
 
@@ -416,28 +401,6 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 
-def hash_weights(model: PreTrainedModel) -> str:
-    """
-    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the
-    same checkpoint has one name in float32 and in bfloat16.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The model.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _fingerprint(dataset: Any, *settings: Any) -> str:
     name = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
     return " ".join(map(str, (name, *settings)))
@@ -460,26 +423,7 @@ def _batches(
             raise ValueError(f"Expected a column {text_column!r} with text, got {sorted(row)}. Pass text_column=...")
         batch.append(encode(row[text_column])["input_ids"])
         if len(batch) == batch_size:
-            yield right_padded(batch)
+            yield pad_rows(batch)
             batch = []
     if batch:
-        yield right_padded(batch)
-
-
-def right_padded(batch: list[list[int]]) -> dict[str, torch.Tensor]:
-    """
-    Rows of token ids as one batch, padding at the right.
-
-    Args:
-        batch (`list[list[int]]`):
-            Rows of any lengths.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, both of shape `(rows, longest)`.
-    """
-    width = max(1, max(map(len, batch)))
-    ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+        yield pad_rows(batch)

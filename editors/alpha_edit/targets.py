@@ -14,11 +14,12 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.cache_argument import cache_inputs
+from hf_iclr.models import pad_around
 
 from .config import AlphaEditConfig
-from .down_projections import DownProjection, capture, run_until
+from .projections import DownProjection, capture, run_until
 from .prompts import EditRow, encode_request
-from .request import EditRequest
+from .requests import EditRequest
 
 
 @dataclass
@@ -115,17 +116,17 @@ class _Search:
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.num_requests, self.rows_each = len(rows), len(rows[0])
         flat = [row for request in rows for row in request]
-        self.row_ids = [row.ids[:-1] if row.start < len(row.ids) else row.ids for row in flat]
         device = model.device
-        before = max(row.subject for row in flat)
-        after = max(len(ids) - row.subject for ids, row in zip(self.row_ids, flat, strict=True))
-        ids, mask = torch.zeros(2, len(flat), before + after, dtype=torch.long, device=device)
-        for line, (tokens, row) in enumerate(zip(self.row_ids, flat, strict=True)):
-            start = before - row.subject
-            ids[line, start : start + len(tokens)] = torch.tensor(tokens, device=device)
-            mask[line, start : start + len(tokens)] = 1
-        self.before, self.ids, self.mask = before, ids, mask
-        self.positions = (mask.cumsum(1) - 1).clamp_min(0)
+        # a target's last token predicts nothing
+        read = [row.ids[:-1] if row.start < len(row.ids) else row.ids for row in flat]
+        batch = pad_around(
+            [row.ids[: row.subject] for row in flat],
+            [ids[row.subject :] for ids, row in zip(read, flat, strict=True)],
+            device,
+        )
+        self.before = max(row.subject for row in flat)
+        self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
+        self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
         # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
         self.num_texts = self.rows_each - (1 if config.kl_factor else 0)
         places = [

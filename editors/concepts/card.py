@@ -2,56 +2,51 @@
 
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
+
+from hf_iclr.hub import model_card, repository_name, table_cell
 
 
-def concept_card(about: dict[str, Any]) -> ModelCard:
+def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
     """
     A card that lists which concept reads as which.
 
     Args:
         about (`dict`):
             What `concept_edits.json` holds.
+        repo_id (`str`):
+            Where the card will be.
 
     Returns:
         `huggingface_hub.ModelCard`
     """
-    base = about["base_model"] or "a pipeline without a name"
-    data = ModelCardData(
-        base_model=about["base_model"],
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["lora", "concept-editing"],
-    )
+    base = repository_name(about["base_model"])
     rows = "\n".join(
-        f"| {_cell(concept)} | {_cell(other) or '*(erased)*'} |"
+        f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |"
         for batch in about["batches"]
         for concept, other in batch["concepts"].items()
     )
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# Concept edits of {base}
-
-Made in closed form with `hf_iclr.ConceptEditor`. {len(about["retain"])} prompts were retained; they stand in
+    return model_card(
+        f"Concept edits of {base or 'a local pipeline'}",
+        f"""Concepts that read as others, made in closed form with `hf_iclr.ConceptEditor`, by the update of
+[AlphaEdit](https://huggingface.co/papers/2410.02355). {len(about["retain"])} prompts were retained; they stand in
 `concept_edits.json`. Base weights {about["base_hash"]}.
 
 | concept | reads as |
 | --- | --- |
-{rows}
+{rows}""",
+        f"""from diffusers import DiffusionPipeline
 
-```python
-pipeline.load_lora_weights("this repository")  # with the edits
+pipeline = DiffusionPipeline.from_pretrained("{base or "user/base-pipeline"}")
+pipeline.load_lora_weights("{repo_id}")  # with the edits
 
 from hf_iclr import ConceptEditor
-editor = ConceptEditor.from_pretrained("this repository", pipeline)
-editor.undo()  # without the last ones
-```
-"""
+
+pipeline.unload_lora_weights()
+editor = ConceptEditor.from_pretrained("{repo_id}", pipeline)
+editor.undo()  # without the last ones""",
+        [base],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "concept-editing"],
     )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

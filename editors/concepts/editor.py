@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub import ModelCard
 
-from hf_iclr.saving import in_own_memory, push_saved, whole_file
+from hf_iclr.hub import HubMixin, pretrained_folder
+from hf_iclr.models import hash_weights
+from hf_iclr.saving import in_own_memory, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
-from ..alpha_edit.statistics import check_null_space_rule, hash_weights
-from ..closed_form import null_space_factor, project_out
+from ..alpha_edit.closed_form import EditedKeys, project_out
+from ..alpha_edit.statistics import check_null_space_rule
 from .card import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 
@@ -39,7 +41,7 @@ class _Batch:
     residuals: dict[str, torch.Tensor]
 
 
-class ConceptEditor:
+class ConceptEditor(HubMixin):
     """
     [`AlphaEditor`]'s constraint for pipelines of diffusers: what a layer returns for the text of one concept is made
     what it returns for another's, in closed form, and what it returns for the prompts to retain stays.
@@ -161,7 +163,9 @@ class ConceptEditor:
             wanted = others[kind].flatten(0, 1).T
             # What replaces a concept keeps its own values, as earlier edits keep theirs.
             previous = torch.cat([wanted, *(earlier.keys[kind] for earlier in self._batches)], 1)
-            factor = null_space_factor(keys, previous, self._preserved[kind], self.settings["l2"])
+            edited = EditedKeys(self._preserved[kind], self.settings["l2"])
+            edited.add(previous)
+            factor = edited.add(keys)
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))
@@ -248,7 +252,12 @@ class ConceptEditor:
         type(self.pipeline).save_lora_weights(
             folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
         )
-        about = {
+        with whole_file(folder / EDITS_NAME) as part:
+            part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
+        self.save_card(folder)
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "base_model": self.pipeline.name_or_path,
             "base_hash": self.base_hash,
             "settings": self.settings,
@@ -258,9 +267,6 @@ class ConceptEditor:
                 for batch in self._batches
             ],
         }
-        with whole_file(folder / EDITS_NAME) as part:
-            part.write_text(json.dumps(about, indent=1, ensure_ascii=False))
-        concept_card(about).save(folder / "README.md")
 
     @classmethod
     def from_pretrained(
@@ -293,12 +299,7 @@ class ConceptEditor:
             ValueError: when there are no edits, the pipeline is another one, or a file is not what
                 [`~ConceptEditor.save_pretrained`] writes.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            patterns = [WEIGHTS_NAME, EDITS_NAME]
-            folder = Path(
-                snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
-            )
+        folder = pretrained_folder(name_or_path, [WEIGHTS_NAME, EDITS_NAME], revision=revision, token=token)
         path = inside(folder, EDITS_NAME)
         if not path.exists():
             raise ValueError(f"Expected a folder or repository with {EDITS_NAME}, got {name_or_path}, which has none.")
@@ -336,30 +337,8 @@ class ConceptEditor:
                 batch.factors[kind], batch.residuals[name] = in_own_memory(factor), in_own_memory(residual)
         return batch
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """
-        Upload what [`~ConceptEditor.save_pretrained`] writes.
-
-        Args:
-            repo_id (`str`):
-                Repository, made if need be.
-            private (`bool`, *optional*):
-                Whether a new repository is private.
-            revision (`str`, *optional*):
-                Branch to push to.
-            token (`str` or `bool`, *optional*):
-                Token of the Hub.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-        """
-        return push_saved(self.save_pretrained, repo_id, private, revision, token, "Concept edits")
+    def _card(self, repo_id: str) -> ModelCard:
+        return concept_card(self._about(), repo_id)
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_prompts(self.pipeline, prompts, self.settings["encode_options"], self.layers)

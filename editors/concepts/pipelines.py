@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_iclr.extras import require
 
-from ..closed_form import project_out
+from ..alpha_edit.closed_form import project_out
 
 
 if TYPE_CHECKING:

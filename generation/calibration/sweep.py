@@ -1,4 +1,4 @@
-"""Quality against cost for many rules and alphas, and for the methods a speculative cascade has to beat."""
+"""Quality against cost for many rules and alphas, beside either model alone and speculative decoding."""
 
 import json
 import logging
@@ -15,15 +15,12 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.extras import new_figure, require, save_figure
+from hf_iclr.models import pad_rows, to_prompt_ids
 
-from ..cascade_statistics import CascadeStatistics
+from ..batched_cascade import padding_token
 from ..deferral_rules import check_rule
-from ..modeling_speculative_cascade import SpeculativeCascadeForCausalLM
-from ..special_tokens import padding_token
-from .baselines import bild_generate, sequence_cascade_generate, token_cascade_generate
 from .calibrate import large_alone, small_model
 from .teacher_forcing import prepare_config
-from .texts import chat_ids, left_padded
 
 
 logger = logging.getLogger(__name__)
@@ -150,8 +147,7 @@ def sweep_cascade(
     Generate from the same prompts with each rule and alpha, and with the baselines, and tabulate quality and cost.
 
     Prompts are run one at a time, so that wall times compare. The baselines are the large and the small model alone,
-    speculative decoding (exact, lossy, and an ensemble target), the sequential cascades by token and by answer, and,
-    in greedy decoding, BiLD; see cascade_baselines.py.
+    and speculative decoding: exact, lossy, and with an ensemble as its target.
 
     Args:
         model ([`SpeculativeCascadeGenerationMixin`]):
@@ -215,16 +211,16 @@ def sweep_cascade(
     if padding_token(config) is None:
         call["pad_token_id"] = 0
     ids = [
-        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else to_prompt_ids(tokenizer, prompt)
         for prompt in prompts
     ]
-    inputs = [left_padded([prompt], model.device) for prompt in ids]
+    inputs = [pad_rows([prompt], device=model.device) for prompt in ids]
     drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
 
     def cascade(rule, alpha):
         def run(one):
             output = model.generate(**one, **call, **drafts, cascade_rule=rule, cascade_alpha=alpha)
-            return output, model.cascade_statistics
+            return output, model.cascade_statistics.to_dict()
 
         return run
 
@@ -238,17 +234,23 @@ def sweep_cascade(
                 output = large_alone(model, one, **call)[0]
             else:
                 output = small.generate(**one, **{**sampling, **call})
-            return output, _plain_statistics(half, one, output, time.perf_counter() - begin)
+            prompt, length = one["input_ids"].shape[1], output.shape[1]
+            counts = {"new_tokens": length - prompt, "total_seconds": time.perf_counter() - begin}
+            counts |= {f"{half}_forwards": length - prompt, f"{half}_tokens": length - 1}
+            return output, counts | ({"deferred": length - prompt} if half == "large" else {"drift": math.nan})
 
         return run
 
     runs: list[tuple[str, str, float, Callable]] = [("large", "", math.nan, alone("large"))]
     if baselines:
-        runs += _baseline_runs(model, small, call, cascade, alone)
+        runs += [("small", "", math.nan, alone("small"))]
+        runs += [("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
+        runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
+        runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
     runs += [("speculative cascade", rule, alpha, cascade(rule, alpha)) for rule in rules for alpha in rules[rule]]
 
     rows, texts = [], []
-    weights = [matmul_weights(half) for half in (_large(model), small)]
+    weights = [matmul_weights(half) for half in model.cascade_pair]
     with torch.random.fork_rng(), tqdm(total=len(runs) * len(inputs), desc="sweep", unit="prompt") as progress:
         runs[0][-1](inputs[0])  # warm-up
         for method, rule, alpha, run in runs:
@@ -256,8 +258,8 @@ def sweep_cascade(
             outputs, done = [], []
             for one in inputs:
                 output, counts = run(one)
-                outputs.append(output[0, one["input_ids"].shape[1] :][: counts.new_tokens[0]])
-                done.append(counts.to_dict())
+                outputs.append(output[0, one["input_ids"].shape[1] :][: counts["new_tokens"]])
+                done.append(counts)
                 progress.update()
             texts.append(tokenizer.batch_decode(outputs, skip_special_tokens=True))
             quality = (
@@ -269,25 +271,6 @@ def sweep_cascade(
     for name in ("relative_latency", "relative_flops"):
         table[name] /= table[name][0]  # the large model alone stands first
     return CascadeSweep(table, texts, cost)
-
-
-def _baseline_runs(model, small, call, cascade, alone) -> list[tuple[str, str, float, Callable]]:
-    def sequential(function, **options):
-        return lambda one: function(model, small, **one, **{**call, **options})
-
-    runs = [("small", "", math.nan, alone("small")), ("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
-    runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
-    runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
-    for rule, alphas in (("chow", (0.2, 0.4, 0.6, 0.8)), ("chow_log", (0.5, 1.0, 2.0))):
-        for alpha in alphas:
-            runs.append(("token cascade", rule, alpha, sequential(token_cascade_generate, rule=rule, alpha=alpha)))
-    for threshold in (-4.0, -3.0, -2.0, -1.0):
-        run = sequential(sequence_cascade_generate, threshold=threshold)
-        runs.append(("sequence cascade", "mean_log_prob", threshold, run))
-    for rollback in (2.0, 5.0):
-        run = sequential(bild_generate, rollback_threshold=rollback, do_sample=False)
-        runs.append(("BiLD, greedy", "rollback", rollback, run))
-    return runs
 
 
 def _quality_function(metric) -> Callable[[list[str], list], float] | None:
@@ -327,30 +310,11 @@ def matmul_weights(model) -> int:
     return count
 
 
-def _large(model):
-    return model.large if isinstance(model, SpeculativeCascadeForCausalLM) else model
-
-
-def _plain_statistics(half: str, inputs: dict, output: torch.Tensor, seconds: float) -> CascadeStatistics:
-    """The counts of a plain `generate` of one prompt."""
-    prompt = inputs["input_ids"].shape[1]
-    tokens = output.shape[1] - prompt
-    statistics = CascadeStatistics.for_rows("plain", half, math.nan, 1)
-    statistics.new_tokens, statistics.total_seconds = [tokens], seconds
-    if half == "large":
-        statistics.deferred = [float(tokens)]
-        statistics.large_forwards, statistics.large_tokens = tokens, prompt + tokens - 1
-    else:
-        statistics.drift = [math.nan]
-        statistics.small_forwards, statistics.small_tokens = tokens, prompt + tokens - 1
-    return statistics
-
-
 def _costs(done: list[dict], weights: list[int]) -> dict[str, float]:
     """Costs of all prompts together; latency in seconds and FLOPs / 2, both a token, to be made relative."""
 
     def total(name):
-        return sum(counts[name] for counts in done)
+        return sum(counts.get(name, 0) for counts in done)
 
     tokens, forwards, drafted = total("new_tokens"), total("large_forwards"), total("drafted")
     return {

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..cascade_generation import CASCADE_DEFAULTS
-from ..deferral_rules import cascade_target, total_variation
+from ..deferral_rules import cascade_target, one_hot_of_largest, total_variation
 from .texts import Text
 
 
@@ -297,11 +297,6 @@ def _grid_values(rule: str, alphas: np.ndarray, greedy: bool, q, p, q0, p0) -> l
             pi, deferred = cascade_target(rule, alpha, q, p, q0, p0)
         values += [deferred, torch.minimum(q, pi).sum(-1), total_variation(pi, p)]
     return values
-
-
-def one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
-    """The distribution, of shape `(..., vocab_size)`, that greedy decoding draws from."""
-    return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
 
 def logits_processors(model, config, prompt_length: int):

@@ -17,7 +17,7 @@ def edit(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the adapter, ledger and card; edits in it are added to.")
+        Path, typer.Option(help="Folder for the adapter, journal and card; edits in it are added to.")
     ] = Path("edits"),
     statistics: Annotated[
         str | None, typer.Option(help="Key statistics of the model: folder or repository. Left out: made from --text.")
@@ -43,7 +43,7 @@ def edit(
     from rich.table import Table
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
-    from hf_iclr.editors.alpha_edit.journal import LEDGER_NAME
+    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME
 
     console = Console()
     if undo:
@@ -54,7 +54,7 @@ def edit(
         editor.save_pretrained(out)
         console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.")
         return
-    kept = (out / LEDGER_NAME).exists()
+    kept = (out / JOURNAL_NAME).exists()
     if model is None or requests is None or (statistics is None) == (text is None) and not kept:
         raise ValueError(
             "Expected a model, a file of requests and one of --statistics and --text, or --undo N. For instance "
@@ -64,7 +64,7 @@ def edit(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_iclr.cli.prompt_files import read_json_lines
-    from hf_iclr.editors.alpha_edit.datasets import edit_requests
+    from hf_iclr.editors.alpha_edit import edit_requests
 
     facts, config = edit_requests(read_json_lines(requests)), AlphaEditConfig(solver=solver or "alphaedit")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
@@ -80,7 +80,7 @@ def edit(
         )
         keys.save_pretrained(out / "statistics")
     if kept:
-        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys, journal=True)
+        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys, resume=True)
         if solver not in (None, editor.config.solver):
             raise ValueError(f"Expected the solver of the edits in {out}, {editor.config.solver}, got {solver}.")
     else:

@@ -1,12 +1,19 @@
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_iclr.generation.calibration.baselines import bild_generate, sequence_cascade_generate, token_cascade_generate
 from hf_iclr.generation.cascade_generation import enable_cascade
 from tests.generation.toy import RAGGED_PROMPTS, left_padded, tiny_llama
 
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from common.cascade_baselines import bild_generate, sequence_cascade_generate, token_cascade
+
+
+sys.path.pop(0)
 
 NEW_TOKENS = 12
 
@@ -32,8 +39,6 @@ def run(function, models, inputs, **kwargs):
 @pytest.mark.parametrize(
     "function, large_alone, small_alone",
     [
-        (token_cascade_generate, {"alpha": -1.0}, {"alpha": 1.0}),
-        (token_cascade_generate, {"rule": "chow_log", "alpha": 0.0}, {"rule": "chow_log", "alpha": 10.0}),
         (sequence_cascade_generate, {"threshold": math.inf}, {"threshold": -math.inf}),
         (
             bild_generate,
@@ -54,31 +59,33 @@ def test_limits_are_the_models(models, inputs, function, large_alone, small_alon
     assert statistics.deferred == [0.0] * 4
 
 
-@pytest.mark.parametrize("rule, alpha", [("chow", 0.7), ("chow_log", 2.0)])
-def test_token_cascade_has_the_law_of_the_speculative_one(models, inputs, rule, alpha):
+def test_token_cascade_has_the_law_of_the_speculative_one(models):
     """In greedy decoding a law is one sequence, so both must write the same tokens and defer at the same ones."""
-    sequences, statistics = run(token_cascade_generate, models, inputs, rule=rule, alpha=alpha)
+    inputs = left_padded([[1, 2, 3], [5, 6, 0], [3, 3, 4]])
     model = enable_cascade(*models)
-    expected = greedy(model, inputs, cascade_rule=rule, cascade_alpha=alpha)
-    assert torch.equal(sequences, expected)
-    assert statistics.deferred == model.cascade_statistics.deferred
-    assert 0 < sum(statistics.deferred) < 4 * NEW_TOKENS
-    # One forward of the large model a deferred token, and one of the small model a token.
-    assert statistics.large_forwards == sum(statistics.deferred)
-    assert statistics.small_forwards == 4 * NEW_TOKENS
+    for alpha in (-1.0, 0.7, 1.0):  # the large model, both, the small model
+        tokens, forwards, _ = token_cascade(*models, inputs["input_ids"], alpha, False, NEW_TOKENS)
+        expected = greedy(model, inputs, cascade_rule="chow", cascade_alpha=alpha)
+        assert torch.equal(tokens, expected[:, 3:])
+        assert forwards.tolist() == model.cascade_statistics.deferred
+    for half, alpha in zip(models, (-1.0, 1.0), strict=True):
+        tokens, _, _ = token_cascade(*models, inputs["input_ids"], alpha, False, NEW_TOKENS)
+        assert torch.equal(tokens, greedy(half, inputs)[:, 3:])
 
 
 def test_token_cascade_samples_the_mixture(models):
     """The second token of 600 samples, given the first: q where max q0 >= 1 - alpha, else p."""
     large, small = models
-    inputs = left_padded([[3, 4]] * 600)
-    sequences, _ = token_cascade_generate(large, small, **inputs, alpha=0.5, max_new_tokens=1, do_sample=True, top_k=0)
+    prompts = torch.tensor([[3, 4]] * 600)
+    torch.manual_seed(0)
+    tokens, _, log_q = token_cascade(large, small, prompts, 0.5, True, 1)
     with torch.no_grad():
-        q, p = (half(input_ids=inputs["input_ids"][:1]).logits[0, -1].softmax(-1) for half in (small, large))
+        q, p = (half(input_ids=prompts[:1]).logits[0, -1].softmax(-1) for half in (small, large))
     expected = q if q.max() >= 0.5 else p
     other = p if q.max() >= 0.5 else q
-    counts = torch.bincount(sequences[:, 2], minlength=23) / 600
+    counts = torch.bincount(tokens[:, 0], minlength=23) / 600
     assert (counts - expected).abs().sum() < 0.15 < (counts - other).abs().sum()
+    torch.testing.assert_close(log_q, q[tokens[:, 0]].log())
 
 
 def test_sequence_cascade_defers_by_the_mean_log_probability(models, inputs):
@@ -133,7 +140,7 @@ def test_bild_follows_its_definition(models):
 def test_end_of_text_ends_a_row(models, inputs):
     small = models[1]
     token = int(greedy(small, inputs)[0, 7])  # the third token of the first row
-    sequences, statistics = run(token_cascade_generate, models, inputs, alpha=1.0, eos_token_id=token)
+    sequences, statistics = run(sequence_cascade_generate, models, inputs, threshold=-math.inf, eos_token_id=token)
     assert torch.equal(sequences, greedy(small, inputs, eos_token_id=token))
     assert statistics.new_tokens[0] == 3
 
@@ -141,8 +148,6 @@ def test_end_of_text_ends_a_row(models, inputs):
 @pytest.mark.parametrize(
     "function, kwargs, message",
     [
-        (token_cascade_generate, {"rule": "opt"}, "needs p. Choose one of chow, chow_log"),
-        (token_cascade_generate, {"alpha": 2.0}, "must lie in"),
         (bild_generate, {"do_sample": True}, "Pass `do_sample=False`"),
         (sequence_cascade_generate, {"temprature": 1}, "got temprature"),
     ],

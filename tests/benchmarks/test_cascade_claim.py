@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from hf_iclr.generation.calibration.baselines import token_cascade_generate
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -53,34 +49,6 @@ def test_quick_run_is_consistent(tmp_path):
         assert claimed == comparison["claim_shown"]
         if comparison["claim_shown"]:
             assert min(at_spec["best_cascade_above"][name]["low"] for name in ("spec", "token_cascade")) > 0
-
-
-def test_sequential_cascade_is_the_one_of_the_library(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from cascade_claim import ANSWER_LENGTH, START, SYMBOLS, make_examples, token_cascade
-
-    large, small = (
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=SYMBOLS + 4, hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
-                num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5, bos_token_id=START,
-                eos_token_id=None, pad_token_id=None,
-            )
-        ).eval()
-        for layers in (2, 1)
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    prompts, _, _ = make_examples(6, 0.5, torch.randint(SYMBOLS, (10, 10, 2), generator=generator), generator)
-    deferred = []
-    for alpha in (0.05, 0.2, 0.4):
-        tokens, forwards, _ = token_cascade(large, small, prompts, alpha, do_sample=False)
-        sequences, statistics = token_cascade_generate(
-            large, small, prompts, rule="chow", alpha=alpha, max_new_tokens=ANSWER_LENGTH, do_sample=False
-        )
-        assert torch.equal(sequences[:, prompts.shape[1] :], tokens)
-        assert statistics.rounds == forwards.tolist()
-        deferred.append(forwards.mean() / ANSWER_LENGTH)
-    assert any(0 < share < 1 for share in deferred), deferred
 
 
 def test_interval_is_that_of_students_t(monkeypatch):

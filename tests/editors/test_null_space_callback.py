@@ -9,8 +9,9 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics, hash_weights
+from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
 from hf_iclr.editors.null_space_callback import NullSpaceCallback, project_weight
+from hf_iclr.models import hash_weights
 from tests.trainers.distributed import run_in_two
 from tests.trainers.tiny import QUICK, losses, tiny_llama, word_rows
 

@@ -6,9 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
-from hf_iclr.editors.alpha_edit.request import EditRequest
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
+from hf_iclr.editors.alpha_edit import AlphaEditConfig, EditRequest, KeyStatistics
 from tests.architectures import ARCHITECTURES, tiny
 
 

@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from hf_iclr.editors.alpha_edit.request import EditRequest
+from hf_iclr.editors.alpha_edit import EditRequest
 
 from .draft import docstrings
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from hf_iclr.models import answer_logits, generate_after_prefixes
+from hf_iclr.models import answer_logits
+from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.trainers.deep_safety.config import DeepSafetySFTConfig
 from hf_iclr.trainers.deep_safety.trainer import DeepSafetySFTTrainer
 from hf_iclr.trainers.safety_audit.judge import RefusalJudge

@@ -1,7 +1,6 @@
 """What the rows of a run were worth: totals by row, source, step and token, and what one does with them."""
 
 import math
-import tempfile
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import jinja2
 import pandas as pd
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import DatasetCard
 
 import hf_iclr
+from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.untrusted import as_written_by, check_links, inside
 
 from .alignment import add_columns, select_rows
@@ -28,7 +28,7 @@ _COLUMNS = {None: "value", "exposure": "value_per_exposure", "token": "value_per
 Normalize = Literal["exposure", "token", "step"] | None
 
 
-class DataShapleyResult:
+class DataShapleyResult(HubMixin):
     """
     What [`InRunDataShapleyCallback`] measured. Values are in nats of a target's loss; positive is helpful: training on
     the row lowered that loss.
@@ -51,6 +51,8 @@ class DataShapleyResult:
         id_column (`str`, *optional*):
             The callback's, if it had one. Else rows without a position are known by the hash of their `input_ids`.
     """
+
+    _repo_type = "dataset"
 
     def __init__(
         self,
@@ -340,25 +342,26 @@ class DataShapleyResult:
             folder (`str` or `Path`):
                 Made if it does not exist.
         """
-        self._save(check_links(folder), str(folder))
-
-    def _save(self, folder: Path, name: str) -> None:
+        folder = check_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_parquet(folder / "values.parquet")
         self.rows.attrs["id_column"] = self.id_column
         self.rows.to_parquet(folder / "rows.parquet", index=False)
         self.steps.to_parquet(folder / "steps.parquet", index=False)
+        self.save_card(folder)
+
+    def _card(self, repo_id: str) -> DatasetCard:
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
         )
         card = environment.get_template("card.md").render(
-            name=name,
+            name=repo_id,
             summary=self.summary().reset_index().to_dict("records"),
             steps=len(self.steps),
             key=self.key,
             version=hf_iclr.__version__,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        return DatasetCard(card)
 
     @classmethod
     def from_pretrained(
@@ -381,14 +384,8 @@ class DataShapleyResult:
         Raises:
             ValueError: when there are no such files, or with other contents.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            files = ["rows.parquet", "steps.parquet"]
-            folder = Path(
-                snapshot_download(
-                    str(name_or_path), repo_type="dataset", revision=revision, token=token, allow_patterns=files
-                )
-            )
+        files = ["rows.parquet", "steps.parquet"]
+        folder = pretrained_folder(name_or_path, files, repo_type="dataset", revision=revision, token=token)
         rows, steps = (read_parquet(inside(folder, f"{name}.parquet")) for name in ("rows", "steps"))
         with as_written_by("DataShapleyResult.save_pretrained", folder):
             read = cls(rows, steps, id_column=rows.attrs["id_column"])
@@ -399,38 +396,6 @@ class DataShapleyResult:
             if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
                 raise TypeError("values that are no numbers, or targets that are no text")
         return read
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload Data Shapley values",
-    ) -> str:
-        """
-        Pushes what [`~DataShapleyResult.save_pretrained`] writes as a dataset repository, which `load_dataset` reads.
-
-        Args:
-            repo_id (`str`):
-                Made if it does not exist.
-            private (`bool`, *optional*):
-                Visibility of a new repository. Defaults to the Hub's.
-            token (`str` or `bool`, *optional*):
-                As in [`~huggingface_hub.HfApi`].
-            commit_message (`str`, *optional*, defaults to `"Upload Data Shapley values"`):
-                Title of the commit.
-
-        Returns:
-            `str`: address of the repository.
-        """
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self._save(Path(folder), url.repo_id)
-            api.upload_folder(
-                repo_id=url.repo_id, folder_path=folder, repo_type="dataset", commit_message=commit_message
-            )
-        return str(url)
 
     def _of_target(self, target: str) -> pd.DataFrame:
         if target not in self.targets:

@@ -1,6 +1,5 @@
 """Reference log-probabilities of answer tokens: computed once for a dataset, laid out again for each batch."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,15 +92,6 @@ class ConstrainedCollator:
                 self.window.stored(positions), torch.tensor(values)
             )
         return batch
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """A hash (64 hexadecimal digits) of the types and values of a model's weights, those of its adapters with them."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(str(tensor.dtype).encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_answer_labels(labels: Sequence[int]) -> None:

@@ -9,11 +9,10 @@ from hf_iclr.models import (
     answer_logits,
     check_prompts,
     end_tokens,
-    generate_after_prefixes,
-    generate_answers,
     to_answer_ids,
     to_prompt_ids,
 )
+from hf_iclr.prefill import generate_after_prefixes, generate_answers
 
 from .gcg import append_to_prompt, gcg
 

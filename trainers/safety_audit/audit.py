@@ -15,15 +15,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_iclr import __version__
+from hf_iclr.hub import repository_name
 from hf_iclr.models import (
     answer_logits,
     check_decoder,
     check_prompts,
     end_tokens,
-    generate_answers,
     to_answer_ids,
     to_prompt_ids,
 )
+from hf_iclr.prefill import generate_answers
 
 from .attacks import (
     DECODING_GRID,
@@ -374,9 +375,9 @@ def _other_model(model, other) -> Iterator[Any]:
 
 
 def _name(model) -> str:
-    """Name on the Hub, or that of a folder without its path, which is nobody's business in a model card."""
-    name = model.name_or_path or type(model).__name__
-    return Path(name).name if Path(name).is_dir() else name
+    """Name on the Hub, or that of a folder without its path."""
+    name = model.name_or_path or ""
+    return repository_name(name) or Path(name).name or type(model).__name__
 
 
 def _fingerprints(prompts: list) -> list[str]:

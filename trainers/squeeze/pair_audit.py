@@ -4,16 +4,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.models import evaluation_mode
+from hf_iclr.models import evaluation_mode, pad_answers
 
 from .argmax import HiddenStateTap
-from .influence import answer_gradient, encode_answers, padded_batch
+from .influence import encode_answers
 
 
 SCORES = ("ches", "ches_per_token", "pressure", "valley_frac", "force")
@@ -74,11 +73,12 @@ def audit_pairs(
         starts = range(0, len(answers), 2 * batch_size)
         for start in tqdm(starts, desc="pair audit", disable=len(starts) == 1):
             batch = answers[start : start + 2 * batch_size]
-            inputs, mask = padded_batch(batch, model.device)
+            inputs = pad_answers([(answer.prompt_ids, answer.ids) for answer in batch], model.device)
+            mask = inputs.pop("labels")[:, 1:] != -100
             tap = HiddenStateTap(base)
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             hidden = tap.pop()[:, :-1]
-            targets, mask = inputs["input_ids"][:, 1:], mask[:, 1:]
+            targets = inputs["input_ids"][:, 1:]
             log_p = [row[own].float().log_softmax(-1) for row, own in zip(logits, mask, strict=True)]
             logps = [p.gather(-1, ids[own, None])[:, 0] for p, ids, own in zip(log_p, targets, mask, strict=True)]
             states = [row[own].double() for row, own in zip(hidden, mask, strict=True)]
@@ -130,58 +130,3 @@ def filter_pairs(pairs: Dataset, table: pd.DataFrame, *, drop: float = 0.1, by: 
         raise ValueError(f"drop must be in [0, 1), got {drop}. For example `drop=0.1`.")
     order = table[by].reset_index(drop=True).sort_values(kind="stable").index
     return pairs.select(sorted(order[: len(pairs) - int(drop * len(pairs))]))
-
-
-def measure_chosen_change(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Iterable[Mapping[str, Any]],
-    *,
-    step_size: float,
-    beta: float = 0.1,
-    max_length: int | None = None,
-) -> pd.DataFrame:
-    """
-    What one DPO step on each pair alone, from the same weights, does to its own chosen answer: the effect the scores
-    of [`audit_pairs`] are to foretell. Two backward passes a pair.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            In float32; its weights are put back.
-        tokenizer, pairs, beta, max_length:
-            As in [`audit_pairs`].
-        step_size (`float`):
-            Learning rate of a plain gradient step, small enough to be linear: 1e-4 on SmolLM2.
-
-    Returns:
-        `pandas.DataFrame`: a row per pair, in nats summed over tokens: `chosen_change` and `rejected_change` as
-        measured, and `push_on_chosen`, the part of the first that is due to the rejected answer, to first order.
-    """
-    answers = encode_answers(tokenizer, pairs, ("chosen", "rejected"), max_length)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scale, rows = step_size * beta / 2, []
-    with evaluation_mode(model):
-        starts = range(0, len(answers), 2)
-        for start in tqdm(starts, desc="one step", disable=len(starts) == 1):
-            pair = answers[start : start + 2]
-            before = _logps(model, pair)
-            up, down = (answer_gradient(model, parameters, each)[0] for each in pair)
-            # Tensor by tensor and in float64: over 1e8 elements a float32 product is off by percents.
-            product = sum((up[name].double() * down[name]).sum().item() for name in parameters)
-            backup = {name: p.clone() for name, p in parameters.items()}
-            try:
-                for name, p in parameters.items():
-                    p.add_(up[name] - down[name], alpha=scale)
-                chosen, rejected = (_logps(model, pair) - before).tolist()
-            finally:
-                for name, p in parameters.items():
-                    p.copy_(backup[name])
-            rows.append({"chosen_change": chosen, "rejected_change": rejected, "push_on_chosen": -scale * product})
-    return pd.DataFrame(rows)
-
-
-def _logps(model: PreTrainedModel, answers: list[Any]) -> torch.Tensor:
-    inputs, mask = padded_batch(answers, model.device)
-    log_p = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    logps = log_p.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
-    return logps.masked_fill(~mask[:, 1:], 0).double().sum(1)

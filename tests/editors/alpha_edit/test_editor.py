@@ -8,11 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
-from hf_iclr.editors.alpha_edit.down_projections import find_down_projections
-from hf_iclr.editors.alpha_edit.editor import AlphaEditor
-from hf_iclr.editors.alpha_edit.request import EditRequest
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
+from hf_iclr.editors.alpha_edit import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
+from hf_iclr.editors.alpha_edit.projections import find_down_projections
 from tests.editors.tiny import CONTEXTS, ENDING, REQUESTS, quick_config, text_rows, tiny_model, tiny_statistics
 
 
@@ -332,6 +329,9 @@ def test_what_does_not_fit_together_is_refused_before_any_work(word_tokenizer):
     )
     with pytest.raises(ValueError, match="finite statistics, got NaN or infinity in layer 1"):
         AlphaEditor(model, word_tokenizer, quick_config(), broken)
+    empty = KeyStatistics(**{**vars(statistics), "sums": {1: 0 * statistics.sums[1], 2: statistics.sums[2]}})
+    with pytest.raises(ValueError, match="full rank .* from more tokens"):
+        AlphaEditor(model, word_tokenizer, quick_config(solver="memit"), empty).edit(REQUESTS[:1], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_saved_edits_are_a_peft_adapter_and_load_as_an_editor(settings, word_tok
     assert "may be false" in card and editor.config.base_model_hash in card
     loaded.undo(2)
     assert torch.equal(logits(loaded.model), logits(tiny_model("llama")))
-    loaded.save_pretrained(tmp_path)  # the ledger goes on, the adapter is gone
+    loaded.save_pretrained(tmp_path)  # the journal goes on, the adapter is gone
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama")).edits == []
 
@@ -122,7 +122,7 @@ def test_memit_goes_on_only_with_its_statistics(word_tokenizer, tmp_path):
     assert torch.equal(logits(loaded.model), logits(tiny_model("llama")))
 
 
-def test_the_ledger_is_append_only_and_says_everything(word_tokenizer, tmp_path):
+def test_the_journal_is_append_only_and_says_everything(word_tokenizer, tmp_path):
     model = tiny_model("llama")
     statistics = tiny_statistics(model, word_tokenizer, layers=[1, 2])
     editor = AlphaEditor(model, word_tokenizer, quick_config(), statistics, folder=tmp_path)
@@ -164,7 +164,7 @@ def edit_until(moment, tokenizer, folder, reached):
             path.write_bytes(b"half")
             hang()
         save(tensors, path, *args, **kwargs)
-        if moment == "before the ledger" and len(made) == 4:
+        if moment == "before the journal" and len(made) == 4:
             hang()
 
     saving.save_file = save_and_count
@@ -176,7 +176,7 @@ def edit_until(moment, tokenizer, folder, reached):
     editor.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("moment", "whole"), [("in a file", 2), ("before the ledger", 2), ("in save_pretrained", 4)])
+@pytest.mark.parametrize(("moment", "whole"), [("in a file", 2), ("before the journal", 2), ("in save_pretrained", 4)])
 def test_a_kill_leaves_the_last_whole_batch(moment, whole, word_tokenizer, tmp_path):
     fork = multiprocessing.get_context("fork")
     reached = fork.Event()
@@ -201,7 +201,7 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
         from huggingface_hub import HfApi
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from hf_iclr import AlphaEditor
-        from tests.editors.test_alpha_editor import STRONG
+        from tests.editors.alpha_edit.test_editor import STRONG
         from tests.editors.tiny import ENDING, quick_config, tiny_statistics
         HfApi().create_repo("user/base")
         HfApi().upload_folder(repo_id="user/base", folder_path={str(tmp_path / "base")!r})
@@ -225,7 +225,7 @@ def test_pushed_edits_answer_in_an_unmodified_pipeline(word_tokenizer, tmp_path,
     assert "says w5" in plain
 
 
-def test_card_and_ledger_keep_source_and_licence(word_tokenizer, tmp_path):
+def test_card_and_journal_keep_source_and_licence(word_tokenizer, tmp_path):
     from dataclasses import replace
 
     editor = make_editor(word_tokenizer)

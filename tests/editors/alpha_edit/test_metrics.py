@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from hf_iclr.editors.alpha_edit.metrics import edit_success, harmonic_mean, hidden_drift, ngram_entropy
-from hf_iclr.editors.alpha_edit.request import EditRequest
+from hf_iclr.editors.alpha_edit.requests import EditRequest
 from hf_iclr.editors.alpha_edit.scoring import (
     continue_texts,
     evaluate_edits,

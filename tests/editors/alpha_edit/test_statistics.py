@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_iclr.editors.alpha_edit.down_projections import choose_layers, find_down_projections
-from hf_iclr.editors.alpha_edit.statistics import KeyStatistics, hash_weights
+from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
+from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
 from tests.editors.tiny import text_rows, tiny_model, tiny_statistics
 from tests.trainers.distributed import run_in_two
 
@@ -180,15 +180,6 @@ def test_saved_loaded_and_pushed(model, word_tokenizer, tmp_path, hub):
     with pytest.raises(ValueError, match="key_statistics.safetensors"):
         (tmp_path / "saved").mkdir()
         KeyStatistics.from_pretrained(tmp_path / "saved")
-
-
-def test_weights_have_one_name_in_every_type_and_another_after_training(model):
-    name = hash_weights(model)
-    assert name == hash_weights(tiny_model("llama")) == hash_weights(tiny_model("llama").bfloat16())
-    other = tiny_model("llama")
-    with torch.no_grad():
-        other.model.layers[3].mlp.down_proj.weight[0, 0] += 1
-    assert hash_weights(other) != name
 
 
 def test_default_layers_are_an_eighth_up():

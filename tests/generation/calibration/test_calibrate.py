@@ -289,8 +289,7 @@ def test_sweep(model, pair, tmp_path, word_tokenizer):
     )  # fmt: skip
     table = sweep.table
     assert table["method"].unique().tolist() == [
-        "large", "small", "speculative decoding", "lossy speculative decoding", "ensemble", "token cascade",
-        "sequence cascade", "BiLD, greedy", "speculative cascade",
+        "large", "small", "speculative decoding", "lossy speculative decoding", "ensemble", "speculative cascade",
     ]  # fmt: skip
     by_method = table.groupby("method", sort=False).first()
     assert by_method.loc["large", ["relative_latency", "relative_flops", "large_forwards_per_token"]].tolist() == [

@@ -244,7 +244,8 @@ def test_pushed_to_the_hub_it_is_a_dataset_with_a_card(hub, result, tmp_path):
         from datasets import load_dataset
         from hf_iclr.trainers.data_shapley.result import DataShapleyResult
 
-        url = DataShapleyResult.from_pretrained({str(tmp_path / "saved")!r}).push_to_hub("tester/values", private=True)
+        saved = DataShapleyResult.from_pretrained({str(tmp_path / "saved")!r})
+        url = saved.push_to_hub("tester/values", private=True).repo_url
         loaded = DataShapleyResult.from_pretrained("tester/values")
         loaded.to_csv({str(tmp_path / "loaded.csv")!r})
         print(url, load_dataset("tester/values", split="train")["value"][:4])

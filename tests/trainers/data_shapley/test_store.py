@@ -49,8 +49,8 @@ WRITER = """
 
     import numpy as np
 
-    from hf_iclr.trainers import shapley_store
-    from tests.trainers.test_data_shapley_store import rows_of
+    from hf_iclr.trainers.data_shapley import store as shapley_store
+    from tests.trainers.data_shapley.test_store import rows_of
 
     folder, flushes, inside = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     store, replace, renamed = shapley_store.ShapleyStore(folder), os.replace, []
@@ -102,7 +102,7 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flus
 def test_killed_from_outside_the_store_is_a_beginning_of_the_run(tmp_path):
     busy = """
         import sys
-        from tests.trainers.test_data_shapley_store import train
+        from tests.trainers.data_shapley.test_store import train
 
         train(sys.argv[1], 1, 10**6, flush_every=2)
     """

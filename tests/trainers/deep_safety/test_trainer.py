@@ -1,7 +1,6 @@
 """The trainer against TRL's: equal at its neutral setting, the same reference from every source, refusals of what it "
 "cannot do."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
 from hf_iclr.trainers.deep_safety.constrained_loss import constraint_weights, schedule_betas
-from hf_iclr.trainers.deep_safety.reference_log_probs import POSITIONS, REF_LOGPS, weights_hash
+from hf_iclr.trainers.deep_safety.reference_log_probs import POSITIONS, REF_LOGPS
 from tests.trainers.tiny import QUICK, losses, tiny_llama, triplet_rows, word_rows
 
 
@@ -156,15 +155,6 @@ def test_reference_is_computed_once_and_then_read(train, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("the reference ran again"))
     second = train(reference="precompute", train_dataset=rows, start=False)
     assert first.train_dataset[REF_LOGPS] == second.train_dataset[REF_LOGPS]
-
-
-def test_a_hash_of_weights_sees_each_bit_and_type():
-    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
-    hashes = [weights_hash(model), weights_hash(copy.deepcopy(model))]
-    assert hashes[0] == hashes[1] and weights_hash(copy.deepcopy(model).float()) != hashes[0]
-    with torch.no_grad():
-        model.bias.view(torch.int16)[1] += 1  # the next number up
-    assert weights_hash(model) != hashes[0]
 
 
 def test_another_start_is_another_reference(train):

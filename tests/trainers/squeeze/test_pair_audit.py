@@ -1,7 +1,5 @@
 """Scores of pairs by hand, and the step they are to foretell."""
 
-import copy
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from hf_iclr.trainers.squeeze.influence import influence_audit
-from hf_iclr.trainers.squeeze.pair_audit import audit_pairs, filter_pairs, measure_chosen_change
+from hf_iclr.trainers.squeeze.pair_audit import audit_pairs, filter_pairs
 from tests.trainers.squeeze.toy import pair_rows
 from tests.trainers.tiny import tiny_llama
 
@@ -76,23 +73,6 @@ def test_adapter(word_tokenizer):
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")  # starts as nothing
     plain = audit_pairs(tiny_llama(), word_tokenizer, PAIRS)
     pd.testing.assert_frame_equal(audit_pairs(get_peft_model(tiny_llama(), config), word_tokenizer, PAIRS), plain)
-
-
-def test_the_step_on_each_pair(word_tokenizer):
-    """As the influence audit has it, pair by pair, and the weights are put back."""
-    model = tiny_llama().double()
-    model.set_attn_implementation("eager")
-    before = copy.deepcopy(model.state_dict())
-    pairs = PAIRS.select(range(2))
-    table = measure_chosen_change(model, word_tokenizer, pairs, step_size=1e-3)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    report = influence_audit(model, word_tokenizer, pairs, pairs, step_size=1e-3).table.query("pair == probe")
-    chosen = report[report["kind"] == "chosen"]
-    # float32 inside of Llama's norms
-    assert table["chosen_change"].tolist() == pytest.approx(chosen["measured"].tolist(), abs=1e-5)
-    assert table["push_on_chosen"].tolist() == pytest.approx(chosen["push_down"].tolist(), rel=1e-5)
-    rejected = report[report["kind"] == "rejected"]
-    assert table["rejected_change"].tolist() == pytest.approx(rejected["measured"].tolist(), abs=1e-5)
 
 
 def test_filter_leaves_out_the_riskiest():

@@ -1,49 +1,20 @@
-"""The early warning on curves made by hand, on the authors' own, and inside of a training."""
+"""The early warning on curves made by hand and inside of a training."""
 
-import gzip
-import json
 import logging
 import math
-from pathlib import Path
 
 import pytest
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze.replay import replay
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
 from hf_iclr.trainers.squeeze.warning import SqueezeMonitor, SqueezeState, SqueezeStoppingCallback
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.toy import CURVE, pair_rows, probe_log
 from tests.trainers.tiny import QUICK, tiny_llama, word_rows
 
 
 # TRL 1.16 still reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-CURVES = Path(__file__).parents[4] / "shared" / "data" / "preference"
-NAMES = ("other_train", "permuted", "random_words", "rejected")
-
-
-def probe_log(step, chosen, peak, *others, source="probe"):
-    named = dict(zip(NAMES, others, strict=True))
-    return {
-        "step": step,
-        f"{source}/chosen/logp": chosen,
-        f"{source}/chosen/logp_argmax": peak,
-        f"{source}/initial_greedy/logp": -0.5 + 0.1 * step,
-        **{f"{source}/{name}/logp": value for name, value in named.items()},
-    }
-
-
-# chosen rises, is overtaken by its peak, and falls while the others fall from the second evaluation on
-CURVE = [
-    probe_log(0, -2.00, -1.00, -3.0, -7.0, -8.0, -2.0),
-    probe_log(1, -1.90, -0.95, -3.0, -7.0, -8.0, -2.1),
-    probe_log(2, -1.80, -0.90, -3.1, -7.1, -8.1, -2.2),
-    probe_log(3, -1.75, -0.80, -3.2, -7.2, -8.2, -2.5),
-    probe_log(4, -1.79, -0.75, -3.3, -7.3, -8.3, -3.0),
-    probe_log(5, -1.85, -0.70, -3.4, -7.4, -8.4, -4.0),
-]
 
 
 def states(entries, **rule):
@@ -57,10 +28,6 @@ def test_states_by_hand():
     assert states(CURVE, patience=1) == "OOWWWS"
     assert states(CURVE, tolerance=0.03) == "OOOWSS"
     assert states(CURVE, delta=0.15) == "OOOOWS"
-    found = replay(CURVE)
-    assert (found.signal, found.watch, found.squeeze, found.chosen_peak, found.lead) == ("probes", 3, 5, 3, 0)
-    assert found.table["share_down"].tolist() == [0, 0.25, 1, 1, 1, 1]
-    assert found.table["state"].tolist() == ["OK"] * 3 + ["WATCH"] * 2 + ["SQUEEZE"]
 
 
 def test_no_squeeze_without_a_rising_peak():
@@ -91,7 +58,6 @@ def test_without_probes_the_peak_tells(prefix, peak):
         key, sign = f"{prefix}squeeze/{peak}_chosen", 1 if peak == "logp_argmax" else -1
         entries.append({"step": step, f"{prefix}squeeze/logp_tok_chosen": chosen, key: sign * top})
     assert states(entries, batch_window=1) == "OOWS"
-    assert replay(entries, batch_window=1).signal == "peak"
     keeping_up = [{**entry, key: sign * (entry[f"{prefix}squeeze/logp_tok_chosen"] + 0.9)} for entry in entries]
     assert states(keeping_up, batch_window=1) == "OOOO"
 
@@ -120,73 +86,6 @@ def test_steps_without_the_argmax_are_let_pass():
     ]
     monitor = SqueezeMonitor()
     assert [monitor.update(entry) for entry in entries] == [SqueezeState.OK, None] * 2
-
-
-def test_a_resumed_run_replaces_what_it_repeats():
-    whole = replay(CURVE)
-    resumed = replay([*CURVE[:5], *CURVE[3:]])
-    assert resumed.table.equals(whole.table)
-
-
-def official(rows, kinds=("chosen", *NAMES)):
-    """The authors' rows: sums over 50 tokens."""
-    return [
-        {f"logps_eval_prob_train/{kind}": 50 * entry[f"probe/{kind}/logp"] for kind in kinds}
-        | {"argmax_prob_logits": 50 * entry["probe/chosen/logp_argmax"], "except_argmax_prob_logits": math.nan}
-        for entry in rows
-    ]
-
-
-def test_every_form_of_file_says_the_same(tmp_path):
-    whole = replay(CURVE)
-    state = tmp_path / "trainer_state.json"
-    state.write_text(json.dumps({"global_step": 5, "log_history": CURVE}, indent=2))
-    lines = "".join(json.dumps(row) + "\n" for row in official(CURVE))
-    (plain := tmp_path / "metrics.json").write_text(lines)
-    (packed := tmp_path / "metrics.json.gz").write_bytes(gzip.compress(lines.encode()))
-    history = tmp_path / "history.json"
-    history.write_text(json.dumps(CURVE))
-    for source in (state, str(plain), packed, history):
-        found = replay(source)
-        assert (found.watch, found.squeeze, found.chosen_peak) == (whole.watch, whole.squeeze, whole.chosen_peak)
-        assert found.table["chosen"].tolist() == pytest.approx(whole.table["chosen"].tolist())
-    assert replay(plain, tokens_per_answer=5000).watch is None  # a hundredth of the change per token
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_half_written_last_line_loses_only_itself(tmp_path, caplog, packed):
-    lines = "".join(json.dumps(row) + "\n" for row in official(CURVE))
-    data = lines.encode()[:-20]
-    if packed:
-        compressor = gzip.compress(lines.encode(), 0)
-        data = compressor[:-60]  # stored blocks: cuts the last line and the checksum
-    (path := tmp_path / "cut").write_bytes(data)
-    with caplog.at_level(logging.WARNING):
-        found = replay(path)
-    assert "Line 6 of" in caplog.text and len(found.table) == 5 and found.watch == 3
-
-
-def test_restarts_in_one_file(tmp_path, caplog):
-    """The first run was cut within its second line, and the next one went on there."""
-    lines = [json.dumps(row) for row in official(CURVE)]
-    path = tmp_path / "restarted.json"
-    path.write_text(lines[0] + "\n" + lines[1][:40] + lines[0] + "\n" + "\n".join(lines[1:]) + "\n" + lines[0])
-    with caplog.at_level(logging.WARNING):
-        found = replay(path)
-    assert "Line 2 of" in caplog.text and "3 runs one after the other, of 1, 6, 1 evaluations" in caplog.text
-    assert (len(found.table), found.watch, found.squeeze) == (6, 3, 5)
-
-
-def test_the_authors_curves():
-    """Evaluations from WATCH to the peak of the chosen answer; see benchmarks/squeeze_replay.py."""
-    if not CURVES.exists():
-        pytest.skip(f"The authors' curves are not in {CURVES}.")
-    for name in ("pythia410", "pythia410m", "qwen05"):
-        found = replay(CURVES / f"refcurve_{name}_baseline_dpo_checkbug_5e7.json.gz")
-        assert found.signal == "peak" and found.watch < found.chosen_peak, name
-        assert found.squeeze is None or found.squeeze > found.chosen_peak
-    short = replay(CURVES / "refcurve_baseline_sft_qwen05_ep8.json.gz")  # four times the first evaluation
-    assert len(short.table) == 1 and short.watch is None
 
 
 class ThenSqueeze(SqueezeStoppingCallback):
@@ -251,16 +150,17 @@ def test_closes_the_gate(train):
 
 
 def test_in_a_run_of_its_own(train):
-    """DPO hard enough to squeeze the tiny model: what is said live is what a replay says."""
+    """DPO hard enough to squeeze the tiny model: what is said live is what the log history says."""
     rows = pair_rows()
     for settings in ({"squeeze_metrics": "full", "argmax_every": 1}, {"probe_dataset": rows, "probe_every": 1}):
         callback = SqueezeStoppingCallback("stop", at="WATCH", batch_window=1)
         trainer = train(callback, rows=rows, per_device_train_batch_size=12, beta=1.0, **settings)
-        found = replay(trainer.state.log_history, batch_window=1)
-        assert found.table["step"].tolist() == [row["step"] for row in callback.monitor.rows]
-        assert found.table["state"].tolist() == [row["state"].name for row in callback.monitor.rows]
+        monitor = SqueezeMonitor(batch_window=1)
+        for entry in trainer.state.log_history:
+            monitor.update(entry)
+        assert monitor.rows == callback.monitor.rows
         assert callback.monitor.source == ("probe" if "probe_dataset" in settings else "")
-    assert found.signal == "probes" and found.table["step"][found.watch] == trainer.state.global_step < 8
+    assert monitor.state == SqueezeState.WATCH and monitor.rows[-1]["step"] == trainer.state.global_step < 8
 
 
 def test_a_run_that_is_resumed_knows_its_past(train):
@@ -293,16 +193,8 @@ def test_bad_options(option, message):
         SqueezeStoppingCallback(**option)
 
 
-def test_bad_logs(tmp_path):
+def test_bad_logs():
+    monitor = SqueezeMonitor()
+    monitor.update(CURVE[0])
     with pytest.raises(ValueError, match="that of 'permuted' at step 1 is nan"):
-        replay([CURVE[0], {**CURVE[1], "probe/permuted/logp": math.nan}])
-    with pytest.raises(ValueError, match="in 1 log entries, found none"):
-        replay([{"loss": 1.0, "step": 1}])
-    with pytest.raises(ValueError, match="tokens_per_answer must be positive, got 0"):
-        replay(CURVE, tokens_per_answer=0)
-    (path := tmp_path / "notes.txt").write_text("no\njson\n")
-    with pytest.raises(ValueError, match="Expected a JSON object on line 1 of .*notes.txt, got 'no'"):
-        replay(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="in 0 log entries, found none"):
-        replay(path)
+        monitor.update({**CURVE[1], "probe/permuted/logp": math.nan})

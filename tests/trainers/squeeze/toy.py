@@ -1,8 +1,33 @@
-"""Preference pairs of words, and the fused head's outputs computed the plain way, from all the logits."""
+"""Preference pairs of words, logs of a squeezing run, and the fused head's outputs, computed from all the logits."""
 
 import torch
 from datasets import Dataset
 from trl.trainer.utils import FusedCausalLMOutput
+
+
+NAMES = ("other_train", "permuted", "random_words", "rejected")
+
+
+def probe_log(step, chosen, peak, *others, source="probe"):
+    named = dict(zip(NAMES, others, strict=True))
+    return {
+        "step": step,
+        f"{source}/chosen/logp": chosen,
+        f"{source}/chosen/logp_argmax": peak,
+        f"{source}/initial_greedy/logp": -0.5 + 0.1 * step,
+        **{f"{source}/{name}/logp": value for name, value in named.items()},
+    }
+
+
+# chosen rises, is overtaken by its peak, and falls while the others fall from the second evaluation on
+CURVE = [
+    probe_log(0, -2.00, -1.00, -3.0, -7.0, -8.0, -2.0),
+    probe_log(1, -1.90, -0.95, -3.0, -7.0, -8.0, -2.1),
+    probe_log(2, -1.80, -0.90, -3.1, -7.1, -8.1, -2.2),
+    probe_log(3, -1.75, -0.80, -3.2, -7.2, -8.2, -2.5),
+    probe_log(4, -1.79, -0.75, -3.3, -7.3, -8.3, -3.0),
+    probe_log(5, -1.85, -0.70, -3.4, -7.4, -8.4, -4.0),
+]
 
 
 def pair_rows(count: int = 12, seed: int = 1) -> Dataset:

@@ -12,7 +12,8 @@ from torch import nn
 
 from .direction import Direction, inner, is_sharded, untouched, whole
 from .rows import RowLayout
-from .taps import TappedModule, Taps
+from .scores import TappedModule
+from .taps import Taps
 
 
 logger = logging.getLogger(__name__)
@@ -138,9 +139,11 @@ def check_scores(
     if world > 1:
         dist.all_reduce(sums)
     zero = scores.new_zeros(())
-    gradients = [
-        sum((_product(directions[index], parameters[index]) for index in group.parameters), zero) for group in groups
+    products = [
+        zero if parameter.grad is None else inner(direction, whole(parameter.grad))
+        for direction, parameter in zip(directions, parameters, strict=True)
     ]
+    gradients = [sum((products[index] for index in group.parameters), zero) for group in groups]
     active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
     found = torch.stack(gradients).double().cpu().numpy() * active
     expected, sizes = (sums.cpu().numpy() / world / scale).T * active
@@ -212,12 +215,10 @@ def _row_sums(
     ]
     args = [inputs[str(place)] for place in range(len(inputs)) if str(place) in inputs]
     kwargs = {name: value for name, value in inputs.items() if not name.isdigit()}
-    was, taps.on = taps.on, False
     try:
-        with untouched(model, next(model.parameters()).device, seed), torch.no_grad():
+        with taps.paused(), untouched(model, next(model.parameters()).device, seed), torch.no_grad():
             output = model.forward(*args, **kwargs)  # around hooks of its own
     finally:
-        taps.on = was
         for handle in handles:
             handle.remove()
     for tapped in taps.modules:
@@ -228,12 +229,6 @@ def _row_sums(
 
 def _alike(first: torch.Tensor, then: torch.Tensor) -> bool:
     return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
-
-
-def _product(direction: Direction, parameter: nn.Parameter) -> torch.Tensor:
-    if parameter.grad is None:
-        return torch.zeros((), device=parameter.device)
-    return inner(direction, whole(parameter.grad))
 
 
 def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> None:

@@ -4,18 +4,20 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iclr.saving import in_own_memory
+from hf_iclr.trainers.measuring import forked_random
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
     """(`torch.Tensor` scalar): the inner product of a direction and a gradient of the same parameter."""
     if isinstance(direction, LowRank):
         gradient = gradient.to(direction.left.dtype)
-        return torch.sum((direction.left.T @ gradient) * direction.right, dtype=_wide(direction.left.dtype))
+        return torch.sum((direction.left.T @ gradient) * direction.right, dtype=wide(direction.left.dtype))
     if gradient.dtype != direction.dtype or gradient.dtype in (torch.bfloat16, torch.float16):
         return torch.dot(gradient.flatten().float(), direction.flatten().float())
     return torch.dot(gradient.flatten(), direction.flatten())
@@ -66,7 +68,7 @@ def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
 def squared_norm(direction: Direction) -> torch.Tensor:
     """(`torch.Tensor` scalar): the squared Frobenius norm; the left factor is orthonormal."""
     tensor = direction.right if isinstance(direction, LowRank) else direction
-    return tensor.to(_wide(tensor.dtype)).square().sum()
+    return tensor.to(wide(tensor.dtype)).square().sum()
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
@@ -230,7 +232,7 @@ def validation_gradient(
             # Every process makes as many passes: losses may gather metrics
             mine = start + rank
             batch, rows = batches[mine] if mine < len(batches) else (batches[0][0], 0)
-            loss = compute_loss(model, _move(batch, device)) * (rows / total)
+            loss = compute_loss(model, send_to_device(copy.copy(batch), device)) * (rows / total)
             loss_sum += loss.detach().double().cpu()
             if not with_gradient:
                 continue
@@ -281,18 +283,6 @@ def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[Non
             np.random.set_state(states[1])
 
 
-def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """Torch's random states, of the CPU and of this device, are restored at the end."""
-    devices = [] if device.type == "cpu" else [device]
-    return torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(copy.copy(batch), device)
-
-
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     """Cholesky-QR, twice; Householder's where columns depend on one another."""
     wide = columns.double()
@@ -304,5 +294,6 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return wide.to(columns.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that numbers of this one are added up in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,8 +1,9 @@
 """Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,21 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .direction import Direction, LowRank, forked_random
+from .direction import wide
 from .rows import RowLayout
-
-
-@dataclass
-class TappedModule:
-    """A module and the trainable parameters that its own forward pass uses, by their name in it."""
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
-    index: int
-    kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
-    directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    rows: torch.Tensor | None = None  # gradient of each row, (rows, parameters of the module), if they are kept
+from .scores import TappedModule, count_leading, first_input, row_gradients, thin_rows, token_scores
 
 
 class Taps:
@@ -78,13 +67,21 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Modules are run again without being tapped."""
+        was, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = was
+
     def start(self, layout: RowLayout, targets: int, with_tokens: bool = False) -> None:
         """Begin a micro-batch of these rows."""
         self.layout = layout
         self._inputs.clear()
         device = layout.tokens.device
-        dtype = next(iter(self.modules[0].parameters.values())).dtype
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        dtype = wide(next(iter(self.modules[0].parameters.values())).dtype)
         self.scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
         self.tokens = None
         if with_tokens and layout.length is not None:
@@ -106,18 +103,19 @@ class Taps:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         if self.keep_rows:
-            rows = row_gradients(tapped, _first(*arguments), b, layout)
+            rows = row_gradients(tapped, first_input(*arguments), b, layout)
             tapped.rows = rows if tapped.rows is None else tapped.rows + rows
             self.fired.add(tapped.index)
             return
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
-                products = shared.products(tapped, _first(*arguments), b.dtype)
-            by_target = [
-                token_scores(tapped, which, arguments, b, self, product)
-                for which, product in zip(tapped.directions, products, strict=True)
-            ]
+                products = shared.products(tapped, first_input(*arguments), b.dtype)
+            with self.paused():
+                by_target = [
+                    token_scores(tapped, which, arguments, b, product)
+                    for which, product in zip(tapped.directions, products, strict=True)
+                ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
@@ -160,7 +158,7 @@ class _SharedInput:
             (tapped.index, target): rows.to(x.dtype)
             for tapped in self.readers
             for target, directions in enumerate(tapped.directions)
-            if (rows := _thin_rows(tapped, directions)) is not None and rows.shape[1] == x.shape[-1]
+            if (rows := thin_rows(tapped, directions)) is not None and rows.shape[1] == x.shape[-1]
         }
         if not thin:
             return {}
@@ -184,7 +182,7 @@ class _Hook:
         if not output.requires_grad:
             return None
         layout, spread = taps.layout, False
-        shape = output.shape[: _leading(tapped, output)]
+        shape = output.shape[: count_leading(tapped, output)]
         is_embedding = isinstance(module, nn.Embedding)
         if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch and is_embedding:
             spread = True  # one row for all, like position embeddings: keep rows apart
@@ -192,7 +190,7 @@ class _Hook:
             taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
             return None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        shared = taps.read(tapped, _first(args, kwargs)) if tapped.kind in ("linear", "conv1d") else None
+        shared = taps.read(tapped, first_input(args, kwargs)) if tapped.kind in ("linear", "conv1d") else None
         return _Tap.apply(output, self, layout, spread, shared, (args, kwargs), *tensors)
 
 
@@ -235,83 +233,6 @@ class _Tap(torch.autograd.Function):
 
 class _Hole:
     """Where a tensor stood among a module's arguments."""
-
-
-def token_scores(
-    tapped: TappedModule,
-    directions: dict[str, Direction],
-    arguments: Any,
-    b: torch.Tensor,
-    taps: Taps,
-    product: torch.Tensor | None,
-) -> torch.Tensor:
-    """
-    Directional derivative of the loss along one direction, by position.
-
-    Args:
-        tapped ([`TappedModule`]):
-            The module.
-        directions (`dict`):
-            Direction of each of its parameters.
-        arguments (`tuple`):
-            Positional and named arguments of the call.
-        b (`torch.Tensor` of shape `(batch, ..., channels)`):
-            Gradient of the loss by the output.
-        taps ([`Taps`]):
-            They are off while a module is run again.
-        product (`torch.Tensor`, *optional*):
-            Input of a linear layer times its thin direction.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, ...)`: at least in float32.
-    """
-    u = directions.get("weight")
-    if tapped.kind in ("linear", "conv1d"):
-        scores = None
-        if u is not None:
-            scores = _linear_scores(u, _first(*arguments), b, tapped.kind == "linear", product)
-        if "bias" in directions:
-            bias = _product(b, _dense(directions["bias"]).to(b.dtype))
-            scores = bias if scores is None else scores + bias
-        assert scores is not None
-        return scores
-    if tapped.kind == "embedding":
-        assert u is not None
-        x = _first(*arguments)
-        if isinstance(u, LowRank):
-            thin = b @ u.right.T.to(b.dtype)
-            scores = _sum_product(thin, F.embedding(x, u.left).to(b.dtype))
-        else:
-            scores = _sum_product(b, F.embedding(x, u).to(b.dtype))
-    elif tapped.kind == "norm":
-        output = _norm_output(tapped.module, _first(*arguments), directions)
-        scores = _sum_product(b, output.to(b.dtype), _leading(tapped, b))
-    else:
-        scores = _sum_product(b, _jvp(tapped, directions, arguments, taps).to(b.dtype), _leading(tapped, b))
-    padding = getattr(tapped.module, "padding_idx", None)
-    if isinstance(tapped.module, nn.Embedding) and padding is not None:
-        scores = scores.masked_fill(_first(*arguments) == padding, 0)  # whose weight gets no gradient
-    return scores
-
-
-def row_gradients(tapped: TappedModule, x: torch.Tensor, b: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-    """
-    (`torch.Tensor` of shape `(rows, weights)`): gradient of each row by the weight, and the bias, of a linear layer.
-    """
-    x = x.to(b.dtype)
-    if layout.segments is not None:
-        x, b = x.reshape(-1, x.shape[-1]), b.reshape(-1, b.shape[-1])
-        pieces = [(b[layout.segments == row], x[layout.segments == row]) for row in range(layout.rows)]
-        weight = torch.stack([left.T @ right for left, right in pieces])
-        bias = torch.stack([left.sum(0) for left, _ in pieces])
-    else:
-        x, b = x.reshape(layout.batch, -1, x.shape[-1]), b.reshape(layout.batch, -1, b.shape[-1])
-        weight = torch.einsum("bto,bti->boi", b, x).view(-1, layout.rows, b.shape[-1], x.shape[-1]).sum(0)
-        bias = b.sum(1).view(-1, layout.rows, b.shape[-1]).sum(0)
-    if tapped.kind == "conv1d":
-        weight = weight.transpose(1, 2)
-    found = {"weight": weight.flatten(1), "bias": bias}
-    return torch.cat([found[name].to(_wide(b.dtype)) for name in tapped.parameters], dim=1)
 
 
 def find_tapped(model: nn.Module) -> list[TappedModule]:
@@ -357,11 +278,6 @@ def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, A
     return found
 
 
-def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The input of a module with one input, given by position or name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     plain = set(parameters) <= {"weight", "bias"}
     forward = type(module).forward
@@ -374,100 +290,3 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
     return "other"
-
-
-def _leading(tapped: TappedModule, output: torch.Tensor) -> int:
-    """How many leading dimensions of an output are positions rather than channels."""
-    if tapped.kind in ("linear", "conv1d", "embedding"):
-        return output.dim() - 1
-    if isinstance(tapped.module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
-        return 1
-    return max(output.dim() - 1, 1)
-
-
-def _thin_rows(tapped: TappedModule, directions: dict[str, Direction]) -> torch.Tensor | None:
-    """What a linear layer's input is multiplied by first, `(few, inputs)`, where that is far narrower than it is."""
-    u = directions.get("weight")
-    if u is None or tapped.kind not in ("linear", "conv1d"):
-        return None
-    if isinstance(u, LowRank):
-        return u.right if tapped.kind == "linear" else u.left.T
-    weight = u if tapped.kind == "linear" else u.T
-    return weight if 8 * weight.shape[0] <= weight.shape[1] else None
-
-
-def _linear_scores(
-    u: Direction, x: torch.Tensor, b: torch.Tensor, out_first: bool, product: torch.Tensor | None
-) -> torch.Tensor:
-    if isinstance(u, LowRank):
-        assert product is not None
-        return _sum_product(b @ (u.left if out_first else u.right.T).to(b.dtype), product)
-    if product is not None:
-        return _sum_product(b, product)
-    weight, x = u.to(b.dtype) if out_first else u.T.to(b.dtype), x.to(b.dtype)
-    if weight.shape[0] <= weight.shape[1]:
-        return _sum_product(b, F.linear(x, weight))
-    return _sum_product(b @ weight, x)
-
-
-def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = None) -> torch.Tensor:
-    left, right = left.to(_wide(left.dtype)), right.to(_wide(right.dtype))
-    product = left * right
-    return product.flatten(leading if leading is not None else product.dim() - 1).sum(-1)
-
-
-def _product(b: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (b @ vector).to(_wide(b.dtype))
-
-
-def _dense(direction: Direction) -> torch.Tensor:
-    return direction.left @ direction.right if isinstance(direction, LowRank) else direction
-
-
-def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
-    """Output of a normalisation whose weight and bias are the direction: it is linear in both."""
-    weight, bias = (
-        _dense(directions[name]).to(x.dtype) if name in directions else _zero(getattr(module, name, None), x)
-        for name in ("weight", "bias")
-    )
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(x, module.normalized_shape, weight, module.eps)
-    running = (None, None) if module.training else (module.running_mean, module.running_var)
-    return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
-
-
-def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if parameter is None else torch.zeros_like(parameter, dtype=x.dtype)
-
-
-def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any, taps: Taps) -> torch.Tensor:
-    module, (args, kwargs) = tapped.module, arguments
-    if any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in module.modules()):
-        raise NotImplementedError("it draws dropout masks")
-    primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
-    tangents = {name: _dense(directions[name]).to(primals[name].dtype) for name in primals}
-
-    def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
-        return torch.func.functional_call(module, values, tuple(args), kwargs, tie_weights=False)
-
-    device = next(iter(primals.values())).device
-    was, taps.on = taps.on, False
-    try:
-        with forked_random(device):
-            state = _random_state(device)
-            derivative = torch.func.jvp(run, (primals,), (tangents,))[1]
-            if not torch.equal(_random_state(device), state):
-                raise NotImplementedError("it draws random numbers")
-            return derivative
-    finally:
-        taps.on = was
-
-
-def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

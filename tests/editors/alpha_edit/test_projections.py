@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_iclr.editors.alpha_edit.down_projections import capture, find_down_projections, run_until
+from hf_iclr.editors.alpha_edit.projections import capture, find_down_projections, run_until
 from tests.architectures import tiny
 from tests.editors.tiny import EDITABLE, NORMED, tiny_model
 

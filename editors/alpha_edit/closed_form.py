@@ -22,24 +22,29 @@ def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
 
 class EditedKeys:
     """
-    AlphaEdit's update of one layer in its exact low-rank form, with the keys of earlier edits kept as the next solve
-    needs them. The paper's R K^T P (Kp Kp^T P + K K^T P + l2 I)^-1 (https://huggingface.co/papers/2410.02355; it
-    prints 1 for what its code calls `L2`) equals `R @ factor` with
+    The update of one layer in its exact low-rank form, with the keys of earlier edits kept as the next solve needs
+    them. AlphaEdit's R K^T P (Kp Kp^T P + K K^T P + l2 I)^-1 (https://huggingface.co/papers/2410.02355; it prints 1
+    for what its code calls `L2`) equals `R @ factor` with
 
         M = [Kp | K],  factor^T = P M (M^T P M + l2 I)^-1 E,  E the columns of K in M,
 
     by the push-through identity. P Kp and the Cholesky factor of Kp^T P Kp + l2 I stay from batch to batch, so a batch
     costs one system of as many equations as it has keys. With more keys than d the same is solved in d dimensions.
 
+    MEMIT's R K^T (S + Kp Kp^T + K K^T)^-1 (equation 14 of https://huggingface.co/papers/2210.07229, with previous
+    keys) is the same of the keys L^-1 K, S = L L^T, with nothing preserved and l2 = 1, times L^-1.
+
     Args:
         preserved (`torch.Tensor` of shape `(d, m)`):
             Orthonormal directions that must not change; m may be 0, which is ridge regression.
         l2 (`float`):
             Ridge, in squared key units.
+        cholesky (`torch.Tensor` of shape `(d, d)`, *optional*):
+            MEMIT's lower Cholesky factor L of the weighted second moment of the preserved keys.
     """
 
-    def __init__(self, preserved: torch.Tensor, l2: float) -> None:
-        self.preserved, self.l2, self._count = preserved, l2, 0
+    def __init__(self, preserved: torch.Tensor, l2: float, cholesky: torch.Tensor | None = None) -> None:
+        self.preserved, self.l2, self.whitening, self._count = preserved, l2, cholesky, 0
         self._projected = preserved.new_zeros(0, len(preserved))  # (P Kp)^T, with room for more rows
         self._cholesky = preserved.new_zeros(0, 0)  # of the same rows, while they are no more than d
 
@@ -62,10 +67,13 @@ class EditedKeys:
             self._projected = pad(self._projected, (0, 0, 0, 2 * new - len(self._projected)))
             room = min(2 * new, len(keys)) - len(self._cholesky)
             self._cholesky = pad(self._cholesky, (0, room, 0, room))
+        if self.whitening is not None:
+            keys = torch.linalg.solve_triangular(self.whitening, keys, upper=False)
         self._projected[old:new] = project_out(keys, self.preserved).T
         earlier, projected = self._projected[:old], self._projected[old:new]
         if new > len(keys):
-            factor = _solve_ridge(self._projected[:new].T @ self._projected[:new], self.l2, projected.T).T
+            gram = self._projected[:new].T @ self._projected[:new]
+            factor = torch.cholesky_solve(projected.T, _cholesky_of_ridge(gram, self.l2)).T
         else:
             triangle = self._cholesky[:old, :old]
             below = torch.linalg.solve_triangular(triangle, earlier @ projected.T, upper=False)
@@ -74,74 +82,13 @@ class EditedKeys:
             factor = own @ projected - torch.linalg.solve_triangular(triangle.T, below @ own, upper=True).T @ earlier
             self._cholesky[old:new, :old], self._cholesky[old:new, old:new] = below.T, corner
         self._count = new
+        if self.whitening is not None:
+            factor = torch.linalg.solve_triangular(self.whitening, factor, upper=False, left=False)
         return factor
 
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` keys."""
         self._count = count
-
-
-def null_space_factor(keys: torch.Tensor, previous: torch.Tensor, preserved: torch.Tensor, l2: float) -> torch.Tensor:
-    """
-    [`EditedKeys.add`] of keys of shape `(d, n)` after `previous` ones of shape `(d, p)`.
-
-    Raises:
-        ValueError: when the system is singular.
-    """
-    edited = EditedKeys(preserved, l2)
-    edited.add(previous)
-    return edited.add(keys)
-
-
-def covariance_factor(keys: torch.Tensor, previous: torch.Tensor, cholesky: torch.Tensor) -> torch.Tensor:
-    """
-    MEMIT's update R K^T (S + Kp Kp^T + K K^T)^-1 (equation 14 of https://huggingface.co/papers/2210.07229, with
-    previous keys when p > 0) as a factor: with Y = S^-1 [Kp | K] it is the last n rows of (I + [Kp | K]^T Y)^-1 Y^T.
-
-    Args:
-        keys (`torch.Tensor` of shape `(d, n)`):
-            Keys K of the new edits.
-        previous (`torch.Tensor` of shape `(d, p)`):
-            Keys Kp of the edits made before; p may be 0.
-        cholesky (`torch.Tensor` of shape `(d, d)`):
-            Lower Cholesky factor of S, the weighted second moment of the preserved keys.
-
-    Returns:
-        `torch.Tensor` of shape `(n, d)`.
-
-    Raises:
-        ValueError: when the system is singular.
-    """
-    both = torch.cat([previous, keys], 1)
-    preconditioned = torch.cholesky_solve(both, cholesky)
-    gram = both.T @ preconditioned
-    return _solve_ridge((gram + gram.T) / 2, 1.0, preconditioned.T)[-keys.shape[1] :]
-
-
-def cholesky_of_moment(second_moment: torch.Tensor, weight: float) -> torch.Tensor:
-    """
-    Lower Cholesky factor of `weight` times a second moment.
-
-    Args:
-        second_moment (`torch.Tensor` of shape `(d, d)`):
-            Mean of k k^T over tokens.
-        weight (`float`):
-            MEMIT's lambda.
-
-    Returns:
-        `torch.Tensor` of shape `(d, d)`.
-
-    Raises:
-        ValueError: when the second moment is singular, as with fewer tokens than d.
-    """
-    factor, info = torch.linalg.cholesky_ex(weight * second_moment)
-    if info.any():
-        raise ValueError(
-            "Expected a second moment of full rank for the solvers memit and memit_seq, got a singular one of "
-            f"{len(second_moment)} x {len(second_moment)}. Collect statistics from more tokens: "
-            "`KeyStatistics.from_dataset(..., max_tokens=...)`."
-        )
-    return factor
 
 
 def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: float = 0.4) -> torch.Tensor:
@@ -204,10 +151,6 @@ def low_rank_factors(delta: torch.Tensor, rank: int | None = None) -> tuple[torc
     nonzero = int((values > values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps).sum())
     rank = max(1, nonzero if rank is None else min(rank, nonzero))
     return left[:, :rank] * values[:rank], right[:rank]
-
-
-def _solve_ridge(gram: torch.Tensor, ridge: float, right: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(right, _cholesky_of_ridge(gram, ridge))
 
 
 def _cholesky_of_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:

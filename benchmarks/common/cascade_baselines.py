@@ -1,79 +1,58 @@
 """
 The cascades that speculative cascades are compared with: token-level, sequence-level and BiLD.
 
-For benchmarks: each row of a batch runs on its own, with key-value caches, and every forward is counted.
+The token cascade takes all prompts in step. The other two take each row on its own, with key-value caches, and count
+every forward.
 """
 
 import math
 import time
 
 import torch
+from transformers import DynamicCache
 
-from ..batched_cascade import sample
-from ..cached_decoder import CachedDecoder, why_not_batched
-from ..cascade_statistics import CascadeStatistics
-from ..deferral_rules import cascade_target, check_rule
-from ..special_tokens import end_tokens, padding_token
-from .teacher_forcing import logits_processors, prepare_config, processed_probs
-
-
-SEQUENTIAL_RULES = (
-    "chow",
-    "chow_log",
-)  # they need no p, so that the large model can be left out where they don't defer
+from hf_iclr.cache_argument import cache_inputs
+from hf_iclr.generation.batched_cascade import end_tokens, padding_token, sample
+from hf_iclr.generation.cached_decoder import CachedDecoder, why_not_batched
+from hf_iclr.generation.calibration.teacher_forcing import logits_processors, prepare_config, processed_probs
+from hf_iclr.generation.cascade_statistics import CascadeStatistics
 
 
-def token_cascade_generate(
-    large, small, input_ids, attention_mask=None, *, rule: str = "chow", alpha: float = 0.5, **generation_kwargs
-) -> tuple[torch.Tensor, CascadeStatistics]:
+@torch.no_grad()
+def token_cascade(large, small, prompts: torch.Tensor, alpha: float, do_sample: bool, new_tokens: int):
     """
-    Sequential token-level cascade: the small model gives q, and the large one is called only where the rule defers.
-
-    Emits from `π = (1 - r) q + r p`, the law of the speculative cascade with the same rule, with fewer forwards of the
-    large model when r is rare but one after the other. When the large model is called it first reads, in the same
-    forward, all tokens since its last call. Source: https://huggingface.co/papers/2405.19261, section 2.
+    Token-level cascade by Chow's rule: the large model is asked where max q < 1 - alpha, so that alpha = -1 is the
+    large model alone and alpha = 1 the small one. Here both models run everywhere; forwards that aren't needed aren't
+    counted. Source: https://huggingface.co/papers/2405.19261, section 2.
 
     Args:
         large, small ([`~transformers.PreTrainedModel`]):
             Decoders of one vocabulary.
-        input_ids (`torch.LongTensor` of shape `(batch, prompt_length)`):
-            Prompts, padded on the left.
-        attention_mask (`torch.LongTensor` of shape `(batch, prompt_length)`, *optional*):
-            0 at the padding.
-        rule (`str`, *optional*, defaults to `"chow"`):
-            `"chow"` or `"chow_log"`; the other rules need p and can't be run in sequence.
-        alpha (`float`, *optional*, defaults to 0.5):
+        prompts (`torch.LongTensor` of shape `(batch, prompt_length)`):
+            Prompts without padding.
+        alpha (`float`):
             Parameter of the rule.
-        generation_kwargs (*optional*):
-            Arguments of `generate` such as `max_new_tokens`, `do_sample`, `temperature`.
+        do_sample (`bool`):
+            Whether to sample at temperature 1, or to decode greedily.
+        new_tokens (`int`):
+            How many tokens to write.
 
     Returns:
-        `tuple[torch.LongTensor, CascadeStatistics]`: prompts with their continuations, padded on the right, and the
-        counts. Drift isn't known where the large model wasn't called, and is NaN.
-
-    Raises:
-        ValueError: if the rule needs p, alpha lies outside its range, or a model can't be run on its cache.
+        `tuple`: tokens `(batch, new_tokens)`, and by prompt the large forwards and the mean of log q.
     """
-    check_rule(rule, alpha)
-    if rule not in SEQUENTIAL_RULES:
-        raise ValueError(
-            f"A sequential token cascade knows only q when it decides, got rule {rule!r}, which needs p. Choose one "
-            f"of {', '.join(SEQUENTIAL_RULES)}."
-        )
-
-    def write(row: "_Row") -> None:
-        while row.unfinished():
-            logits = row.read(row.small)
-            q0 = logits.softmax(-1)
-            row.drafted += 1
-            if bool(cascade_target(rule, alpha, q0, q0)[1]):
-                logits = row.read(row.large)
-                row.deferred += 1
-            else:
-                row.accepted += 1
-            row.emit(row.choose(logits))
-
-    return _generate("token_cascade", rule, alpha, large, small, input_ids, attention_mask, generation_kwargs, write)
+    small_cache, large_cache = DynamicCache(), DynamicCache()
+    ids, tokens = prompts, []
+    forwards, log_q = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+    for _ in range(new_tokens):
+        q = small(input_ids=ids, **cache_inputs(small, small_cache)).logits[:, -1].softmax(-1)
+        p = large(input_ids=ids, **cache_inputs(large, large_cache)).logits[:, -1].softmax(-1)
+        defer = q.amax(-1) < 1 - alpha
+        probs = torch.where(defer[:, None], p, q)
+        ids = probs.multinomial(1) if do_sample else probs.argmax(-1, keepdim=True)
+        tokens.append(ids)
+        forwards += defer
+        log_q += q.gather(1, ids)[:, 0].log() / new_tokens
+    return torch.cat(tokens, 1), forwards.numpy(), log_q
 
 
 def sequence_cascade_generate(
@@ -85,13 +64,23 @@ def sequence_cascade_generate(
     https://huggingface.co/papers/2404.10136, with the simplest of its scores.
 
     Args:
-        large, small, input_ids, attention_mask, generation_kwargs:
-            As in [`token_cascade_generate`].
+        large, small ([`~transformers.PreTrainedModel`]):
+            Decoders of one vocabulary.
+        input_ids (`torch.LongTensor` of shape `(batch, prompt_length)`):
+            Prompts, padded on the left.
+        attention_mask (`torch.LongTensor` of shape `(batch, prompt_length)`, *optional*):
+            0 at the padding.
         threshold (`float`, *optional*, defaults to -1.0):
             Nats per token, at temperature 1. `-inf` leaves everything to the small model, `inf` nothing.
+        generation_kwargs (*optional*):
+            Arguments of `generate` such as `max_new_tokens`, `do_sample`, `temperature`.
 
     Returns:
-        `tuple[torch.LongTensor, CascadeStatistics]`: as in [`token_cascade_generate`]; alpha holds the threshold.
+        `tuple[torch.LongTensor, CascadeStatistics]`: prompts with their continuations, padded on the right, and the
+        counts; alpha holds the threshold. Drift isn't known where the large model wasn't called, and is NaN.
+
+    Raises:
+        ValueError: if a model can't be run on its cache, or an argument is none of `generate`.
     """
 
     def write(row: "_Row") -> None:
@@ -146,7 +135,7 @@ def bild_generate(
 
     Args:
         large, small, input_ids, attention_mask, generation_kwargs:
-            As in [`token_cascade_generate`].
+            As in [`sequence_cascade_generate`].
         fallback_threshold (`float`, *optional*, defaults to 0.6):
             Probability; the authors' default. 1 calls the large model for every token.
         rollback_threshold (`float`, *optional*, defaults to 5.0):
@@ -155,7 +144,7 @@ def bild_generate(
             Tokens the small model writes at most in a row; the authors' default.
 
     Returns:
-        `tuple[torch.LongTensor, CascadeStatistics]`: as in [`token_cascade_generate`]; alpha holds
+        `tuple[torch.LongTensor, CascadeStatistics]`: as in [`sequence_cascade_generate`]; alpha holds
         `rollback_threshold`.
 
     Raises:

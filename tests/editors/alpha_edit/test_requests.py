@@ -3,8 +3,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_iclr.editors.alpha_edit.datasets import edit_requests
-from hf_iclr.editors.alpha_edit.request import EditRequest
+from hf_iclr.editors.alpha_edit.requests import EditRequest, edit_requests
 
 
 COUNTERFACT = {

@@ -7,8 +7,11 @@ import datasets
 import evaluate
 import torch
 
-from .metrics import edit_success, fluency, hidden_drift, ngram_entropy
-from .scoring import perplexity
+from .alpha_edit.metrics import edit_success, fluency, hidden_drift, ngram_entropy
+from .alpha_edit.scoring import perplexity
+
+
+CITATION = "AlphaEdit: Null-Space Constrained Knowledge Editing, https://huggingface.co/papers/2410.02355"
 
 
 class EditSuccess(evaluate.Metric):
@@ -47,21 +50,16 @@ class Perplexity(evaluate.Metric):
     """[`perplexity`]: `load_metric("perplexity").compute(predictions=texts, model=model, tokenizer=tokenizer)`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=perplexity.__doc__ or "",
-            citation="",
-            inputs_description=perplexity.__doc__ or "",
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
+        return _info(perplexity, {"predictions": datasets.Value("string")}, citation="")
 
     def _compute(self, predictions: Sequence[str], model: Any, tokenizer: Any, **options: Any) -> dict[str, float]:
         return {"perplexity": perplexity(model, tokenizer, list(predictions), **options)}
 
 
-def _info(function: Callable[..., Any], columns: dict[str, Any]) -> evaluate.MetricInfo:
+def _info(function: Callable[..., Any], columns: dict[str, Any], citation: str = CITATION) -> evaluate.MetricInfo:
     return evaluate.MetricInfo(
         description=function.__doc__ or "",
-        citation="AlphaEdit: Null-Space Constrained Knowledge Editing, https://huggingface.co/papers/2410.02355",
+        citation=citation,
         inputs_description=function.__doc__ or "",
         features=datasets.Features(columns),
     )

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
 # Paths inside a layer: Llama, Mistral, Qwen, Gemma, Phi-3; GPT-2; Phi; GPT-J; OPT; GPT-NeoX, Falcon, BLOOM.
 NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
+
+
+Updates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> residuals (o, r) and factor (r, d)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,60 @@ class DownProjection:
     def as_stored(self, delta: torch.Tensor) -> torch.Tensor:
         """An update of shape `(out_features, in_features)` as the weight is stored: `Conv1D` keeps it transposed."""
         return delta.T if self.is_conv1d else delta
+
+
+class EditedWeight:
+    """
+    Adds low-rank updates to a down-projection. A floating-point weight is written: original + sum, added in float32
+    and rounded once. Any other (a quantised one) is left alone, and the updates are added to the module's output.
+
+    Args:
+        projection (`DownProjection`):
+            Where to add.
+    """
+
+    def __init__(self, projection: DownProjection) -> None:
+        self.projection = projection
+        weight = projection.module.weight
+        self.is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        self.original = weight.detach().clone() if self.is_float else None
+        self._hook: RemovableHandle | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.projection.module.weight.device
+
+    def set(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """
+        Make the weight the original one plus these updates, in their order; none restore it exactly.
+
+        Args:
+            updates (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                float32 residuals of shape `(o, n)` and factors of shape `(n, d)`.
+        """
+        if self.original is not None:
+            with torch.no_grad():
+                self.projection.module.weight.copy_(self.total(updates) if updates else self.original)
+            return
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if updates:
+            moved = [(residuals.to(self.device), factor.to(self.device)) for residuals, factor in updates]
+
+            def add(_, inputs, output: torch.Tensor) -> torch.Tensor:
+                keys = inputs[0].float()
+                return output + sum(keys @ factor.T @ residuals.T for residuals, factor in moved).to(output)
+
+            self._hook = self.projection.module.register_forward_hook(add)
+
+    def total(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """float32 weight as it is stored, before it is rounded to the model's type."""
+        assert self.original is not None
+        total = self.original.float()
+        for residuals, factor in updates:
+            total = total + self.projection.as_stored(residuals.to(self.device) @ factor.to(self.device))
+        return total
 
 
 class _Stop(Exception):

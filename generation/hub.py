@@ -1,0 +1,1 @@
+../hf_iclr/hub.py
