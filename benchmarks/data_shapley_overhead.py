@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.data_shapley.engine import EngineSettings, ShapleyEngine
+from hf_iclr.trainers.data_shapley.directions import EngineSettings
+from hf_iclr.trainers.data_shapley.engine import ShapleyEngine
 from hf_iclr.trainers.data_shapley.gradients.direction import LowRank, inner
 from hf_iclr.trainers.data_shapley.gradients.rows import find_layout
 from hf_iclr.trainers.data_shapley.gradients.taps import Taps
@@ -104,9 +105,9 @@ class Scored(Plain):
         self.count = 1
         self.engine.begin_step(1)
         self.engine.close_step()
-        if self.engine._exact is not None:
-            self.engine._exact = None
-            self.engine._point_taps()
+        if self.engine.targets.exact is not None:
+            self.engine.targets.exact = None
+            self.engine.targets.point_taps()
 
     def step(self) -> None:
         self.count += 1
@@ -122,7 +123,7 @@ class Scored(Plain):
 
     def direction_bytes(self) -> int:
         size = 0
-        for direction in self.engine.directions[0]:
+        for direction in self.engine.targets.found[0]:
             parts = [direction.left, direction.right] if isinstance(direction, LowRank) else [direction]
             size += sum(part.numel() * part.element_size() for part in parts)
         return size
@@ -218,8 +219,8 @@ def measure_times(kind: str, args: argparse.Namespace) -> pd.DataFrame:
             took = timed(variant.step)
             if turn:  # the first warms up
                 seconds[name].append(took)
-    scored.engine.step, scored.engine._refreshed = 1, 1  # a refresh without the comparison with exact scores
-    refresh = min(timed(scored.engine.refresh) for _ in range(2))
+    scored.engine.targets.refreshed = 1  # a refresh without the comparison with exact scores
+    refresh = min(timed(functools.partial(scored.engine.targets.refresh, 1)) for _ in range(2))
     base = seconds["plain"]
     for name, times in seconds.items():
         ratio = statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))

@@ -243,8 +243,10 @@ class _WithCard(HubMixin):
     def _card(self, repo_id: str) -> ModelCard:
         return ModelCard(self.hub_card.replace(HERE, repo_id))
 
-    def __reduce__(self):  # pickle finds no class that was made here
-        return _empty, (type(self).__bases__[1],), self.__dict__
+    def __reduce_ex__(self, protocol):
+        if _WithCard not in (bases := type(self).__bases__):
+            return super().__reduce_ex__(protocol)
+        return _empty, (bases[1],), self.__dict__  # pickle finds no class that was made here
 
 
 @cache

@@ -15,13 +15,12 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.extras import new_figure, require, save_figure
+from hf_iclr.models import pad_rows, to_prompt_ids
 
 from ..batched_cascade import padding_token
-from ..cascade_statistics import CascadeStatistics
 from ..deferral_rules import check_rule
 from .calibrate import large_alone, small_model
 from .teacher_forcing import prepare_config
-from .texts import chat_ids, left_padded
 
 
 logger = logging.getLogger(__name__)
@@ -212,16 +211,16 @@ def sweep_cascade(
     if padding_token(config) is None:
         call["pad_token_id"] = 0
     ids = [
-        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else to_prompt_ids(tokenizer, prompt)
         for prompt in prompts
     ]
-    inputs = [left_padded([prompt], model.device) for prompt in ids]
+    inputs = [pad_rows([prompt], device=model.device) for prompt in ids]
     drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
 
     def cascade(rule, alpha):
         def run(one):
             output = model.generate(**one, **call, **drafts, cascade_rule=rule, cascade_alpha=alpha)
-            return output, model.cascade_statistics
+            return output, model.cascade_statistics.to_dict()
 
         return run
 
@@ -235,7 +234,10 @@ def sweep_cascade(
                 output = large_alone(model, one, **call)[0]
             else:
                 output = small.generate(**one, **{**sampling, **call})
-            return output, _plain_statistics(half, one, output, time.perf_counter() - begin)
+            prompt, length = one["input_ids"].shape[1], output.shape[1]
+            counts = {"new_tokens": length - prompt, "total_seconds": time.perf_counter() - begin}
+            counts |= {f"{half}_forwards": length - prompt, f"{half}_tokens": length - 1}
+            return output, counts | ({"deferred": length - prompt} if half == "large" else {"drift": math.nan})
 
         return run
 
@@ -256,8 +258,8 @@ def sweep_cascade(
             outputs, done = [], []
             for one in inputs:
                 output, counts = run(one)
-                outputs.append(output[0, one["input_ids"].shape[1] :][: counts.new_tokens[0]])
-                done.append(counts.to_dict())
+                outputs.append(output[0, one["input_ids"].shape[1] :][: counts["new_tokens"]])
+                done.append(counts)
                 progress.update()
             texts.append(tokenizer.batch_decode(outputs, skip_special_tokens=True))
             quality = (
@@ -308,26 +310,11 @@ def matmul_weights(model) -> int:
     return count
 
 
-def _plain_statistics(half: str, inputs: dict, output: torch.Tensor, seconds: float) -> CascadeStatistics:
-    """The counts of a plain `generate` of one prompt."""
-    prompt = inputs["input_ids"].shape[1]
-    tokens = output.shape[1] - prompt
-    statistics = CascadeStatistics.for_rows("plain", half, math.nan, 1)
-    statistics.new_tokens, statistics.total_seconds = [tokens], seconds
-    if half == "large":
-        statistics.deferred = [float(tokens)]
-        statistics.large_forwards, statistics.large_tokens = tokens, prompt + tokens - 1
-    else:
-        statistics.drift = [math.nan]
-        statistics.small_forwards, statistics.small_tokens = tokens, prompt + tokens - 1
-    return statistics
-
-
 def _costs(done: list[dict], weights: list[int]) -> dict[str, float]:
     """Costs of all prompts together; latency in seconds and FLOPs / 2, both a token, to be made relative."""
 
     def total(name):
-        return sum(counts[name] for counts in done)
+        return sum(counts.get(name, 0) for counts in done)
 
     tokens, forwards, drafted = total("new_tokens"), total("large_forwards"), total("drafted")
     return {

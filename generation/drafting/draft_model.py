@@ -3,14 +3,14 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.generation.configuration_draft import DraftConfig
 from hf_iclr.generation.drafting.distillation import distill
-from hf_iclr.generation.drafting.teacher import TeacherRow, batches, read_teacher
+from hf_iclr.generation.drafting.teacher import TeacherRow, collate, read_teacher
 from hf_iclr.generation.modeling_draft import DraftForCausalLM
 
 
@@ -227,35 +227,14 @@ def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], ridge: floa
             Penalty, see [`fit_affine`].
     """
     inputs, targets = [], []
-    for batch in batches(rows, 8):
+    for start in range(0, len(rows), 8):
+        batch = collate(rows[start : start + 8])
         states = draft.body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         inputs.append(states[batch["mask"]])
         targets.append(batch["hidden_states"][batch["mask"]])
     weight, bias = fit_affine(torch.cat(inputs), torch.cat(targets), ridge)
     draft.affine.weight.copy_(weight)
     draft.affine.bias.copy_(bias)
-
-
-@torch.no_grad()
-def distribution_overlap(large: PreTrainedModel, draft: PreTrainedModel, batches: Iterable[torch.LongTensor]) -> float:
-    """
-    Mean over positions of `sum_v min(p(v), q(v))`: the chance that a token drafted at temperature 1 is accepted.
-
-    Args:
-        large, draft ([`~transformers.PreTrainedModel`]):
-            Models with the same vocabulary.
-        batches (iterable of `torch.LongTensor` of shape `(batch, seq_len)`):
-            Token ids without padding.
-
-    Returns:
-        `float`: between 0 and 1.
-    """
-    total, count = 0.0, 0
-    for input_ids in batches:
-        p, q = (model(input_ids.to(model.device)).logits.float().softmax(-1).cpu() for model in (large, draft))
-        total += torch.minimum(p, q).sum().item()
-        count += input_ids.numel()
-    return total / count
 
 
 def _check_arguments(model, num_layers, draft_vocab_size):

@@ -7,6 +7,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_iclr.models import end_tokens, generate_rows, render_prompt, to_prompt_ids
+
 
 @dataclass
 class TeacherRow:
@@ -102,20 +104,22 @@ def sample_texts(
         `list[dict[str, str]]`: records with `"prompt"` (in the chat template) and `"completion"`.
     """
     set_seed(seed)
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    records = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Large model writes"):
-        chunk = prompts[start : start + batch_size]
-        inputs = tokenizer(chunk, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0
-        )
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        for prompt, answer in zip(chunk, answers.tolist(), strict=True):
-            records.append({"prompt": prompt, "completion": tokenizer.decode(_until_eos(answer, model))})
-    return records
+    answers = generate_rows(
+        model,
+        [to_prompt_ids(tokenizer, prompt) for prompt in prompts],
+        end_tokens(model, tokenizer),
+        batch_size=batch_size,
+        padding=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+    return [
+        {"prompt": render_prompt(tokenizer, prompt), "completion": tokenizer.decode(answer)}
+        for prompt, answer in zip(prompts, tqdm(answers, "Large model writes", len(prompts)), strict=True)
+    ]
 
 
 def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
@@ -129,12 +133,6 @@ def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
     return {name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for name, column in columns.items()}
 
 
-def batches(rows: list[TeacherRow], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Collates rows in their order, `batch_size` at a time."""
-    for start in range(0, len(rows), batch_size):
-        yield collate(rows[start : start + batch_size])
-
-
 def _tokenize(tokenizer, texts, max_length) -> Iterator[TeacherRow]:
     for text in texts:
         prompt, completion = ("", text) if isinstance(text, str) else (text["prompt"], text["completion"])
@@ -145,10 +143,3 @@ def _tokenize(tokenizer, texts, max_length) -> Iterator[TeacherRow]:
         for start in range(0, len(ids) - 1, max_length):
             piece = torch.tensor(ids[start : start + max_length])
             yield TeacherRow(piece, torch.empty(0), torch.tensor(mask[start : start + max_length]))
-
-
-def _until_eos(ids, model):
-    stops = model.generation_config.eos_token_id
-    stops = {stops} if isinstance(stops, int) else set(stops or ())
-    end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]

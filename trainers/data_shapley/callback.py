@@ -2,35 +2,28 @@
 
 import contextlib
 import functools
-import json
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_iclr.untrusted import parse_json, read_safetensors
+from hf_iclr.trainers.measuring import log_beside
 
-from .engine import EngineSettings, ShapleyEngine
+from .directions import EngineSettings
+from .engine import ShapleyEngine
 from .identity import ROW_KEY, RowWatch, check_loader, take_rows
-from .records import RunTotals, StepValues, gather_columns
+from .records import RunRecords, is_first_process
 from .result import VALIDATION, DataShapleyResult
-from .store import ShapleyStore
 from .support import calling_trainer, check_trainer, model_loss, trainer_loss
 from .targets import check_mean, loop_batches, trainer_batches
 
 
-logger = logging.getLogger(__name__)
-
 FLUSH_EVERY = 50  # steps
-_STATE_FILE = "shapley_direction.safetensors"
 
 
 class InRunDataShapleyCallback(TrainerCallback):
@@ -124,35 +117,16 @@ class InRunDataShapleyCallback(TrainerCallback):
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
     ) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"Expected order 1 or 2, got {order!r}.")
-        if refresh_every < 1 or adam_warmup < 0:
-            raise ValueError(
-                f"Expected refresh_every of at least 1 and adam_warmup of at least 0, got {refresh_every=} and "
-                f"{adam_warmup=}."
-            )
-        if order == 2 and refresh_every != 1:
-            raise ValueError(
-                "order=2 needs the validation gradient before and after each step, got "
-                f"refresh_every={refresh_every}. Type `refresh_every=1`."
-            )
-        if rank is not None and rank < 1:
-            raise ValueError(f"Expected a rank of at least 1, got {rank}. For no sketch type `exact=True`.")
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
-        self.refresh_every, self.order, self.exact, self.rank = refresh_every, order, exact, rank
-        self.id_column, self.adam_warmup, self.batch_size = id_column, adam_warmup, batch_size
-        self.compute_loss, self.token_values_for = compute_loss, token_values_for
-        self._store: ShapleyStore | None = None
+        self.settings = EngineSettings(refresh_every, order, exact, rank, adam_warmup, frozenset(token_values_for))
+        self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
         self._result: DataShapleyResult | None = None
         self._watch: RowWatch | None = None
-        self._engine: ShapleyEngine | None = None
+        self._engine: Any = None  # while a training runs
+        self._records: Any = None  # from the first one's beginning
         self._hook: Any = None
-        self._collected: list[StepValues] = []
-        self._totals = RunTotals(list(self.datasets))
-        self._rows_known = False  # those of the present step
-        self._end_measured = False
         self._train_dataset: Any = None  # the trainer's, for the result's tables by source
 
     @property
@@ -166,14 +140,15 @@ class InRunDataShapleyCallback(TrainerCallback):
         """
         if self._result is not None:
             return self._result
-        if self._store is None:
+        if self._records is None:
             raise ValueError("Expected a training before its result. Call `trainer.train()` first.")
-        self._flush_if_alone()
+        self._records.flush_if_alone()
+        warmup = self.settings.adam_warmup
         try:
-            return DataShapleyResult.from_store(self._store, self._train_dataset, self.id_column)
+            return DataShapleyResult.from_store(self._records.store, self._train_dataset, self.id_column)
         except FileNotFoundError as error:
             raise ValueError(
-                f"Expected a step with values, found none yet. Adam's first adam_warmup={self.adam_warmup} steps have "
+                f"Expected a step with values, found none yet. Adam's first adam_warmup={warmup} steps have "
                 f"none, and several processes bring theirs together every {FLUSH_EVERY} steps."
             ) from error
 
@@ -184,16 +159,11 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> None:
         self._close()
         trainer = calling_trainer()
-        check_trainer(trainer)
-        mine = [found for found in trainer.callback_handler.callbacks if isinstance(found, InRunDataShapleyCallback)]
-        if len(mine) > 1:
-            raise ValueError(
-                f"Expected one InRunDataShapleyCallback in a trainer, got {len(mine)}. Measure several validation "
-                "sets with one: `InRunDataShapleyCallback(val_dataset, targets={'name': other})`."
-            )
+        check_trainer(trainer, InRunDataShapleyCallback)
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         check_loader(loader, self.id_column)
-        warmup = self.adam_warmup if any("betas" in group for group in kwargs["optimizer"].param_groups) else 0
+        adam = any("betas" in group for group in kwargs["optimizer"].param_groups)
+        warmup = self.settings.adam_warmup if adam else 0
         if 0 < state.max_steps <= warmup:
             raise ValueError(
                 f"Expected more than adam_warmup={warmup} steps, got {state.max_steps}: no row would get a value. "
@@ -223,36 +193,36 @@ class InRunDataShapleyCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scaler = getattr(kwargs["optimizer"], "scaler", None)
         self._remove_hook()
-        if self._running.open and not self._rows_known:
+        if self._engine.open and not self._engine.micro:
             raise ValueError(
                 "Expected the model to be called with all of a batch, for in an epoch that is resumed in its middle "
                 f"the batch's entry {ROW_KEY!r} says which rows it holds, got a call without it. Write "
                 "`model(**inputs)` in the trainer's compute_loss, or resume at the beginning of an epoch with "
                 "`ignore_data_skip=True`."
             )
-        self._running.finish_step(scaler.get_scale() if scaler is not None else 1.0)
+        self._engine.finish_step(getattr(kwargs["optimizer"], "scaler", None))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if getattr(kwargs["optimizer"], "step_was_skipped", False):
-            self._running.drop()
+            self._engine.drop()
         else:
-            self._collect(self._running.commit())
+            self._records.add(self._engine.commit())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         last = state.global_step >= state.max_steps or control.should_training_stop
-        fresh = bool(self._collected) and f"loss_{VALIDATION}" in self._collected[-1].record
+        collected = self._records.collected
+        fresh = bool(collected) and f"loss_{VALIDATION}" in collected[-1].record
         if last:
             self._measure_end(state.global_step + 1)
         if fresh or last:
-            self._log(control)
-        if last or len(self._collected) >= FLUSH_EVERY:
-            self._flush()
+            log_beside(calling_trainer(), self._records.logs(), control)
+        if last or len(collected) >= FLUSH_EVERY:
+            self._records.flush()
 
     def on_log(
         self,
@@ -265,26 +235,20 @@ class InRunDataShapleyCallback(TrainerCallback):
         # The trainer's last log tells of a run that was stopped after `on_step_end`, by `on_evaluate` for example.
         # `on_train_end` would be too late: the best checkpoint may have been loaded.
         ended = "train_runtime" in (logs or {}) and self._engine is not None
-        if ended and self._totals.first_losses and not self._end_measured:
+        if ended and self._records.first_losses and not self._records.ended:
             self._measure_end(state.global_step + 1)
-            self._log(control)
+            log_beside(calling_trainer(), self._records.logs(), control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._flush()
+        self._records.flush()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir() and self._store is not None:
-            self._store.snapshot(folder)
-            tensors = self._running.state()
-            for name in self.datasets:
-                if name in self._totals.first_losses:
-                    known = [self._totals.first_losses[name], self._totals.sums[name]]
-                    tensors[f"explained.{name}"] = torch.tensor(known, dtype=torch.float64)
-            save_file(tensors, folder / _STATE_FILE, metadata={"targets": json.dumps(list(self.datasets))})
+        if state.is_world_process_zero and folder.is_dir():
+            self._records.snapshot(folder, self._engine.targets.pack(self._engine.taps.excluded))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._flush()
+        self._records.flush()
         self._close()
 
     # In a plain loop
@@ -330,53 +294,46 @@ class InRunDataShapleyCallback(TrainerCallback):
         """
         self = cls(val_dataset, **options)
         check_loader(dataloader, self.id_column)
-        model, scaler = getattr(model, "module", model), getattr(optimizer, "scaler", None)
-        plain = getattr(optimizer, "optimizer", optimizer)
+        model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(output_dir or temporary)
-            self._start(model, plain, batches, self.compute_loss or model_loss, folder, TrainerState(), seed=0)
+            compute_loss, folder = self.compute_loss or model_loss, Path(output_dir or temporary)
+            self._start(model, plain, batches, compute_loss, folder, TrainerState(), seed=0)
             done = 0
 
             def on_batch() -> None:
-                if not self._running.open:
+                if not self._engine.open:
                     self._begin_step(done + 1)
                 self._next_micro_batch()
 
             def before_step(*_: Any) -> None:
                 self._remove_hook()
-                self._running.finish_step(scaler.get_scale() if scaler is not None else 1.0)
+                self._engine.finish_step(getattr(optimizer, "scaler", None))
 
             def after_step(*_: Any) -> None:
                 nonlocal done
                 done += 1
-                self._collect(self._running.commit())
-                if len(self._collected) >= FLUSH_EVERY:
-                    self._flush()
+                self._records.add(self._engine.commit())
+                if len(self._records.collected) >= FLUSH_EVERY:
+                    self._records.flush()
 
             handles = [plain.register_step_pre_hook(before_step), plain.register_step_post_hook(after_step)]
             self._watch = RowWatch(dataloader, self.id_column, on_batch=on_batch)
             try:
                 yield self
-                if self._collected or self._totals.first_losses:
-                    self._running.close_step()
-                    self._measure_end(done + 1)
-                self._flush()
+                self._engine.close_step()
+                self._measure_end(done + 1)
+                self._records.flush()
             finally:
                 for handle in handles:
                     handle.remove()
                 self._close()
-                self._flush_if_alone()
-                if output_dir is None and _is_first_process():
+                self._records.flush_if_alone()
+                if output_dir is None and is_first_process():
                     with contextlib.suppress(ValueError):  # nothing was measured
                         self._result = self.result
 
     # What both share
-
-    @property
-    def _running(self) -> ShapleyEngine:
-        assert self._engine is not None
-        return self._engine
 
     def _start(
         self,
@@ -389,92 +346,39 @@ class InRunDataShapleyCallback(TrainerCallback):
         seed: int,
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        rank = self.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
-        settings = EngineSettings(
-            refresh_every=self.refresh_every,
-            order=self.order,
-            rank=0 if self.exact else rank,
-            adam_warmup=self.adam_warmup,
-            token_values_for=frozenset(self.token_values_for),
-            seed=seed,
-        )
-        engine, totals = ShapleyEngine(model, optimizer, batches, compute_loss, settings), RunTotals(list(batches))
+        engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
+        records = RunRecords(folder, list(batches), bool(self.settings.token_values_for))
         for name, found in batches.items():
             check_mean(model, compute_loss, found, name)
         if state.global_step:
-            _resume(folder / f"checkpoint-{state.global_step}" / _STATE_FILE, engine, totals)
+            tensors = records.resume(folder / f"checkpoint-{state.global_step}")
+            if "counts" in tensors:
+                engine.taps.excluded = engine.targets.unpack(tensors)
         # Only now that nothing is refused any more, for this lets go of an earlier run's values
-        self._engine, self._totals, self._collected = engine, totals, []
-        self._store, self._result, self._end_measured = ShapleyStore(folder), None, False
-        if _is_first_process():
-            self._store.truncate(state.global_step)
+        self._engine, self._records, self._result = engine, records, None
+        if is_first_process():
+            records.store.truncate(state.global_step)
 
     def _begin_step(self, step: int) -> None:
-        self._running.begin_step(step)
-        self._rows_known = False
+        self._engine.begin_step(step)
         self._remove_hook()
-        self._hook = self._running.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hook = self._engine.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _next_micro_batch(self) -> None:
         if self._watch is not None and self._watch.queue:
-            self._begin_micro_batch(self._watch.queue.popleft())
-
-    def _begin_micro_batch(self, rows: Sequence[int | str]) -> None:
-        self._running.begin_micro_batch(rows)
-        self._rows_known = True
+            self._engine.begin_micro_batch(self._watch.queue.popleft())
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = take_rows(kwargs)  # of the loader that continues a resumed epoch
         if model.training and torch.is_grad_enabled():
             if rows is not None:
-                self._begin_micro_batch(rows)
-            self._running.see_inputs({**{str(index): value for index, value in enumerate(args)}, **kwargs})
+                self._engine.begin_micro_batch(rows)
+            self._engine.see_inputs({**{str(index): value for index, value in enumerate(args)}, **kwargs})
         return args, kwargs
 
-    def _collect(self, found: StepValues | None) -> None:
-        if found is not None:
-            self._collected.append(found)
-            self._totals.add(found)
-
     def _measure_end(self, step: int) -> None:
-        """The validation losses after the last step, as a step without rows."""
-        if not self._totals.first_losses:
-            return
-        self._end_measured = True
-        losses = self._running.measure_losses()
-        record = {f"loss_{name}": loss for name, loss in losses.items()}
-        last = StepValues(step, [], np.zeros((0, len(losses))), np.zeros(0, dtype=np.int64), [], record)
-        self._collect(last)
-        ratio = self._totals.explained_ratio(VALIDATION)
-        if not 0.5 <= ratio <= 2:
-            logger.warning(
-                "The values add up to %.3g times the fall of the validation loss (%.4g to %.4g nats). Their sizes "
-                "mean little, their order may still: take smaller steps, or refresh more often.",
-                ratio,
-                self._totals.first_losses[VALIDATION],
-                losses[VALIDATION],
-            )
-
-    def _log(self, control: TrainerControl) -> None:
-        should_log = control.should_log
-        # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew
-        Trainer.log(calling_trainer(), self._totals.logs())
-        control.should_log = should_log  # which every log resets
-
-    def _flush_if_alone(self) -> None:
-        """Where other processes may not be flushing too."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Bring the rows of all processes together and write them."""
-        collected, self._collected = self._collected, []
-        columns = gather_columns(collected, list(self.datasets), bool(self.token_values_for), self._totals.text_ids)
-        if self._store is None or not _is_first_process():
-            return
-        for found, rows in zip(collected, columns, strict=True):
-            self._store.add(found.step, rows, found.record)
-        self._store.flush()
+        if self._records.first_losses:
+            self._records.add_end(step, self._engine.targets.measure_losses())
 
     def _end_broken_step(self) -> None:
         if self._engine is not None and self._engine.open:
@@ -494,27 +398,3 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-
-
-def _resume(path: Path, engine: ShapleyEngine, totals: RunTotals) -> None:
-    """Take back a checkpoint's directions and sums."""
-    if not path.exists():
-        logger.warning("%s is missing: the direction is measured anew at the first step.", path)
-        return
-    tensors, metadata = read_safetensors(path)
-    targets = parse_json(metadata.get("targets", "null"), path)
-    if targets not in (None, totals.targets):
-        raise ValueError(
-            f"Expected the validation sets of the checkpoint, {targets}, got {totals.targets}. Resume with the same "
-            "`targets` in the same order, or begin a new run: `trainer.train()` without `resume_from_checkpoint`."
-        )
-    for name in totals.targets:
-        known = tensors.pop(f"explained.{name}", None)
-        if known is not None:
-            totals.first_losses[name], totals.sums[name] = known.tolist()
-    if "counts" in tensors:
-        engine.load_state(tensors)
-
-
-def _is_first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

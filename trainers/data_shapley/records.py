@@ -1,12 +1,24 @@
-"""What the callback keeps of scored steps: running totals for the logs, and columns for the store."""
+"""What the callback keeps of scored steps: sums for the logs, and columns for the store and for checkpoints."""
 
-from collections.abc import Sequence
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+
+from hf_iclr.untrusted import parse_json, read_safetensors
 
 from .result import VALIDATION
+from .store import ShapleyStore
+
+
+logger = logging.getLogger(__name__)
+
+_STATE_FILE = "shapley_direction.safetensors"
 
 
 @dataclass
@@ -21,32 +33,42 @@ class StepValues:
     record: dict[str, float]
 
 
-class RunTotals:
+class RunRecords:
     """
-    Sums over a run, for its logs.
+    The scored steps of a run, from the engine to the logs and the store.
 
     Args:
+        folder (`str` or `Path`):
+            Output folder of the run.
         targets (list of `str`):
             Names of the validation sets.
+        with_tokens (`bool`):
+            Whether values of tokens are stored.
 
     Attributes:
+        store ([`ShapleyStore`]): where rows go.
+        collected (list of [`StepValues`]): those of this process that are not yet in the store.
         first_losses (`dict`): of each target before its first scored step, in nats.
         sums (`dict`): of each target's values so far, in nats, over all processes.
-        text_ids (`bool`): whether rows are known by text rather than by number.
+        ended (`bool`): whether the losses after the last step are known.
     """
 
-    def __init__(self, targets: list[str]) -> None:
-        self.targets = targets
+    def __init__(self, folder: str | Path, targets: list[str], with_tokens: bool) -> None:
+        self.store, self.targets, self.with_tokens = ShapleyStore(folder), targets, with_tokens
+        self.collected: list[StepValues] = []
         self.first_losses: dict[str, float] = {}
         self.sums = dict.fromkeys(targets, 0.0)
         self._measured: dict[str, tuple[float, float]] = {}  # last loss, and the sum of values before it
         self._last: dict[str, float] = {}
-        self.text_ids = False
+        self._text_ids = self.ended = False
         self._rows = self._harmful = 0
 
-    def add(self, found: StepValues) -> None:
-        """Count a step."""
-        self.text_ids = self.text_ids or bool(found.ids) and isinstance(found.ids[0], str)
+    def add(self, found: StepValues | None) -> None:
+        """Count a step, if it was scored."""
+        if found is None:
+            return
+        self.collected.append(found)
+        self._text_ids = self._text_ids or bool(found.ids) and isinstance(found.ids[0], str)
         for name in self.targets:
             loss = found.record.get(f"loss_{name}")
             if loss is not None:
@@ -57,10 +79,25 @@ class RunTotals:
         self._rows += len(found.values)
         self._harmful += int((found.values[:, 0] < 0).sum())
 
-    def explained_ratio(self, target: str) -> float:
+    def add_end(self, step: int, losses: dict[str, float]) -> None:
+        """Count the validation losses after the last step, as a step without rows."""
+        self.ended = True
+        record = {f"loss_{name}": loss for name, loss in losses.items()}
+        self.add(StepValues(step, [], np.zeros((0, len(losses))), np.zeros(0, dtype=np.int64), [], record))
+        ratio = self._explained_ratio()
+        if not 0.5 <= ratio <= 2:
+            logger.warning(
+                "The values add up to %.3g times the fall of the validation loss (%.4g to %.4g nats). Their sizes "
+                "mean little, their order may still: take smaller steps, or refresh more often.",
+                ratio,
+                self.first_losses[VALIDATION],
+                losses[VALIDATION],
+            )
+
+    def _explained_ratio(self) -> float:
         """Sum of values over the fall of the loss, both up to its last measurement; NaN where it did not change."""
-        loss, total = self._measured[target]
-        drop = self.first_losses[target] - loss
+        loss, total = self._measured[VALIDATION]
+        drop = self.first_losses[VALIDATION] - loss
         return total / drop if drop else float("nan")
 
     def logs(self) -> dict[str, float]:
@@ -68,7 +105,7 @@ class RunTotals:
         if not self.first_losses:
             return {}
         logs = {f"shapley/loss_{name}": self._measured[name][0] for name in self.targets}
-        ratio = self.explained_ratio(VALIDATION)
+        ratio = self._explained_ratio()
         if not np.isnan(ratio):
             logs["shapley/explained_ratio"] = ratio
         if self._rows:
@@ -79,49 +116,73 @@ class RunTotals:
         self._rows = self._harmful = 0
         return logs
 
+    def flush(self) -> None:
+        """Bring the rows of all processes together, which have the same steps, and write them."""
+        steps, self.collected = self.collected, []
+        parts = [steps]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            parts = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, steps)
+        if not is_first_process():
+            return
+        for of_step in zip(*parts, strict=True):
+            self.store.add(of_step[0].step, self._columns(of_step), of_step[0].record)
+        self.store.flush()
 
-def gather_columns(
-    steps: Sequence[StepValues], targets: list[str], with_tokens: bool, text_ids: bool
-) -> list[dict[str, np.ndarray]]:
-    """
-    Rows of each step, of all processes, as columns for [`ShapleyStore.add`]: one entry for each row and target.
+    def flush_if_alone(self) -> None:
+        """Where other processes may not be flushing too."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self.flush()
 
-    Args:
-        steps (list of [`StepValues`]):
-            Of this process; every process has the same steps.
-        targets (list of `str`):
-            Names of the validation sets.
-        with_tokens (`bool`):
-            Whether there is a column with values of tokens.
-        text_ids (`bool`):
-            Whether rows are known by text rather than by number; steps without rows don't show it.
-    """
-    parts = [list(steps)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, list(steps))
-    return [
-        _columns([part[position] for part in parts], targets, with_tokens, text_ids) for position in range(len(steps))
-    ]
+    def _columns(self, parts: tuple[StepValues, ...]) -> dict[str, np.ndarray]:
+        """One entry for each row and target, as [`ShapleyStore.add`] takes them."""
+        ids = [identity for part in parts for identity in part.ids]
+        values = np.concatenate([part.values for part in parts])
+        rows = {
+            "target": np.repeat(np.array(self.targets, dtype=object), len(ids)),
+            "value": values.T.reshape(-1),
+            "tokens": np.tile(np.concatenate([part.tokens for part in parts]), len(self.targets)),
+        }
+        if self.with_tokens:
+            kept = [found for part in parts for found in part.token_values]
+            rows["token_values"] = np.empty(len(rows["value"]), dtype=object)
+            for entry in range(len(rows["value"])):
+                which, row = divmod(entry, len(ids))
+                found = kept[row]
+                rows["token_values"][entry] = None if found is None else found[which].tolist()
+        name, kind = ("id", object) if self._text_ids else ("index", np.int64)  # steps without rows don't show it
+        rows[name] = np.tile(np.array(ids, dtype=kind), len(self.targets))
+        return rows
+
+    def snapshot(self, folder: Path, directions: dict[str, torch.Tensor]) -> None:
+        """Copy the store into a checkpoint, beside the directions and the sums."""
+        self.store.snapshot(folder)
+        sums = {
+            f"explained.{name}": torch.tensor([loss, self.sums[name]], dtype=torch.float64)
+            for name, loss in self.first_losses.items()
+        }
+        save_file(directions | sums, folder / _STATE_FILE, metadata={"targets": json.dumps(self.targets)})
+
+    def resume(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Take back a checkpoint's sums, and return its directions."""
+        path = folder / _STATE_FILE
+        if not path.exists():
+            logger.warning("%s is missing: the direction is measured anew at the first step.", path)
+            return {}
+        tensors, metadata = read_safetensors(path)
+        targets = parse_json(metadata.get("targets", "null"), path)
+        if targets not in (None, self.targets):
+            raise ValueError(
+                f"Expected the validation sets of the checkpoint, {targets}, got {self.targets}. Resume with the same "
+                "`targets` in the same order, or begin a new run: `trainer.train()` without `resume_from_checkpoint`."
+            )
+        for name in self.targets:
+            known = tensors.pop(f"explained.{name}", None)
+            if known is not None:
+                self.first_losses[name], self.sums[name] = known.tolist()
+        return tensors
 
 
-def _columns(parts: list[StepValues], targets: list[str], with_tokens: bool, text_ids: bool) -> dict[str, np.ndarray]:
-    ids = [identity for part in parts for identity in part.ids]
-    values = np.concatenate([part.values for part in parts])
-    rows = {
-        "target": np.repeat(np.array(targets, dtype=object), len(ids)),
-        "value": values.T.reshape(-1),
-        "tokens": np.tile(np.concatenate([part.tokens for part in parts]), len(targets)),
-    }
-    if with_tokens:
-        kept = [found for part in parts for found in part.token_values]
-        rows["token_values"] = np.empty(len(rows["value"]), dtype=object)
-        for entry in range(len(rows["value"])):
-            which, row = divmod(entry, len(ids))
-            found = kept[row]
-            rows["token_values"][entry] = None if found is None else found[which].tolist()
-    if text_ids:
-        rows["id"] = np.tile(np.array(ids, dtype=object), len(targets))
-    else:
-        rows["index"] = np.tile(np.array(ids, dtype=np.int64), len(targets))
-    return rows
+def is_first_process() -> bool:
+    """Whether this process is the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0

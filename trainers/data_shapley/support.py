@@ -11,14 +11,22 @@ from transformers import Trainer
 from .gradients.direction import is_sharded
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, callback_class: type) -> None:
     """
     Raise a `ValueError` with the reason if the trainer's set-up hides what scores are made of.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             A trainer that is about to train.
+        callback_class (`type`):
+            Of which it may have one.
     """
+    mine = [found for found in trainer.callback_handler.callbacks if isinstance(found, callback_class)]
+    if len(mine) > 1:
+        raise ValueError(
+            f"Expected one InRunDataShapleyCallback in a trainer, got {len(mine)}. Measure several validation "
+            "sets with one: `InRunDataShapleyCallback(val_dataset, targets={'name': other})`."
+        )
     args, model = trainer.args, trainer.model
     if hasattr(trainer, "reward_funcs"):
         raise _refuse(f"{type(trainer).__name__}, which writes its rows as it trains", "SFTTrainer or DPOTrainer")

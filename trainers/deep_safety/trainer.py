@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from typing_extensions import override
 
 from hf_iclr.models import FusedOutputsProxy, evaluation_mode, hash_weights
+from hf_iclr.trainers.measuring import rows_of_this_process
 
 from .arguments import (
     as_config,
@@ -482,7 +483,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
         mask: torch.Tensor,
     ) -> None:
         """Add the batch to the sums behind the logged means; they stay on the device until they are logged."""
-        rows = self._rows_of_this_process(len(positions))
+        rows = len(positions) if self.padding_free else rows_of_this_process(self, len(positions))
         logps, ref_logps, betas, positions, losses, mask = (
             tensor[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask)
         )
@@ -499,13 +500,6 @@ class DeepSafetySFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         total = torch.stack([value.float() for value in sums])
         self._totals[mode] = self._totals.get(mode, 0) + total
-
-    def _rows_of_this_process(self, rows: int) -> int:
-        """Without those that repeat the first rows of an evaluation so that its last batch is full on each process."""
-        state = self.accelerator.gradient_state
-        if self.model.training or self.padding_free or not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
     def _pop_means(self, mode: str) -> dict[str, float]:
         if mode not in self._totals:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_iclr.models import answer_logits, check_prompts, to_prompt_ids
 from hf_iclr.prefill import generate_answers
+from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import read_safetensors
 
 from ..deep_safety.config import DeepSafetySFTConfig
@@ -171,10 +172,8 @@ class SafetyDriftCallback(TrainerCallback):
     def _look(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if state.global_step == self._last_step:
             return
-        self._last_step, should_log = state.global_step, control.should_log
-        device = self.trainer.accelerator.device
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        self._last_step = state.global_step
+        with forked_random(self.trainer.accelerator.device):
             logs = self._measure(args)
         reason = self._why_act(logs)
         if reason is not None:
@@ -186,9 +185,7 @@ class SafetyDriftCallback(TrainerCallback):
                 self._raise_betas(args, self.beta_factor)
         if self.action == "raise_beta":
             logs["safety/beta_scale"] = self.beta_scale
-        # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew.
-        Trainer.log(self.trainer, logs)
-        control.should_log = should_log  # which every log resets
+        log_beside(self.trainer, logs, control)
 
     def _measure(self, args: TrainingArguments) -> dict[str, float]:
         model, tokenizer = self.trainer.model, self._tokenizer()

@@ -20,6 +20,7 @@ from transformers import (
 )
 from trl import maybe_extract_prompt
 
+from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import as_written_by, read_json, whole_number
 
 from .probe_metrics import CHOSEN, INITIAL_GREEDY, REJECTED, ProbeSet
@@ -320,18 +321,14 @@ class SqueezeProbeCallback(TrainerCallback):
         if state.global_step == self._last_step:
             return
         assert self.trainer is not None, "checked at the beginning of the training"
-        trainer, should_log = self.trainer, control.should_log
+        trainer = self.trainer
         batch_size = self.batch_size or args.per_device_eval_batch_size
         decode = self.decode_every > 0 and (last or self._passes % self.decode_every == 0)
         progress = state.is_world_process_zero and not args.disable_tqdm
-        device = trainer.accelerator.device
         logs: dict[str, float] = {}
         # Sampling draws, and so may a model: the training goes on with the random state it had.
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with forked_random(trainer.accelerator.device):
             for probes in self._sets:
                 logs |= probes.measure(trainer, batch_size, decode, progress)
         self._last_step, self._passes = state.global_step, self._passes + 1
-        # Not `trainer.log`: TRL's would put the step's metrics into this record and start their means anew.
-        Trainer.log(trainer, logs)
-        control.should_log = should_log  # which every log resets
+        log_beside(trainer, logs, control)

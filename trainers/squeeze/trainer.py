@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import add_fused_lm_head
 
 from hf_iclr.models import FusedOutputsProxy
+from hf_iclr.trainers.measuring import rows_of_this_process
 
 from .argmax import HiddenStateTap, exact_argmax
 from .config import SqueezeDPOConfig
@@ -200,17 +201,10 @@ class SqueezeDPOTrainer(DPOTrainer):
             log_prob_gradients=gradients[:, -length:],
             reference_logps=reference_logps,
             argmax=argmax,
-            num_pairs=self._pairs_of_this_process(len(labels) // 2),
+            num_pairs=rows_of_this_process(self, len(labels) // 2),
         )
         mode = "train" if self.model.training else "eval"
         self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
-
-    def _pairs_of_this_process(self, pairs: int) -> int:
-        """Without those that repeat the first rows of an evaluation so that its last batch is full on each process."""
-        state = self.accelerator.gradient_state
-        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
-            return pairs
-        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         sums = self._sums.pop(mode, None)

@@ -1,4 +1,4 @@
-"""Annotated videos on disk: one Parquet file each, whole or absent, and what can be told of all of them."""
+"""Annotated videos on disk: one Parquet file each, whole or absent, and statistics of all of them."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ def open_frames(video: Any) -> VideoFrames:
 def name_video(video: Any) -> tuple[str, str | None]:
     """
     A name that depends on the video alone, neither on the order nor on the number of videos, and its path if it has
-    one: a video with a path is told by that, others by their bytes or pixels.
+    one: a video with a path is known by that, others by their bytes or pixels.
     """
     while isinstance(video, Mapping) and video.get("bytes") is None:
         inner = [video[key] for key in ("path", "video", "frames", "images", "image") if video.get(key) is not None]
@@ -223,7 +223,7 @@ class AnnotationStore:
         self._replace(inside(self.folder, name), lambda part: part.write_text(text))
 
     def read(self, skipped: list[dict[str, str]]) -> datasets.Dataset:
-        """All masklets in the folder, by video and object; `skipped` videos are told in its description."""
+        """All masklets in the folder, by video and object; `skipped` videos are listed in its description."""
         check_links(self.folder)
         shards = {path: regular_file(path).read_bytes() for path in sorted(self.shards.glob("*.parquet"))}
         tables = [_read_shard(path, shard) for path, shard in shards.items()]
@@ -262,7 +262,7 @@ def _read_shard(path: Path, shard: bytes) -> pa.Table:
 
 def review_queue(annotations: datasets.Dataset) -> datasets.Dataset:
     """
-    The masklets that wait for somebody to look at them, the most uncertain first.
+    The masklets that wait for review, the most uncertain first.
 
     Args:
         annotations (`datasets.Dataset`): From [`annotate`].

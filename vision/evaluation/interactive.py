@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.saving import whole_file
 
-from ..formats.annotated_videos import to_annotated
 from ..session.session import VideoSession
 from .j_and_f import j_and_f, region_similarity
 from .simulated_prompts import correct_object, prompt_object
-from .vos import visible_objects
+from .vos import clips_with_objects
 
 
 MODES = ("offline", "online")
@@ -155,10 +153,8 @@ def evaluate_interactive(
             f"{clicks_per_frame}, {max_frames} and {pause_below}."
         )
     table: list[dict[str, Any]] = []
-    for number, item in enumerate(tqdm(clips, desc="clips")):
-        clip = to_annotated(item, number)
-        video, truth = clip.load()
-        for obj, start in visible_objects(clip, truth, 1).items():
+    for clip, video, truth, starts in clips_with_objects(clips, 1):
+        for obj, start in starts.items():
             session = partial(pipe.session, video)
             annotator = _Annotator(session, obj, truth[obj][start:], clip.frames[start:], clicks_per_frame, options)
             rounds = annotator.offline(max_frames) if mode == "offline" else annotator.online(max_frames, pause_below)

@@ -1,4 +1,4 @@
-"""How good the masks of a video are: region similarity J, contour accuracy F, and clicks needed."""
+"""How good the masks of a video are: region similarity J and contour accuracy F."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def j_and_f(
         tolerance (`float`, *optional*, defaults to `0.008`):
             See [`contour_accuracy`].
         per_frame (`bool`, *optional*, defaults to `False`):
-            Whether the values of each object and frame are told too.
+            Whether to return the values of each object and frame too.
 
     Returns:
         `dict[str, Any]`: in 0..1, `j`, `f`, their mean `j_and_f`, `j_recall` and `f_recall` (share of frames above
@@ -93,27 +93,6 @@ def j_and_f(
             scores[f"{name}_per_frame"] = [row.tolist() for row in rows]
     scores["j_and_f"] = (scores["j"] + scores["f"]) / 2
     return scores
-
-
-def number_of_clicks(ious: Sequence[Sequence[float]], threshold: float = 0.9, max_clicks: int = 20) -> float:
-    """
-    NoC@IoU: how many clicks an object takes on average to reach an IoU.
-
-    Args:
-        ious (`Sequence[Sequence[float]]`):
-            For each object the IoU after 1, 2, ... clicks.
-        threshold (`float`, *optional*, defaults to `0.9`):
-            The IoU to reach.
-        max_clicks (`int`, *optional*, defaults to `20`):
-            What an object counts that does not reach it within so many.
-
-    Raises:
-        ValueError: if there is no object, or one has no click.
-    """
-    if not len(ious) or not all(len(values) for values in ious):
-        raise ValueError("Expected the IoU after each click of at least one object, got none.")
-    reached = [np.flatnonzero(np.asarray(values[:max_clicks]) >= threshold) for values in ious]
-    return float(np.mean([clicks[0] + 1 if len(clicks) else max_clicks for clicks in reached]))
 
 
 class JAndF(evaluate.Metric):

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.saving import whole_file
 
-from ..formats.annotated_videos import AnnotatedVideo, to_annotated
+from ..formats.annotated_videos import to_annotated
 from .j_and_f import j_and_f
 from .simulated_prompts import check_kind, prompt_object
 
@@ -86,9 +86,9 @@ def evaluate_vos(
         pipe (`Sam2VideoPipeline`):
             Or anything with its method `session`.
         clips (`Iterable`):
-            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.formats.annotated_videos.AnnotatedVideo`], a row
+            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.formats.AnnotatedVideo`], a row
             of a dataset with `frames` and `masks`, or anything with these attributes. See also
-            [`~hf_iclr.vision.formats.annotated_videos.read_videos`].
+            [`~hf_iclr.vision.formats.read_videos`].
         prompts (`Sequence[str | int]`, *optional*, defaults to `("mask", "box", 1, 3, 5)`):
             "mask", "box", or a number of clicks.
         skip_first_and_last (`bool`, *optional*, defaults to `True`):
@@ -118,10 +118,7 @@ def evaluate_vos(
     options = {"keep": "window", "feature_cache_bytes": 0, "undo_levels": 0, **options}
     table: list[dict[str, Any]] = []
     frames: list[dict[str, Any]] = []
-    for number, item in enumerate(tqdm(clips, desc="clips")):
-        clip = to_annotated(item, number)
-        video, truth = clip.load()
-        starts = visible_objects(clip, truth, 3 if skip_first_and_last else 1)
+    for clip, video, truth, starts in clips_with_objects(clips, 3 if skip_first_and_last else 1):
         for kind in prompts if starts else ():
             begin = time.perf_counter()
             session = pipe.session(video, **options)
@@ -149,26 +146,22 @@ def evaluate_vos(
     return VosResult(pd.DataFrame(table), pd.DataFrame(frames))
 
 
-def visible_objects(clip: AnnotatedVideo, truth: dict[int, np.ndarray], least: int) -> dict[int, int]:
+def clips_with_objects(clips: Iterable[Any], least: int) -> Iterator[tuple]:
     """
-    By object, the place of the annotated frame that shows it first.
-
-    Args:
-        clip (`AnnotatedVideo`):
-            The clip.
-        truth (`dict[int, np.ndarray]`):
-            Its masks by object.
-        least (`int`):
-            Objects with fewer annotated frames from there on are left out, and this is logged.
+    Each clip as an [`AnnotatedVideo`], its frames, its masks by object, and by object the place of the annotated frame
+    that shows it first. Objects with fewer than `least` annotated frames from there on are left out, which is logged.
     """
-    starts = {}
-    for obj, masks in truth.items():
-        seen = np.flatnonzero(masks.any(axis=(1, 2)))
-        if not len(seen) or len(masks) - seen[0] < least:
-            logger.warning("Object %s of %s is left out: too few annotated frames show it.", obj, clip.name)
-        else:
-            starts[obj] = int(seen[0])
-    return starts
+    for number, item in enumerate(tqdm(clips, desc="clips")):
+        clip = to_annotated(item, number)
+        video, truth = clip.load()
+        starts = {}
+        for obj, masks in truth.items():
+            seen = np.flatnonzero(masks.any(axis=(1, 2)))
+            if not len(seen) or len(masks) - seen[0] < least:
+                logger.warning("Object %s of %s is left out: too few annotated frames show it.", obj, clip.name)
+            else:
+                starts[obj] = int(seen[0])
+        yield clip, video, truth, starts
 
 
 def _label(kind: Any) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, zoom
 
 from ..session.frames import VideoFrames
+from ..session.segments import box_around
 
 
 SAMPLES = 64  # of a pixel at most; memory for them does not grow with the video
@@ -28,11 +29,8 @@ def soften(mask: np.ndarray, dilation: int, feather: int) -> np.ndarray:
 
 def around(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
     """The rows and columns of a mask with a margin, within the frame; `None` if the mask is empty."""
-    if not mask.any():
-        return None
-    sides = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
-    rows, columns = (slice(max(int(side[0]) - margin, 0), int(side[-1]) + 1 + margin) for side in sides)
-    return rows, columns
+    x0, y0, x1, y1 = map(int, box_around(mask))
+    return (slice(max(y0 - margin, 0), y1 + margin), slice(max(x0 - margin, 0), x1 + margin)) if x1 else None
 
 
 def still_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count: int) -> list[range]:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")
 _ROW_KEYS = ("video", "frames", "images", "image")
+_PREPROCESSED_AHEAD = 4  # frames preprocessed at once, which costs a third of one by one
 _DECODED_AHEAD = 24  # decoded frames kept by a file, so that reading backwards decodes a group of pictures few times
 
 
@@ -166,6 +167,30 @@ class FileFrames(VideoFrames):
         if not self.num_frames:
             raise ValueError(self.damage)
         raise EndOfVideo(self.damage)
+
+
+class PixelValues:
+    """Frames by number as a model takes them, `(3, side, side)`; of a video, the next ones of a pass come along."""
+
+    def __init__(self, frames: VideoFrames, processor, model):
+        self.frames, self.processor, self.model = frames, processor, model
+        self.step = 1  # 1 forward, -1 backward
+        self._ahead: dict[int, torch.Tensor] = {}
+
+    def __call__(self, frame: int) -> torch.Tensor:
+        kwargs = {"return_tensors": "pt", "device": self.model.device}
+        if isinstance(self.frames, StreamedFrames):  # the processor's own way with a stream and with a video
+            return self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
+        if frame not in self._ahead:
+            pixels = [self.frames[frame]]
+            for number in range(1, _PREPROCESSED_AHEAD):
+                try:
+                    pixels.append(self.frames[frame + number * self.step])
+                except (ValueError, TypeError):
+                    break  # raised when its turn comes
+            values = self.processor.video_processor(np.stack(pixels), **kwargs)["pixel_values_videos"][0]
+            self._ahead = {frame + number * self.step: value for number, value in enumerate(values)}
+        return self._ahead[frame]
 
 
 def open_video(video: Any) -> VideoFrames:

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from .config import VideoSessionConfig
-from .frames import EndOfVideo, StreamedFrames, open_video
+from .frames import EndOfVideo, PixelValues, StreamedFrames, open_video
 from .mask_postprocessing import clean_logits, smooth_logits
 from .memory import MEMORY_POLICIES, FeatureCache, ObjectMemory
 from .prompts import ObjectPrompt, VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
-from .session_file import read_session, restore_session, write_session
+from .session_file import read_session, write_session
 
 
 DIRECTIONS = ("forward", "backward", "both")
-_FRAMES_AHEAD = 4  # frames preprocessed at once, which costs a third of one by one
 
 
 class VideoSession:
@@ -72,8 +71,7 @@ class VideoSession:
         self._corrected: set[tuple[int, int]] = set()
         self._queue: dict[int, dict[int, ObjectPrompt]] = {}  # prompts of a stream for frames to come
         self._latest = -1  # the frame tracked last
-        self._step = 1  # 1 forward, -1 backward
-        self._ahead: dict[int, torch.Tensor] = {}  # preprocessed frames, the next ones of a pass
+        self._pixels = PixelValues(self.frames, processor, model)
         self._undo: deque[tuple] = deque(maxlen=self.config.undo_levels)
 
     @property
@@ -171,7 +169,10 @@ class VideoSession:
         """Takes back an object's prompts on a frame, which later passes track again; without any, the object goes."""
         self._memory(obj)
         if obj not in self._prompts.get(frame, {}):
-            raise ValueError(f"Object {obj} has no prompt on frame {frame}. Its prompts: {self._describe(obj)}.")
+            known = [f"frame {number}" for number, prompts in self._prompts.items() if obj in prompts]
+            raise ValueError(
+                f"Object {obj} has no prompt on frame {frame}. Its prompts: {', '.join(known) or 'none'}."
+            )
         with self._edit():
             del self._prompts[frame][obj]
             self._corrected.discard((frame, obj))
@@ -262,8 +263,7 @@ class VideoSession:
             path (`str` or `Path`): The safetensors file.
             video (`Any`, *optional*): The video; needed if it was no file.
         """
-        state, tensors = read_session(path)
-        return restore_session(cls, pipe, state, tensors, video)
+        return read_session(cls, pipe, path, video)
 
     @property
     def _windowed(self) -> bool:
@@ -281,14 +281,11 @@ class VideoSession:
             raise ValueError(f"There is no object {obj!r}; there are {self.objects or 'none yet'}.")
         return self._memories[obj]
 
-    def _describe(self, obj: int) -> str:
-        return ", ".join(f"frame {frame}" for frame, prompts in self._prompts.items() if obj in prompts) or "none"
-
     def _new_memory(self, obj: int) -> ObjectMemory:
         config, size = self.model.config, self.size
         return ObjectMemory(
             obj,
-            self._pixel_values,
+            self._pixels,
             self.num_frames,
             self.features,
             (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
@@ -299,21 +296,6 @@ class VideoSession:
             inference_state_device=self._state_device,
             dtype=self.model.dtype,
         )
-
-    def _pixel_values(self, frame: int) -> torch.Tensor:
-        kwargs = {"return_tensors": "pt", "device": self.model.device}
-        if self.streaming:  # the processor's own way with a stream and with a video
-            return self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
-        if frame not in self._ahead:
-            pixels = [self.frames[frame]]
-            for number in range(1, _FRAMES_AHEAD):
-                try:
-                    pixels.append(self.frames[frame + number * self._step])
-                except (ValueError, TypeError):
-                    break  # told when its turn comes
-            values = self.processor.video_processor(np.stack(pixels), **kwargs)["pixel_values_videos"][0]
-            self._ahead = {frame + number * self._step: value for number, value in enumerate(values)}
-        return self._ahead[frame]
 
     def _run_prompt(self, frame: int, obj: int, prompt: ObjectPrompt, logits: torch.Tensor | None = None) -> None:
         memory = self._memories.setdefault(obj, self._new_memory(obj))
@@ -381,13 +363,17 @@ class VideoSession:
         """One way over the video; an object joins at its origin, or at its first prompt if there are no origins."""
         smoothed: dict[int, torch.Tensor] = {}
         frame = begin
-        self._step = -1 if reverse else 1
+        self._pixels.step = -1 if reverse else 1
         while frame >= 0 and (max_frames is None or abs(frame - begin) < max_frames):
             if self.num_frames is not None and frame >= self.num_frames:
                 return
             try:
                 if self.streaming:
-                    self._take_queued(frame)
+                    self.frames[frame]  # the stream ends here, or the frame is bad
+                    for obj, prompt in self._queue.pop(frame, {}).items():
+                        self._check(frame, prompt)
+                        with self._edit():
+                            self._run_prompt(frame, obj, prompt)
                 for obj, memory in self._memories.items():
                     if min(memory.conditioning) <= frame if origins is None else frame <= origins.get(obj, -1):
                         if frame not in memory.conditioning:
@@ -404,10 +390,3 @@ class VideoSession:
                     memory.forget(frame, reverse, ahead, keep_masks=both)
             yield segments
             frame += -1 if reverse else 1
-
-    def _take_queued(self, frame: int) -> None:
-        self.frames[frame]  # the stream ends here, or the frame is bad
-        for obj, prompt in self._queue.pop(frame, {}).items():
-            self._check(frame, prompt)
-            with self._edit():
-                self._run_prompt(frame, obj, prompt)

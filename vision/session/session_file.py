@@ -57,23 +57,19 @@ def write_session(session, path: str | Path) -> None:
     save_file(tensors, str(path), metadata={"format": _FORMAT, "state": json.dumps(state)})
 
 
-def read_session(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The state and the tensors that [`write_session`] wrote."""
+def read_session(session_class, pipe, path: str | Path, video: Any):
+    """
+    A session of `session_class` as [`write_session`] wrote it.
+
+    Raises:
+        ValueError: if the file is none that it wrote, or the model or the video is another.
+    """
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}. Give the path that VideoSession.save wrote.")
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != _FORMAT or "state" not in metadata:
         raise ValueError(f"{path} is no video session that VideoSession.save wrote.")
-    return parse_json(metadata["state"], path), tensors
-
-
-def restore_session(session_class, pipe, state: dict[str, Any], tensors: dict[str, torch.Tensor], video: Any):
-    """
-    A session of `session_class` in a read state.
-
-    Raises:
-        ValueError: if the model or the video is another.
-    """
+    state = parse_json(metadata["state"], path)
     model_type, writer = pipe.model.config.model_type, "VideoSession.save"
     with as_written_by(writer, "the session"):
         if state["model_type"] != model_type:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley.directions import EngineSettings
 from hf_iclr.trainers.data_shapley.store import ShapleyStore
 from tests.trainers.tiny import QUICK, losses, tiny_llama, word_rows
 
@@ -438,7 +439,7 @@ def test_a_run_stopped_by_an_evaluation_is_measured_at_its_last_weights(tmp_path
 @pytest.mark.parametrize(
     ("settings", "trainer_settings", "message"),
     [
-        ({"adam_warmup": 20}, {"optim": "adamw_torch"}, "adam_warmup=20"),
+        ({"settings": EngineSettings(adam_warmup=20)}, {"optim": "adamw_torch"}, "adam_warmup=20"),
         ({"id_column": "uid"}, {}, "'uid', the id_column"),
         ({}, {"trainer_class": Summed}, "mean over rows"),
     ],

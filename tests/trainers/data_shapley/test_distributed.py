@@ -74,7 +74,7 @@ def loop(processes, sharded):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        stored = [(step.step, step.values[:, 0], step.record) for step in shapley._collected]
+        stored = [(step.step, step.values[:, 0], step.record) for step in shapley._records.collected]
     kind = type(next(p for p in model.parameters() if p.requires_grad)).__name__
     return [(step, values.tolist(), record) for step, values, record in stored], kind
 
@@ -95,6 +95,7 @@ def test_sharded_adapters_have_the_values_of_whole_ones(tmp_path):
 
 def trainer_with(**settings):
     found = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": tiny_llama(), **settings}
+    found["callback_handler"] = SimpleNamespace(callbacks=[])
     args = SimpleNamespace(n_gpu=found.pop("n_gpu", 1), use_liger_kernel=found.pop("liger", False))
     parallel = SimpleNamespace(tp_size=1, cp_size=1, sp_size=1) if "parallel" not in found else found.pop("parallel")
     return SimpleNamespace(args=args, accelerator=SimpleNamespace(parallelism_config=parallel), **found)
@@ -113,12 +114,12 @@ def trainer_with(**settings):
 )
 def test_what_hides_scores_is_refused_with_the_reason(settings, reason):
     with pytest.raises(ValueError, match=reason):
-        check_trainer(trainer_with(**settings))
+        check_trainer(trainer_with(**settings), InRunDataShapleyCallback)
 
 
 def test_lora_with_liger_is_fine():
-    check_trainer(trainer_with(liger=True, model=lora(tiny_llama())))
-    check_trainer(trainer_with())
+    check_trainer(trainer_with(liger=True, model=lora(tiny_llama())), InRunDataShapleyCallback)
+    check_trainer(trainer_with(), InRunDataShapleyCallback)
 
 
 def test_an_fp16_scaler_is_divided_out_whether_gradients_were_unscaled_or_not():

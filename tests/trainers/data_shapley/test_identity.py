@@ -52,7 +52,7 @@ class Layouts(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            tensors = pack_directions(self.shapley._engine.directions)
+            tensors = pack_directions(self.shapley._engine.targets.found)
             self.found = {name: (tensor.stride(), tensor.data_ptr() % 64) for name, tensor in tensors.items()}
 
 

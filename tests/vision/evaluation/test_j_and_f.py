@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from hf_iclr import load_metric
-from hf_iclr.vision.evaluation.j_and_f import contour_accuracy, j_and_f, number_of_clicks, region_similarity
+from hf_iclr.vision.evaluation.j_and_f import contour_accuracy, j_and_f, region_similarity
 from tests.vision.video_data import VIDEO_DATA, needs_video_data
 
 
@@ -132,10 +132,3 @@ def test_bad_input_gets_a_sentence(predictions, references, words):
     for measure in (j_and_f, lambda p, r: load_metric("j_and_f").compute(predictions=p, references=r)):
         with pytest.raises(ValueError, match=words):
             measure(predictions, references)
-
-
-def test_number_of_clicks():
-    assert number_of_clicks([[0.5, 0.9, 0.95], [0.2, 0.3]], 0.9, max_clicks=3) == 2.5
-    assert number_of_clicks([[0.1] * 9 + [0.99]], max_clicks=5) == 5
-    with pytest.raises(ValueError, match="at least one object"):
-        number_of_clicks([[]])

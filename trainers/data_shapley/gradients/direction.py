@@ -4,7 +4,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from hf_iclr.saving import in_own_memory
+from hf_iclr.trainers.measuring import forked_random
 
 
 logger = logging.getLogger(__name__)
@@ -280,12 +281,6 @@ def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[Non
                 module.training = training
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """Torch's random states, of the CPU and of this device, are restored at the end."""
-    devices = [] if device.type == "cpu" else [device]
-    return torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .direction import Direction, LowRank, forked_random, wide
+from hf_iclr.trainers.measuring import forked_random
+
+from .direction import Direction, LowRank, wide
 from .rows import RowLayout
 
 

@@ -1,0 +1,218 @@
+"""Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_iclr.saving import in_own_memory
+
+from .gradients.direction import (
+    Direction,
+    decay_gain,
+    pack_directions,
+    preconditioner,
+    sketch,
+    squared_norm,
+    step_gain,
+    unpack_directions,
+    validation_gradient,
+)
+from .gradients.scores import TappedModule
+
+
+CHECK_SKETCH_EVERY = 50  # scored refreshes between two comparisons of sketched with exact scores
+
+
+@dataclass
+class EngineSettings:
+    """
+    See [`InRunDataShapleyCallback`].
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    refresh_every: int = 20
+    order: int = 1
+    exact: bool = False
+    rank: int | None = None
+    adam_warmup: int = 20
+    token_values_for: frozenset[int | str] = frozenset()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"Expected order 1 or 2, got {self.order!r}.")
+        if self.refresh_every < 1 or self.adam_warmup < 0:
+            raise ValueError(
+                "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
+                f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
+            )
+        if self.order == 2 and self.refresh_every != 1:
+            raise ValueError(
+                "order=2 needs the validation gradient before and after each step, got "
+                f"refresh_every={self.refresh_every}. Type `refresh_every=1`."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
+
+
+class TargetDirections:
+    """
+    The gradients of the validation losses, preconditioned as the optimizer does and sketched.
+
+    Args:
+        model (`torch.nn.Module`), optimizer ([`~torch.optim.Optimizer`]), compute_loss (`Callable`), settings:
+            As of [`ShapleyEngine`].
+        batches (`dict`):
+            Of each validation set, and their number of rows.
+        parameters (list of `torch.nn.Parameter`), groups (list of `dict`):
+            What is trained, and the optimizer's group of each.
+        modules (list of [`TappedModule`]):
+            What is scored.
+
+    Attributes:
+        found (list of list of directions): of each target, by parameter.
+        exact (the same, *optional*): those that were not sketched, while the two are compared.
+        losses (`dict`): of each target when its direction was measured, in nats.
+        energy (`np.ndarray` of shape `(targets,)`): share of the squared norm that sketches keep.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: dict[str, list[tuple[Any, int]]],
+        compute_loss: Callable[[nn.Module, Any], torch.Tensor],
+        settings: EngineSettings,
+        parameters: Sequence[nn.Parameter],
+        groups: Sequence[dict[str, Any]],
+        modules: Sequence[TappedModule],
+    ) -> None:
+        self.model, self.optimizer, self.batches, self.compute_loss = model, optimizer, batches, compute_loss
+        self.settings, self.parameters, self.groups, self.modules = settings, parameters, groups, modules
+        self.names = list(batches)
+        self.found: list[list[Direction]] = []
+        self.exact: list[list[Direction]] | None = None
+        self.losses: dict[str, float] = {}
+        self.energy = np.ones(len(batches))
+        self.refreshed = 0
+        self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._scales: list[Any] = []
+        self._decay = np.zeros(len(batches))
+        self._next: list[tuple[list[torch.Tensor], float]] | None = None  # gradients and losses at the present weights
+        self._rank = settings.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
+        plain = {
+            id(tapped.parameters["weight"])
+            for tapped in modules
+            if tapped.kind in ("linear", "conv1d", "embedding") and "weight" in tapped.parameters
+            if ".lora_" not in tapped.name and not settings.exact
+        }
+        self._low_rank = [
+            id(parameter) in plain and self._rank * sum(parameter.shape) < parameter.numel()
+            for parameter in parameters
+        ]
+
+    def position(self, parameter: nn.Parameter) -> int:
+        """Where a parameter stands in the list of those that are trained."""
+        return self._position[id(parameter)]
+
+    def refresh(self, step: int) -> None:
+        """Measure the validation losses before a step, and point the taps along their gradients."""
+        measured = self._next or (self._pass(name, with_gradient=True) for name in self.names)  # one after the other
+        self._next = None
+        self.refreshed += 1
+        self._scales = [
+            preconditioner(self.optimizer, group, parameter)
+            for parameter, group in zip(self.parameters, self.groups, strict=True)
+        ]
+        check = any(self._low_rank) and self.refreshed % CHECK_SKETCH_EVERY == 1
+        self.found, self.exact = [], [] if check else None
+        generator = torch.Generator().manual_seed(self.settings.seed + step)
+        for which, (found, loss) in enumerate(measured):
+            self.losses[self.names[which]] = loss
+            self._decay[which] = decay_gain(self.parameters, self.groups, found)
+            kept = total = 0.0
+            directions: list[Direction] = []
+            exact: list[Direction] = []
+            for index, gradient in enumerate(found):
+                direction = (
+                    gradient.mul_(self._scales[index])
+                    if self.settings.order == 1
+                    else (gradient * self._scales[index])
+                )
+                found[index] = gradient = torch.empty(0)  # one full copy at a time
+                if not self._low_rank[index]:
+                    direction = in_own_memory(direction)
+                if check:
+                    exact.append(direction)
+                if self._low_rank[index]:
+                    total += float(squared_norm(direction))
+                    direction = sketch(direction, self._rank, generator)
+                    kept += float(squared_norm(direction))
+                directions.append(direction)
+            self.energy[which] = kept / total if total else 1.0
+            self.found.append(directions)
+            if self.exact is not None:
+                self.exact.append(exact)
+        self.point_taps()
+        if self.settings.order == 1:
+            self._scales = []
+
+    def measure_losses(self) -> dict[str, float]:
+        """Validation losses of the present weights."""
+        if self._next is not None:
+            return {name: loss for name, (_, loss) in zip(self.names, self._next, strict=True)}
+        return {name: self._pass(name, with_gradient=False)[1] for name in self.names}
+
+    def ahead(self) -> list[list[Direction]]:
+        """Those of the present weights, which the next refresh begins with."""
+        self._next = [self._pass(name, with_gradient=True) for name in self.names]
+        return [
+            [gradient * scale for gradient, scale in zip(found, self._scales, strict=True)] for found, _ in self._next
+        ]
+
+    def unattributed(self, which: int, total: float) -> float | None:
+        """
+        What a step that was made gained, to first order, beyond the sum of its rows' values; `None` if the optimizer
+        has neither momentum nor decay.
+        """
+        gain = step_gain(self.optimizer, self.parameters, self.groups, self.found[which])
+        if gain is None and not self._decay[which]:
+            return None
+        return (0.0 if gain is None else gain - total) + float(self._decay[which])
+
+    def pack(self, excluded: set[int]) -> dict[str, torch.Tensor]:
+        """Directions as tensors by name, for a run that is resumed between two refreshes; modules left out, too."""
+        if not self.found:
+            return {}
+        return pack_directions(self.found) | {"counts": torch.tensor([self.refreshed, *sorted(excluded)])}
+
+    def unpack(self, tensors: dict[str, torch.Tensor]) -> set[int]:
+        """Take back what [`~TargetDirections.pack`] returned; the modules left out."""
+        self.refreshed, *excluded = tensors["counts"].tolist()
+        self.found = unpack_directions(tensors, len(self.names), self.parameters)
+        self.point_taps()
+        return set(excluded)
+
+    def point_taps(self) -> None:
+        """Score along what was found, and `exact` while it is compared."""
+        for tapped in self.modules:
+            tapped.directions = [
+                {name: directions[self.position(p)] for name, p in tapped.parameters.items()}
+                for directions in (*self.found, *(self.exact or []))
+            ]
+
+    def _pass(self, name: str, with_gradient: bool) -> tuple[list[torch.Tensor], float]:
+        return validation_gradient(
+            self.model,
+            self.parameters,
+            self.batches[name],
+            self.compute_loss,
+            seed=self.settings.seed,
+            with_gradient=with_gradient,
+        )
