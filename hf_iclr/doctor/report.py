@@ -101,16 +101,8 @@ def examine(jobs: dict[str, str] | None = None, patience: float = PATIENCE) -> d
 
 def _run_process(results: Path, output: Path, jobs: dict[str, str], patience: float) -> str:
     """How the process ended, in words."""
-    command = [
-        sys.executable,
-        "-P",
-        "-X",
-        "faulthandler",
-        "-m",
-        "hf_iclr.doctor.report",
-        str(results),
-        json.dumps(jobs),
-    ]
+    python = [sys.executable, "-P", "-X", "faulthandler"]
+    command = [*python, "-m", "hf_iclr.doctor.report", str(results), json.dumps(jobs)]
     path = os.pathsep.join(entry for entry in sys.path if entry)  # the same packages as here
     with output.open("w") as file:
         try:
