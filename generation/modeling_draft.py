@@ -7,12 +7,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_argument import UPSTREAM_NAME, cache_inputs, given_cache
 from .configuration_draft import DraftConfig
+from .hub import HubMixin, model_card, repository_name
 
 
 MISSING_LOGIT = -1e4  # finite, so no warper makes it NaN, and its probability is exactly 0 in float32
 
 
-class DraftForCausalLM(PreTrainedModel, GenerationMixin):
+class DraftForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
     """
     A small causal language model over the vocabulary of a large one, made by [`build_draft_model`].
 
@@ -49,6 +50,29 @@ class DraftForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(size, config.draft_vocab_size)
         self.register_buffer("draft_vocab_ids", torch.arange(config.draft_vocab_size))
         self.post_init()
+
+    def _card(self, repo_id):
+        large = repository_name(self.config.body.name_or_path)
+        return model_card(
+            f"Draft model for {large or 'a local model'}",
+            f"""A small model that drafts for a large one in speculative decoding and
+[speculative cascades](https://huggingface.co/papers/2405.19261), cut out of the large one itself: its first
+{self.config.get_text_config().num_hidden_layers} layers, an affine map
+([tuned lens](https://huggingface.co/papers/2303.08112)) and the rows of its head for
+{self.config.draft_vocab_size:,} frequent tokens. Made with `hf_iclr.build_draft_model`; {self.num_parameters():,}
+parameters. On its own it writes poorly: the large model checks every token.""",
+            f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+large = AutoModelForCausalLM.from_pretrained("{large or "user/large-model"}")
+tokenizer = AutoTokenizer.from_pretrained("{large or "user/large-model"}")
+draft = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+inputs = tokenizer("Explain rain.", return_tensors="pt")
+print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_tokens=40)[0]))""",
+            [large],
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["draft-model", "speculative-decoding"],
+        )
 
     def get_output_embeddings(self):
         return self.head

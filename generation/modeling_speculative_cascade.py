@@ -10,10 +10,11 @@ from .cache_argument import cache_inputs
 from .cascade_generation import SpeculativeCascadeGenerationMixin
 from .configuration_draft import DraftConfig
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
+from .hub import HubMixin, model_card, repository_name
 from .modeling_draft import DraftForCausalLM
 
 
-class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin):
+class SpeculativeCascadeForCausalLM(HubMixin, SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin):
     """
     A causal language model that behaves as its large half everywhere but in `generate`, which cascades with the small
     half.
@@ -172,10 +173,44 @@ class SpeculativeCascadeForCausalLM(SpeculativeCascadeGenerationMixin, PreTraine
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """Same as [`~transformers.PreTrainedModel.save_pretrained`]; a model of references saves no weights."""
+        """
+        Same as [`~transformers.PreTrainedModel.save_pretrained`], and a card; a model of references saves no weights.
+        """
         if self.config.is_reference:
             state_dict = {}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _card(self, repo_id, usage=None):
+        config = self.config
+        large = repository_name(config.large_name_or_path or self.large.name_or_path)
+        small = repository_name(config.small_name_or_path or self.small.name_or_path)
+        return model_card(
+            f"Speculative cascade of {large or 'a local model'} and {small or 'a local model'}",
+            f"""Two causal language models as one, after
+[Faster Cascades via Speculative Decoding](https://huggingface.co/papers/2405.19261): the small one drafts, and a rule
+says for each token whether the small one's stays or the large one's is written. Made with `hf_iclr`.
+{"This repository holds the names of both and no weights." if config.is_reference else ""}
+
+| | model | parameters |
+| --- | --- | --- |
+| large | {large or type(self.large).__name__} | {self.large.num_parameters():,} |
+| small | {small or type(self.small).__name__} | {self.small.num_parameters():,} |
+
+Rule `{config.cascade_rule}` with alpha {config.cascade_alpha:g}, unless a call says otherwise:
+`generate(..., cascade_rule="opt", cascade_alpha=0.2)`.""",
+            usage
+            or f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)  # with hf_iclr imported: without
+tokenizer = AutoTokenizer.from_pretrained("{large or repo_id}")
+inputs = tokenizer("Explain rain.", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+print(model.cascade_statistics)""",
+            [large, small],
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["speculative-cascade", "speculative-decoding"],
+        )
 
     def _init_weights(self, module):
         # Both halves initialise themselves; a composite adds no weight.

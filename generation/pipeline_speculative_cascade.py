@@ -5,6 +5,7 @@ from transformers import TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .cascade_generation import enable_cascade
+from .hub import HubMixin, model_card, repository_name
 
 
 class CascadeRecords(list):
@@ -14,7 +15,7 @@ class CascadeRecords(list):
         return super().__getitem__(0)[key] if isinstance(key, str) else super().__getitem__(key)
 
 
-class SpeculativeCascadePipeline(TextGenerationPipeline):
+class SpeculativeCascadePipeline(HubMixin, TextGenerationPipeline):
     """
     [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or
     `model` alone is a composite one. Every record gets a key `"cascade"` with that prompt's
@@ -47,6 +48,31 @@ class SpeculativeCascadePipeline(TextGenerationPipeline):
                 )
             model = enable_cascade(model)
         super().__init__(model, *args, **kwargs)
+
+    def _card(self, repo_id):
+        composite = self.model.config.model_type == "speculative-cascade"
+        halves = self.model, self.assistant_model or self.model.cascade_pair[1]
+        large, small = (repository_name(half.name_or_path) for half in halves)
+        assistant = "" if composite else f'assistant_model="{small or "user/small-model"}", '
+        usage = f"""from transformers import pipeline
+
+pipe = pipeline("speculative-cascade", model="{repo_id}", {assistant}trust_remote_code=True)
+out = pipe("Explain rain.", max_new_tokens=40)
+print(out[0]["generated_text"], out[0]["cascade"]["acceptance_rate"])"""
+        if composite:
+            return self.model._card(repo_id, usage)
+        return model_card(
+            f"{large or 'A local model'}, cascaded with {small or 'a small model'}",
+            f"""The large half of a speculative cascade
+([Faster Cascades via Speculative Decoding](https://huggingface.co/papers/2405.19261)) and the pipeline that cascades:
+the small model, which is not in this repository, drafts, and a rule says for each token whether its own stays or the
+large one's is written. Made with `hf_iclr`; {self.model.num_parameters():,} parameters.""",
+            usage,
+            [large],
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["speculative-cascade", "speculative-decoding"],
+        )
 
     def check_model_type(self, supported_models):
         # A composite's class is in no list of transformers; what matters was checked above.

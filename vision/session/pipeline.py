@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelCard
 from transformers import Pipeline
+
+from hf_iclr.hub import HubMixin, model_card, repository_name
 
 from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
 from .config import VideoSessionConfig
@@ -20,12 +23,12 @@ MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")
 _OPTIONS = {option.name for option in fields(VideoSessionConfig)}
 
 
-class Sam2VideoPipeline(Pipeline):
+class Sam2VideoPipeline(HubMixin, Pipeline):
     """
     Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
     of SAM 3: every object on its own, in a memory bounded to what the model attends to.
 
-    Any field of [`~hf_iclr.vision.session.config.VideoSessionConfig`] may be passed here or to a call.
+    Any field of [`~hf_iclr.vision.session.VideoSessionConfig`] may be passed here or to a call.
 
     Raises:
         ValueError: if the model is no video segmenter, has no processor, or a call has no prompts.
@@ -127,9 +130,30 @@ class Sam2VideoPipeline(Pipeline):
         return VideoSession(self.model, self.processor, video, VideoSessionConfig(**options))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Saves model and processor; `pipeline(task, model=save_directory)` loads both."""
+        """Saves model, processor and a card; `pipeline(task, model=save_directory)` loads both."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+    def _card(self, repo_id: str) -> ModelCard:
+        base = repository_name(self.model.name_or_path)
+        return model_card(
+            f"Promptable video segmentation with {base or type(self.model).__name__}",
+            f"""Segments prompted objects in videos, after [SAM 2](https://huggingface.co/papers/2408.00714): a
+`{self.model.config.model_type}` of {self.model.num_parameters():,} parameters with its processor, for the pipeline of
+`hf_iclr`, in which every object has a memory of its own.""",
+            f"""import hf_iclr
+import numpy as np
+from transformers import pipeline
+
+pipe = pipeline("promptable-video-segmentation", model="{repo_id}")
+video = np.zeros((4, 96, 160, 3), np.uint8)  # or "clip.mp4"
+result = pipe(video, prompts={{0: {{1: {{"points": [[80, 48]], "labels": [1]}}}}}})
+print(result[3].masks[1], result[3].scores[1])""",
+            [base],
+            library_name="transformers",
+            pipeline_tag="mask-generation",
+            tags=["video-segmentation", "promptable-segmentation", self.model.config.model_type],
+        )
 
     def _sanitize_parameters(self, direction: str | None = None, automatic: Any = None, **options: Any):
         unknown = set(options) - _OPTIONS

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from hf_iclr.editors.alpha_edit.projections import find_down_projections
-from hf_iclr.editors.alpha_edit.prompts import encode_request, reasons_against, sample_contexts
-from hf_iclr.editors.alpha_edit.requests import EditRequest
+from hf_iclr.editors.alpha_edit.requests import EditRequest, encode_request, reasons_against, sample_contexts
 from hf_iclr.editors.alpha_edit.targets import find_target_states
 from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
 

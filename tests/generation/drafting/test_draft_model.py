@@ -156,6 +156,7 @@ def test_save_and_load(name, word_tokenizer, tmp_path):
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "cache_argument.py",
         "configuration_draft.py",
+        "hub.py",
         "modeling_draft.py",
     }
 
