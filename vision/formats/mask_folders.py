@@ -35,7 +35,14 @@ def write_davis(segments: Iterable[FrameSegments], folder: str | Path) -> None:
     """
     with whole_folder(folder) as part:
         for frame in segments:
-            _save_labels(_label_image(frame), part / f"{frame.frame:05}.png")
+            labels = np.zeros(frame.size, np.uint8)
+            for obj in sorted(frame.objects, reverse=True):
+                if not 0 < obj < VOID:
+                    raise ValueError(
+                        f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {obj}."
+                    )
+                labels[frame.binary(obj)] = obj
+            _save_labels(labels, part / f"{frame.frame:05}.png")
 
 
 def read_davis(folder: str | Path) -> VideoSegments:
@@ -189,15 +196,6 @@ def read_yolo(folder: str | Path, size: tuple[int, int]) -> VideoSegments:
             masks[obj] = masks.get(obj, np.zeros(size, bool)) | mask
         frames.append(given_segments(number, size, masks))
     return VideoSegments(frames)
-
-
-def _label_image(frame: FrameSegments) -> np.ndarray:
-    labels = np.zeros(frame.size, np.uint8)
-    for obj in sorted(frame.objects, reverse=True):
-        if not 0 < obj < VOID:
-            raise ValueError(f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {obj}.")
-        labels[frame.binary(obj)] = obj
-    return labels
 
 
 def _save_labels(labels: np.ndarray, path: Path) -> None:
