@@ -43,7 +43,7 @@ from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
 from hf_iclr.generation.calibration.calibrate import calibrate_cascade, large_alone
 from hf_iclr.generation.calibration.sweep import mean_log_probability, sweep_cascade
-from hf_iclr.generation.calibration.texts import left_padded
+from hf_iclr.models import pad_rows
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
@@ -69,7 +69,7 @@ def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> flo
     """Seconds a token of the large model alone over those of the cascade, prompt by prompt in turn."""
     plain = cascade = plain_tokens = cascade_tokens = 0.0
     for text in texts:
-        inputs = left_padded([tokenizer(text)["input_ids"][:32]], model.device)
+        inputs = pad_rows([tokenizer(text)["input_ids"][:32]], device=model.device)
         _, tokens, seconds = large_alone(model, inputs, **SAMPLING, max_new_tokens=max_new_tokens)
         plain, plain_tokens = plain + seconds, plain_tokens + tokens
         begin = time.perf_counter()
@@ -88,7 +88,7 @@ def baselines(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list
     for generate, options, name, value in runs:
         outputs, forwards = [], 0
         for prompt in ids:
-            inputs = left_padded([prompt], model.device)
+            inputs = pad_rows([prompt], device=model.device)
             call = {**options, name: value, "max_new_tokens": max_new_tokens}
             sequences, counts = generate(*model.cascade_pair, **inputs, **call)
             outputs.append(sequences[0, len(prompt) :])

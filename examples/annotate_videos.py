@@ -13,11 +13,14 @@ from transformers import pipeline
 
 import hf_iclr  # noqa: F401
 from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER
-from hf_iclr.vision.annotation.data_engine import annotate
-from hf_iclr.vision.annotation.page import annotate_in_browser
-from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
-from hf_iclr.vision.annotation.store import annotation_statistics, review_queue
-from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.annotation import (
+    SimulatedAnnotator,
+    annotate,
+    annotate_in_browser,
+    annotation_statistics,
+    review_queue,
+)
+from hf_iclr.vision.evaluation import procedural_clip
 
 
 def main() -> None:

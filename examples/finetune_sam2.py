@@ -14,8 +14,8 @@ from transformers import Sam2VideoModel, pipeline
 
 from hf_iclr import Sam2Trainer, Sam2TrainingConfig, evaluate_vos
 from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER
-from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.formats.annotated_videos import read_videos
+from hf_iclr.vision.evaluation import procedural_clip
+from hf_iclr.vision.formats import read_videos
 
 
 parser = argparse.ArgumentParser()

@@ -16,8 +16,8 @@ import numpy as np
 from transformers import pipeline
 
 from hf_iclr import VideoSegments, inpaint_video
-from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.formats.segment_files import given_segments
+from hf_iclr.vision.evaluation import procedural_clip
+from hf_iclr.vision.formats import given_segments
 
 
 painter, options = None, {}

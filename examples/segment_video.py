@@ -12,10 +12,8 @@ from transformers import pipeline
 
 import hf_iclr  # registers the pipeline's task  # noqa: F401
 from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER
-from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.evaluation.simulated_prompts import middle_click
-from hf_iclr.vision.formats.annotation_json import write_sav
-from hf_iclr.vision.formats.overlay import write_overlay
+from hf_iclr.vision.evaluation import middle_click, procedural_clip
+from hf_iclr.vision.formats import write_overlay, write_sav
 
 
 parser = argparse.ArgumentParser()

@@ -30,9 +30,8 @@ from transformers import (
     Sam2VisionConfig,
 )
 
-from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.training.clip_forward import MaskPrediction, predict_clips
-from hf_iclr.vision.training.prompts import PromptPlan
+from hf_iclr.vision.evaluation import procedural_clip
+from hf_iclr.vision.training import MaskPrediction, PromptPlan, predict_clips
 
 
 SIDE, WIDTH, HIDDEN = 128, 16, 128

@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.models import evaluation_mode
-from hf_iclr.trainers.squeeze.influence import answer_gradient, encode_answers, padded_batch
+from hf_iclr.models import evaluation_mode, pad_answers
+from hf_iclr.trainers.squeeze.influence import answer_gradient, encode_answers
 
 
 def measure_chosen_change(
@@ -61,7 +61,8 @@ def measure_chosen_change(
 
 
 def _logps(model: PreTrainedModel, answers: list[Any]) -> torch.Tensor:
-    inputs, mask = padded_batch(answers, model.device)
+    inputs = pad_answers([(answer.prompt_ids, answer.ids) for answer in answers], model.device)
+    mask = inputs.pop("labels") != -100
     log_p = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     logps = log_p.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
     return logps.masked_fill(~mask[:, 1:], 0).double().sum(1)

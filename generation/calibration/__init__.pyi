@@ -1,7 +1,9 @@
-from .calibrate import calibrate_cascade
-from .sweep import sweep_cascade
+from .calibrate import CascadeCalibration, calibrate_cascade
+from .sweep import CascadeSweep, sweep_cascade
 
 __all__ = [
+    "CascadeCalibration",
+    "CascadeSweep",
     "calibrate_cascade",
     "sweep_cascade",
 ]

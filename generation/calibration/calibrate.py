@@ -12,12 +12,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from hf_iclr.models import pad_rows
+
 from ..batched_cascade import padding_token
 from ..cascade_generation import CASCADE_DEFAULTS, SpeculativeCascadeGenerationMixin
 from ..configuration_speculative_cascade import SpeculativeCascadeConfig
 from ..deferral_rules import DEFERRAL_RULES
 from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
-from .texts import Text, left_padded, split_texts
+from .texts import Text, split_texts
 
 
 logger = logging.getLogger(__name__)
@@ -229,7 +231,7 @@ class _Run:
             torch.manual_seed(self.seed)
             for start in range(0, len(texts), self.batch_size):
                 batch = texts[start : start + self.batch_size]
-                inputs = left_padded([text.prompt for text in batch], self.model.device)
+                inputs = pad_rows([text.prompt for text in batch], "left", device=self.model.device)
                 output = self.model.generate(**inputs, **self.call, cascade_rule=self.rule, cascade_alpha=alpha)
                 done = self.model.cascade_statistics
                 width = inputs["input_ids"].shape[1]
@@ -246,7 +248,7 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for index, text in enumerate(tqdm([texts[0], *texts], desc="timing", unit="prompt")):
-                inputs = left_padded([text.prompt], self.model.device)
+                inputs = pad_rows([text.prompt], device=self.model.device)
                 _, tokens, seconds = large_alone(self.model, inputs, **self.call)
                 # any alpha: it changes how many forwards there are, not what one costs
                 alpha = 0.0 if self.rule in THRESHOLD_RULES else 0.5

@@ -15,12 +15,12 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.extras import new_figure, require, save_figure
+from hf_iclr.models import pad_rows, to_prompt_ids
 
 from ..batched_cascade import padding_token
 from ..deferral_rules import check_rule
 from .calibrate import large_alone, small_model
 from .teacher_forcing import prepare_config
-from .texts import chat_ids, left_padded
 
 
 logger = logging.getLogger(__name__)
@@ -211,10 +211,10 @@ def sweep_cascade(
     if padding_token(config) is None:
         call["pad_token_id"] = 0
     ids = [
-        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+        tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else to_prompt_ids(tokenizer, prompt)
         for prompt in prompts
     ]
-    inputs = [left_padded([prompt], model.device) for prompt in ids]
+    inputs = [pad_rows([prompt], device=model.device) for prompt in ids]
     drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
 
     def cascade(rule, alpha):

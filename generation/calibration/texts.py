@@ -4,7 +4,8 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
-import torch
+
+from hf_iclr.models import to_prompt_ids
 
 
 class Text(NamedTuple):
@@ -50,7 +51,7 @@ def split_texts(
 def _texts_of_row(row, tokenizer, prompt_tokens: int, max_new_tokens: int) -> list[Text]:
     if not isinstance(row, str):  # a chat
         answer = tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"][:max_new_tokens]
-        return [Text(chat_ids(tokenizer, row[:-1]), answer)] if answer else []
+        return [Text(to_prompt_ids(tokenizer, row[:-1]), answer)] if answer else []
     ids = tokenizer(row)["input_ids"]
     pieces = [
         ids[start : start + prompt_tokens + max_new_tokens]
@@ -62,19 +63,3 @@ def _texts_of_row(row, tokenizer, prompt_tokens: int, max_new_tokens: int) -> li
         if cut:
             texts.append(Text(piece[:cut], piece[cut:]))
     return texts
-
-
-def left_padded(prompts: list[list[int]], device) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of prompts of different lengths."""
-    width = max(len(prompt) for prompt in prompts)
-    return {
-        "input_ids": torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device),
-        "attention_mask": torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-        ),
-    }
-
-
-def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a chat up to the point where the answer begins."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]

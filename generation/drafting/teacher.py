@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_iclr.generation.batched_cascade import end_tokens
+from hf_iclr.models import end_tokens, generate_rows, render_prompt, to_prompt_ids
 
 
 @dataclass
@@ -104,21 +104,22 @@ def sample_texts(
         `list[dict[str, str]]`: records with `"prompt"` (in the chat template) and `"completion"`.
     """
     set_seed(seed)
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    records, stops = [], end_tokens(model.generation_config)
-    for start in tqdm(range(0, len(prompts), batch_size), desc="Large model writes"):
-        chunk = prompts[start : start + batch_size]
-        inputs = tokenizer(chunk, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0
-        )
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        for prompt, answer in zip(chunk, answers.tolist(), strict=True):
-            length = next((place for place, token in enumerate(answer, start=1) if token in stops), len(answer))
-            records.append({"prompt": prompt, "completion": tokenizer.decode(answer[:length])})
-    return records
+    answers = generate_rows(
+        model,
+        [to_prompt_ids(tokenizer, prompt) for prompt in prompts],
+        end_tokens(model, tokenizer),
+        batch_size=batch_size,
+        padding=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+    return [
+        {"prompt": render_prompt(tokenizer, prompt), "completion": tokenizer.decode(answer)}
+        for prompt, answer in zip(prompts, tqdm(answers, "Large model writes", len(prompts)), strict=True)
+    ]
 
 
 def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_iclr.models import render_prompt, to_messages
+
 
 _COLUMNS = ("prompt", "harmful", "refusal")
 
@@ -311,12 +313,10 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
             )
         return _Rendered(prompt, "", "")
     template_kwargs = {**template_kwargs, **(triplet.get("chat_template_kwargs") or {})}
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if messages[-1]["role"] == "assistant":
+    if to_messages(prompt)[-1]["role"] == "assistant":
         raise ValueError(f"Triplet {index}: expected a prompt that ends with the user's message, not the assistant's.")
-    start = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
-    answer = {"role": "assistant", "content": refusal}
-    whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False, **template_kwargs)
+    start = render_prompt(tokenizer, prompt, chat_template_kwargs=template_kwargs)
+    whole = render_prompt(tokenizer, prompt, answer=refusal, chat_template_kwargs=template_kwargs)
     if not whole.startswith(start):
         raise ValueError(
             f"Triplet {index}: the chat template renders the prompt differently when an answer follows, so the model "

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_iclr.models import end_tokens
+from hf_iclr.models import end_tokens, generate_rows
 
 from ..safety_audit.judge import find_refusal_cue
 
@@ -56,25 +55,21 @@ def find_refusals(
     """
     unique = sorted(set(prompts_of(rows)), key=lambda prompt: (len(prompt), prompt))
     share = unique[accelerator.process_index :: accelerator.num_processes]
-    ends = end_tokens(model, tokenizer)
     refusals: dict[tuple[int, ...], list[int]] = {}
-    for start in tqdm(
-        range(0, len(share), batch_size),
-        desc=f"Answers of the reference to {name}",
-        disable=not accelerator.is_main_process,
+    answers = generate_rows(
+        model,
+        share,
+        end_tokens(model, tokenizer),
+        batch_size=batch_size,
+        padding=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    for prompt, answer in zip(
+        tqdm(share, f"Answers of the reference to {name}", disable=not accelerator.is_main_process),
+        answers,
+        strict=True,
     ):
-        batch = share[start : start + batch_size]
-        width = max(map(len, batch))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        output = model.generate(
-            input_ids=ids.to(accelerator.device),
-            attention_mask=mask.to(accelerator.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        for prompt, answer in zip(batch, output[:, width:].tolist(), strict=True):
-            end = next((index + 1 for index, token in enumerate(answer) if token in ends), len(answer))
-            if find_refusal_cue(tokenizer.decode(answer[:end], skip_special_tokens=True)) is not None:
-                refusals[prompt] = answer[:end]
+        if find_refusal_cue(tokenizer.decode(answer, skip_special_tokens=True)) is not None:
+            refusals[prompt] = answer
     return {prompt: refusal for part in gather_object([refusals]) for prompt, refusal in part.items()}

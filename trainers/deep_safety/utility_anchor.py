@@ -9,7 +9,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.models import evaluation_mode
+from hf_iclr.models import end_tokens, evaluation_mode, generate_rows, to_messages, to_prompt_ids
 
 
 logger = logging.getLogger(__name__)
@@ -61,40 +61,24 @@ def distill_utility_anchor(
         raise ValueError("Expected prompts to answer, got none.")
     if tokenizer.pad_token_id is None:
         raise ValueError("Expected a tokenizer that can pad. Type `tokenizer.pad_token = tokenizer.eos_token`.")
-    stops = model.generation_config.eos_token_id
-    stops = {stops} if isinstance(stops, int) else set(stops or [tokenizer.eos_token_id])
-    templated = bool(tokenizer.chat_template)
-    chats = texts = list(prompts)
-    if templated:
-        chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-        texts = tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-        )
+    stops, templated = end_tokens(model, tokenizer), bool(tokenizer.chat_template)
     rows = []
     with evaluation_mode(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(texts), batch_size), desc="Distilling the utility anchor"):
-            inputs = tokenizer(
-                texts[start : start + batch_size],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=not templated,
-            ).to(model.device)
-            output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                do_sample=do_sample,
-            )
-            answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-            for chat, ids in zip(chats[start : start + batch_size], answers, strict=True):
-                end = next((place for place, token in enumerate(ids) if token in stops), 0)
-                if end:  # neither empty nor cut short
-                    answer = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                    completion = [{"role": "assistant", "content": answer}] if templated else answer
-                    rows.append({"prompt": chat, "completion": completion})
+        answers = generate_rows(
+            model,
+            [to_prompt_ids(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs) for prompt in prompts],
+            stops,
+            batch_size=batch_size,
+            padding=tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+        )
+        for prompt, ids in zip(tqdm(prompts, "Distilling the utility anchor"), answers, strict=True):
+            if len(ids) > 1 and ids[-1] in stops:  # neither empty nor cut short
+                answer = tokenizer.decode(ids[:-1], skip_special_tokens=True)
+                completion = [{"role": "assistant", "content": answer}] if templated else answer
+                rows.append({"prompt": to_messages(prompt) if templated else prompt, "completion": completion})
     if not rows:
         raise ValueError(
             f"Expected answers of at most {max_new_tokens} tokens, none of {len(prompts)} ended. "

@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.cache_argument import forward_parameters
-from hf_iclr.models import check_decoder, evaluation_mode
+from hf_iclr.models import check_decoder, evaluation_mode, render_prompt
 
 
 logger = logging.getLogger(__name__)
@@ -179,17 +179,8 @@ def _locate_suffix(
     tokenizer, prompt: str | list[dict], suffix: str
 ) -> tuple[Callable[[str], list[int]], list[int], list[int], list[int]]:
     """How a suffix's text is tokenised in place, and the ids before it, its own, and those after it."""
-    marked = append_to_prompt(prompt, _MARK)
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError("Expected the prompt as a string, since the tokenizer has no chat template; got a chat.")
-        head, tail, special = prompt, "", True
-    else:
-        messages = [{"role": "user", "content": marked}] if isinstance(prompt, str) else marked
-        head, _, tail = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).partition(
-            _MARK
-        )
-        special = False
+    head, _, tail = render_prompt(tokenizer, append_to_prompt(prompt, _MARK)).partition(_MARK)
+    special = not tokenizer.chat_template
 
     def encode(text: str) -> list[int]:
         return tokenizer(head + _separator(text) + text + tail, add_special_tokens=special)["input_ids"]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.extras import new_figure
-from hf_iclr.models import evaluation_mode
+from hf_iclr.models import evaluation_mode, pad_answers
 
 from .probe_scoring import encode_answer
 
@@ -271,35 +271,14 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def padded_batch(answers: list[EncodedAnswer], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """
-    Inputs of a forward, padded on the right, and where their answers are.
-
-    Args:
-        answers (`list[EncodedAnswer]`):
-            Of one batch.
-        device (`torch.device`):
-            Of the model.
-
-    Returns:
-        `tuple`: `input_ids` and `attention_mask`, and a mask of the answers, all of shape `(batch, length)`.
-    """
-    length = max(len(answer.prompt_ids) + len(answer.ids) for answer in answers)
-    ids, attention, mask = torch.zeros((3, len(answers), length), dtype=torch.long, device=device)
-    for index, answer in enumerate(answers):
-        start, end = len(answer.prompt_ids), len(answer.prompt_ids) + len(answer.ids)
-        ids[index, :end] = torch.tensor(answer.prompt_ids + answer.ids)
-        attention[index, :end], mask[index, start:end] = 1, 1
-    return {"input_ids": ids, "attention_mask": attention}, mask.bool()
-
-
 def _logits_and_targets(
     model: PreTrainedModel, answers: list[EncodedAnswer], parameters: dict[str, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs, mask = padded_batch(answers, model.device)
+    inputs = pad_answers([(answer.prompt_ids, answer.ids) for answer in answers], model.device)
+    labels = inputs.pop("labels")
     kwargs = {**inputs, "use_cache": False}
     outputs = model(**kwargs) if parameters is None else functional_call(model, parameters, (), kwargs)
-    return outputs.logits[:, :-1], inputs["input_ids"][:, 1:, None], mask[:, 1:]
+    return outputs.logits[:, :-1], inputs["input_ids"][:, 1:, None], labels[:, 1:] != -100
 
 
 def _token_logps(

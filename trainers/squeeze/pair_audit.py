@@ -9,10 +9,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.models import evaluation_mode
+from hf_iclr.models import evaluation_mode, pad_answers
 
 from .argmax import HiddenStateTap
-from .influence import encode_answers, padded_batch
+from .influence import encode_answers
 
 
 SCORES = ("ches", "ches_per_token", "pressure", "valley_frac", "force")
@@ -73,11 +73,12 @@ def audit_pairs(
         starts = range(0, len(answers), 2 * batch_size)
         for start in tqdm(starts, desc="pair audit", disable=len(starts) == 1):
             batch = answers[start : start + 2 * batch_size]
-            inputs, mask = padded_batch(batch, model.device)
+            inputs = pad_answers([(answer.prompt_ids, answer.ids) for answer in batch], model.device)
+            mask = inputs.pop("labels")[:, 1:] != -100
             tap = HiddenStateTap(base)
             logits = model(**inputs, use_cache=False).logits[:, :-1]
             hidden = tap.pop()[:, :-1]
-            targets, mask = inputs["input_ids"][:, 1:], mask[:, 1:]
+            targets = inputs["input_ids"][:, 1:]
             log_p = [row[own].float().log_softmax(-1) for row, own in zip(logits, mask, strict=True)]
             logps = [p.gather(-1, ids[own, None])[:, 0] for p, ids, own in zip(log_p, targets, mask, strict=True)]
             states = [row[own].double() for row, own in zip(hidden, mask, strict=True)]

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.trainer import add_fused_lm_head
 
-from hf_iclr.models import end_tokens, evaluation_mode
+from hf_iclr.models import (
+    end_tokens,
+    evaluation_mode,
+    generate_rows,
+    pad_answers,
+    render_prompt,
+    split_answer,
+)
 
 from .argmax import HiddenStateTap, exact_argmax
 from .metrics import TOKEN_METRICS, token_quantities
@@ -41,16 +48,14 @@ def encode_answer(
     """
     if not (isinstance(prompt, str) and isinstance(answer, str)):
         assert isinstance(prompt, list) and isinstance(answer, list), "TRL takes two texts or two chats"
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tokenizer.apply_chat_template(prompt + answer, return_dict=True)["input_ids"]
+        texts = render_prompt(tokenizer, prompt), render_prompt(tokenizer, prompt, answer=answer)
+        prompt_ids, ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     else:
         end = tokenizer.eos_token or ""
         prompt_ids = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + (answer if answer.endswith(end) else answer + end))["input_ids"]
-    # A chat template may write the prompt alone otherwise than in front of an answer.
-    same = [ours == theirs for ours, theirs in zip(prompt_ids, ids, strict=False)]
-    start = same.index(False) if False in same else len(same)
-    return ids[:start], ids[start:max_length]
+    prompt_ids, _ = split_answer(prompt_ids, ids)
+    return prompt_ids, ids[len(prompt_ids) : max_length]
 
 
 def score_answers(
@@ -90,9 +95,9 @@ def score_answers(
     with evaluation_mode(model), _fused_head(base), accelerator.autocast():
         for start in tqdm(range(0, len(mine), batch_size), desc="probes", disable=not progress, leave=False):
             batch = mine[start : start + batch_size]
-            ids, mask, labels = _right_padded([answers[index] for index in batch], accelerator.device)
-            tap = HiddenStateTap(base)
-            outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            inputs = pad_answers([answers[index] for index in batch], accelerator.device)
+            tap, labels = HiddenStateTap(base), inputs["labels"]
+            outputs = model(**inputs, fused_lm_head=True)
             length = labels.size(1) - 1  # prompt-learning adapters prepend virtual tokens
             tokens = token_quantities(
                 outputs.log_probs[:, -length:],
@@ -146,30 +151,26 @@ def decode_answers(
     ends = end_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-    config = GenerationConfig(
-        do_sample=do_sample,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=padding,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        use_cache=True,
-        **sampling,
-    )
     rank, world = accelerator.process_index, accelerator.num_processes
     share = [*prompts, *prompts[:1] * (-len(prompts) % world)][rank::world]
-    answers = []
     with evaluation_mode(model), accelerator.autocast():
-        for start in range(0, len(share), batch_size):
-            batch = share[start : start + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[padding] * (width - len(row)) + row for row in batch], device=accelerator.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=ids.device)
-            outputs = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for row in outputs[:, width:].tolist():
-                end = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-                answers.append(row[:end])
+        answers = list(
+            generate_rows(
+                model,
+                share,
+                ends,
+                batch_size=batch_size,
+                padding=padding,
+                do_sample=do_sample,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends or None,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                num_beams=1,
+                use_cache=True,
+                **sampling,
+            )
+        )
     if world > 1:
         gathered = gather_object(answers)
         answers = [gathered[rank * len(share) + index] for index in range(len(share)) for rank in range(world)]
@@ -226,20 +227,6 @@ def _fused_head(base: PreTrainedModel) -> Iterator[None]:
             del base.forward
         else:
             base.forward = patched
-
-
-def _right_padded(
-    answers: Sequence[tuple[list[int], list[int]]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape = (len(answers), max(len(prompt) + len(answer) for prompt, answer in answers))
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, -100)
-    for row, (prompt, answer) in enumerate(answers):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    return ids.to(device), mask.to(device), labels.to(device)
 
 
 def _ngrams(answer: Sequence[int], n: int) -> list[tuple[int, ...]]:

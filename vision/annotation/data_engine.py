@@ -19,7 +19,7 @@ from ..session.config import VideoSessionConfig
 from ..session.prompts import ObjectPrompt, VideoPrompts
 from ..session.segments import VideoSegments
 from ..session.session import VideoSession
-from .masklets import Masklet, QualityGate, find_masklets, measure_cycles, sister_session, track
+from .masklets import Masklet, QualityGate, find_masklets, measure_cycles, sibling_session, track
 from .store import AnnotationStore, list_videos, name_video, open_frames, to_row
 
 
@@ -43,11 +43,11 @@ def annotate(
 ) -> datasets.Dataset:
     """
     The data engine of SAM 2 (https://huggingface.co/papers/2408.00714, section 5): a model proposes the masks of
-    objects through videos, somebody or something judges and corrects them, and all is written down.
+    objects through videos, a verifier judges them, a corrector corrects them, and all is written down.
 
     What is done to a masklet: it passes the gate or not; if it does, the verifier judges it. One that is satisfactory
     is accepted; another goes to the corrector and back to the verifier (without one, to the gate), `max_rounds` times
-    at most. One that is still unsatisfactory, that nobody corrects or whose verifier or corrector raises, waits in the
+    at most. One that is still unsatisfactory, is not corrected or whose verifier or corrector raises, waits in the
     queue: see [`review_queue`].
 
     Each video is written to `out/shards` when it is done. Called again, after a kill or with more videos, `annotate`
@@ -122,7 +122,7 @@ def annotate(
     if corrector is None and gate.min_cycle_iou is None:  # no frame is looked at twice
         passes["feature_cache_bytes"] = 0
     options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
-    VideoSessionConfig(**options)  # a wrong value is told before any work
+    VideoSessionConfig(**options)  # a wrong value is refused before any work
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
     engine = _Engine(
         pipe,
@@ -198,12 +198,12 @@ class _Engine:
         assert callable(self.prompts)
         prompt = self.prompts
 
-        def point(desk: VideoSession) -> None:
-            for frame, objects in VideoPrompts(prompt(video, desk)).items():
+        def point(workspace: VideoSession) -> None:
+            for frame, objects in VideoPrompts(prompt(video, workspace)).items():
                 for obj, one in objects.items():
-                    desk.add(frame, obj, **vars(one))
+                    workspace.add(frame, obj, **vars(one))
 
-        _, clicks, seconds = self._at_desk(session, point)
+        _, clicks, seconds = self._call_hook(session, point)
         for frame, obj in clicks:
             masklets.setdefault(obj, Masklet(video, name, obj, session, self.phase, "manual"))
             masklets[obj].clicks[frame] = clicks[frame, obj]
@@ -214,15 +214,15 @@ class _Engine:
     def _settle(self, masklet: Masklet, masklets: dict[int, Masklet]) -> None:
         """Verifies and corrects a masklet until it is accepted or waits."""
         session = masklet.session
-        complaint = self.gate.complaint(masklet)
+        reason = self.gate.reject_reason(masklet)
         try:
             while True:
-                if self.verifier is not None and (masklet.rounds or complaint is None):
+                if self.verifier is not None and (masklet.rounds or reason is None):
                     started = time.perf_counter()
-                    complaint = None if self.verifier(masklet) else "unsatisfactory"
+                    reason = None if self.verifier(masklet) else "unsatisfactory"
                     masklet.seconds += time.perf_counter() - started
-                masklet.status, masklet.reason = "waiting" if complaint else "accepted", complaint
-                if complaint is None or self.corrector is None or masklet.rounds >= self.max_rounds:
+                masklet.status, masklet.reason = "waiting" if reason else "accepted", reason
+                if reason is None or self.corrector is None or masklet.rounds >= self.max_rounds:
                     return
                 if not self._correct(masklet, masklets):
                     return
@@ -231,7 +231,7 @@ class _Engine:
                     return
                 if self.verifier is None:
                     self._measure(session, [masklet])
-                    complaint = self.gate.complaint(masklet)
+                    reason = self.gate.reject_reason(masklet)
         except Exception as error:
             masklet.status, masklet.reason = "waiting", f"{type(error).__name__}: {error}"
             logger.warning("Object %d of %s waits for review. %s", masklet.object, masklet.name, error)
@@ -243,14 +243,14 @@ class _Engine:
         session, corrector = masklet.session, self.corrector
         prompted = _prompts_of(session)
 
-        def correct(desk: VideoSession) -> VideoSegments | None:
-            masklet.session = desk
+        def correct(workspace: VideoSession) -> VideoSegments | None:
+            masklet.session = workspace
             try:
                 return corrector(masklet)
             finally:
                 masklet.session = session
 
-        segments, clicks, seconds = self._at_desk(session, correct)
+        segments, clicks, seconds = self._call_hook(session, correct)
         masklet.rounds += 1
         masklet.seconds += seconds
         changed = {obj for _, obj in clicks}
@@ -267,20 +267,20 @@ class _Engine:
             _replace_masks(masklets[obj], segments, session, drawn=obj not in changed)
         return True
 
-    def _at_desk(self, session: VideoSession, work: Callable) -> tuple[Any, dict[tuple[int, int], int], float]:
+    def _call_hook(self, session: VideoSession, hook: Callable) -> tuple[Any, dict[tuple[int, int], int], float]:
         """
-        Has somebody work in a session, in phase 2 an empty one, whose masks the session then gets. Returned are what
-        the work gave, clicks by frame and object prompted, and seconds.
+        Calls a hook with a session, in phase 2 an empty one, whose masks the session then gets. Returned are what the
+        hook gave, clicks by frame and object prompted, and seconds.
         """
-        desk = sister_session(session) if self.phase == 2 else session
-        before = _prompts_of(desk)
+        workspace = sibling_session(session) if self.phase == 2 else session
+        before = _prompts_of(workspace)
         started = time.perf_counter()
-        result = work(desk)
+        result = hook(workspace)
         seconds = time.perf_counter() - started
-        made = {key: prompt for key, prompt in _prompts_of(desk).items() if prompt is not before.get(key)}
-        if desk is not session:
+        made = {key: prompt for key, prompt in _prompts_of(workspace).items() if prompt is not before.get(key)}
+        if workspace is not session:
             for (frame, obj), prompt in made.items():
-                drawn = desk.segments(frame).masks[obj] if prompt.mask is None else prompt.mask
+                drawn = workspace.segments(frame).masks[obj] if prompt.mask is None else prompt.mask
                 session.add(frame, obj, mask=drawn)
         return result, {key: _new_clicks(prompt, before.get(key)) for key, prompt in made.items()}, seconds
 

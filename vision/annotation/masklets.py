@@ -1,4 +1,4 @@
-"""Masklets, the masks of one object through a video: tracked, measured, and found without anybody's help."""
+"""Masklets, the masks of one object through a video: tracked, measured, and found without prompts."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ class Masklet:
         phase (`int`):
             Of the data engine: 1, 2 or 3.
         provenance (`str`, *optional*, defaults to `"auto"`):
-            "auto", or "manual" once somebody has pointed at it.
+            "auto", or "manual" once it was prompted by hand.
         masks (`dict[int, dict]`):
             COCO RLE by frame.
         scores, object_scores, stabilities (`dict[int, float]`):
@@ -141,7 +141,7 @@ class QualityGate:
     min_stability: float = 0.8
     min_cycle_iou: float | None = 0.5
 
-    def complaint(self, masklet: Masklet) -> str | None:
+    def reject_reason(self, masklet: Masklet) -> str | None:
         """What a masklet does not reach, `None` if it passes."""
         for what, value, least in (
             ("object score", masklet.visibility, self.min_object_score),
@@ -153,11 +153,11 @@ class QualityGate:
         return None
 
 
-def sister_session(session: VideoSession, **options: Any) -> VideoSession:
+def sibling_session(session: VideoSession, **options: Any) -> VideoSession:
     """An empty session of the same video that shares its vision features; `options` change its configuration."""
-    sister = VideoSession(session.model, session.processor, session.frames, replace(session.config, **options))
-    sister.features = session.features
-    return sister
+    sibling = VideoSession(session.model, session.processor, session.frames, replace(session.config, **options))
+    sibling.features = session.features
+    return sibling
 
 
 def track(session: VideoSession, masklets: Iterable[Masklet]) -> None:
@@ -165,14 +165,14 @@ def track(session: VideoSession, masklets: Iterable[Masklet]) -> None:
     wanted = {masklet.object: masklet for masklet in masklets}
     if not wanted:
         return
-    everybody = session._memories
-    session._memories = {obj: memory for obj, memory in everybody.items() if obj in wanted}
+    memories = session._memories
+    session._memories = {obj: memory for obj, memory in memories.items() if obj in wanted}
     try:
         for segments in session.iterate("both"):
             for obj in segments.objects:
                 wanted[obj].take(segments, session)
     finally:
-        session._memories = everybody
+        session._memories = memories
 
 
 def measure_cycles(session: VideoSession, masklets: Iterable[Masklet]) -> None:
@@ -180,19 +180,19 @@ def measure_cycles(session: VideoSession, masklets: Iterable[Masklet]) -> None:
     Measures the forward-backward consistency of masklets: the mask on the last frame in sight, given as a prompt to an
     empty memory, is tracked back to the first one.
     """
-    sister = sister_session(session, keep="window", undo_levels=0)
+    sibling = sibling_session(session, keep="window", undo_levels=0)
     returning: dict[int, Masklet] = {}
     for masklet in masklets:
         frames = masklet.in_sight
         masklet.cycle_iou = 1.0 if frames else 0.0
         if len(frames) > 1:
             returning[masklet.object] = masklet
-            sister.add(frames[-1], masklet.object, mask=masklet.masks[frames[-1]])
+            sibling.add(frames[-1], masklet.object, mask=masklet.masks[frames[-1]])
     if not returning:
         return
     first = {obj: masklet.in_sight[0] for obj, masklet in returning.items()}
     distance = max(masklet.in_sight[-1] for masklet in returning.values()) - min(first.values())
-    for segments in sister.iterate("backward", max_frames=distance + 1):
+    for segments in sibling.iterate("backward", max_frames=distance + 1):
         for obj in segments.objects:
             if segments.frame == first[obj]:
                 pair = [segments.masks[obj]], [returning[obj].masks[first[obj]]]

@@ -66,7 +66,7 @@ def j_and_f(
         tolerance (`float`, *optional*, defaults to `0.008`):
             See [`contour_accuracy`].
         per_frame (`bool`, *optional*, defaults to `False`):
-            Whether the values of each object and frame are told too.
+            Whether to return the values of each object and frame too.
 
     Returns:
         `dict[str, Any]`: in 0..1, `j`, `f`, their mean `j_and_f`, `j_recall` and `f_recall` (share of frames above

@@ -86,9 +86,9 @@ def evaluate_vos(
         pipe (`Sam2VideoPipeline`):
             Or anything with its method `session`.
         clips (`Iterable`):
-            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.formats.annotated_videos.AnnotatedVideo`], a row
+            A clip is (frames, {object: masks}), an [`~hf_iclr.vision.formats.AnnotatedVideo`], a row
             of a dataset with `frames` and `masks`, or anything with these attributes. See also
-            [`~hf_iclr.vision.formats.annotated_videos.read_videos`].
+            [`~hf_iclr.vision.formats.read_videos`].
         prompts (`Sequence[str | int]`, *optional*, defaults to `("mask", "box", 1, 3, 5)`):
             "mask", "box", or a number of clicks.
         skip_first_and_last (`bool`, *optional*, defaults to `True`):

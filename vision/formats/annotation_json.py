@@ -18,7 +18,7 @@ Videos = Mapping[str, VideoSegments]
 
 def write_sav(segments: VideoSegments, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """
-    Writes the masklets of a video as SA-V does, with what can be told from them: sizes, visibility, first appearance.
+    Writes the masklets of a video as SA-V does, with what follows from them: sizes, visibility, first appearance.
 
     Args:
         segments (`VideoSegments`):

@@ -1,5 +1,6 @@
-from .inpainting import inpaint_video
+from .inpainting import InpaintedVideo, inpaint_video
 
 __all__ = [
+    "InpaintedVideo",
     "inpaint_video",
 ]

@@ -1,12 +1,22 @@
+from .automatic_masks import AutomaticMaskConfig, generate_masks
+from .config import VideoSessionConfig
+from .frames import open_video
 from .pipeline import Sam2VideoPipeline
-from .prompts import VideoPrompts
+from .prompts import ObjectPrompt, VideoPrompts, decode_rle, encode_rle
 from .segments import FrameSegments, VideoSegments
 from .session import VideoSession
 
 __all__ = [
+    "AutomaticMaskConfig",
     "FrameSegments",
+    "ObjectPrompt",
     "Sam2VideoPipeline",
     "VideoPrompts",
     "VideoSegments",
     "VideoSession",
+    "VideoSessionConfig",
+    "decode_rle",
+    "encode_rle",
+    "generate_masks",
+    "open_video",
 ]

@@ -28,7 +28,7 @@ class Sam2VideoPipeline(HubMixin, Pipeline):
     Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
     of SAM 3: every object on its own, in a memory bounded to what the model attends to.
 
-    Any field of [`~hf_iclr.vision.session.config.VideoSessionConfig`] may be passed here or to a call.
+    Any field of [`~hf_iclr.vision.session.VideoSessionConfig`] may be passed here or to a call.
 
     Raises:
         ValueError: if the model is no video segmenter, has no processor, or a call has no prompts.

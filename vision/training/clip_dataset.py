@@ -26,7 +26,7 @@ class ClipDataset(Dataset):
 
     Args:
         videos (`Sequence`):
-            In the forms of [`~hf_iclr.vision.formats.annotated_videos.to_annotated`], or rows as `read_rows` there
+            In the forms of [`~hf_iclr.vision.formats.to_annotated`], or rows as `read_rows` there
             takes them. Images may be among them.
         processor (`ProcessorMixin`):
             Of the model.
@@ -61,7 +61,7 @@ class ClipDataset(Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Tensors and plan as [`~hf_iclr.vision.training.clip_forward.predict_clips`] takes them."""
+        """Tensors and plan as [`~hf_iclr.vision.training.predict_clips`] takes them."""
         rng = np.random.default_rng((self.seed, int(self.epoch), index))
         for place in range(index, index + len(self)):
             video = self.videos[place % len(self)]

@@ -48,7 +48,7 @@ class Sam2Trainer(Trainer):
         args ([`Sam2TrainingConfig`]):
             How to train.
         train_dataset (`Sequence`, *optional*):
-            [`~hf_iclr.vision.formats.annotated_videos.AnnotatedVideo`]s (see `read_videos` there), procedural clips,
+            [`~hf_iclr.vision.formats.AnnotatedVideo`]s (see `read_videos` there), procedural clips,
             or a `datasets.Dataset` with masks as COCO RLE, such as `annotate` returns.
         eval_dataset (`Sequence`, *optional*):
             The same, to tell the loss on.
@@ -68,7 +68,7 @@ class Sam2Trainer(Trainer):
 
     ```python
     >>> from hf_iclr import Sam2Trainer, Sam2TrainingConfig
-    >>> from hf_iclr.vision.formats.annotated_videos import read_videos
+    >>> from hf_iclr.vision.formats import read_videos
 
     >>> videos = read_videos("DAVIS")
     >>> args = Sam2TrainingConfig("tuned", num_train_epochs=40, bf16=True, frame_checkpointing=True)

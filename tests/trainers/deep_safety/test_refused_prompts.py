@@ -13,10 +13,10 @@ class Refuser:
     """Answers "I cannot help." where the prompt holds a 7, else "Sure, gladly."; "!" ends an answer."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.seen = tokenizer, []
+        self.tokenizer, self.seen, self.device = tokenizer, [], torch.device("cpu")
         self.generation_config = SimpleNamespace(eos_token_id=tokenizer.pad_token_id)
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample):
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pad_token_id):
         assert not do_sample
         answers = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
@@ -25,8 +25,7 @@ class Refuser:
             text = "I cannot help.!" if "7" in self.tokenizer.decode(prompt) else "Sure, gladly.!!"
             answers.append(self.tokenizer(text)["input_ids"][:max_new_tokens])
         width = max(map(len, answers))
-        pad = self.tokenizer.pad_token_id
-        answers = torch.tensor([answer + [pad] * (width - len(answer)) for answer in answers])
+        answers = torch.tensor([answer + [pad_token_id] * (width - len(answer)) for answer in answers])
         return torch.cat([input_ids, answers], dim=1)
 
 

@@ -23,7 +23,7 @@ from hf_iclr.vision.annotation.masklets import (
     QualityGate,
     find_masklets,
     measure_cycles,
-    sister_session,
+    sibling_session,
     track,
 )
 from hf_iclr.vision.annotation.store import AnnotationStore, annotation_statistics, name_video, review_queue, to_row
@@ -283,7 +283,7 @@ def test_cycle_iou_is_that_of_tracking_the_last_mask_back():
         returned = back.propagate("backward")[frames[0]].binary(1)
         start = masklet.binary(frames[0])
         assert masklet.cycle_iou == pytest.approx((returned & start).sum() / (returned | start).sum(), abs=1e-9)
-    assert sister_session(session).features is session.features
+    assert sibling_session(session).features is session.features
 
 
 def test_stability_and_uncertainty_of_a_masklet():
