@@ -20,9 +20,9 @@ def _register_model(upstream, model_class) -> None:
 def _register_cascade_pipeline(upstream, pipeline_class) -> None:
     from transformers import AutoModelForCausalLM
 
-    upstream.PIPELINE_REGISTRY.register_pipeline(
-        "speculative-cascade", pipeline_class, AutoModelForCausalLM, type="text"
-    )
+    task = "speculative-cascade"
+    upstream.PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, AutoModelForCausalLM, type="text")
+    _expect_model(upstream, task, "a composite, or a large model with assistant_model=")
 
 
 def _register_video_pipeline(upstream, pipeline_class) -> None:
@@ -31,17 +31,23 @@ def _register_video_pipeline(upstream, pipeline_class) -> None:
     upstream.PIPELINE_REGISTRY.register_pipeline(VIDEO_TASK, pipeline_class, AutoModel, type="video")
     # With it, a saved pipeline would ask for remote code, though this class is all it needs.
     del pipeline_class._registered_impl
+    _expect_model(upstream, VIDEO_TASK, "for instance 'facebook/sam2.1-hiera-tiny'")
 
 
-class _MissingTask(dict):
-    """Stands in for a task whose extra is not installed: `pipeline()` reads its class here and gets the sentence."""
+def _expect_model(upstream, task: str, which: str) -> None:
+    tasks = upstream.PIPELINE_REGISTRY.supported_tasks
+    tasks[task] = _Task(ValueError(f"Expected a model for {task!r}, got none. Pass model=: {which}."), tasks[task])
 
-    def __init__(self, error: MissingExtraError) -> None:
-        super().__init__(type="video")
-        self.sentence = str(error)
+
+class _Task(dict):
+    """What `pipeline()` reads of a task: what isn't known, such as a default model or all of it, raises a sentence."""
+
+    def __init__(self, error: Exception, known: dict) -> None:
+        super().__init__(known)
+        self.error = error
 
     def __missing__(self, key: str) -> None:
-        raise MissingExtraError(self.sentence)
+        raise self.error.with_traceback(None)
 
 
 # upstream module, our module, its class, how to register it
@@ -103,7 +109,7 @@ def _register_ready(name: str) -> None:
                 register(sys.modules[upstream], getattr(module, class_name))
         except MissingExtraError as error:
             _done.add(class_name)
-            sys.modules[upstream].PIPELINE_REGISTRY.supported_tasks[VIDEO_TASK] = _MissingTask(error)
+            sys.modules[upstream].PIPELINE_REGISTRY.supported_tasks[VIDEO_TASK] = _Task(error, {"type": "video"})
         except Exception:  # transformers must stay usable without us
             import logging
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import hf_iclr
-from hf_iclr.environment import machine, packages
+from hf_iclr.doctor.environment import machine, packages
 from hf_iclr.saving import whole_file
 
 

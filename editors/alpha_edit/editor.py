@@ -20,8 +20,7 @@ from . import checkpoint
 from .config import AlphaEditConfig
 from .journal import JOURNAL_NAME, EditBatch, EditReport, Journal, report_row
 from .projections import choose_layers, find_down_projections
-from .prompts import reasons_against, sample_contexts
-from .requests import EditRequest
+from .requests import EditRequest, reasons_against, sample_contexts
 from .scoring import score_edits
 from .solver import EditSolver, null_spaces
 from .statistics import KeyStatistics
@@ -309,6 +308,7 @@ class AlphaEditor(HubMixin):
         statistics: KeyStatistics | None = None,
         revision: str | None = None,
         check_base_model: bool = True,
+        resume: bool = False,
         token: str | bool | None = None,
         **model_kwargs: Any,
     ) -> "AlphaEditor":
@@ -328,6 +328,8 @@ class AlphaEditor(HubMixin):
                 Branch, tag or commit of the edits' repository.
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
+            resume (`bool`, *optional*, defaults to `False`):
+                Write each further batch to the folder as soon as it is made, as with `AlphaEditor(folder=...)`.
             token (`str` or `bool`, *optional*):
                 Token of the Hub, for the edits and for the model.
             model_kwargs (`dict`, *optional*):
@@ -343,6 +345,7 @@ class AlphaEditor(HubMixin):
         """
         folder = check_links(pretrained_folder(name_or_path, revision=revision, token=token))
         config, journal = AlphaEditConfig.from_pretrained(folder), Journal.load(folder)
+        journal.folder = folder if resume else None
         if model is None:
             model = checkpoint.load_base_model(config, token=token, **model_kwargs)
         if check_base_model:

@@ -1,9 +1,21 @@
-"""Prompts, and answers to them, from text, JSON Lines and CSV files."""
+"""Prompts, answers and facts from text, JSON Lines and CSV files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The value of each line that is not blank; raises `ValueError` where one is no JSON."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"Expected JSON in line {number} of {path}, got {line!r:.80}. {error}") from error
+    return rows
 
 
 def read_prompts(path: str | Path) -> tuple[list[Any], list[str | None] | None]:
@@ -26,9 +38,12 @@ def read_prompts(path: str | Path) -> tuple[list[Any], list[str | None] | None]:
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         table = pd.DataFrame({"prompt": prompts})
     elif path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False)
+        table = pd.DataFrame(read_json_lines(path))
     elif path.suffix == ".csv":
-        table = pd.read_csv(path, dtype=str)
+        try:
+            table = pd.read_csv(path, dtype=str)
+        except ValueError as error:
+            raise ValueError(f"Expected a table in {path}. {error}") from error
     else:
         raise ValueError(f"Expected prompts in a .txt, .jsonl or .csv file, got {path.name}.")
     if "prompt" not in table and len(table.columns):

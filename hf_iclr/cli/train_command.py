@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import yaml
-from trl import TrlParser
-
+from hf_iclr.cli.trl_script import parse_flags
 from hf_iclr.vision.formats.annotated_videos import read_videos
 from hf_iclr.vision.training.config import Sam2TrainingConfig
 from hf_iclr.vision.training.trainer import Sam2Trainer
@@ -50,11 +48,7 @@ def run_training(arguments: list[str]) -> str:
     """
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
-    parser = TrlParser((TrainingSources, Sam2TrainingConfig), prog="hf-iclr train-sam2")
-    try:
-        sources, args = parser.parse_args_and_config(arguments)
-    except yaml.YAMLError as error:
-        raise ValueError(f"Expected a file in YAML or JSON. {error}") from error
+    sources, args = parse_flags((TrainingSources, Sam2TrainingConfig), "train-sam2", arguments)
     train, evaluate = (
         [video for folder in _listed(folders) for video in read_videos(folder, split)]
         for folders, split in ((sources.data, "train"), (sources.eval_data, "val"))

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_iclr.doctor.environment import Package, packages
 from hf_iclr.doctor.self_check import PARTS
-from hf_iclr.environment import Package, packages
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,11 @@ def examine(jobs: dict[str, str] | None = None, patience: float = PATIENCE) -> d
         `dict[str, Finding]`: by title, in the order given.
     """
     if jobs is None:
-        jobs = {"machine": "hf_iclr.environment:machine", **PARTS, "seams": "hf_iclr.doctor.report:compare_seams"}
+        jobs = {
+            "machine": "hf_iclr.doctor.environment:machine",
+            **PARTS,
+            "seams": "hf_iclr.doctor.report:compare_seams",
+        }
     findings: dict[str, Finding] = {}
     while left := {title: path for title, path in jobs.items() if title not in findings}:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,16 +101,8 @@ def examine(jobs: dict[str, str] | None = None, patience: float = PATIENCE) -> d
 
 def _run_process(results: Path, output: Path, jobs: dict[str, str], patience: float) -> str:
     """How the process ended, in words."""
-    command = [
-        sys.executable,
-        "-P",
-        "-X",
-        "faulthandler",
-        "-m",
-        "hf_iclr.doctor.report",
-        str(results),
-        json.dumps(jobs),
-    ]
+    python = [sys.executable, "-P", "-X", "faulthandler"]
+    command = [*python, "-m", "hf_iclr.doctor.report", str(results), json.dumps(jobs)]
     path = os.pathsep.join(entry for entry in sys.path if entry)  # the same packages as here
     with output.open("w") as file:
         try:

@@ -3,8 +3,8 @@
 from rich.markup import escape
 from rich.table import Table
 
+from hf_iclr.doctor.environment import Package, packages
 from hf_iclr.doctor.report import BROKEN, MISSING, WORKS, Finding
-from hf_iclr.environment import Package, packages
 from hf_iclr.upstream import SEAMS
 
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from hf_iclr import environment
 from hf_iclr.cli import app as cli
+from hf_iclr.doctor import environment
 from hf_iclr.doctor import report as doctor
+from hf_iclr.doctor.environment import Package
 from hf_iclr.doctor.report import BROKEN, MISSING, WORKS, Finding, diagnose, examine
-from hf_iclr.environment import Package
 
 
 PACKAGES = [

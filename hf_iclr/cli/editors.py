@@ -1,0 +1,97 @@
+"""`hf-iclr edit`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def edit(
+    model: Annotated[str | None, typer.Argument(help="Model to edit: repository or folder.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="JSON lines with prompt (with {}), subject and target_new; or CounterFact or zsRE rows.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the adapter, journal and card; edits in it are added to.")
+    ] = Path("edits"),
+    statistics: Annotated[
+        str | None, typer.Option(help="Key statistics of the model: folder or repository. Left out: made from --text.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text that must not change: .txt, a paragraph a line. It is read for the first edits in --out only.",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to read at most.")] = 200_000,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="alphaedit, memit, memit_seq or ridge. Left out: that of the edits in --out, or alphaedit."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Facts solved for at once.")] = 100,
+    undo: Annotated[int, typer.Option(help="Take back the last so many batches in --out instead.")] = 0,
+) -> None:
+    """Write facts into a model and save them as an adapter, or take the last back; a kill loses no whole batch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
+    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME
+
+    console = Console()
+    if undo:
+        if not out.is_dir():
+            raise ValueError(f"Expected --out to be a folder with edits, got {out}, which is none.")
+        editor = AlphaEditor.from_pretrained(out)
+        gone = editor.undo(undo)
+        editor.save_pretrained(out)
+        console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.")
+        return
+    kept = (out / JOURNAL_NAME).exists()
+    if model is None or requests is None or (statistics is None) == (text is None) and not kept:
+        raise ValueError(
+            "Expected a model, a file of requests and one of --statistics and --text, or --undo N. For instance "
+            "`hf-iclr edit MODEL requests.jsonl --text wikipedia.txt --out edits`."
+        )
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_iclr.cli.prompt_files import read_json_lines
+    from hf_iclr.editors.alpha_edit import edit_requests
+
+    facts, config = edit_requests(read_json_lines(requests)), AlphaEditConfig(solver=solver or "alphaedit")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if statistics is not None:
+        keys = KeyStatistics.from_pretrained(statistics)
+    elif kept:
+        keys = KeyStatistics.from_pretrained(out / "statistics") if (out / "statistics").is_dir() else None
+    else:
+        rows = Dataset.from_dict({"text": [line for line in text.read_text().splitlines() if line.strip()]})
+        keys = KeyStatistics.from_dataset(
+            loaded, tokenizer, rows, max_tokens=max_tokens, checkpoint=out / "statistics" / "part"
+        )
+        keys.save_pretrained(out / "statistics")
+    if kept:
+        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys, resume=True)
+        if solver not in (None, editor.config.solver):
+            raise ValueError(f"Expected the solver of the edits in {out}, {editor.config.solver}, got {solver}.")
+    else:
+        editor = AlphaEditor(loaded, tokenizer, config, keys, folder=out)
+    report = editor.edit(facts, batch_size=batch_size)
+    editor.save_pretrained(out)
+    table = Table("edit", "new answer", "before", "after", "", title=str(report), title_justify="left")
+    for row in report.edits:
+        asked = row["prompt"].replace("{}", row["subject"])
+        table.add_row(asked, row["target_new"], f"{row['p_before']:.3f}", f"{row['p_after']:.3f}", "")
+    for row in report.rejected:
+        table.add_row(row["prompt"].replace("{}", row["subject"]), row["target_new"], "", "", row["reason"])
+    console.print(table)
+    console.print(f"Saved to {out}: an adapter for PEFT and `pipeline('text-generation', model={str(out)!r})`.")

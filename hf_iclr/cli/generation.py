@@ -1,0 +1,57 @@
+"""`hf-iclr cascade`."""
+
+from typing import Annotated
+
+import typer
+
+
+def cascade(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Annotated[
+        str | None, typer.Option(help="Large or composite model: repository or folder. Left out: SmolLM2.")
+    ] = None,
+    assistant_model: Annotated[str | None, typer.Option(help="Small model: repository or folder.")] = None,
+    rule: Annotated[str, typer.Option(help="Deferral rule.")] = "token_v3",
+    alpha: Annotated[float, typer.Option(help="Parameter of the rule: how much is left to the small model.")] = 0.3,
+    num_assistant_tokens: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+) -> None:
+    """Answer one prompt by a speculative cascade, token by token, and show its statistics."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import TextStreamer, pipeline, set_seed
+
+    from hf_iclr.generation.deferral_rules import check_rule
+
+    check_rule(rule, alpha)
+    if model is not None:
+        pipe = pipeline("speculative-cascade", model=model, assistant_model=assistant_model)
+    else:
+        from hf_iclr.tour.demo.draft import load_demo_draft
+        from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
+
+        large, tokenizer = load_demo_model(quicker_dtype())
+        pipe = pipeline(
+            "speculative-cascade",
+            model=large,
+            tokenizer=tokenizer,
+            assistant_model=load_demo_draft("quick", large.dtype),
+        )
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    record = pipe(
+        [{"role": "user", "content": prompt}] if pipe.tokenizer.chat_template else prompt,
+        cascade_rule=rule,
+        cascade_alpha=alpha,
+        num_assistant_tokens=num_assistant_tokens,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )[0]
+    table = Table("", "", show_header=False)
+    for name, value in {**record["cascade"], **record["cascade"]["call"]}.items():
+        if name != "call":
+            table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
