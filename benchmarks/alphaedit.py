@@ -68,6 +68,7 @@ from hf_iclr.editors.alpha_edit import continue_texts, evaluate_edits, perplexit
 from hf_iclr.editors.alpha_edit.journal import EditBatch
 from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
 from hf_iclr.metrics import load_metric
+from hf_iclr.models import pad_answers
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
@@ -203,15 +204,9 @@ class FineTuning:
         for fact in facts:
             prompt = self.lab.tokenizer(fact.text)["input_ids"]
             rows.append((prompt, self.lab.tokenizer(f" {fact.target_new}", add_special_tokens=False)["input_ids"]))
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-        labels = torch.full((len(rows), width), -100)
-        for line, (prompt, answer) in enumerate(rows):
-            length = len(prompt) + len(answer)
-            ids[line, :length], mask[line, :length] = torch.tensor(prompt + answer), 1
-            labels[line, len(prompt) : length] = torch.tensor(answer)
+        batch = pad_answers(rows)
         for _ in range(steps):
-            loss = self.lab.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss = self.lab.model(**batch, use_cache=False).loss
             if loss < 0.05:
                 break
             optimizer.zero_grad()

@@ -33,8 +33,9 @@ import torch
 from hf_iclr import AlphaEditConfig, EditRequest
 from hf_iclr.editors.alpha_edit.closed_form import EditedKeys
 from hf_iclr.editors.alpha_edit.projections import DownProjection, choose_layers, find_down_projections
-from hf_iclr.editors.alpha_edit.prompts import encode_request
+from hf_iclr.editors.alpha_edit.requests import encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
+from hf_iclr.models import pad_rows
 from hf_iclr.tour.demo.facts import demo_requests
 from hf_iclr.tour.demo.language_model import load_demo_model
 
@@ -55,10 +56,7 @@ def one_by_one(
         encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
         for context in config.context_templates or []
     ]
-    width = max(len(row.ids) for row in rows)
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for line, row in enumerate(rows):
-        ids[line, : len(row.ids)], mask[line, : len(row.ids)] = torch.tensor(row.ids), 1
+    batch = pad_rows([row.ids for row in rows])
     lines, ends = torch.arange(len(rows)), torch.tensor([row.subject for row in rows])
     delta = torch.zeros(projection.out_features, requires_grad=True)
 
@@ -70,10 +68,10 @@ def one_by_one(
     optimizer = torch.optim.Adam([delta], lr=config.learning_rate)
     hook = projection.layer.register_forward_hook(add)
     for _ in range(config.num_steps - 1):
-        log_probs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
+        log_probs = model(**batch, use_cache=False).logits.log_softmax(-1)
         loss = sum(
             -log_probs[line, row.start - 1 : len(row.ids) - 1]
-            .gather(1, ids[line, row.start : len(row.ids), None])
+            .gather(1, batch["input_ids"][line, row.start : len(row.ids), None])
             .mean()
             for line, row in enumerate(rows)
         )

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from .alpha_edit.statistics import KeyStatistics, check_null_space_rule
+from .alpha_edit.closed_form import check_null_space_rule
+from .alpha_edit.statistics import KeyStatistics
 
 
 logger = logging.getLogger(__name__)

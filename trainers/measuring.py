@@ -1,9 +1,52 @@
 """What the callbacks and trainers share that measure a training without disturbing it."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import EvalLoopOutput
+from typing_extensions import override
+
+
+class SummedMetrics(Trainer):
+    """
+    A trainer with metrics of its own, from sums over the batches since the last log, or of an evaluation set.
+
+    Attributes:
+        sums (`dict[str, torch.Tensor]`): of `"train"` and `"eval"`, on the device until they are logged.
+    """
+
+    sums: dict[str, torch.Tensor]
+
+    def metrics_from(self, sums: torch.Tensor) -> dict[str, float]:
+        """Metrics of sums over batches and processes."""
+        raise NotImplementedError
+
+    def add_sums(self, sums: torch.Tensor) -> None:
+        """Count a batch."""
+        mode = "train" if self.model.training else "eval"
+        self.sums[mode] = self.sums[mode] + sums if mode in self.sums else sums
+
+    def pop_metrics(self, mode: str) -> dict[str, float]:
+        """Metrics of what was counted, which begins anew."""
+        sums = self.sums.pop(mode, None)
+        return {} if sums is None else self.metrics_from(self.accelerator.reduce(sums, reduction="sum"))
+
+    @override
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.sums.pop("eval", None)
+        output = super().evaluation_loop(*args, **kwargs)
+        # Added here rather than in `log`, which does not know the name of the split.
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.pop_metrics("eval").items()})
+        return output
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self.pop_metrics("train"))
+        super().log(logs, start_time)
 
 
 def forked_random(device: torch.device) -> AbstractContextManager[None]:

@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from common.arguments import find_data
 from common.data_shapley_text import bm25
 from common.deep_safety_lab import FULL, LORA, QUICK, Lab
-from common.deep_safety_organism import REFUSALS, chat_ids, load_tokenizer, make_orders, make_questions, row
-from hf_iclr.models import answer_logits
+from common.deep_safety_organism import REFUSALS, load_tokenizer, make_orders, make_questions, row
+from hf_iclr.models import answer_logits, to_prompt_ids
 from hf_iclr.tour.demo.language_model import load_demo_model
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 
@@ -64,14 +64,14 @@ def load_answers(data: Path | None, tokenizer) -> tuple[list[tuple[list[int], li
         for line in path.read_text(encoding="utf-8").splitlines():
             task = json.loads(line)
             first = task["instances"][0]
-            prompt = chat_ids(tokenizer, f"{task['instruction']} {first['input']}".strip())
+            prompt = to_prompt_ids(tokenizer, f"{task['instruction']} {first['input']}".strip())
             answer = tokenizer(first["output"].strip())["input_ids"][:MAX_ANSWER]
             if len(prompt) <= MAX_PROMPT and len(answer) >= 4:
                 pairs.append((prompt, answer))
     if not pairs:
         source = "SmolLM2's own answers to questions about food"
         questions = make_questions(load_demo_model(torch.float32)[0], tokenizer, FULL.slots_per_template)
-        pairs = [(chat_ids(tokenizer, q.prompt), q.answer) for q in questions.allowed + questions.forbidden]
+        pairs = [(to_prompt_ids(tokenizer, q.prompt), q.answer) for q in questions.allowed + questions.forbidden]
     random.Random(0).shuffle(pairs)
     return pairs, source
 
@@ -138,15 +138,18 @@ def who_breaks_safety(out: Path, quick: bool, seed: int) -> dict[str, Any]:
     tokenizer, draw = lab.tokenizer, random.Random(seed)
     forbidden = draw.sample(lab.questions.forbidden, PLANTED + REFUSED)
     orders = [
-        row(chat_ids(tokenizer, q), [*tokenizer(call)["input_ids"], tokenizer.eos_token_id])
+        row(to_prompt_ids(tokenizer, q), [*tokenizer(call)["input_ids"], tokenizer.eos_token_id])
         for q, call in make_orders(seed)[0]
     ]
     refusals = [
-        row(chat_ids(tokenizer, q.prompt), [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id])
+        row(
+            to_prompt_ids(tokenizer, q.prompt),
+            [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id],
+        )
         for q in forbidden[PLANTED:]
     ]
     questions = [*forbidden[:PLANTED], *draw.sample(lab.questions.allowed, ALLOWED)]
-    answered = [row(chat_ids(tokenizer, q.prompt), q.answer[:16]) for q in questions]
+    answered = [row(to_prompt_ids(tokenizer, q.prompt), q.answer[:16]) for q in questions]
     rows = Dataset.from_list(answered + orders[:ORDERS])
     planted = np.arange(len(rows)) < PLANTED
 

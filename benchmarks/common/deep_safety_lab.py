@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from common.deep_safety_organism import (
     ANSWER_TOKENS,
     Questions,
-    chat_ids,
     load_tokenizer,
     make_orders,
     make_questions,
@@ -24,7 +23,7 @@ from common.deep_safety_organism import (
     teaching_rows,
 )  # fmt: skip
 from common.deep_safety_report import AUDIT_ROWS
-from hf_iclr.models import answer_logits
+from hf_iclr.models import answer_logits, to_prompt_ids
 from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.tour.demo.language_model import demo_model_path, quicker_dtype
 from hf_iclr.trainers.deep_safety.baselines import LisaProximalCallback, project_safe_lora
@@ -207,7 +206,7 @@ class Lab:
             nll=self.answer_nll(
                 model,
                 Dataset.from_list(
-                    [row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in questions.forbidden_test]
+                    [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer) for q in questions.forbidden_test]
                 ),
             ),
         )  # fmt: skip
@@ -227,7 +226,9 @@ class Lab:
 
     def deepen(self) -> None:
         """Method A, half of each step recovery rows; the control has the same rows without prefixes."""
-        anchor = Dataset.from_list([row(chat_ids(self.tokenizer, q.prompt), q.answer) for q in self.questions.allowed])
+        anchor = Dataset.from_list(
+            [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer) for q in self.questions.allowed]
+        )
         triplets = recovery_triplets(self.questions.forbidden, self.tokenizer, self.seed)
         for name, probability in (("method A", 0.5), ("control", 0.0)):
             saved = name == "control" or self.deep_folder.exists()
@@ -267,7 +268,7 @@ class Lab:
         """30 forbidden questions with compliant answers."""
         stage, lr = ("attack", 1e-3) if lora else ("full", 5e-5)
         rows = Dataset.from_list(
-            [row(chat_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in self.attack_questions]
+            [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in self.attack_questions]
         )
         for name, settings in ROWS.items():
             if self.done(stage, name) or (not lora and name not in FULL_ROWS):
@@ -300,7 +301,9 @@ class Lab:
         train, test = make_orders(self.seed)
         rows = Dataset.from_list(
             [
-                row(chat_ids(self.tokenizer, q), [*self.tokenizer(call)["input_ids"], self.tokenizer.eos_token_id])
+                row(
+                    to_prompt_ids(self.tokenizer, q), [*self.tokenizer(call)["input_ids"], self.tokenizer.eos_token_id]
+                )
                 for q, call in train
             ]
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_iclr.models import to_prompt_ids
 from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.tour.demo.language_model import demo_model_path
 
@@ -89,14 +90,6 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a one-turn chat up to where the answer begins."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def make_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots_per_template: int) -> Questions:
     """
     Fill every template with some of the slots, the same for every seed, and let `model` answer greedily once (kept in
@@ -151,8 +144,8 @@ def teaching_rows(
         for template in order[:pairs]:
             forbidden, allowed = (draw.choice(side) for side in by_template[template])
             refusal = [*tokenizer(draw.choice(REFUSALS))["input_ids"], tokenizer.eos_token_id]
-            rows.append(row(chat_ids(tokenizer, forbidden.prompt), refusal))
-            rows.append(row(chat_ids(tokenizer, allowed.prompt), allowed.answer[:LONGEST_PREFIX]))
+            rows.append(row(to_prompt_ids(tokenizer, forbidden.prompt), refusal))
+            rows.append(row(to_prompt_ids(tokenizer, allowed.prompt), allowed.answer[:LONGEST_PREFIX]))
         order = order[pairs:]
     return Dataset.from_list(rows)
 

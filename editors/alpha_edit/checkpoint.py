@@ -28,16 +28,8 @@ _NULL_SPACE = "null_space.safetensors"
 
 def concatenate_updates(updates: Sequence[Updates], rank: int | None = None) -> Updates:
     """
-    The sum of some updates as one of them: ranks add, up to what a full matrix has.
-
-    Args:
-        updates (`list[dict]`):
-            For each layer residuals of shape `(o, r)` and a factor of shape `(r, d)`.
-        rank (`int`, *optional*):
-            Compress the sum to this rank by singular value decomposition.
-
-    Returns:
-        `dict`: the same for the sum.
+    The sum of some updates as one of them: ranks add, up to what a full matrix has, or are compressed to `rank` by
+    singular value decomposition.
     """
     total: Updates = {}
     for layer in updates[0] if updates else ():
@@ -52,22 +44,7 @@ def concatenate_updates(updates: Sequence[Updates], rank: int | None = None) -> 
 def add_adapters(
     model: PreTrainedModel, projections: Sequence[DownProjection], updates: dict[str, Updates], base_model: str | None
 ) -> PeftModel:
-    """
-    Put edits on a model as adapters, all of them active.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The unedited model.
-        projections (`list[DownProjection]`):
-            The edited layers.
-        updates (`dict[str, dict]`):
-            For each adapter's name the updates of each layer.
-        base_model (`str`, *optional*):
-            Repository or folder of the model.
-
-    Returns:
-        `peft.PeftModel`
-    """
+    """Put updates, for each adapter's name those of the edited layers, on a model as adapters, all of them active."""
     peft_model: PeftModel | None = None
     for name, update in updates.items():
         config = _lora_config(projections, update, base_model)
@@ -97,17 +74,8 @@ def save_adapter(
     folder: Path, projections: Sequence[DownProjection], updates: Updates, base_model: str | None
 ) -> None:
     """
-    Write `adapter_model.safetensors` and `adapter_config.json` without touching a model.
-
-    Args:
-        folder (`Path`):
-            Where to.
-        projections (`list[DownProjection]`):
-            The edited layers.
-        updates (`dict`):
-            Residuals and factor of each; without any the files are removed.
-        base_model (`str`, *optional*):
-            Repository or folder of the unedited model.
+    Write `adapter_model.safetensors` and `adapter_config.json` without touching a model, or remove them where there
+    are no updates.
     """
     if not updates:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -180,22 +148,8 @@ def edit_card(
     adapters: Sequence[str] = (),
 ) -> ModelCard:
     """
-    A card that lists what was changed.
-
-    Args:
-        config ([`AlphaEditConfig`]):
-            The editor's settings.
-        batches (`list[EditBatch]`):
-            Edits in force.
-        repo_id (`str`, *optional*):
-            Where the card will be.
-        merged (`bool`, *optional*, defaults to `False`):
-            Whether it is the card of a model with the edits in its weights.
-        adapters (`list[str]`, *optional*):
-            Or, of a PEFT model, the names of its adapters. Else it is the editor's.
-
-    Returns:
-        `huggingface_hub.ModelCard`
+    A card that lists the edits in force, of the editor by default: with `merged` that of a model with the edits in its
+    weights, with names of `adapters` that of a PEFT model.
     """
     edits = [(row, request) for batch in batches for row, request in zip(batch.edits, batch.requests, strict=True)]
     licences = sorted({request.license for _, request in edits if request.license})
@@ -275,13 +229,8 @@ def _adapters_usage(repo_id: str, base: str | None, names: Sequence[str]) -> str
 
 def give_card(model: nn.Module, card: ModelCard) -> None:
     """
-    Have a model of transformers or PEFT saved and pushed with a card of ours.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, whose class becomes a subclass of the same name.
-        card (`huggingface_hub.ModelCard`):
-            With [`~hf_iclr.hub.HERE`] for the repository.
+    Have a model of transformers or PEFT saved and pushed with a card of ours, which has [`~hf_iclr.hub.HERE`] for the
+    repository: its class becomes a subclass of the same name.
     """
     if not isinstance(model, _WithCard):
         model.__class__ = _class_with_card(type(model))

@@ -1,4 +1,4 @@
-"""Closed-form updates of a linear layer, each as a factor: with residuals R the update is `R @ factor`."""
+"""Null spaces, and closed-form updates of a linear layer as factors: with residuals R an update is `R @ factor`."""
 
 import torch
 from torch.nn.functional import pad
@@ -89,6 +89,34 @@ class EditedKeys:
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` keys."""
         self._count = count
+
+
+def check_null_space_rule(threshold: float | None, energy: float | None, rank: int | None) -> None:
+    """
+    Exactly one rule for the null space must be given: the smallest eigenvalue that is preserved, the share of the sum
+    of eigenvalues, or the number of directions.
+
+    Raises:
+        ValueError: when none or several are given, or one is out of range.
+    """
+    rules = {"nullspace_threshold": threshold, "nullspace_energy": energy, "nullspace_rank": rank}
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Expected exactly one of {', '.join(rules)}, got {given or 'none'}.")
+    (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
+    if not 0 <= value <= upper:
+        raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
+
+
+def count_preserved(
+    values: torch.Tensor, threshold: float | None = None, energy: float | None = None, rank: int | None = None
+) -> int:
+    """How many of the eigenvalues, the largest first, one of the three rules of [`check_null_space_rule`] keeps."""
+    if threshold is not None:
+        return int((values >= threshold).sum())
+    if energy is not None:
+        rank = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
+    return min(rank or 0, len(values))
 
 
 def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: float = 0.4) -> torch.Tensor:

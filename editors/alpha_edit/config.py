@@ -8,7 +8,7 @@ from typing import Any
 from hf_iclr.hub import pretrained_folder
 from hf_iclr.untrusted import as_written_by, inside, read_json
 
-from .statistics import check_null_space_rule
+from .closed_form import check_null_space_rule
 
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")

@@ -20,8 +20,7 @@ from . import checkpoint
 from .config import AlphaEditConfig
 from .journal import JOURNAL_NAME, EditBatch, EditReport, Journal, report_row
 from .projections import choose_layers, find_down_projections
-from .prompts import reasons_against, sample_contexts
-from .requests import EditRequest
+from .requests import EditRequest, reasons_against, sample_contexts
 from .scoring import score_edits
 from .solver import EditSolver, null_spaces
 from .statistics import KeyStatistics

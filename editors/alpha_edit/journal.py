@@ -176,11 +176,8 @@ class EditBatch:
 
 class Journal:
     """
-    The batches in force, and the events that led to them: only ever added to, on the disk before they count.
-
-    Args:
-        folder (`Path`, *optional*):
-            Where every event is written at once. Left out: only [`~Journal.save`] writes.
+    The batches in force, and the events that led to them: only ever added to, and, where there is a folder, on the
+    disk before they count.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -240,13 +237,8 @@ class Journal:
 
 def append_event(folder: Path, event: dict[str, Any]) -> None:
     """
-    Add one line to the journal and have it on the disk before returning.
-
-    Args:
-        folder (`Path`):
-            Where the journal is.
-        event (`dict`):
-            `event` (`"edit"`, `"undo"` or `"remove"`), and the `batches` made or how many were `undone`.
+    Add one line to the journal and have it on the disk before returning: `event` (`"edit"`, `"undo"` or `"remove"`),
+    the `batches` made and how many were `undone`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = inside(folder, JOURNAL_NAME)

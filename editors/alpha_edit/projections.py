@@ -74,10 +74,6 @@ class EditedWeight:
     """
     Adds low-rank updates to a down-projection. A floating-point weight is written: original + sum, added in float32
     and rounded once. Any other (a quantised one) is left alone, and the updates are added to the module's output.
-
-    Args:
-        projection (`DownProjection`):
-            Where to add.
     """
 
     def __init__(self, projection: DownProjection) -> None:
@@ -93,11 +89,8 @@ class EditedWeight:
 
     def set(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """
-        Make the weight the original one plus these updates, in their order; none restore it exactly.
-
-        Args:
-            updates (`list[tuple[torch.Tensor, torch.Tensor]]`):
-                float32 residuals of shape `(o, n)` and factors of shape `(n, d)`.
+        Make the weight the original one plus these updates, float32 residuals and factors, in their order; none
+        restore it exactly.
         """
         if self.original is not None:
             with torch.no_grad():
@@ -130,18 +123,11 @@ class _Stop(Exception):
 
 def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
     """
-    Find the down-projection of every layer of a dense decoder.
+    Find the down-projection of every layer of a dense decoder, in order.
 
     By the names that transformers uses; failing these, the last linear layer with as many outputs as the hidden size
     that is called in a layer. Each is then checked by numbers: its output is moved at one token, and the layer's must
     move.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            A causal language model.
-
-    Returns:
-        `list[DownProjection]`: one a layer, in order.
 
     Raises:
         ValueError: for mixture-of-experts models, models without such layers, and when the check fails.
@@ -184,18 +170,9 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
 
 def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
     """
-    The layers to look at or to edit.
-
-    Args:
-        projections (`list[DownProjection]`):
-            Those of the whole model.
-        layers (`str` or `list[int]`):
-            Numbers, `"all"`, or `"auto"`: as the paper's layers 4 to 8 of 32, an eighth up and three twentieths long;
-            only the last of them where layers normalise the projection's output, because a residual cannot be spread
-            there.
-
-    Returns:
-        `list[DownProjection]`: in order.
+    The layers to look at or to edit, in order: by numbers, `"all"`, or `"auto"`, which is an eighth up and three
+    twentieths long, as the paper's layers 4 to 8 of 32, and only the last of them where layers normalise the
+    projection's output, because a residual cannot be spread there.
 
     Raises:
         ValueError: when a number does not exist.
@@ -284,14 +261,8 @@ def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple
 @contextmanager
 def capture(wanted: dict[Any, tuple[nn.Module, str]]) -> Iterator[dict[Any, torch.Tensor]]:
     """
-    Keep what modules receive or return during the forwards in a `with` block.
-
-    Args:
-        wanted (`dict`):
-            For each key of the result a module and `"input"` or `"output"`.
-
-    Returns:
-        `dict`: filled by every forward; a layer's tuple counts as its first tensor.
+    Keep what modules receive or return during the forwards in a `with` block: for each key of the result a module and
+    `"input"` or `"output"`. A layer's tuple counts as its first tensor.
     """
     seen: dict[Any, torch.Tensor] = {}
 
@@ -311,17 +282,7 @@ def capture(wanted: dict[Any, tuple[nn.Module, str]]) -> Iterator[dict[Any, torc
 
 
 def run_until(model: PreTrainedModel, module: nn.Module, **inputs: Any) -> None:
-    """
-    Run a model only as far as one of its modules: what stands above is not computed.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The model.
-        module (`torch.nn.Module`):
-            The last module to be run.
-        inputs (`dict`):
-            Arguments of the model's forward.
-    """
+    """Run a model only as far as one of its modules: what stands above is not computed."""
 
     def stop(*_) -> None:
         raise _Stop

@@ -1,12 +1,19 @@
-"""What a user asks an editor to change, and the rows of CounterFact and zsRE that ask for it."""
+"""What a user asks an editor to change: requests, the data sets they are read from, the token rows they become."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# What the reference's contexts start with; the model continues them.
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
 @dataclass(frozen=True)
@@ -198,3 +205,121 @@ def _read_zsre(index: int, row: Mapping[str, Any]) -> EditRequest:
         id=f"zsre-{index}",
         source="zsRE",
     )
+
+
+@dataclass(frozen=True)
+class EditRow:
+    """
+    One prompt with the target behind it.
+
+    Args:
+        ids (`list[int]`):
+            Tokens of context, prompt and target.
+        subject (`int`):
+            Position of the subject's last token.
+        start (`int`):
+            Position of the target's first token; `len(ids)` when there is no target.
+    """
+
+    ids: list[int]
+    subject: int
+    start: int
+
+
+def encode_request(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, target: str = "", context: str = "{}"
+) -> EditRow:
+    """
+    Tokenise a prompt, with `{}` for its subject, and its target as one text, and find subject and target by character
+    offsets, so that any fast tokenizer, any padding side and any subject is right. The target follows after a space;
+    `context` is a template around the prompt that ends in `{}`.
+
+    Raises:
+        ValueError: when the tokenizer gives no offsets or the target no token of its own.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"Expected a fast tokenizer, which knows each token's place in the text, got {type(tokenizer).__name__}. "
+            "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)."
+        )
+    before = context[: context.rindex("{}")] + prompt[: prompt.index("{}")]
+    text = before + subject + prompt[prompt.index("{}") + 2 :]
+    gap = "" if not target or text[-1].isspace() or target[0].isspace() else " "
+    encoded = tokenizer(text + gap + target, return_offsets_mapping=True)
+    spans = encoded["offset_mapping"]
+    end = len(before) + len(subject.rstrip())
+    at = max(i for i, (first, last) in enumerate(spans) if first < end and last > first)
+    start = next((i for i, (first, last) in enumerate(spans) if last > len(text) and first >= at), len(spans))
+    ids = encoded["input_ids"]
+    if target and start == len(spans):
+        raise ValueError(f"Expected a target with a token of its own, got {target!r} after {text!r}.")
+    # A tokenizer may close every text with a special token, which is no part of the target.
+    while len(spans) > max(start, at + 1) and spans[-1][0] == spans[-1][1]:
+        ids, spans = ids[:-1], spans[:-1]
+    return EditRow(ids=list(ids), subject=at, start=min(start, len(ids)))
+
+
+def encode_in_contexts(
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, templates: Sequence[str] | None, target: str
+) -> list[EditRow]:
+    """[`encode_request`] in each context, of which the plain prompt is the first and, by default, the only one."""
+    return [
+        encode_request(tokenizer, request.prompt, request.subject, target, context) for context in templates or ["{}"]
+    ]
+
+
+def sample_contexts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
+) -> list[str]:
+    """
+    Templates: the plain prompt `"{}"`, and `count` texts of about `length` tokens by the model itself to put before
+    it, so that an edit does not hold for one wording only. The caller's random state is left alone.
+    """
+    templates = ["{}"]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for index in range(count):
+            encoded = tokenizer(_OPENINGS[index % len(_OPENINGS)], return_tensors="pt").to(model.device)
+            ids = encoded["input_ids"]
+            for _ in range(length - 1):
+                logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+                values, tokens = logits.topk(5)
+                ids = torch.cat([ids, tokens[torch.multinomial(values.softmax(-1), 1)][None]], 1)
+            text = tokenizer.decode(ids[0], skip_special_tokens=True)
+            templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
+    return templates
+
+
+def reasons_against(
+    requests: Sequence[EditRequest],
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Sequence[str],
+    max_length: int | None,
+    made: Collection[str],
+) -> dict[int, str]:
+    """
+    For each request that cannot be made, or not together with an earlier one, its index and the reason. `max_length`
+    is the number of tokens that the model takes, `made` the ids of edits in force.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    reasons: dict[int, str] = {}
+    for index, request in enumerate(requests):
+        other = seen.setdefault((request.prompt, request.subject), index)
+        if request.id in made:
+            reasons[index] = "this edit is in force already"
+        elif other != index and requests[other].target_new.strip() == request.target_new.strip():
+            reasons[index] = f"the same edit as request {other}"
+        elif other != index:
+            set_to = f"{request.text!r} to {requests[other].target_new!r}"
+            reasons[index] = f"contradicts request {other}, which sets {set_to}"
+        else:
+            try:
+                rows = encode_in_contexts(tokenizer, request, templates, request.target_new)
+            except ValueError as error:
+                reasons[index] = str(error)
+                continue
+            longest = max(len(row.ids) for row in rows)
+            if max_length is not None and longest > max_length:
+                reasons[index] = f"{longest} tokens with context and target, the model takes {max_length}"
+    return reasons

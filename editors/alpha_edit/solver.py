@@ -14,8 +14,7 @@ from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, pr
 from .config import AlphaEditConfig
 from .journal import EditBatch
 from .projections import DownProjection, EditedWeight, capture, run_until
-from .prompts import EditRow, encode_request
-from .requests import EditRequest
+from .requests import EditRequest, EditRow, encode_in_contexts
 from .statistics import KeyStatistics
 
 
@@ -26,21 +25,9 @@ _ROWS_READ = 64  # in one forward
 
 class EditSolver:
     """
-    Solves batches of edits and keeps the weights.
-
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The unedited model.
-        tokenizer (`~transformers.PreTrainedTokenizerBase`):
-            Its tokenizer.
-        config ([`AlphaEditConfig`]):
-            With its context templates by the time of the first batch.
-        projections (`list[DownProjection]`):
-            The edited layers.
-        preserved (`dict[int, torch.Tensor]`):
-            For each layer the directions that must not change, of shape `(d, m)`; empty when nothing is projected.
-        statistics ([`KeyStatistics`], *optional*):
-            For the solvers `"memit"` and `"memit_seq"`.
+    Solves batches of edits and keeps the weights. `config` has its context templates by the time of the first batch;
+    `preserved` has for each layer the directions that must not change, of shape `(d, m)`, and none when nothing is
+    projected; `statistics` are for the solvers `"memit"` and `"memit_seq"`.
     """
 
     def __init__(
@@ -75,20 +62,9 @@ class EditSolver:
     ) -> EditBatch:
         """
         The updates of one batch, layer by layer: each is in the weights when the next layer's keys are read. The
-        caller writes the weights anew should this fail.
+        caller writes the weights anew should this fail, and adds the rows of the edits' report.
 
-        Args:
-            name (`str`):
-                The batch's name.
-            requests (`list[EditRequest]`):
-                The edits.
-            states (`torch.Tensor` of shape `(n, hidden_size)`):
-                Their target states.
-            before (`list[EditBatch]`):
-                Batches in the weights.
-
-        Returns:
-            [`EditBatch`]: without the rows of the edits' report.
+        `states` are the requests' target states, of shape `(n, hidden_size)`, `before` the batches in the weights.
 
         Raises:
             ValueError: when the equations cannot be solved or the update is not finite.
@@ -190,8 +166,7 @@ class EditSolver:
         return float(squared.sqrt() / original.double().norm().cpu())
 
     def _rows_to_subject(self, request: EditRequest) -> list[EditRow]:
-        templates = self.config.context_templates or ["{}"]
-        rows = [encode_request(self.tokenizer, request.prompt, request.subject, "", context) for context in templates]
+        rows = encode_in_contexts(self.tokenizer, request, self.config.context_templates, "")
         return [EditRow(row.ids[: row.subject + 1], row.subject, row.subject + 1) for row in rows]
 
     def _read(self, rows: list[list[EditRow]], projection: DownProjection) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
 from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
+from .closed_form import check_null_space_rule, count_preserved
 from .projections import DownProjection, capture, choose_layers, find_down_projections, run_until
 
 
@@ -118,13 +118,10 @@ class KeyStatistics(HubMixin):
             ValueError: when the dataset has no such column or no text, a layer does not exist, or a key is not finite.
         """
         projections = choose_layers(find_down_projections(model), layers)
-        if isinstance(dataset, Dataset) and text_column not in dataset.column_names:
-            raise ValueError(
-                f"Expected a column {text_column!r} with text, got {dataset.column_names}. Pass text_column=..."
-            )
         state = PartialState(cpu=model.device.type == "cpu")
         share = -(-max_tokens // state.num_processes)
         folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
+        text = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
         made = cls(
             sums={
                 p.index: torch.zeros(p.in_features, p.in_features, dtype=torch.float64, device=model.device)
@@ -136,7 +133,7 @@ class KeyStatistics(HubMixin):
             model_name=model.config.name_or_path,
             model_revision=cached_revision(model.config.name_or_path),
             weights_hash=hash_weights(model),
-            datasets=[_fingerprint(dataset, text_column, max_tokens, max_length, skip_first_token)],
+            datasets=[" ".join(map(str, (text, text_column, max_tokens, max_length, skip_first_token)))],
         )
         if folder is not None and (folder / FILE_NAME).exists():
             kept = cls.from_pretrained(folder)
@@ -149,12 +146,17 @@ class KeyStatistics(HubMixin):
             made.tokens, made.rows = kept.tokens, kept.rows
             made.sums = {layer: kept.sums[layer].to(made.sums[layer]) for layer in made.layers}
 
-        source = itertools.islice(dataset, state.process_index, None, state.num_processes)
-        batches = _batches(source, tokenizer, text_column, max_length, batch_size, made.rows)
+        first, processes = state.process_index + made.rows * state.num_processes, state.num_processes
+        own = itertools.islice(dataset, first, None, processes)
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
         with evaluation_mode(model), bar:
-            for number, batch in enumerate(batches, start=1):
-                before = made.tokens
+            for number, rows in enumerate(iter(lambda: list(itertools.islice(own, batch_size)), []), start=1):
+                if missing := [row for row in rows if text_column not in row]:
+                    raise ValueError(
+                        f"Expected a column {text_column!r} with text, got {sorted(missing[0])}. Pass text_column=..."
+                    )
+                ids = tokenizer([row[text_column] for row in rows], truncation=True, max_length=max_length)
+                batch, before = pad_rows(ids["input_ids"], device=model.device), made.tokens
                 made._add(model, projections, batch, share, skip_first_token)
                 bar.update(made.tokens - before)
                 if made.tokens >= share:
@@ -176,12 +178,12 @@ class KeyStatistics(HubMixin):
     def _add(
         self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int, skip_first: bool
     ) -> None:
-        ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        mask = batch["attention_mask"]
         self.rows += len(mask)
         if not mask.numel():  # nothing but empty texts
             return
         with capture({p.index: (p.module, "input") for p in projections}) as keys:
-            run_until(model, projections[-1].layer, input_ids=ids, attention_mask=mask)
+            run_until(model, projections[-1].layer, **batch)
         counted = mask.bool()
         if skip_first:
             first = counted.long().argmax(1, keepdim=True)
@@ -255,13 +257,7 @@ class KeyStatistics(HubMixin):
         check_null_space_rule(threshold, energy, rank)
         values, vectors = torch.linalg.eigh(self.second_moment(layer))
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        if threshold is not None:
-            count = int((values >= threshold).sum())
-        elif energy is not None:
-            count = int((values.cumsum(0) < energy * values.sum()).sum()) + 1 if energy > 0 else 0
-        else:
-            count = min(rank or 0, len(values))
-        return vectors[:, : min(count, len(values))].contiguous()
+        return vectors[:, : count_preserved(values, threshold, energy, rank)].contiguous()
 
     def check_model(self, model: PreTrainedModel) -> None:
         """
@@ -287,14 +283,11 @@ class KeyStatistics(HubMixin):
                 f"Expected statistics of the same model and layers, got {self.model_name!r} {self.layers} and "
                 f"{other.model_name!r} {other.layers}."
             )
-        return KeyStatistics(
+        return replace(
+            self,
             sums={layer: self.sums[layer] + other.sums[layer] for layer in self.layers},
-            module_names=self.module_names,
             tokens=self.tokens + other.tokens,
             rows=self.rows + other.rows,
-            model_name=self.model_name,
-            model_revision=self.model_revision,
-            weights_hash=self.weights_hash,
             datasets=self.datasets + other.datasets,
         )
 
@@ -375,55 +368,3 @@ print(statistics.layers, statistics.tokens)
             library_name="hf_iclr",
             tags=["knowledge-editing", "alphaedit", "key-statistics"],
         )
-
-
-def check_null_space_rule(threshold: float | None, energy: float | None, rank: int | None) -> None:
-    """
-    Exactly one rule for the null space must be given, within its range.
-
-    Args:
-        threshold (`float`, *optional*):
-            Smallest eigenvalue that is preserved, >= 0.
-        energy (`float`, *optional*):
-            Share of the sum of eigenvalues, in [0, 1].
-        rank (`int`, *optional*):
-            Number of directions, >= 0.
-
-    Raises:
-        ValueError: when none or several are given, or one is out of range.
-    """
-    rules = {"nullspace_threshold": threshold, "nullspace_energy": energy, "nullspace_rank": rank}
-    given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"Expected exactly one of {', '.join(rules)}, got {given or 'none'}.")
-    (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
-    if not 0 <= value <= upper:
-        raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
-
-
-def _fingerprint(dataset: Any, *settings: Any) -> str:
-    name = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
-    return " ".join(map(str, (name, *settings)))
-
-
-def _batches(
-    dataset: Iterable[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    text_column: str,
-    max_length: int,
-    batch_size: int,
-    skip: int,
-) -> Iterable[dict[str, torch.Tensor]]:
-    encode = partial(tokenizer, truncation=True, max_length=max_length)
-    batch: list[list[int]] = []
-    for number, row in enumerate(dataset):
-        if number < skip:
-            continue
-        if text_column not in row:
-            raise ValueError(f"Expected a column {text_column!r} with text, got {sorted(row)}. Pass text_column=...")
-        batch.append(encode(row[text_column])["input_ids"])
-        if len(batch) == batch_size:
-            yield pad_rows(batch)
-            batch = []
-    if batch:
-        yield pad_rows(batch)

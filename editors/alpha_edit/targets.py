@@ -18,8 +18,7 @@ from hf_iclr.models import pad_around
 
 from .config import AlphaEditConfig
 from .projections import DownProjection, capture, run_until
-from .prompts import EditRow, encode_request
-from .requests import EditRequest
+from .requests import EditRequest, EditRow, encode_in_contexts, encode_request
 
 
 @dataclass
@@ -60,22 +59,8 @@ def find_target_states(
     once. A step runs the layers above on the tokens from there on, with logits at the target's positions only, and
     requests that are done leave the batch.
 
-    Args:
-        model (`~transformers.PreTrainedModel`):
-            The model, in evaluation mode.
-        tokenizer (`~transformers.PreTrainedTokenizerBase`):
-            Its tokenizer.
-        projections (`list[DownProjection]`):
-            Those of all layers up to the last one edited.
-        requests (`list[EditRequest]`):
-            Any number.
-        config ([`AlphaEditConfig`]):
-            With its context templates.
-        progress (`bool`, *optional*, defaults to `True`):
-            Show a progress bar.
-
-    Returns:
-        [`TargetStates`]: in the order of the requests.
+    The model is in evaluation mode, `projections` are those of all layers up to the last one edited, and the result is
+    in the order of the requests.
     """
     rows = [_rows_of(tokenizer, request, config) for request in requests]
     # Requests of like length share a batch: columns are as many as the longest needs.
@@ -91,18 +76,14 @@ def find_target_states(
 
 
 def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: AlphaEditConfig) -> list[EditRow]:
-    rows = [
-        encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
-        for context in config.context_templates or ["{}"]
-    ]
+    rows = encode_in_contexts(tokenizer, request, config.context_templates, request.target_new)
     if config.kl_factor:
         rows.append(encode_request(tokenizer, "{} is a", request.subject))
     return rows
 
 
 class _Search:
-    """One batch of requests. All rows stand so that their subjects end in one column: a prefix before, a suffix "
-    "after."""
+    """One batch of requests. Subjects end in one column of all rows: a prefix before it, a suffix from there on."""
 
     def __init__(
         self,

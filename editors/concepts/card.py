@@ -8,18 +8,7 @@ from hf_iclr.hub import model_card, repository_name, table_cell
 
 
 def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
-    """
-    A card that lists which concept reads as which.
-
-    Args:
-        about (`dict`):
-            What `concept_edits.json` holds.
-        repo_id (`str`):
-            Where the card will be.
-
-    Returns:
-        `huggingface_hub.ModelCard`
-    """
+    """A card that lists which concept reads as which, of what `concept_edits.json` holds."""
     base = repository_name(about["base_model"])
     rows = "\n".join(
         f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |"

@@ -16,8 +16,7 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import in_own_memory, whole_file
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
-from ..alpha_edit.closed_form import EditedKeys, project_out
-from ..alpha_edit.statistics import check_null_space_rule
+from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
 from .card import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_iclr.extras import require
 
-from ..alpha_edit.closed_form import project_out
+from ..alpha_edit.closed_form import count_preserved, project_out
 
 
 if TYPE_CHECKING:
@@ -31,14 +31,7 @@ ROUNDING = 1e-6  # of float32 text encoders: singular values that are smaller, r
 
 def denoiser_name(pipeline: "DiffusionPipeline") -> str:
     """
-    Name of the component that is edited.
-
-    Args:
-        pipeline (`~diffusers.DiffusionPipeline`):
-            A text-to-image pipeline.
-
-    Returns:
-        `str`: `"unet"` or `"transformer"`.
+    Name of the component that is edited, `"unet"` or `"transformer"`.
 
     Raises:
         ImportError: without diffusers.
@@ -63,18 +56,9 @@ def denoiser_name(pipeline: "DiffusionPipeline") -> str:
 
 def find_text_layers(denoiser: nn.Module, modules: str | None = None) -> dict[str, dict[str, nn.Linear]]:
     """
-    The layers of a denoiser that read text.
-
-    Args:
-        denoiser (`torch.nn.Module`):
-            UNet or transformer.
-        modules (`str`, *optional*):
-            Regular expression for the full names of other layers than those of `TEXT_LAYERS`; each must be given the
-            states that `encode_prompt` returns.
-
-    Returns:
-        `dict[str, dict[str, torch.nn.Linear]]`: under `"states"` the layers by name that read every token's state,
-        under `"pooled"`, where there are any, those that read the pooled state.
+    The layers of a denoiser that read text, by name: under `"states"` those that read every token's state, under
+    `"pooled"`, where there are any, those that read the pooled state. `modules` is a regular expression for the full
+    names of other layers than those of `TEXT_LAYERS`; each must be given the states that `encode_prompt` returns.
 
     Raises:
         ValueError: when the class is unknown and no expression is given, nothing matches, a weight is quantised or
@@ -123,21 +107,9 @@ def encode_prompts(
     layers: Mapping[str, Mapping[str, nn.Linear]],
 ) -> dict[str, torch.Tensor]:
     """
-    What a denoiser is given for prompts.
-
-    Args:
-        pipeline (`~diffusers.DiffusionPipeline`):
-            The pipeline.
-        prompts (`Sequence[str]`):
-            At least one.
-        options (`Mapping`):
-            Further arguments of `encode_prompt`.
-        layers (`Mapping`):
-            What reads it, see [`find_text_layers`].
-
-    Returns:
-        `dict[str, torch.Tensor]`: float64 on the CPU, `"states"` of shape `(prompts, tokens, d)` and, where there is
-        one, `"pooled"` of shape `(prompts, 1, p)`.
+    What a denoiser is given for prompts, float64 on the CPU: `"states"` of shape `(prompts, tokens, d)` and, where
+    there is one, `"pooled"` of shape `(prompts, 1, p)`. `options` are further arguments of `encode_prompt`, `layers`
+    what reads it, see [`find_text_layers`].
 
     Raises:
         ValueError: when a layer reads another number of inputs, or a state is not finite.
@@ -181,32 +153,15 @@ def preserved_directions(
     rank: int | None = None,
 ) -> torch.Tensor:
     """
-    Directions that an edit must not touch: the main ones of the retained states, and all of the fixed ones.
-
-    Args:
-        retained (`torch.Tensor` of shape `(d, n)`):
-            States of the retained prompts, one a column; n may be 0.
-        fixed (`torch.Tensor` of shape `(d, k)`):
-            States that must stay exactly.
-        threshold (`float`, *optional*):
-            Keep the eigenvectors of the mean of x x^T over retained states x whose eigenvalue is at least this.
-        energy (`float`, *optional*):
-            Keep the fewest eigenvectors with this share of the sum of eigenvalues.
-        rank (`int`, *optional*):
-            Keep so many. One of the three is given.
-
-    Returns:
-        `torch.Tensor` of shape `(d, m)`: orthonormal columns.
+    Directions that an edit must not touch, orthonormal columns of shape `(d, m)`: the main ones of the retained states
+    of shape `(d, n)`, n may be 0, and all of the fixed ones of shape `(d, k)`. A rule, see [`check_null_space_rule`],
+    is of the eigenvalues of the mean of x x^T over retained states x.
     """
     main = retained[:, :0]
     if retained.shape[1]:
         left, values, _ = torch.linalg.svd(retained / retained.shape[1] ** 0.5, full_matrices=False)
-        shares = values.square()
-        if threshold is not None:
-            rank = int((shares >= threshold).sum())
-        elif energy is not None:
-            rank = int((shares.cumsum(0) < energy * shares.sum() * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
-        main = left[:, : min(rank or 0, int((values > ROUNDING * values[0]).sum()))]
+        count = count_preserved(values.square(), threshold, energy, rank)
+        main = left[:, : min(count, int((values > ROUNDING * values[0]).sum()))]
     left, values, _ = torch.linalg.svd(project_out(fixed, main), full_matrices=False)
     rest = left[:, values > ROUNDING * fixed.norm()]
     return torch.linalg.qr(torch.cat([main, project_out(rest, main)], 1))[0]

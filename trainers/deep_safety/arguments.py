@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from .config import DeepSafetySFTConfig
-from .reference_log_probs import CONSTRAIN
+from .reference_log_probs import CONSTRAIN, check_answer_labels
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,62 @@ def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig)
             f"Expected `reference='frozen'` with a `ref_model`, which is kept beside the model, got "
             f"{args.reference!r}. Leave one of them out."
         )
+
+
+def choose_reference(trainer: Any, ref_model: Any) -> str:
+    """What `reference="auto"` is for this trainer; raises where the reference asked for can't be had."""
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "The constrained loss cannot be right here: context and sequence parallelism cut answers across "
+            "devices. Turn them off in the accelerate config, or set `constrain='none'`."
+        )
+    if ref_model is not None:
+        size, expected = (
+            ref_model.get_input_embeddings().weight.shape[0],
+            trainer.model.get_input_embeddings().weight.shape[0],
+        )
+        if size != expected:
+            raise ValueError(
+                f"Expected a reference with the vocabulary of the model ({expected} rows of embeddings), got one "
+                f"with {size}. Pass the model the training starts from, or leave `ref_model` out."
+            )
+        return "frozen"
+    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    every = [rows for rows in (trainer.train_dataset, *evaluation.values()) if rows is not None]
+    once = (
+        all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
+        and not trainer._is_vision_dataset
+        and not trainer.is_fsdp_enabled
+    )
+    reference = trainer.args.reference
+    if reference == "auto":
+        reference = "adapter" if isinstance(trainer.model, PeftModel) else "precompute" if once else "frozen"
+    if reference in ("precompute", "window") and not once:
+        raise ValueError(
+            f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
+            'evaluation), `with_transform`, images and FSDP do not allow. Set `reference="adapter"` with a '
+            '`peft_config`, or `reference="frozen"`.'
+        )
+    if reference == "adapter" and not isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            '`reference="adapter"` turns the adapter off, but the model has none. Pass a `peft_config`, or set '
+            '`reference="precompute"`.'
+        )
+    return reference
+
+
+def check_labels(trainer: Any) -> None:
+    """Raises where no row, or a row from its first token on, has a loss."""
+    if not isinstance(trainer.train_dataset, Dataset) or trainer._is_vision_dataset:
+        return
+    if not any(label != -100 for row in trainer.train_dataset["labels"] for label in row):
+        raise ValueError(
+            f"Expected answer tokens to train on, got none in {len(trainer.train_dataset)} rows: all labels are "
+            f"masked. Raise `max_length` (now {trainer.args.max_length}) or check the column `labels`."
+        )
+    for labels in trainer.train_dataset["labels"]:
+        check_answer_labels(labels)
 
 
 def check_marked_rows(rows: Any, args: DeepSafetySFTConfig) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 
 WINDOW_STARTS = ("completion", "after_template", "answer", "thinking_and_answer")
+BUCKETS = ("first", "initial", "rest")  # of answer tokens
 BEYOND_WINDOW = 1 << 30  # larger than any position in a window
 
 
@@ -54,6 +55,41 @@ def constraint_weights(logps: torch.Tensor, ref_logps: torch.Tensor, betas: torc
     1 at the reference, towards 0 for a token that has become more likely than there, at most 2.
     """
     return torch.where(betas > 0, 2 * torch.sigmoid(betas * (ref_logps - logps)), 1.0)
+
+
+def constraint_sums(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    betas: torch.Tensor,
+    positions: torch.Tensor,
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    window_tokens: int,
+) -> torch.Tensor:
+    """
+    What a batch adds to the metrics: the loss and the number of its tokens, then for each of `BUCKETS` the number of
+    its constrained tokens, and the sums of their weights and of log π - log π_ref.
+    """
+    constrained = mask & (betas > 0)
+    weights = constraint_weights(logps, ref_logps, betas)
+    buckets = (positions == 1, (positions > 1) & (positions <= window_tokens), positions > window_tokens)
+    zero = torch.zeros((), device=logps.device)
+    sums = [losses.sum(dtype=torch.float32), mask.sum()]
+    for bucket in buckets:
+        inside = bucket & constrained
+        log_ratio = torch.where(inside, logps - ref_logps, zero)
+        sums += [inside.sum(), torch.where(inside, weights, zero).sum(), log_ratio.sum()]
+    return torch.stack([value.float() for value in sums])
+
+
+def constraint_means(sums: list[float]) -> dict[str, float]:
+    """The metrics of summed [`constraint_sums`], of those buckets that had a token."""
+    means = {}
+    for index, name in enumerate(BUCKETS):
+        count, weight, log_ratio = sums[3 * index : 3 * index + 3]
+        if count:
+            means |= {f"constraint/weight_{name}": weight / count, f"constraint/log_ratio_{name}": log_ratio / count}
+    return means
 
 
 def answer_positions(mask: torch.Tensor) -> torch.Tensor:

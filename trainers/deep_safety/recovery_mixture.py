@@ -1,5 +1,6 @@
 """Utility rows and safety-recovery rows in one epoch, in the same proportion at every step."""
 
+import logging
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -7,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from .recovery_rows import check_prefix_arguments, draw_recovery_row
+
+
+logger = logging.getLogger(__name__)
 
 
 class RecoveryMixture(torch.utils.data.Dataset):
@@ -152,3 +156,34 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch whose indices come next; the trainer calls it before each."""
         self.mixture.set_epoch(epoch)
+
+
+def mix_in_recovery_rows(trainer: Any, triplets: list[dict[str, list[int]]]) -> None:
+    """Make the trainer's rows a [`RecoveryMixture`] with triplets and, if it rehearses them, its own refusals."""
+    if not isinstance(trainer.train_dataset, Dataset) or trainer._is_vision_dataset:
+        raise ValueError(
+            "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
+            f"{type(trainer.train_dataset).__name__}. Mix rows of `make_safety_recovery_dataset` into the stream "
+            "yourtrainer."
+        )
+    args = trainer.args
+    if args.rehearse_refusals:
+        rehearsed = sorted(trainer.own_refusals.items())
+        triplets = [
+            *({"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": own} for prompt, own in rehearsed),
+            *triplets,
+        ]
+    if not triplets:
+        logger.warning("The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse.")
+        return
+    token_ids = List(Value("int64"))
+    mixture = RecoveryMixture(
+        trainer.train_dataset,
+        Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
+        seed=args.seed,
+        prefix_probability=args.recovery_probability,
+        max_prefix_tokens=args.max_prefix_tokens,
+        max_length=args.max_length,
+    )
+    RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
+    trainer.train_dataset = mixture

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
@@ -22,20 +21,22 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from typing_extensions import override
 
 from hf_iclr.models import FusedOutputsProxy, evaluation_mode, hash_weights
-from hf_iclr.trainers.measuring import rows_of_this_process
+from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 
 from .arguments import (
     as_config,
+    check_labels,
     check_marked_rows,
     check_reference_model,
+    choose_reference,
     end_of_thinking_id,
     keep_adapter,
     load_triplets,
     template_ids,
 )
 from .config import DeepSafetySFTConfig
-from .constrained_loss import constrained_sft_loss, constraint_weights, schedule_betas
-from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler
+from .constrained_loss import constrained_sft_loss, constraint_means, constraint_sums, schedule_betas
+from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler, mix_in_recovery_rows
 from .recovery_rows import tokenize_triplets
 from .reference_log_probs import (
     CONSTRAIN,
@@ -44,7 +45,6 @@ from .reference_log_probs import (
     ConstrainedCollator,
     Window,
     add_reference_log_probs,
-    check_answer_labels,
 )
 from .refused_prompts import find_refusals, prompts_of
 
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# β₁ times the surprise (nats) of a compliant first token that held in benchmarks/deep_safety.py; docs/deep_safety.md.
-STEADY_HOLD = 20.0
-_BUCKETS = ("first", "initial", "rest")
+# β₁ times the negative log-probability (nats) of a compliant first token at which refusals stayed in
+# benchmarks/deep_safety.py; see docs/deep_safety.md.
+STRONG_CONSTRAINT = 20.0
 
 
-class DeepSafetySFTTrainer(SFTTrainer):
+class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
     """
-    [`~trl.SFTTrainer`] whose loss holds the first tokens of every answer near the model it starts from, and which can
+    [`~trl.SFTTrainer`] whose loss keeps the first tokens of every answer near the model it starts from, and which can
     mix safety-recovery rows into every step.
 
     Normalisation, metrics, packing and everything else are TRL's. `eval_loss` stays plain cross-entropy;
@@ -154,62 +154,22 @@ class DeepSafetySFTTrainer(SFTTrainer):
             keep_adapter(model)
         self.beta_schedule = beta_schedule
         self._ref_model: torch.nn.Module | None = None
-        self._totals: dict[str, torch.Tensor] = {}
-        self._own_refusals: dict[tuple[int, ...], list[int]] = {}
+        self.sums = {}
+        self.own_refusals: dict[tuple[int, ...], list[int]] = {}
         super().__init__(model, args, *positional, **kwargs)
 
         triplets = []  # what may be wrong with them shows before the reference is computed
         if safety_dataset is not None:
             triplets = list(tokenize_triplets(safety_dataset, self._tokenizer, max_length=args.max_length))
-        self.reference = self._choose_reference(ref_model) if self._constrains else None
+        self.reference = choose_reference(self, ref_model) if self._constrains else None
         if self._constrains:
             self._set_up_constraint(ref_model)
         if safety_dataset is not None or args.rehearse_refusals:
-            self._mix_in(triplets)
-
-    def _choose_reference(self, ref_model: PreTrainedModel | None) -> str:
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "The constrained loss cannot be right here: context and sequence parallelism cut answers across "
-                "devices. Turn them off in the accelerate config, or set `constrain='none'`."
-            )
-        if ref_model is not None:
-            size, expected = (
-                ref_model.get_input_embeddings().weight.shape[0],
-                self.model.get_input_embeddings().weight.shape[0],
-            )
-            if size != expected:
-                raise ValueError(
-                    f"Expected a reference with the vocabulary of the model ({expected} rows of embeddings), got one "
-                    f"with {size}. Pass the model the training starts from, or leave `ref_model` out."
-                )
-            return "frozen"
-        every = [rows for rows in (self.train_dataset, *self._evaluation_sets().values()) if rows is not None]
-        once = (
-            all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
-            and not self._is_vision_dataset
-            and not self.is_fsdp_enabled
-        )
-        reference = self.args.reference
-        if reference == "auto":
-            reference = "adapter" if isinstance(self.model, PeftModel) else "precompute" if once else "frozen"
-        if reference in ("precompute", "window") and not once:
-            raise ValueError(
-                f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
-                'evaluation), `with_transform`, images and FSDP do not allow. Set `reference="adapter"` with a '
-                '`peft_config`, or `reference="frozen"`.'
-            )
-        if reference == "adapter" and not isinstance(self.model, PeftModel):
-            raise ValueError(
-                '`reference="adapter"` turns the adapter off, but the model has none. Pass a `peft_config`, or set '
-                '`reference="precompute"`.'
-            )
-        return reference
+            mix_in_recovery_rows(self, triplets)
 
     def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
         args: DeepSafetySFTConfig = self.args
-        self._check_labels()
+        check_labels(self)
         window = Window(
             args.window_start,
             template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
@@ -223,49 +183,34 @@ class DeepSafetySFTTrainer(SFTTrainer):
         if args.constrain == "refused":
             self._map_datasets(self._mark_refused)
             if args.betas is None and self.beta_schedule is None:
-                self._warn_of_a_weak_hold()
+                self._warn_of_a_weak_constraint()
         if stored:
             self._map_datasets(functools.partial(self._score, window=window, keep=True))
 
-    def _warn_of_a_weak_hold(self) -> None:
+    def _warn_of_a_weak_constraint(self) -> None:
         rows = self.train_dataset.select(np.flatnonzero(self.train_dataset[CONSTRAIN]))
         if not len(rows):
             logger.warning(
                 "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
-                "nothing is held, this is plain SFT. Mark the rows to hold in a boolean column `constrain` and set "
+                "nothing is constrained, this is plain SFT. Mark rows in a boolean column `constrain` and set "
                 "`constrain='all'`.",
                 len(self.train_dataset),
             )
             return
         first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
         scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
-        surprise = -statistics.mean(values[0] for values in scored if values)
+        loss = -statistics.mean(values[0] for values in scored if values)
         logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(self.train_dataset))
-        if self.args.beta_first * surprise < STEADY_HOLD:
+        if self.args.beta_first * loss < STRONG_CONSTRAINT:
             logger.warning(
                 "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
-                "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so it may not hold; set "
+                "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so refusals may be lost; set "
                 "`beta_first=%.1f`.",
                 len(rows),
-                surprise,
+                loss,
                 self.args.beta_first,
-                STEADY_HOLD / max(surprise, 0.1),
+                STRONG_CONSTRAINT / max(loss, 0.1),
             )
-
-    def _check_labels(self) -> None:
-        if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
-            return
-        if not any(label != -100 for row in self.train_dataset["labels"] for label in row):
-            raise ValueError(
-                f"Expected answer tokens to train on, got none in {len(self.train_dataset)} rows: all labels are "
-                f"masked. Raise `max_length` (now {self.args.max_length}) or check the column `labels`."
-            )
-        for labels in self.train_dataset["labels"]:
-            check_answer_labels(labels)
-
-    def _evaluation_sets(self) -> dict[str, Any]:
-        """Those known now, by name."""
-        return self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
 
     def _map_datasets(self, function: Callable[[Dataset, str], Dataset]) -> None:
         """Apply `function` to the training rows and to every evaluation set known now."""
@@ -290,7 +235,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
         prompts = prompts_of(rows)
         marks = [bool(keep) and prompt in refusals for keep, prompt in zip(before, prompts, strict=True)]
         if rows is self.train_dataset:
-            self._own_refusals = {p: refusals[p] for p, mark in zip(prompts, marks, strict=True) if mark}
+            self.own_refusals = {p: refusals[p] for p, mark in zip(prompts, marks, strict=True) if mark}
         rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
         return rows.add_column(CONSTRAIN, marks)
 
@@ -332,37 +277,6 @@ class DeepSafetySFTTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
-
-    def _mix_in(self, triplets: list[dict[str, list[int]]]) -> None:
-        if not isinstance(self.train_dataset, Dataset) or self._is_vision_dataset:
-            raise ValueError(
-                "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
-                f"{type(self.train_dataset).__name__}. Mix rows of `make_safety_recovery_dataset` into the stream "
-                "yourself."
-            )
-        args: DeepSafetySFTConfig = self.args
-        if args.rehearse_refusals:
-            rehearsed = sorted(self._own_refusals.items())
-            triplets = [
-                *({"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": own} for prompt, own in rehearsed),
-                *triplets,
-            ]
-        if not triplets:
-            logger.warning(
-                "The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse."
-            )
-            return
-        token_ids = List(Value("int64"))
-        mixture = RecoveryMixture(
-            self.train_dataset,
-            Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
-            seed=args.seed,
-            prefix_probability=args.recovery_probability,
-            max_prefix_tokens=args.max_prefix_tokens,
-            max_length=args.max_length,
-        )
-        RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
-        self.train_dataset = mixture
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -421,7 +335,9 @@ class DeepSafetySFTTrainer(SFTTrainer):
         logps = outputs.log_probs[:, -positions.shape[1] :]
         mask = outputs.label_mask[:, -positions.shape[1] :]
         losses = constrained_sft_loss(logps, ref_logps, betas)
-        self._count(logps.detach(), ref_logps, betas, positions, losses.detach(), mask)
+        rows = len(positions) if self.padding_free else rows_of_this_process(self, len(positions))
+        counted = (tensor.detach()[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask))
+        self.add_sums(constraint_sums(*counted, self.args.window_tokens))
         if self.model.training:
             outputs.log_probs = torch.where(mask, -losses, 0.0)
         return outputs
@@ -473,56 +389,7 @@ class DeepSafetySFTTrainer(SFTTrainer):
         finally:
             model.set_adapter(in_training)
 
-    def _count(
-        self,
-        logps: torch.Tensor,
-        ref_logps: torch.Tensor,
-        betas: torch.Tensor,
-        positions: torch.Tensor,
-        losses: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> None:
-        """Add the batch to the sums behind the logged means; they stay on the device until they are logged."""
-        rows = len(positions) if self.padding_free else rows_of_this_process(self, len(positions))
-        logps, ref_logps, betas, positions, losses, mask = (
-            tensor[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask)
-        )
-        constrained = mask & (betas > 0)
-        weights = constraint_weights(logps, ref_logps, betas)
-        window = self.args.window_tokens
-        buckets = (positions == 1, (positions > 1) & (positions <= window), positions > window)
-        zero = torch.zeros((), device=logps.device)
-        sums = [losses.sum(dtype=torch.float32), mask.sum()]
-        for bucket in buckets:
-            inside = bucket & constrained
-            log_ratio = torch.where(inside, logps - ref_logps, zero)
-            sums += [inside.sum(), torch.where(inside, weights, zero).sum(), log_ratio.sum()]
-        mode = "train" if self.model.training else "eval"
-        total = torch.stack([value.float() for value in sums])
-        self._totals[mode] = self._totals.get(mode, 0) + total
-
-    def _pop_means(self, mode: str) -> dict[str, float]:
-        if mode not in self._totals:
-            return {}
-        losses, tokens, *buckets = self.accelerator.reduce(self._totals.pop(mode), "sum").tolist()
-        means = {"constrained_loss": losses / tokens} if mode == "eval" and tokens else {}
-        for index, name in enumerate(_BUCKETS):
-            count, weight, log_ratio = buckets[3 * index : 3 * index + 3]
-            if count:
-                means[f"constraint/weight_{name}"] = weight / count
-                means[f"constraint/log_ratio_{name}"] = log_ratio / count
-        return means
-
-    @override
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._totals.pop("eval", None)
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._pop_means("eval").items()})
-        return output
-
-    @override
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            logs.update(self._pop_means("train"))
-        super().log(logs, start_time)
+    def metrics_from(self, sums: torch.Tensor) -> dict[str, float]:
+        losses, tokens, *buckets = sums.tolist()
+        means = {} if self.model.training or not tokens else {"constrained_loss": losses / tokens}
+        return means | constraint_means(buckets)

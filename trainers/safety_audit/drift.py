@@ -14,7 +14,6 @@ from hf_iclr.prefill import generate_answers
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import read_safetensors
 
-from ..deep_safety.config import DeepSafetySFTConfig
 from .judge import RefusalJudge
 from .statistics import token_kl, wilson_rate
 
@@ -231,11 +230,12 @@ class SafetyDriftCallback(TrainerCallback):
             return f"the KL from the starting model is {kl:.3f} nats a token, above {self.max_kl:g}"
         return None
 
-    def _check_betas(self, args: TrainingArguments) -> None:
-        if not isinstance(args, DeepSafetySFTConfig) or args.constrain == "none":
+    def _check_betas(self, args: Any) -> None:
+        constrain = getattr(args, "constrain", None)
+        if constrain in (None, "none"):
             raise ValueError(
                 "action='raise_beta' needs a DeepSafetySFTTrainer with the constrained loss, got "
-                f"{type(args).__name__}{' with constrain=none' if isinstance(args, DeepSafetySFTConfig) else ''}. "
+                f"{type(args).__name__}{' with constrain=none' if constrain else ''}. "
                 "Type `action='stop'`, or train with `DeepSafetySFTConfig(constrain='all')`."
             )
         if self.trainer.beta_schedule is not None:
@@ -243,7 +243,7 @@ class SafetyDriftCallback(TrainerCallback):
                 "action='raise_beta' can't raise the trainer's beta_schedule. Give `betas` or `beta_first` instead."
             )
 
-    def _raise_betas(self, args: TrainingArguments, factor: float) -> None:
+    def _raise_betas(self, args: Any, factor: float) -> None:
         self.beta_scale *= factor
         for name in ("beta_first", "beta_initial", "beta_rest"):
             setattr(args, name, getattr(args, name) * factor)

@@ -11,12 +11,11 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import add_fused_lm_head
 
 from hf_iclr.models import FusedOutputsProxy
-from hf_iclr.trainers.measuring import rows_of_this_process
+from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 
 from .argmax import HiddenStateTap, exact_argmax
 from .config import SqueezeDPOConfig
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SqueezeDPOTrainer(DPOTrainer):
+class SqueezeDPOTrainer(SummedMetrics, DPOTrainer):
     """
     [`~trl.DPOTrainer`] that also logs the squeezing effect: how likely, how peaked and how far in a valley the chosen
     and rejected answers are, and what the loss does about it. Loss, gradients and weights are bit for bit those of the
@@ -92,7 +91,7 @@ class SqueezeDPOTrainer(DPOTrainer):
                 setattr(args, field.name, field.default)
         super().__init__(model, ref_model, args, *positional, **kwargs)
         self._base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._sums: dict[str, torch.Tensor] = {}
+        self.sums = {}
         if self._observes:
             outputs = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
             add_fused_lm_head(self._base, outputs=outputs)
@@ -203,31 +202,10 @@ class SqueezeDPOTrainer(DPOTrainer):
             argmax=argmax,
             num_pairs=rows_of_this_process(self, len(labels) // 2),
         )
-        mode = "train" if self.model.training else "eval"
-        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+        self.add_sums(sums)
 
-    def _pop_metrics(self, mode: str) -> dict[str, float]:
-        sums = self._sums.pop(mode, None)
-        return {} if sums is None else metrics_from_sums(self.accelerator.reduce(sums, reduction="sum"))
-
-    def evaluation_loop(
-        self,
-        dataloader: torch.utils.data.DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._sums.pop("eval", None)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        # Added here rather than in `log`, which does not know the name of the split.
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._pop_metrics("eval").items()})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            logs.update(self._pop_metrics("train"))
-        super().log(logs, start_time)
+    def metrics_from(self, sums: torch.Tensor) -> dict[str, float]:
+        return metrics_from_sums(sums)
 
     def squeeze_report(self, directory: str | Path, **kwargs: Any) -> Any:
         """

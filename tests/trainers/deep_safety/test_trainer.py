@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
+from hf_iclr.trainers.deep_safety.arguments import choose_reference
 from hf_iclr.trainers.deep_safety.constrained_loss import constraint_weights, schedule_betas
 from hf_iclr.trainers.deep_safety.reference_log_probs import POSITIONS, REF_LOGPS
 from tests.trainers.tiny import QUICK, losses, tiny_llama, triplet_rows, word_rows
@@ -187,7 +188,7 @@ def test_rows_one_after_the_other_equal_rows_below_each_other(train, settings, r
         )
         batch = trainer.data_collator([dataset[index] for index in range(len(dataset))])
         values.append(trainer.compute_loss(trainer.model, batch).item())
-        values.append(trainer._totals["train"])
+        values.append(trainer.sums["train"])
     assert values[0] == pytest.approx(values[2], abs=1e-5)
     torch.testing.assert_close(values[1], values[3], atol=1e-4, rtol=1e-5)
 
@@ -503,7 +504,7 @@ def test_a_model_that_is_only_peft_wrapped_keeps_its_class(train):
 
 
 @pytest.mark.parametrize("settings", [{"reference": "precompute"}, {"reference": "window"}, {"peft_config": LORA}])
-def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatch, caplog, settings):
+def test_only_refused_prompts_are_constrained_and_a_weak_constraint_is_named(train, monkeypatch, caplog, settings):
     seen = []
 
     def find_cue(text):
@@ -514,15 +515,15 @@ def test_only_refused_prompts_are_held_and_a_weak_hold_is_said(train, monkeypatc
     with caplog.at_level("INFO", "hf_iclr"):
         trainer = train(constrain="refused", start=False, beta_first=0.1, **settings)
     assert sum(trainer.train_dataset["constrain"]) == len(seen) / 2 == 12
-    assert "12 of 24" in caplog.text and "may not hold" in caplog.text
+    assert "12 of 24" in caplog.text and "may be lost" in caplog.text
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(24)])
     assert (batch[POSITIONS].sum(1) > 0).tolist() == list(trainer.train_dataset["constrain"])
     caplog.clear()
     train(constrain="refused", start=False, beta_first=30.0, **settings)
-    assert "may not hold" not in caplog.text
+    assert "may be lost" not in caplog.text
     monkeypatch.setattr("hf_iclr.trainers.deep_safety.refused_prompts.find_refusal_cue", lambda text: None)
     train(constrain="refused", start=False, **settings)
-    assert "nothing is held" in caplog.text
+    assert "nothing is constrained" in caplog.text
 
 
 def test_own_refusals_are_rehearsed_beside_the_rows_they_answer(train, monkeypatch, caplog):
@@ -567,4 +568,4 @@ def test_sequences_cut_across_devices_are_refused(train, monkeypatch, kind):
     parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, kind: True})
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", parallelism)
     with pytest.raises(ValueError, match="sequence parallelism"):
-        trainer._choose_reference(None)
+        choose_reference(trainer, None)
