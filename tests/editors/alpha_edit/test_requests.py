@@ -1,9 +1,17 @@
-"""CounterFact, zsRE and plain rows become edit requests; other rows get a sentence."""
+"""CounterFact, zsRE and plain rows become edit requests, and those token rows; other rows get a sentence."""
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
-from hf_iclr.editors.alpha_edit.requests import EditRequest, edit_requests
+from hf_iclr.editors.alpha_edit.requests import (
+    EditRequest,
+    edit_requests,
+    encode_request,
+    reasons_against,
+    sample_contexts,
+)
+from tests.editors.tiny import tiny_model
 
 
 COUNTERFACT = {
@@ -84,3 +92,58 @@ def test_limit_takes_the_first_rows_in_order():
 def test_other_rows_are_refused_in_a_sentence(rows, error, words):
     with pytest.raises(error, match=words):
         edit_requests(rows)
+
+
+def test_subject_and_target_are_found_by_characters(byte_tokenizer):
+    row = encode_request(byte_tokenizer, "He saw {}'s dog in Rome, and {}".replace(", and {}", ""), "Rome", "grey")
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "He saw Rome"
+    assert byte_tokenizer.decode(row.ids[row.start :]) == " grey"
+    row = encode_request(byte_tokenizer, "In {} ", "Ro{me", " x", "A {b. {}")
+    assert byte_tokenizer.decode(row.ids) == "A {b. In Ro{me  x"
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "A {b. In Ro{me"
+
+
+def test_conflicts_within_a_batch_have_their_reasons(word_tokenizer):
+    first = EditRequest("w1 {} w2", "w3", "w4")
+    again = EditRequest("w1 {} w2", "w3", "w4", id="again")
+    other = EditRequest("w1 {} w2", "w3", "w5")
+    reasons = reasons_against([first, again, other], word_tokenizer, ["{}"], None, ())
+    assert reasons == {
+        1: "the same edit as request 0",
+        2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
+    }
+
+
+def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
+    model = tiny_model("llama")
+    state = torch.get_rng_state()
+    first = sample_contexts(model, word_tokenizer, 3, 6, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == sample_contexts(model, word_tokenizer, 3, 6, seed=1)
+    assert first != sample_contexts(model, word_tokenizer, 3, 6, seed=2)
+    assert first[0] == "{}" and len(first) == 4
+    assert all(text.endswith(". {}") and text.count("{") == 1 for text in first[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("no place", "Rome", "x"), "with {} once"),
+        (("Rome is in", "Rome", "x"), r"Write the subject's place as {}: '{} is in'"),
+        (("{} and {}", "Rome", "x"), "with {} once"),
+        (("{} is", " ", "x"), "subject of an edit to say something"),
+        (("{} is", "Rome", ""), "target_new of an edit"),
+    ],
+)
+def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EditRequest(*arguments)
+    with pytest.raises(TypeError, match="subject to be text"):
+        EditRequest("{} is", 3, "x")
+
+
+def test_requests_survive_as_plain_values():
+    request = EditRequest("w1 {} w2", "w3", "w4", paraphrases=["w5 w3"], source="counterfact")
+    assert EditRequest.from_dict(request.to_dict()) == request
+    with pytest.raises(ValueError, match="prompt, subject and target_new .* got \\['promt'\\]"):
+        EditRequest.from_dict({"promt": "x"})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_iclr.editors.alpha_edit.projections import find_down_projections
-from hf_iclr.editors.alpha_edit.requests import EditRequest, encode_request, reasons_against, sample_contexts
+from hf_iclr.editors.alpha_edit.requests import EditRequest, encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
 from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
 
@@ -122,58 +122,3 @@ def test_a_subject_that_ends_at_the_first_token_needs_no_prefix(word_tokenizer):
     config = quick_config(context_templates=["{}"], kl_factor=0.0)
     found = find_target_states(model, word_tokenizer, projections, requests, config, progress=False)
     assert found.states.isfinite().all() and found.log_probs.lt(0).all()
-
-
-def test_subject_and_target_are_found_by_characters(byte_tokenizer):
-    row = encode_request(byte_tokenizer, "He saw {}'s dog in Rome, and {}".replace(", and {}", ""), "Rome", "grey")
-    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "He saw Rome"
-    assert byte_tokenizer.decode(row.ids[row.start :]) == " grey"
-    row = encode_request(byte_tokenizer, "In {} ", "Ro{me", " x", "A {b. {}")
-    assert byte_tokenizer.decode(row.ids) == "A {b. In Ro{me  x"
-    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "A {b. In Ro{me"
-
-
-def test_conflicts_within_a_batch_are_told_apart(word_tokenizer):
-    first = EditRequest("w1 {} w2", "w3", "w4")
-    again = EditRequest("w1 {} w2", "w3", "w4", id="again")
-    other = EditRequest("w1 {} w2", "w3", "w5")
-    reasons = reasons_against([first, again, other], word_tokenizer, ["{}"], None, ())
-    assert reasons == {
-        1: "the same edit as request 0",
-        2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
-    }
-
-
-def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
-    model = tiny_model("llama")
-    state = torch.get_rng_state()
-    first = sample_contexts(model, word_tokenizer, 3, 6, seed=1)
-    assert torch.equal(state, torch.get_rng_state())
-    assert first == sample_contexts(model, word_tokenizer, 3, 6, seed=1)
-    assert first != sample_contexts(model, word_tokenizer, 3, 6, seed=2)
-    assert first[0] == "{}" and len(first) == 4
-    assert all(text.endswith(". {}") and text.count("{") == 1 for text in first[1:])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("no place", "Rome", "x"), "with {} once"),
-        (("Rome is in", "Rome", "x"), r"Write the subject's place as {}: '{} is in'"),
-        (("{} and {}", "Rome", "x"), "with {} once"),
-        (("{} is", " ", "x"), "subject of an edit to say something"),
-        (("{} is", "Rome", ""), "target_new of an edit"),
-    ],
-)
-def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        EditRequest(*arguments)
-    with pytest.raises(TypeError, match="subject to be text"):
-        EditRequest("{} is", 3, "x")
-
-
-def test_requests_survive_as_plain_values():
-    request = EditRequest("w1 {} w2", "w3", "w4", paraphrases=["w5 w3"], source="counterfact")
-    assert EditRequest.from_dict(request.to_dict()) == request
-    with pytest.raises(ValueError, match="prompt, subject and target_new .* got \\['promt'\\]"):
-        EditRequest.from_dict({"promt": "x"})
