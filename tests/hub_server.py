@@ -333,8 +333,13 @@ class _Handler(BaseHTTPRequestHandler):
                 files = {
                     name: file for name, file in files.items() if not f"{name}/".startswith(f"{path.rstrip('/')}/")
                 }
+        answer = {"success": True}
+        if "create_pr" in self.query:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
+            revision = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"
         sha = repo.commit(revision, files, header["value"]["summary"])
-        self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"})
+        self._json({**answer, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"})
 
     def lfs_batch(self, kind, repo_id):
         self.hub.repo(kind, repo_id)

@@ -113,6 +113,8 @@ def rank_assisted_prefilling(
     lookahead: int = 12,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    system: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[Continuation], list[list[int]]]:
     """
     Prefill with tokens that the model itself ranks among its first, but that don't lead to a refusal: the idea of
@@ -134,6 +136,8 @@ def rank_assisted_prefilling(
             Tokens a candidate is continued by before it is judged.
         batch_size (`int`, *optional*, defaults to 32), max_new_tokens (`int`, *optional*, defaults to 64):
             As for [`generate_after_prefixes`].
+        system (`str`), chat_template_kwargs (`dict`), *optional*:
+            As for [`~hf_iclr.models.render_prompt`].
 
     Returns:
         `tuple`: a [`Continuation`] a prompt, and the ranks (from 0) of its prefix tokens.
@@ -141,7 +145,8 @@ def rank_assisted_prefilling(
     if min(num_steps, num_candidates, lookahead) < 1:
         raise ValueError(f"Expected sizes of at least 1, got {num_steps=}, {num_candidates=} and {lookahead=}.")
     prompts = check_prompts(prompts)
-    prompt_ids = [to_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
+    prompt_ids = [to_prompt_ids(tokenizer, prompt, **rendering) for prompt in prompts]
     ends = set(end_tokens(model, tokenizer)) | set(tokenizer.all_special_ids)
     prefixes: list[list[int]] = [[] for _ in prompts]
     ranks: list[list[int]] = [[] for _ in prompts]
@@ -154,7 +159,7 @@ def rank_assisted_prefilling(
         tried = [(row, [*prefixes[row], token]) for row in range(len(prompts)) for token in candidates[row]]
         continued = prefilling_attack(
             model, tokenizer, [prompts[row] for row, _ in tried], [answer for _, answer in tried], (step + 1,),
-            max_new_tokens=lookahead, batch_size=batch_size, progress=False,
+            max_new_tokens=lookahead, batch_size=batch_size, progress=False, **rendering,
         )[step + 1]  # fmt: skip
         refused = iter(judge([entry.joined for entry in continued if entry is not None]))
         for row, tokens in enumerate(candidates):
@@ -163,7 +168,14 @@ def rank_assisted_prefilling(
             prefixes[row].append(tokens[rank])
             ranks[row].append(rank)
     final = prefilling_attack(
-        model, tokenizer, prompts, prefixes, (num_steps,), max_new_tokens=max_new_tokens, batch_size=batch_size
+        model,
+        tokenizer,
+        prompts,
+        prefixes,
+        (num_steps,),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        **rendering,
     )
     return [entry for entry in final[num_steps] if entry is not None], ranks
 
@@ -177,6 +189,8 @@ def gcg_attack(
     target_tokens: int = 8,
     num_steps: int = 50,
     seed: int = 0,
+    system: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **generation,
 ) -> list[str | None]:
     """
@@ -189,6 +203,8 @@ def gcg_attack(
             Tokens of the answer that the suffix is to bring about.
         num_steps (`int`, *optional*, defaults to 50), seed (`int`, *optional*, defaults to 0):
             As for [`gcg`].
+        system (`str`), chat_template_kwargs (`dict`), *optional*:
+            As for [`~hf_iclr.models.render_prompt`].
         generation (*optional*):
             Further arguments of [`generate_after_prefixes`], such as `max_new_tokens`.
 
@@ -202,10 +218,11 @@ def gcg_attack(
     if not rows:
         return texts
     attacked = []
+    options: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs, "progress": False}
     for row in tqdm(rows, desc="gcg", leave=False):
-        found = gcg(model, tokenizer, prompts[row], targets[row], num_steps=num_steps, seed=seed, progress=False)
+        found = gcg(model, tokenizer, prompts[row], targets[row], num_steps=num_steps, seed=seed, **options)
         attacked.append(append_to_prompt(prompts[row], found.suffix))
-    new = generate_answers(model, tokenizer, attacked, progress=False, **generation)
+    new = generate_answers(model, tokenizer, attacked, **options, **generation)
     for row, tokens in zip(rows, new, strict=True):
         texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
     return texts

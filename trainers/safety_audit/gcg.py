@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -52,6 +52,8 @@ def gcg(
     num_swaps: int = 64,
     batch_size: int = 32,
     seed: int = 0,
+    system: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> GCGResult:
     """
@@ -84,6 +86,8 @@ def gcg(
             Suffixes in one forward.
         seed (`int`, *optional*, defaults to 0):
             Seed of the trials; the global random state isn't touched.
+        system (`str`), chat_template_kwargs (`dict`), *optional*:
+            As for [`~hf_iclr.models.render_prompt`].
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -102,7 +106,9 @@ def gcg(
     target_ids = tokenizer(target, add_special_tokens=False)["input_ids"] if isinstance(target, str) else target
     if not target_ids:
         raise ValueError(f"Expected a target of at least one token, got {target!r}.")
-    encode, before, suffix_ids, after = _locate_suffix(tokenizer, prompt, initial_suffix)
+    encode, before, suffix_ids, after = _locate_suffix(
+        tokenizer, prompt, initial_suffix, system=system, chat_template_kwargs=chat_template_kwargs
+    )
 
     device, generator = model.device, torch.Generator().manual_seed(seed)
     ids = torch.tensor(before + suffix_ids + after + target_ids, device=device)
@@ -176,10 +182,10 @@ class _TargetLoss:
 
 
 def _locate_suffix(
-    tokenizer, prompt: str | list[dict], suffix: str
+    tokenizer, prompt: str | list[dict], suffix: str, **rendering
 ) -> tuple[Callable[[str], list[int]], list[int], list[int], list[int]]:
     """How a suffix's text is tokenised in place, and the ids before it, its own, and those after it."""
-    head, _, tail = render_prompt(tokenizer, append_to_prompt(prompt, _MARK)).partition(_MARK)
+    head, _, tail = render_prompt(tokenizer, append_to_prompt(prompt, _MARK), **rendering).partition(_MARK)
     special = not tokenizer.chat_template
 
     def encode(text: str) -> list[int]:

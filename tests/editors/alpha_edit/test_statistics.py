@@ -48,6 +48,18 @@ def test_sums_are_those_of_every_row_alone(model, word_tokenizer, skip):
         assert_close_as_a_whole(made.second_moment(layer), keys.T @ keys / len(keys))
 
 
+def test_empty_texts_are_read_and_add_nothing(model, word_tokenizer):
+    texts = ["w1 w2", "", "", "w3", "", "w4"]
+    made, plain = (
+        KeyStatistics.from_dataset(
+            model, word_tokenizer, [{"text": text} for text in some], layers=[1], batch_size=2, progress=False
+        )
+        for some in (texts, [text for text in texts if text])
+    )
+    assert (made.rows, made.tokens) == (6, 4)
+    assert_close_as_a_whole(made.sums[1], plain.sums[1])
+
+
 def test_one_pass_for_all_layers_and_no_layer_above_the_last(model, word_tokenizer):
     calls = {1: 0, 2: 0, 3: 0}
 

@@ -98,3 +98,26 @@ def test_gcg_attack(model, word_tokenizer, monkeypatch):
     assert suffixes == [("w1 w2 w3", [20, 21], 7)]
     assert texts == [word_tokenizer.decode(greedy(model, [1, 2, 3, 9], 3)[4:]), None]
     assert gcg_attack(model, word_tokenizer, PROMPTS, ["", ""]) == [None, None]
+
+
+@pytest.mark.parametrize("attack", ["prefilling", "decoding", "rank", "gcg"])
+def test_a_system_prompt_is_a_turn_before_the_prompt(model, word_tokenizer, attack):
+    tokenizer = word_tokenizer.__class__(
+        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", eos_token="w49",
+        chat_template="{% for m in messages %}w40 {{ m.content }} {% endfor %}{{ mark }}",
+    )  # fmt: skip
+
+    def run(prompts, **rendering):
+        options = {"chat_template_kwargs": {"mark": "w41"}, "max_new_tokens": 4, **rendering}
+        if attack == "prefilling":
+            return prefilling_attack(model, tokenizer, prompts, ["w20 w21 w22", "w23"], (0, 1), **options)
+        if attack == "decoding":
+            return decoding_attack(model, tokenizer, prompts, [{"top_k": 5}], **options)
+        if attack == "rank":
+            judge = lambda texts: ["w1" in text for text in texts]  # noqa: E731
+            return rank_assisted_prefilling(model, tokenizer, prompts, judge, num_steps=2, **options)
+        return gcg_attack(model, tokenizer, prompts, ["w20 w21", "w23"], num_steps=1, **options)
+
+    told = [[{"role": "system", "content": "w7"}, {"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert run(PROMPTS, system="w7") == run(told) != run(PROMPTS)
+    assert run(told) != run(told, chat_template_kwargs={"mark": "w42"})
