@@ -23,14 +23,12 @@ import tempfile
 import time
 from typing import Any
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_clips, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--model", help="folder or repository of a model (default: the package's own)")
-    parser.add_argument("--clips", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=8)
+    add_clips(parser, clips=20, frames=8)
     parser.add_argument("--hard", action="store_true", help="three objects that cross and leave the frame")
     parser.add_argument(
         "--first-seed", type=int, default=50_000, help="of the clips; none that the model was trained on"

@@ -13,20 +13,15 @@ the video (offline) tracks that frame anew. Written are the tables and a figure 
 import argparse
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_clips, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--model", help="folder or repository of a SAM 2 video model; left out, the package's own")
-    parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
-    parser.add_argument("--clips", type=int, default=12, help="drawn clips, all of the hard kind")
-    parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
+    add_clips(parser, clips=12, frames=24, first_seed=3 * 10**13)
     parser.add_argument("--max-frames", type=int, default=8, help="frames to click on at most")
     parser.add_argument("--goal", type=float, default=0.8, help="the J&F to reach")
-    parser.add_argument("--seed", type=int, default=3 * 10**13, help="of the first clip; training draws below 2**40")
     return parse(parser, clips=1, frames=6, max_frames=2)
 
 

@@ -13,9 +13,8 @@ of DAVIS. Told are means over objects of J&F on the frames between the first and
 import argparse
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_clips, make_parser, parse, write_json
 
 
 def prompt_kind(text: str) -> str | int:
@@ -24,12 +23,8 @@ def prompt_kind(text: str) -> str | int:
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--model", help="folder or repository of a SAM 2 video model; left out, the package's own")
-    parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
-    parser.add_argument("--clips", type=int, default=30, help="drawn clips of each kind")
-    parser.add_argument("--frames", type=int, default=24, help="frames of a drawn clip")
+    add_clips(parser, clips=30, frames=24, first_seed=2 * 10**13)
     parser.add_argument("--prompts", nargs="+", type=prompt_kind, default=["mask", 1])
-    parser.add_argument("--seed", type=int, default=2 * 10**13, help="of the first clip; training draws below 2**40")
     return parse(parser, clips=2, frames=6)
 
 

@@ -44,16 +44,9 @@ import av
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import (
-    Sam2HieraDetConfig,
-    Sam2ImageProcessor,
-    Sam2VideoConfig,
-    Sam2VideoModel,
-    Sam2VideoProcessor,
-    Sam2VideoVideoProcessor,
-    Sam2VisionConfig,
-)
+from transformers import Sam2VideoConfig, Sam2VideoModel
 
+from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
 from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
 
@@ -64,56 +57,17 @@ CLICK, LABEL = [60, 50], 1
 def make_pipe(shape: str) -> Sam2VideoPipeline:
     """A pipeline of random weights: 1.6 M parameters at 128 pixels, or the 38.9 M of Hiera-tiny at 1024."""
     torch.manual_seed(0)
-    side = 128 if shape == "tiny" else 1024
     if shape == "tiny":
-        backbone = Sam2HieraDetConfig(
-            hidden_size=16,
-            image_size=[side, side],
-            embed_dim_per_stage=[16, 32, 64, 128],
-            num_attention_heads_per_stage=[1, 1, 2, 2],
-            blocks_per_stage=[1, 1, 2, 1],
-            global_attention_blocks=[3],
-            window_size_per_stage=[8, 4, 4, 2],
-            window_positional_embedding_background_size=[7, 7],
-            mlp_ratio=2.0,
-        )
-        vision = Sam2VisionConfig(
-            backbone_config=backbone,
-            backbone_channel_list=[128, 64, 32, 16],
-            backbone_feature_sizes=[[side // stride] * 2 for stride in (4, 8, 16)],
-            fpn_hidden_size=128,
-        )
-        config = Sam2VideoConfig(
-            vision_config=vision,
-            image_size=side,
-            prompt_encoder_config={"hidden_size": 128, "image_size": side, "patch_size": 16},
-            mask_decoder_config={
-                "hidden_size": 128,
-                "mlp_dim": 256,
-                "num_attention_heads": 2,
-                "iou_head_hidden_dim": 128,
-            },
-            memory_attention_hidden_size=128,
-            memory_attention_num_layers=2,
-            memory_attention_feed_forward_hidden_size=256,
-            memory_attention_rope_feat_sizes=[side // 16, side // 16],
-            memory_encoder_hidden_size=128,
-            mask_downsampler_embed_dim=128,
-            memory_fuser_embed_dim=128,
-            memory_fuser_intermediate_dim=256,
+        side, scale = 128, 1e-6  # of the memory's fuser, as in SAM 2
+        config = tiny_sam2_config(
+            side, 16, 256, memory_attention_num_layers=2, memory_fuser_layer_scale_init_value=scale
         )
     else:
-        config = Sam2VideoConfig()
+        side, config = 1024, Sam2VideoConfig()
     model = Sam2VideoModel(config).eval()
     with torch.no_grad():
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(3.0)  # the object is in sight
-    size = {"height": side, "width": side}
-    processor = Sam2VideoProcessor(
-        Sam2ImageProcessor(size=size, mask_size={"height": side // 4, "width": side // 4}),
-        Sam2VideoVideoProcessor(size=size),
-        target_size=side,
-    )
-    return Sam2VideoPipeline(model=model, processor=processor, device="cpu")
+    return Sam2VideoPipeline(model=model, processor=sam2_processor(side), device="cpu")
 
 
 def make_video(frames: int, height: int = 240, width: int = 320) -> np.ndarray:

@@ -12,14 +12,12 @@ import argparse
 import os
 import time
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_clips, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--model", help="folder or repository of a SAM 2 video model (default: the package's own)")
-    parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--frames", type=int, default=8)
+    add_clips(parser, clips=60, frames=8)
     parser.add_argument("--shifted", action="store_true", help="the other look")
     return parse(parser, clips=2, frames=4)
 

@@ -6,6 +6,13 @@ from typing import Any
 import torch
 
 
+_COUNTS = ("rounds", "drafted", "accepted", "new_tokens", "deferred", "drift")  # of each row
+_COSTS = (
+    *("large_forwards", "small_forwards", "large_tokens", "small_tokens"),
+    *("draft_seconds", "verify_seconds", "overhead_seconds", "total_seconds"),
+)
+
+
 @dataclass
 class CascadeStatistics:
     """
@@ -68,43 +75,27 @@ class CascadeStatistics:
 
     def row(self, row: int) -> dict[str, Any]:
         """One prompt's share: counts and rates of that row, and the whole call under `"call"`."""
-        drafted, tokens, rounds = self.drafted[row], self.new_tokens[row], self.rounds[row]
-        return {
-            "rounds": rounds,
-            "drafted": drafted,
-            "accepted": self.accepted[row],
-            "new_tokens": tokens,
-            "deferred": self.deferred[row],
-            "drift": self.drift[row],
-            "acceptance_rate": self.accepted[row] / drafted if drafted else None,
-            "deferral_rate": self.deferred[row] / tokens if tokens else None,
-            "tokens_per_large_forward": tokens / rounds if rounds else None,
-            "call": self.to_dict(),
-        }
+        counts = {name: getattr(self, name)[row] for name in _COUNTS}
+        return {**counts, **_rates(counts, counts["rounds"]), "call": self.to_dict()}
 
     def to_dict(self) -> dict[str, Any]:
         """The whole call: totals over rows, forwards, tokens and seconds."""
-        drafted, tokens = sum(self.drafted), sum(self.new_tokens)
+        counts = {name: sum(getattr(self, name)) for name in _COUNTS} | {"rounds": max(self.rounds, default=0)}
         return {
             "backend": self.backend,
             "rule": self.rule,
             "alpha": self.alpha,
             "rows": len(self.rounds),
-            "rounds": max(self.rounds, default=0),
-            "drafted": drafted,
-            "accepted": sum(self.accepted),
-            "new_tokens": tokens,
-            "deferred": sum(self.deferred),
-            "drift": sum(self.drift),
-            "acceptance_rate": sum(self.accepted) / drafted if drafted else None,
-            "deferral_rate": sum(self.deferred) / tokens if tokens else None,
-            "tokens_per_large_forward": tokens / self.large_forwards if self.large_forwards else None,
-            "large_forwards": self.large_forwards,
-            "small_forwards": self.small_forwards,
-            "large_tokens": self.large_tokens,
-            "small_tokens": self.small_tokens,
-            "draft_seconds": self.draft_seconds,
-            "verify_seconds": self.verify_seconds,
-            "overhead_seconds": self.overhead_seconds,
-            "total_seconds": self.total_seconds,
+            **counts,
+            **_rates(counts, self.large_forwards),
+            **{name: getattr(self, name) for name in _COSTS},
         }
+
+
+def _rates(counts: dict[str, Any], large_forwards: int) -> dict[str, float | None]:
+    drafted, tokens = counts["drafted"], counts["new_tokens"]
+    return {
+        "acceptance_rate": counts["accepted"] / drafted if drafted else None,
+        "deferral_rate": counts["deferred"] / tokens if tokens else None,
+        "tokens_per_large_forward": tokens / large_forwards if large_forwards else None,
+    }

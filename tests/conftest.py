@@ -16,8 +16,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tests import hub_server
 
@@ -80,12 +80,9 @@ def hub(served_hub, monkeypatch):
 @pytest.fixture(scope="session")
 def word_tokenizer():
     """50 words w0 .. w49, split at spaces."""
-    vocabulary = {f"w{index}": index for index in range(50)}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w49", padding_side="left"
-    )
+    from hf_iclr.tiny_models import word_tokenizer
+
+    return word_tokenizer("w0")
 
 
 @pytest.fixture(scope="session")

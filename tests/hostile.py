@@ -29,20 +29,10 @@ class Kind:
     counts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # places of counts in a file's JSON
 
 
-def word_tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(WordLevel({f"w{index}": index for index in range(50)}, unk_token="w0"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w49")
-
-
 def make_edits(folder: Path) -> None:
     """Two batches."""
     from hf_iclr import AlphaEditor
+    from hf_iclr.tiny_models import word_tokenizer
     from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
 
     tokenizer, model = word_tokenizer(), tiny_model("llama")
@@ -54,6 +44,7 @@ def make_edits(folder: Path) -> None:
 
 def load_edits(folder: Path):
     from hf_iclr import AlphaEditor
+    from hf_iclr.tiny_models import word_tokenizer
     from tests.editors.tiny import tiny_model
 
     return AlphaEditor.from_pretrained(folder, model=tiny_model("llama"), tokenizer=word_tokenizer())

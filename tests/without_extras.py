@@ -112,23 +112,17 @@ def import_all() -> dict[str, str]:
 def use_parts(folder: Path) -> dict[str, float]:
     """Trains a step with each trainer, edits, cascades and audits; numbers that show it was done."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast, pipeline
+    from transformers import pipeline
 
     import hf_iclr
+    from hf_iclr.tiny_models import word_tokenizer
     from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
     from tests.generation.toy import perturbed_copy
     from tests.trainers.squeeze.toy import pair_rows
     from tests.trainers.tiny import QUICK, tiny_llama, triplet_rows, word_rows
 
     torch.set_num_threads(1)
-    backend = Tokenizer(WordLevel({f"w{index}": index for index in range(50)}, unk_token="w0"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w49", padding_side="left"
-    )
+    tokenizer = word_tokenizer("w0")
     quick = {**QUICK, "max_steps": 2, "optim": "sgd"}
     shapley = hf_iclr.InRunDataShapleyCallback(word_rows(4, seed=3), refresh_every=1, adam_warmup=0)
     sft = hf_iclr.DeepSafetySFTTrainer(

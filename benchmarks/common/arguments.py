@@ -37,6 +37,17 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_clips(parser: argparse.ArgumentParser, clips: int, frames: int, first_seed: int | None = None) -> None:
+    """`--model`, `--clips` and `--frames`; with a first seed also `--seed`, and `--data` to take a folder instead."""
+    parser.add_argument("--model", help="folder or repository of a SAM 2 video model (default: the package's own)")
+    parser.add_argument("--clips", type=int, default=clips, help="drawn clips of each kind")
+    parser.add_argument("--frames", type=int, default=frames, help="frames of a drawn clip")
+    if first_seed is not None:
+        parser.add_argument("--data", type=Path, help="folder of DAVIS instead of drawn clips")
+        text = "of the first clip; training draws below 2**40"
+        parser.add_argument("--seed", type=int, default=first_seed, help=text)
+
+
 def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     """
     What the command line says, once the folder of results is there.

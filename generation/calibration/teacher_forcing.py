@@ -127,10 +127,7 @@ class TeacherForcedTexts:
 
 def alpha_coordinate(rule: str, alpha: float) -> float:
     """Where alpha stands on an axis along which the rates of a rule change evenly."""
-    if rule in (
-        "token_v3",
-        "lossy",
-    ):  # they compare p with (1 - alpha) times something: factors count, not differences
+    if rule in ("token_v3", "lossy"):  # p is compared with (1 - alpha) times something: factors count
         return -math.log(max(1 - alpha, 1e-9))
     return alpha
 

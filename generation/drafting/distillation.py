@@ -108,6 +108,10 @@ def distill(
         done = trainer.state.global_step / steps if steps else (time.monotonic() - start) / (60 * minutes)
         return min(done, 1.0)
 
+    def schedule(step: int) -> float:
+        cosine = (1 + math.cos(math.pi * (progress() if step else 0.0))) / 2
+        return min(1.0, (step + 1) / WARMUP_STEPS) * cosine
+
     class StopWhenDone(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             bar.update(100 * progress() - bar.n)
@@ -117,7 +121,7 @@ def distill(
     draft.train().requires_grad_(True).get_input_embeddings().requires_grad_(False)
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, progress() if step else 0.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     bar = tqdm(total=100, desc="Draft learns", bar_format="{l_bar}{bar}| {elapsed}")
     with tempfile.TemporaryDirectory() as folder, bar:
         trainer = DraftDistillationTrainer(
@@ -152,8 +156,3 @@ def distill(
         trainer.train()
     del draft.forward  # TRL put its fused head there
     draft.requires_grad_(True).eval()
-
-
-def _schedule(step, progress):
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warmup * (1 + math.cos(math.pi * progress)) / 2

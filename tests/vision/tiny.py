@@ -13,15 +13,8 @@ from transformers import (
     EdgeTamVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Sam2HieraDetConfig,
-    Sam2ImageProcessor,
-    Sam2VideoConfig,
-    Sam2VideoMaskDecoderConfig,
     Sam2VideoModel,
-    Sam2VideoProcessor,
-    Sam2VideoPromptEncoderConfig,
     Sam2VideoVideoProcessor,
-    Sam2VisionConfig,
     Sam3ImageProcessor,
     Sam3TrackerVideoConfig,
     Sam3TrackerVideoModel,
@@ -29,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from hf_iclr.tiny_models import sam2_processor, sharpen, tiny_sam2_config
 from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
 
 
@@ -73,7 +67,7 @@ AutoModel.register(PyramidConfig, PyramidModel, exist_ok=True)
 
 
 def _shared(**kwargs) -> dict:
-    """What the three configurations have in common beside the vision encoder."""
+    """What the configurations have in common beside the vision encoder."""
     return {
         "memory_attention_hidden_size": HIDDEN,
         "memory_attention_num_layers": 1,
@@ -124,29 +118,7 @@ def tiny_config(family: str = "sam2_video", **kwargs):
             perceiver_resampler_num_latents_2d=4,
             **_shared(memory_attention_mlp_hidden_size=HIDDEN, **kwargs),
         )
-    backbone = Sam2HieraDetConfig(
-        hidden_size=8,
-        image_size=[SIDE, SIDE],
-        embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        blocks_per_stage=[1, 1, 2, 1],
-        global_attention_blocks=[3],
-        window_size_per_stage=[8, 4, 4, 2],
-        window_positional_embedding_background_size=[7, 7],
-        mlp_ratio=2.0,
-    )
-    return Sam2VideoConfig(
-        vision_config=Sam2VisionConfig(
-            backbone_config=backbone,
-            backbone_channel_list=[64, 32, 16, 8],
-            backbone_feature_sizes=_SIZES,
-            fpn_hidden_size=HIDDEN,
-        ),
-        prompt_encoder_config=Sam2VideoPromptEncoderConfig(**_prompt_encoder()),
-        mask_decoder_config=Sam2VideoMaskDecoderConfig(**_mask_decoder()),
-        image_size=SIDE,
-        **_shared(memory_attention_feed_forward_hidden_size=HIDDEN, **kwargs),
-    )
+    return tiny_sam2_config(SIDE, **kwargs)
 
 
 def tiny_model(family: str = "sam2_video", **kwargs):
@@ -158,26 +130,16 @@ def tiny_model(family: str = "sam2_video", **kwargs):
         "sam3_tracker_video": Sam3TrackerVideoModel,
         "edgetam_video": EdgeTamVideoModel,
     }
-    model = classes[family](config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "vision_encoder" not in name:
-                parameter.mul_(4)
-        model.memory_temporal_positional_encoding.normal_(0, 0.5)
-        model.no_memory_embedding.normal_(0, 0.5)
-        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(3.0)
-    return model
+    return sharpen(classes[family](config))
 
 
 def tiny_processor(family: str = "sam2_video"):
     """The processor of a tiny model."""
+    if family != "sam3_tracker_video":
+        return sam2_processor(SIDE)
     size = {"height": SIDE, "width": SIDE}
-    sam3 = family == "sam3_tracker_video"
-    image_processor = (Sam3ImageProcessor if sam3 else Sam2ImageProcessor)(
-        size=size, mask_size={"height": SIDE // 4, "width": SIDE // 4}
-    )
-    processor_class = Sam3TrackerVideoProcessor if sam3 else Sam2VideoProcessor
-    return processor_class(image_processor, Sam2VideoVideoProcessor(size=size), target_size=SIDE)
+    images = Sam3ImageProcessor(size=size, mask_size={"height": SIDE // 4, "width": SIDE // 4})
+    return Sam3TrackerVideoProcessor(images, Sam2VideoVideoProcessor(size=size), target_size=SIDE)
 
 
 @cache

@@ -124,17 +124,7 @@ def annotate(
     options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
     VideoSessionConfig(**options)  # a wrong value is refused before any work
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
-    engine = _Engine(
-        pipe,
-        prompts,
-        verifier,
-        corrector,
-        phase,
-        gate,
-        finder,
-        max_rounds,
-        options,
-    )
+    engine = _Engine(pipe, prompts, verifier, corrector, phase, gate, finder, max_rounds, options)
     given = list_videos(videos)
     model = pipe.model.config.name_or_path
     revision = cached_revision(model)

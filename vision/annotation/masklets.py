@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco
 
 from ..session.automatic_masks import AutomaticMaskConfig
@@ -121,7 +120,8 @@ class Masklet:
         self.object_scores[frame] = segments.object_scores[obj]
         output = session._memories[obj].output(frame) if obj in session.objects else None
         logits = (output or {}).get("pred_masks")
-        self.stabilities[frame] = 1.0 if logits is None else _stability(logits)
+        outer = 0 if logits is None else int((logits > -_STABILITY_OFFSET).sum())
+        self.stabilities[frame] = int((logits > _STABILITY_OFFSET).sum()) / outer if outer else 1.0
         self.cycle_iou = None
 
 
@@ -285,8 +285,3 @@ def _without_duplicates(masklets: list[Masklet], max_overlap: float) -> list[Mas
         if all(shared[index, other] < max_overlap * union[index, other] for other in kept):
             kept.append(index)
     return [masklets[index] for index in sorted(kept, key=lambda index: masklets[index].object)]
-
-
-def _stability(logits: torch.Tensor) -> float:
-    outer = int((logits > -_STABILITY_OFFSET).sum())
-    return int((logits > _STABILITY_OFFSET).sum()) / outer if outer else 1.0

@@ -1,6 +1,7 @@
 """A stand-in for the people of a data engine, who knows the true masks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from .masklets import Masklet
 _SAME_OBJECT = 0.1  # IoU with some true object below which what the model found is none
 
 
+@dataclass
 class SimulatedAnnotator:
     """
     Points at objects, verifies masklets and corrects them from the truth, so that the phases of the data engine can be
@@ -46,25 +48,19 @@ class SimulatedAnnotator:
     ```
     """
 
-    def __init__(
-        self,
-        truth: Callable[[Any], Mapping[int, np.ndarray]] = lambda video: video.masks,
-        phase: int = 3,
-        min_iou: float = 0.75,
-        max_clicks: int = 8,
-        per_frame: bool = True,
-    ):
-        if phase not in (1, 2, 3):
-            raise ValueError(f"Expected phase 1, 2 or 3, got {phase!r}.")
-        if not 0 < min_iou <= 1:
-            raise ValueError(f"Expected min_iou in 0..1 (0 excluded), got {min_iou}.")
-        if max_clicks < 1:
-            raise ValueError(f"Expected max_clicks of at least 1, got {max_clicks}.")
-        self.truth = truth
-        self.phase = phase
-        self.min_iou = min_iou
-        self.max_clicks = max_clicks
-        self.per_frame = per_frame
+    truth: Callable[[Any], Mapping[int, np.ndarray]] = lambda video: video.masks
+    phase: int = 3
+    min_iou: float = 0.75
+    max_clicks: int = 8
+    per_frame: bool = True
+
+    def __post_init__(self):
+        if self.phase not in (1, 2, 3):
+            raise ValueError(f"Expected phase 1, 2 or 3, got {self.phase!r}.")
+        if not 0 < self.min_iou <= 1:
+            raise ValueError(f"Expected min_iou in 0..1 (0 excluded), got {self.min_iou}.")
+        if self.max_clicks < 1:
+            raise ValueError(f"Expected max_clicks of at least 1, got {self.max_clicks}.")
         self._matches: dict[tuple[str, int], int | None] = {}
 
     def point(self, video: Any, session: VideoSession) -> None:

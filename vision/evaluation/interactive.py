@@ -167,25 +167,23 @@ def evaluate_interactive(
     return InteractiveResult(mode, pd.DataFrame(table))
 
 
+@dataclass
 class _Annotator:
     """Clicks on one object of a clip; `masks` are what the session showed last, on the frames of `truth`."""
 
-    def __init__(
-        self,
-        open_session: Callable[..., VideoSession],
-        obj: int,
-        truth: np.ndarray,
-        frames: Sequence[int],
-        clicks_per_frame: int,
-        options: Mapping[str, Any],
-    ):
-        self.open_session, self.obj, self.truth, self.frames = open_session, obj, truth, frames
-        self.clicks_per_frame, self.options = clicks_per_frame, options
-        self.masks = np.zeros_like(truth)
+    open_session: Callable[..., VideoSession]
+    obj: int
+    truth: np.ndarray
+    frames: Sequence[int]
+    clicks_per_frame: int
+    options: Mapping[str, Any]
+
+    def __post_init__(self):
+        self.masks = np.zeros_like(self.truth)
+        self.places = {frame: place for place, frame in enumerate(self.frames)}
 
     def offline(self, max_frames: int) -> Iterator[dict[str, Any]]:
         """A pass over the whole video for each row."""
-        places = {frame: place for place, frame in enumerate(self.frames)}
         begin = time.perf_counter()
         session = self.open_session(**{"undo_levels": 0, **self.options})
         clicks = prompt_object(session, self.frames[0], self.obj, self.truth[0], self.clicks_per_frame)
@@ -194,8 +192,8 @@ class _Annotator:
         while True:
             begin = time.perf_counter()
             for segments in session.iterate():
-                if segments.frame in places:
-                    self.masks[places[segments.frame]] = segments.binary(self.obj)
+                if segments.frame in self.places:
+                    self.masks[self.places[segments.frame]] = segments.binary(self.obj)
             seconds += time.perf_counter() - begin
             yield {"clicked": self.frames[clicked[-1]], "clicks": clicks, "seconds": seconds}
             ious = region_similarity(self.masks, self.truth)
@@ -211,7 +209,6 @@ class _Annotator:
 
     def online(self, max_frames: int, pause_below: float) -> Iterator[dict[str, Any]]:
         """A pass with one more frame to click on for each row."""
-        places = {frame: place for place, frame in enumerate(self.frames)}
         options = {"keep": "window", "feature_cache_bytes": 0, "undo_levels": 0, **self.options}
         for allowed in range(1, max_frames + 1):
             begin = time.perf_counter()
@@ -219,9 +216,9 @@ class _Annotator:
             clicks = prompt_object(session, self.frames[0], self.obj, self.truth[0], self.clicks_per_frame)
             clicked = [self.frames[0]]
             for segments in session.iterate():
-                if segments.frame not in places:
+                if segments.frame not in self.places:
                     continue
-                place = places[segments.frame]
+                place = self.places[segments.frame]
                 self.masks[place] = segments.binary(self.obj)
                 pair = self.masks[place : place + 1], self.truth[place : place + 1]
                 if place and len(clicked) < allowed and region_similarity(*pair)[0] < pause_below:

@@ -97,13 +97,21 @@ class AnnotatedVideo:
                 f"Expected at least {self.frames[-1] + 1} frames in {self.name}, as many as there are masks, got "
                 f"{video.num_frames}."
             )
-        size = video[self.frames[0]].shape[:2]
-        known = [{obj: to_boolean_mask(mask) for obj, mask in self.masks(frame).items()} for frame in self.frames]
+        return video, self.stacked(self.frames, video[self.frames[0]].shape[:2])
+
+    def stacked(
+        self, frames: Sequence[int], size: tuple[int, int], wanted: Sequence[int] | None = None
+    ) -> dict[int, np.ndarray]:
+        """Masks of all or some objects, boolean of shape `(frames, *size)`, empty where an object is missing."""
+        known = [
+            {obj: to_boolean_mask(mask) for obj, mask in self.masks(frame).items() if wanted is None or obj in wanted}
+            for frame in frames
+        ]
         if others := {mask.shape for masks in known for mask in masks.values()} - {size}:
             raise ValueError(f"Expected masks of the frames' size {size} in {self.name}, got {others.pop()}.")
         nothing = np.zeros(size, bool)
         objects = sorted({obj for masks in known for obj in masks})
-        return video, {obj: np.stack([masks.get(obj, nothing) for masks in known]) for obj in objects}
+        return {obj: np.stack([masks.get(obj, nothing) for masks in known]) for obj in objects}
 
 
 def to_annotated(video: Any, number: int = 0) -> AnnotatedVideo:

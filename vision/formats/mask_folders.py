@@ -1,7 +1,6 @@
 """Masks as folders of images and labels: DAVIS, a folder an object (SA-V), YouTube-VOS, YOLO."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 
 from hf_iclr.untrusted import as_written_by, inside
 
-from ..session.segments import FrameSegments, VideoSegments, to_polygons
+from ..session.segments import FrameSegments, VideoSegments, fill_polygon, to_polygons
 from .segment_files import PALETTE, given_segments, read_json, whole_folder
 
 
@@ -35,7 +34,14 @@ def write_davis(segments: Iterable[FrameSegments], folder: str | Path) -> None:
     """
     with whole_folder(folder) as part:
         for frame in segments:
-            _save_labels(_label_image(frame), part / f"{frame.frame:05}.png")
+            labels = np.zeros(frame.size, np.uint8)
+            for obj in sorted(frame.objects, reverse=True):
+                if not 0 < obj < VOID:
+                    raise ValueError(
+                        f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {obj}."
+                    )
+                labels[frame.binary(obj)] = obj
+            _save_labels(labels, part / f"{frame.frame:05}.png")
 
 
 def read_davis(folder: str | Path) -> VideoSegments:
@@ -185,19 +191,10 @@ def read_yolo(folder: str | Path, size: tuple[int, int]) -> VideoSegments:
                 points = np.empty((0, 2))
             if len(points) < 3:
                 raise ValueError(f"Expected a class and at least three pairs of x and y in {file}, got {line!r:.80}.")
-            mask = _fill(points * np.array(size[::-1]) - 0.5, size)
+            mask = fill_polygon(points * np.array(size[::-1]) - 0.5, size)
             masks[obj] = masks.get(obj, np.zeros(size, bool)) | mask
         frames.append(given_segments(number, size, masks))
     return VideoSegments(frames)
-
-
-def _label_image(frame: FrameSegments) -> np.ndarray:
-    labels = np.zeros(frame.size, np.uint8)
-    for obj in sorted(frame.objects, reverse=True):
-        if not 0 < obj < VOID:
-            raise ValueError(f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {obj}.")
-        labels[frame.binary(obj)] = obj
-    return labels
 
 
 def _save_labels(labels: np.ndarray, path: Path) -> None:
@@ -244,15 +241,3 @@ def _joined_outline(mask: np.ndarray) -> np.ndarray:
         return np.empty((0, 2))
     start = polygons[0][:1]
     return np.concatenate([part for polygon in polygons for part in (start, polygon, polygon[:1])])
-
-
-def _fill(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The pixels whose middles (whole numbers) lie within a polygon, by the rule of even and odd crossings."""
-    crossings = np.zeros((size[0], size[1] + 1), np.int64)
-    for one, other in zip(points, np.roll(points, -1, axis=0), strict=True):
-        (x0, y0), (x1, y1) = sorted((one.tolist(), other.tolist()), key=lambda point: point[1])
-        rows = np.arange(max(math.ceil(y0), 0), min(math.ceil(y1), size[0]))
-        if len(rows):
-            columns = np.ceil(x0 + (rows - y0) * (x1 - x0) / (y1 - y0)).clip(0, size[1]).astype(int)
-            crossings[rows, columns] += 1
-    return crossings.cumsum(axis=1)[:, :-1] % 2 == 1

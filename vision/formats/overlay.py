@@ -34,14 +34,10 @@ def draw_overlay(frame: np.ndarray, segments: FrameSegments, alpha: float = 0.5)
     """
     drawn = frame.copy()
     for obj in sorted(segments.objects):
-        mask, color = segments.binary(obj), PALETTE[_color(obj)]
+        mask, color = segments.binary(obj), PALETTE[(obj - 1) % 255 + 1]
         drawn[mask] = ((1 - alpha) * drawn[mask] + alpha * color).round().astype(np.uint8)
         drawn[mask & ~ndimage.binary_erosion(mask)] = color
     return drawn
-
-
-def _color(obj: int) -> int:
-    return (obj - 1) % 255 + 1
 
 
 def write_overlay(

@@ -204,17 +204,17 @@ def inpaint_video(
     return InpaintedVideo([span[0] for span in spans], sources, frames, weights, fills)
 
 
+@dataclass
 class _Painter:
     """Calls a diffusers pipeline on what is to be painted, cropped to it."""
 
-    def __init__(self, pipeline, parameters: Mapping, prompt: str, crop, feather: int, seed: int, kwargs: dict):
-        self.pipeline = pipeline
-        self.parameters = parameters
-        self.prompt = prompt
-        self.crop = crop
-        self.feather = feather
-        self.seed = seed
-        self.kwargs = kwargs
+    pipeline: Any
+    parameters: Mapping[str, inspect.Parameter]
+    prompt: str
+    crop: float | None
+    feather: int
+    seed: int
+    kwargs: dict[str, Any]
 
     def _call(self, **inputs: Any) -> Any:
         generator = torch.Generator().manual_seed(self.seed)

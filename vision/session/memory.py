@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import Sam2VideoInferenceSession
 
+from .segments import box_around
+
 
 @dataclass(frozen=True)
 class Remembered:
@@ -263,7 +265,7 @@ class ObjectMemory(Sam2VideoInferenceSession):
         for key in ("maskmem_features", "pred_masks"):
             output[key] = output[key].to(self.inference_state_device)
         if self.policy is not exact:
-            output["box"] = _box(output["pred_masks"])
+            output["box"] = torch.tensor(box_around((output["pred_masks"][0, 0] > 0).cpu().numpy()))
 
     def demote(self, frame: int) -> None:
         """Makes a conditioning frame whose prompts are gone an ordinary one."""
@@ -339,14 +341,6 @@ class ObjectMemory(Sam2VideoInferenceSession):
             pointer = self.tracked.get(there, self.tracked[chosen])["object_pointer"]
             view[there] = {**self.tracked[chosen], "object_pointer": pointer}
         return view
-
-
-def _box(logits: torch.Tensor) -> torch.Tensor:
-    """`[x0, y0, x1, y1]` of the positive logits, zeros if there are none."""
-    ys, xs = torch.where(logits[0, 0] > 0)
-    if not len(xs):
-        return torch.zeros(4)
-    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float().cpu()
 
 
 def _motion_score(boxes: list[torch.Tensor]) -> float:

@@ -96,17 +96,8 @@ class ClipDataset(Dataset):
         numbers = video.frames[start : start + length]
         pictures = open_video(video.video)
         frames = [pictures[number] for number in numbers]
-        size = frames[0].shape[:2]
-        masks = np.zeros((len(objects), length, *size), dtype=bool)
-        for place, number in enumerate(numbers):
-            known = video.masks(number)
-            for row, obj in enumerate(objects):
-                if obj in known:
-                    mask = to_boolean_mask(known[obj])
-                    if mask.shape != size:
-                        raise ValueError(f"frames of size {size} have masks of size {mask.shape}")
-                    masks[row, place] = mask
-        return frames, masks
+        masks = video.stacked(numbers, frames[0].shape[:2], objects)
+        return frames, np.stack([masks[obj] for obj in objects])
 
     def _pixels(self, frames: list[np.ndarray]) -> torch.Tensor:
         if hasattr(self.processor, "video_processor"):
