@@ -161,6 +161,15 @@ def one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
 
+def sample(probs: torch.Tensor) -> torch.Tensor:
+    """Draws token ids of shape `(...)` from probabilities of shape `(..., vocab)` by inverting the cumulative sum."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    draw = torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total
+    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last token
+    return torch.searchsorted(cumulative, draw, right=True)[..., 0]
+
+
 def _top(probs: torch.Tensor) -> torch.Tensor:
     return probs.amax(-1, keepdim=True)
 
