@@ -4,8 +4,7 @@ import copy
 import time
 
 import torch
-from transformers import LogitsProcessor
-from transformers.generation import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
 from .cached_decoder import align_vocabulary, vocabulary_size
@@ -54,9 +53,17 @@ class AssistedCall:
         left_out = (*WARPERS, Rewindable) if self.other_vocabulary else WARPERS
         return LogitsProcessorList(p for p in self.processors if not isinstance(p, left_out))
 
-    def stopping_criteria(self, criteria):
+    def stopping_criteria(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
         """The criteria, given the scores that the call returns."""
-        return lambda input_ids, scores, **kwargs: criteria(input_ids, scores and tuple(self.scores), **kwargs)
+        return StoppingCriteriaList([_WithScores(criteria, self.scores)])
+
+
+class _WithScores(StoppingCriteria):
+    def __init__(self, criteria: StoppingCriteriaList, scores: list[torch.Tensor]):
+        self.criteria, self.scores = criteria, scores
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.criteria(input_ids, scores and tuple(self.scores), **kwargs)
 
 
 def _own_copy(model):

@@ -5,7 +5,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from .cache_argument import cache_inputs, forward_parameters
@@ -231,6 +231,8 @@ def same_vocabulary(large, small, tokenizers: tuple = (None, None), **kwargs) ->
     if None not in tokenizers:
         return _same_words(*tokenizers)
     if small not in known:
+        from transformers import AutoTokenizer  # at import it would load the registries, which load us
+
         try:
             tokenizers = tuple(AutoTokenizer.from_pretrained(m.name_or_path, **kwargs) for m in (large, small))
         except (OSError, ValueError, KeyError):  # neither has to come with one

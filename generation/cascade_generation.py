@@ -42,6 +42,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
 
     _own_assistant: tuple = ()  # (small model,); in a tuple, so that it is no submodule and isn't saved with self
     _newest_statistics: CascadeStatistics | None = None
+    _cascade_call: AssistedCall | None = None  # on the copy that a call in the loop of transformers makes of the model
 
     @property
     def cascade_statistics(self) -> CascadeStatistics | None:
@@ -86,6 +87,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 token after a fully accepted draft follows the large model. `"auto"` takes the first that can serve.
             tokenizer, assistant_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 Both, when the two models have different vocabularies.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
+                One that keeps a state needs a method `clone()` that returns an independent copy in its present state:
+                rejected drafts are taken back, and each row gets a copy of its own.
+
+        With `return_dict_in_generate`, `scores` are the large model's processed scores of the tokens written, whatever
+        the rule, `logits` its raw ones, and the cache holds all tokens but the last, so that a chat can go on from it.
 
         Raises:
             ValueError: before anything is generated, if a rule, its alpha, the draft length, a cache or the pair of
