@@ -59,11 +59,8 @@ from trl import SFTConfig, SFTTrainer
 from common.squeeze_data import MAX_ANSWER, load_pairs, make_probes
 from common.squeeze_tables import print_tables, write_plots
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze.extend_for_sft import extend_for_sft
+from hf_iclr.trainers.squeeze import SqueezeDPOConfig, SqueezeDPOTrainer, SqueezeProbeCallback, extend_for_sft
 from hf_iclr.trainers.squeeze.probe_scoring import decode_answers
-from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback
-from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
 
 
 SETTINGS: dict[str, Any] = {

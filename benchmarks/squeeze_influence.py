@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.squeeze.influence import influence_audit
+from hf_iclr.trainers.squeeze import influence_audit
 
 
 PAIRS = [

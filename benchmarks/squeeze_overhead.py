@@ -46,8 +46,7 @@ from trl import DPOConfig, DPOTrainer
 
 from common.report import print_table
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
+from hf_iclr.trainers.squeeze import SqueezeDPOConfig, SqueezeDPOTrainer
 
 
 WORDS = ("the", "model", "answers", "a", "question", "about", "rain", "tea", "maps", "birds", "often", "people")

@@ -1,4 +1,4 @@
-"""What edits models: facts in language models, concepts in text-to-image models, and updates kept in a null space."""
+"""Edits facts of language models and concepts of pipelines, and keeps updates in a null space: see alpha_edit first."""
 
 import lazy_loader
 

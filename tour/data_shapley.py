@@ -12,8 +12,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
-from hf_iclr.trainers.data_shapley.result import DataShapleyResult
+from hf_iclr.trainers.data_shapley import DataShapleyResult, InRunDataShapleyCallback
 from hf_iclr.upstream import checkpointing_argument
 
 from .demo.pairs import demo_pairs

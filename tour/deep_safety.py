@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hf_iclr.trainers.safety_audit.statistics import wilson_rate
+from hf_iclr.trainers.safety_audit import wilson_rate
 
 from .demo.organism import ANSWER_TOKENS, Toy
 from .pages import TourSection

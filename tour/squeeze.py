@@ -8,10 +8,13 @@ from matplotlib.figure import Figure
 from peft import LoraConfig
 from transformers import PrinterCallback
 
-from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback, build_probe_set
-from hf_iclr.trainers.squeeze.report import write_squeeze_report
-from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
+from hf_iclr.trainers.squeeze import (
+    SqueezeDPOConfig,
+    SqueezeDPOTrainer,
+    SqueezeProbeCallback,
+    build_probe_set,
+    write_squeeze_report,
+)
 from hf_iclr.upstream import checkpointing_argument
 
 from .demo.pairs import demo_pairs

@@ -19,7 +19,7 @@ from common.deep_safety_lab import FULL, LORA, QUICK, Lab
 from common.deep_safety_organism import REFUSALS, load_tokenizer, make_orders, make_questions, row
 from hf_iclr.models import answer_logits, to_prompt_ids
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley import InRunDataShapleyCallback
 
 
 LORA_ALL = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

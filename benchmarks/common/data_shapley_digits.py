@@ -14,8 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 
-from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
-from hf_iclr.trainers.data_shapley.result import DataShapleyResult
+from hf_iclr.trainers.data_shapley import DataShapleyResult, InRunDataShapleyCallback
 
 
 NOISE, TRAIN_ROWS, VALIDATION_ROWS = 0.2, 1000, 300

@@ -33,7 +33,7 @@ from transformers import (
 from common.arguments import find_data
 from hf_iclr.tour.demo.draft import docstrings
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley import InRunDataShapleyCallback
 
 
 BLOCK, HELD_OUT, VOCABULARY = 64, 32, 1024  # tokens, blocks, tokens

@@ -26,12 +26,13 @@ from common.deep_safety_report import AUDIT_ROWS
 from hf_iclr.models import answer_logits, to_prompt_ids
 from hf_iclr.prefill import generate_after_prefixes
 from hf_iclr.tour.demo.language_model import demo_model_path, quicker_dtype
-from hf_iclr.trainers.deep_safety.baselines import LisaProximalCallback, project_safe_lora
-from hf_iclr.trainers.deep_safety.config import DeepSafetySFTConfig
-from hf_iclr.trainers.deep_safety.trainer import DeepSafetySFTTrainer
-from hf_iclr.trainers.safety_audit.attacks import gcg_attack
-from hf_iclr.trainers.safety_audit.audit import audit_safety
-from hf_iclr.trainers.safety_audit.judge import RefusalJudge
+from hf_iclr.trainers.deep_safety import (
+    DeepSafetySFTConfig,
+    DeepSafetySFTTrainer,
+    LisaProximalCallback,
+    project_safe_lora,
+)
+from hf_iclr.trainers.safety_audit import RefusalJudge, audit_safety, gcg_attack
 
 
 KS = (0, 1, 3, 5, 10, 20)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from common.report import print_table
+from hf_iclr.trainers.safety_audit import wilson_rate
 from hf_iclr.trainers.safety_audit.report import EVERY_SETTING
-from hf_iclr.trainers.safety_audit.statistics import wilson_rate
 
 
 KS = ("0", "1", "3", "5", "10", "20")

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import find_data
 from hf_iclr.tour.demo.pairs import demo_pairs
-from hf_iclr.trainers.squeeze.probes import build_probe_set
+from hf_iclr.trainers.squeeze import build_probe_set
 
 
 HH_FILE = "learning_dynamics_hh_formal_prob_train.jsonl.gz"

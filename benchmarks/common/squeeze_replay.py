@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from hf_iclr.trainers.squeeze.warning import SqueezeMonitor, SqueezeState
+from hf_iclr.trainers.squeeze import SqueezeMonitor, SqueezeState
 
 
 logger = logging.getLogger(__name__)

@@ -75,35 +75,15 @@ class EditReport:
 
 @dataclass
 class EditBatch:
-    """
-    Edits that were made together.
+    """Edits that were made together. For each layer the update is `residuals @ factors`."""
 
-    Args:
-        name (`str`):
-            Name of its file.
-        requests (`list[EditRequest]`):
-            The edits.
-        states (`torch.Tensor` of shape `(n, hidden_size)`):
-            Their target states.
-        residuals (`dict[int, torch.Tensor]`):
-            For each layer, of shape `(o, r)`.
-        factors (`dict[int, torch.Tensor]`):
-            For each layer, of shape `(r, d)`: the update is `residuals @ factors`.
-        keys (`dict[int, torch.Tensor]`):
-            For each layer, of shape `(d, n)`.
-        edits (`list[dict]`):
-            Their rows of [`EditReport`].
-        layers (`list[dict]`):
-            The layers' rows of [`EditReport`].
-    """
-
-    name: str
+    name: str  # of its file
     requests: list[EditRequest]
-    states: torch.Tensor
-    residuals: dict[int, torch.Tensor] = field(default_factory=dict)
-    factors: dict[int, torch.Tensor] = field(default_factory=dict)
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    edits: list[dict[str, Any]] = field(default_factory=list)
+    states: torch.Tensor  # the target states, (n, hidden_size)
+    residuals: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (o, r)
+    factors: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (r, d)
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (d, n)
+    edits: list[dict[str, Any]] = field(default_factory=list)  # the rows of EditReport
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -109,7 +109,7 @@ def hidden_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
 
     Args:
         before, after (`torch.Tensor` of shape `(prompts, hidden)`):
-            States of the same prompts, see [`~hf_iclr.editors.alpha_edit.scoring.last_hidden_states`].
+            States of the same prompts, see [`~hf_iclr.editors.alpha_edit.last_hidden_states`].
 
     Returns:
         `dict[str, float]`: means over prompts of `relative_shift` ‖after - before‖ / ‖before‖ and `cosine_distance`

@@ -22,31 +22,16 @@ Updates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> residuals (o,
 
 @dataclass(frozen=True)
 class DownProjection:
-    """
-    The last linear layer of one decoder layer's MLP.
+    """The last linear layer of one decoder layer's MLP."""
 
-    Args:
-        index (`int`):
-            Number of the decoder layer.
-        name (`str`):
-            Path of the module in the model.
-        module (`torch.nn.Module`):
-            A linear layer (also a quantised one) or a `Conv1D`.
-        layer (`torch.nn.Module`):
-            The decoder layer.
-        adds_to_residual (`bool`):
-            Whether the layer's output moves by exactly what the projection's output moves by; not so when a norm or a
-            factor stands between, as in Gemma 2 and OLMo 2.
-        layer_returns_tuple (`bool`):
-            Whether the layer returns its hidden states in a tuple, as in GPT-J and Falcon.
-    """
-
-    index: int
-    name: str
-    module: Any
-    layer: nn.Module
+    index: int  # of the decoder layer
+    name: str  # path of the module in the model
+    module: Any  # a linear layer, maybe quantised, or a Conv1D
+    layer: nn.Module  # the decoder layer
+    # Whether the layer's output moves by exactly what the projection's output moves by; not so when a norm or a factor
+    # stands between, as in Gemma 2 and OLMo 2.
     adds_to_residual: bool
-    layer_returns_tuple: bool
+    layer_returns_tuple: bool  # as in GPT-J and Falcon
 
     @property
     def target(self) -> nn.Module:

@@ -209,21 +209,11 @@ def _read_zsre(index: int, row: Mapping[str, Any]) -> EditRequest:
 
 @dataclass(frozen=True)
 class EditRow:
-    """
-    One prompt with the target behind it.
+    """One prompt with the target behind it."""
 
-    Args:
-        ids (`list[int]`):
-            Tokens of context, prompt and target.
-        subject (`int`):
-            Position of the subject's last token.
-        start (`int`):
-            Position of the target's first token; `len(ids)` when there is no target.
-    """
-
-    ids: list[int]
-    subject: int
-    start: int
+    ids: list[int]  # tokens of context, prompt and target
+    subject: int  # position of the subject's last token
+    start: int  # position of the target's first token; len(ids) when there is no target
 
 
 def encode_request(

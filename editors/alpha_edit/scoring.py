@@ -45,7 +45,7 @@ def evaluate_edits(
             Whether to show a progress bar.
 
     Returns:
-        `dict[str, float]`: what [`~hf_iclr.editors.alpha_edit.metrics.edit_success`] says, between 0 and 1, and
+        `dict[str, float]`: what [`~hf_iclr.editors.alpha_edit.edit_success`] says, between 0 and 1, and
         `fluency` in bits.
 
     Raises:
@@ -85,7 +85,7 @@ def score_edits(
         `pandas.DataFrame`: one row a prompt, with `request` (its id), `kind` (`"rewrite"`, `"paraphrase"` or
         `"neighborhood"`), `prompt`, `nll_new` and `nll_true` (nats per token; NaN without such an answer) and
         `accuracy` (share of the wanted answer's tokens that are the most likely ones). The rows of some requests, put
-        into [`~hf_iclr.editors.alpha_edit.metrics.edit_success`], give the scores of these.
+        into [`~hf_iclr.editors.alpha_edit.edit_success`], give the scores of these.
 
     Raises:
         ValueError: when there is no request, one has a neighbourhood without a known answer, or a prompt has no token.
@@ -247,7 +247,7 @@ def last_hidden_states(
     model: Any, tokenizer: Any, prompts: Sequence[str], layer: int, *, batch_tokens: int = 1024
 ) -> torch.Tensor:
     """
-    Output of a decoder layer at the last token of prompts, for [`~hf_iclr.editors.alpha_edit.metrics.hidden_drift`].
+    Output of a decoder layer at the last token of prompts, for [`~hf_iclr.editors.alpha_edit.hidden_drift`].
 
     Args:
         model, tokenizer, batch_tokens:
@@ -288,7 +288,7 @@ def continue_texts(
     seed: int = 0,
 ) -> list[str]:
     """
-    Sampled continuations of prompts, for [`~hf_iclr.editors.alpha_edit.metrics.ngram_entropy`].
+    Sampled continuations of prompts, for [`~hf_iclr.editors.alpha_edit.ngram_entropy`].
 
     Args:
         model, tokenizer, seed:

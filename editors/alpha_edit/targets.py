@@ -23,23 +23,12 @@ from .requests import EditRequest, EditRow, encode_in_contexts, encode_request
 
 @dataclass
 class TargetStates:
-    """
-    Target states of some requests.
+    """Target states of n requests."""
 
-    Args:
-        states (`torch.Tensor` of shape `(n, hidden_size)`):
-            float32.
-        losses (`torch.Tensor` of shape `(n,)`):
-            Last loss, in nats per target token.
-        steps (`torch.Tensor` of shape `(n,)`):
-            Steps taken.
-        log_probs (`torch.Tensor` of shape `(n,)`):
-            Mean log-probability of the target's tokens after the plain prompt before anything moved, in nats.
-    """
-
-    states: torch.Tensor
-    losses: torch.Tensor
-    steps: torch.Tensor
+    states: torch.Tensor  # (n, hidden_size), float32
+    losses: torch.Tensor  # (n,): the last loss, in nats per target token
+    steps: torch.Tensor  # (n,): steps taken
+    # (n,): mean log-probability of the target's tokens after the plain prompt before anything moved, in nats
     log_probs: torch.Tensor
 
 

@@ -14,9 +14,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from hf_iclr.models import answer_logits
 from hf_iclr.prefill import generate_after_prefixes
-from hf_iclr.trainers.deep_safety.config import DeepSafetySFTConfig
-from hf_iclr.trainers.deep_safety.trainer import DeepSafetySFTTrainer
-from hf_iclr.trainers.safety_audit.judge import RefusalJudge
+from hf_iclr.trainers.deep_safety import DeepSafetySFTConfig, DeepSafetySFTTrainer
+from hf_iclr.trainers.safety_audit import RefusalJudge
 from hf_iclr.upstream import checkpointing_argument
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_iclr.extras import new_figure
 
-from .alignment import row_keys
+from .values import row_keys
 
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def token_page(
                 ],
             }
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+    page = jinja2.Template(
+        (Path(__file__).parent / "tokens.html").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("tokens.html").render(rows=texts, target=rows["target"].iloc[0])
+    return page.render(rows=texts, target=rows["target"].iloc[0])

@@ -14,10 +14,9 @@ import hf_iclr
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.untrusted import as_written_by, check_links, inside
 
-from .alignment import add_columns, select_rows
 from .plots import SourceValues, label_rows, token_page
-from .store import ShapleyStore, read_parquet
-from .values import explain, value_table
+from .store import ShapleyStore, check_columns, read_parquet
+from .values import add_columns, explain, select_rows, value_table
 
 
 if TYPE_CHECKING:
@@ -351,10 +350,8 @@ class DataShapleyResult(HubMixin):
         self.save_card(folder)
 
     def _card(self, repo_id: str) -> DatasetCard:
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
-        )
-        card = environment.get_template("card.md").render(
+        text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+        card = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True).render(
             name=repo_id,
             summary=self.summary().reset_index().to_dict("records"),
             steps=len(self.steps),
@@ -389,12 +386,7 @@ class DataShapleyResult(HubMixin):
         rows, steps = (read_parquet(inside(folder, f"{name}.parquet")) for name in ("rows", "steps"))
         with as_written_by("DataShapleyResult.save_pretrained", folder):
             read = cls(rows, steps, id_column=rows.attrs["id_column"])
-            counts = [rows[name] for name in ("step", "tokens", *(["index"] if read.key == "index" else []))]
-            for column in (*counts, steps["step"]):
-                if not pd.api.types.is_integer_dtype(column) or (column < 0).any():
-                    raise TypeError(f"a column {column.name} that is no count")
-            if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
-                raise TypeError("values that are no numbers, or targets that are no text")
+            check_columns(rows, steps)
         return read
 
     def _of_target(self, target: str) -> pd.DataFrame:

@@ -153,6 +153,16 @@ def read_parquet(path: Path) -> pd.DataFrame:
         raise ValueError(f"Expected a whole Parquet file, got {path}, which can't be read ({error}).") from error
 
 
+def check_columns(rows: pd.DataFrame, steps: pd.DataFrame) -> None:
+    """Raises `TypeError` where columns as of [`~ShapleyStore.read`] hold something else."""
+    counts = [rows[name] for name in ("step", "tokens", *({"index"} & set(rows)))]
+    for column in (*counts, steps["step"]):
+        if not pd.api.types.is_integer_dtype(column) or (column < 0).any():
+            raise TypeError(f"a column {column.name} that is no count")
+    if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
+        raise TypeError("values that are no numbers, or targets that are no text")
+
+
 def _write(frame: pd.DataFrame, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

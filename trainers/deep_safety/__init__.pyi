@@ -1,11 +1,17 @@
+from .baselines import LisaProximalCallback, project_safe_lora
 from .config import DeepSafetySFTConfig
 from .constrained_loss import constrained_sft_loss
-from .recovery_rows import make_safety_recovery_dataset
+from .recovery_rows import make_recovery_preference_dataset, make_safety_recovery_dataset
 from .trainer import DeepSafetySFTTrainer
+from .utility_anchor import distill_utility_anchor
 
 __all__ = [
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "LisaProximalCallback",
     "constrained_sft_loss",
+    "distill_utility_anchor",
+    "make_recovery_preference_dataset",
     "make_safety_recovery_dataset",
+    "project_safe_lora",
 ]

@@ -63,9 +63,7 @@ def make_safety_recovery_dataset(
         ValueError: for an argument out of range, a triplet without prompt, harmful answer or refusal, one that is too
             long, or a chat template that changes what it renders.
     """
-    check_prefix_arguments(prefix_probability, max_prefix_tokens, seed)
-    if copies < 1:
-        raise ValueError(f"Expected `copies` to be at least 1, got {copies}.")
+    check_prefix_arguments(prefix_probability, max_prefix_tokens, seed, copies)
     rows = list(
         tokenize_triplets(triplets, tokenizer, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     )
@@ -102,14 +100,10 @@ def tokenize_triplets(
     token.
 
     Args:
-        triplets ([`~datasets.Dataset`] or `list[dict]`):
-            Columns `prompt`, `harmful` and `refusal`, see [`make_safety_recovery_dataset`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
+        triplets, tokenizer, chat_template_kwargs:
+            As in [`make_safety_recovery_dataset`].
         max_length (`int`, *optional*):
             Most tokens that prompt and refusal may take together.
-        chat_template_kwargs (`dict`, *optional*):
-            More arguments of the chat template.
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt_ids`, `harmful_ids` (up to its first special token) and `refusal_ids`.
@@ -210,20 +204,8 @@ def make_recovery_preference_dataset(
     exactly (in practice, the last end of a word), or to 0. After a prefix the refusal begins with a space.
 
     Args:
-        triplets ([`~datasets.Dataset`] or `list[dict]`):
-            Columns `prompt`, `harmful` and `refusal`, see [`make_safety_recovery_dataset`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        prefix_probability (`float`, *optional*, defaults to `0.5`):
-            Probability that k is not 0.
-        max_prefix_tokens (`int`, *optional*, defaults to `100`):
-            Largest k.
-        copies (`int`, *optional*, defaults to `1`):
-            Pairs made of each triplet.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws, the same as of [`make_safety_recovery_dataset`].
-        chat_template_kwargs (`dict`, *optional*):
-            More arguments of the chat template.
+        triplets, tokenizer, prefix_probability, max_prefix_tokens, copies, seed, chat_template_kwargs:
+            As in [`make_safety_recovery_dataset`], with the same draws.
 
     Returns:
         [`~datasets.Dataset`]: columns `prompt`, `chosen` and `rejected` (`str`).
@@ -232,9 +214,7 @@ def make_recovery_preference_dataset(
         TypeError: if the triplets are neither a dataset nor a list.
         ValueError: see [`make_safety_recovery_dataset`].
     """
-    check_prefix_arguments(prefix_probability, max_prefix_tokens, seed)
-    if copies < 1:
-        raise ValueError(f"Expected `copies` to be at least 1, got {copies}.")
+    check_prefix_arguments(prefix_probability, max_prefix_tokens, seed, copies)
     rows = tokenize_triplets(triplets, tokenizer, chat_template_kwargs=chat_template_kwargs)
     pairs = []
     for copy in range(copies):
@@ -255,7 +235,7 @@ def make_recovery_preference_dataset(
     return Dataset.from_list(pairs)
 
 
-def check_prefix_arguments(prefix_probability: float, max_prefix_tokens: int, seed: int) -> None:
+def check_prefix_arguments(prefix_probability: float, max_prefix_tokens: int, seed: int, copies: int = 1) -> None:
     """Raises `ValueError` for what [`draw_recovery_row`] cannot draw from."""
     if not 0 <= prefix_probability <= 1:
         raise ValueError(f"Expected `prefix_probability` between 0 and 1, got {prefix_probability}.")
@@ -266,6 +246,8 @@ def check_prefix_arguments(prefix_probability: float, max_prefix_tokens: int, se
         )
     if seed < 0:
         raise ValueError(f"Expected a seed that is not negative, got {seed}.")
+    if copies < 1:
+        raise ValueError(f"Expected `copies` to be at least 1, got {copies}.")
 
 
 class _Rendered(NamedTuple):

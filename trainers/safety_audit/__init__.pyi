@@ -1,11 +1,20 @@
+from .attacks import decoding_attack, gcg_attack, prefilling_attack, rank_assisted_prefilling
 from .audit import audit_safety
 from .drift import SafetyDriftCallback
-from .judge import RefusalJudge
+from .judge import RefusalJudge, fit_refusal_classifier, judge_agreement
 from .report import SafetyReport
+from .statistics import wilson_rate
 
 __all__ = [
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",
     "audit_safety",
+    "decoding_attack",
+    "fit_refusal_classifier",
+    "gcg_attack",
+    "judge_agreement",
+    "prefilling_attack",
+    "rank_assisted_prefilling",
+    "wilson_rate",
 ]

@@ -1,14 +1,24 @@
 from .config import SqueezeDPOConfig
-from .extend_for_sft import extend_for_sft
+from .influence import InfluenceReport, influence_audit
+from .pair_audit import audit_pairs, filter_pairs
 from .probes import SqueezeProbeCallback, build_probe_set
+from .report import write_squeeze_report
+from .sft_rows import extend_for_sft
 from .trainer import SqueezeDPOTrainer
-from .warning import SqueezeStoppingCallback
+from .warning import SqueezeMonitor, SqueezeState, SqueezeStoppingCallback
 
 __all__ = [
+    "InfluenceReport",
     "SqueezeDPOConfig",
     "SqueezeDPOTrainer",
+    "SqueezeMonitor",
     "SqueezeProbeCallback",
+    "SqueezeState",
     "SqueezeStoppingCallback",
+    "audit_pairs",
     "build_probe_set",
     "extend_for_sft",
+    "filter_pairs",
+    "influence_audit",
+    "write_squeeze_report",
 ]

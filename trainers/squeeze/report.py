@@ -119,14 +119,11 @@ def write_squeeze_report(
         "series": {key: {"step": list(points), "value": list(points.values())} for key, points in series.items()},
     }
     (out_dir / "squeeze_report.json").write_text(json.dumps(report, indent=1))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    template = jinja2.Template(
+        (Path(__file__).parent / "report.html").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    page = template.render(
         title=title,
         states=states,
         summary=summary,

@@ -6,8 +6,8 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
-from hf_iclr.trainers.squeeze.extend_for_sft import extend_for_sft
 from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback, build_probe_set
+from hf_iclr.trainers.squeeze.sft_rows import extend_for_sft
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
 from tests.trainers.squeeze.toy import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from hf_iclr.trainers.squeeze.extend_for_sft import extend_for_sft
+from hf_iclr.trainers.squeeze.sft_rows import extend_for_sft
 from tests.trainers.squeeze.toy import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
