@@ -62,14 +62,14 @@ def render_prompt(
         ValueError: if there is a chat or a system prompt, and no chat template.
     """
     if not tokenizer.chat_template:
-        if not isinstance(prompt, str):
+        if not (isinstance(prompt, str) and isinstance(answer, str | None)):
             raise ValueError("Expected prompts as strings, since the tokenizer has no chat template; got a chat.")
         if system is not None:
             raise ValueError(
                 "Expected a tokenizer with a chat template for the system prompt, got one without. Put the text "
                 "into the prompts."
             )
-        return prompt if answer is None else prompt + answer
+        return prompt + (answer or "")
     messages = to_messages(prompt, system)
     if answer is not None:
         messages += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -101,17 +101,8 @@ def to_answer_ids(tokenizer, answer: str | Sequence[int], eos: Sequence[int]) ->
 
 def split_answer(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[list[int], list[int]]:
     """
-    Token ids of a prompt with its answer, cut where the answer begins: a tokenizer or a chat template may write the
-    end of a prompt alone otherwise than in front of an answer.
-
-    Args:
-        prompt_ids (`Sequence[int]`):
-            The prompt alone.
-        ids (`Sequence[int]`):
-            Prompt and answer.
-
-    Returns:
-        `tuple[list[int], list[int]]`: what `ids` has in common with the prompt alone, and the rest.
+    What the token ids of a prompt with its answer have in common with those of the prompt alone, and the rest: a
+    tokenizer or a chat template may write the end of a prompt alone otherwise than in front of an answer.
     """
     same = [ours == theirs for ours, theirs in zip(prompt_ids, ids, strict=False)]
     start = same.index(False) if False in same else len(same)
@@ -157,17 +148,8 @@ def pad_around(
     before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], device: Any = None
 ) -> dict[str, torch.Tensor]:
     """
-    Rows in two parts that meet in one column: the first parts padded on the left, the second ones on the right.
-
-    Args:
-        before, after (`Sequence[Sequence[int]]`):
-            Token ids, one of each a row.
-        device (`torch.device`, *optional*, defaults to the CPU):
-            Where the batch goes.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, int64 of shape `(rows, longest before + longest
-        after)`.
+    Rows of token ids in two parts that meet in one column, the first parts padded on the left and the second ones on
+    the right: [`pad_rows`] of shape `(rows, longest before + longest after)`.
     """
     left, right = pad_rows(before, "left", device=device), pad_rows(after, device=device)
     return {name: torch.cat([left[name], right[name]], 1) for name in left}
@@ -175,17 +157,8 @@ def pad_around(
 
 def pad_answers(pairs: Sequence[tuple[list[int], list[int]]], device: Any = None) -> dict[str, torch.Tensor]:
     """
-    Prompts followed by their answers, padded on the right.
-
-    Args:
-        pairs (`Sequence[tuple[list[int], list[int]]]`):
-            Token ids of prompts and answers.
-        device (`torch.device`, *optional*, defaults to the CPU):
-            Where the batch goes.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, -100 outside the answers; int64 of shape
-        `(rows, longest prompt and answer)`.
+    Token ids of prompts followed by their answers: [`pad_rows`] with `labels`, -100 outside the answers; all of shape
+    `(rows, longest prompt and answer)`.
     """
     labels = pad_rows([[-100] * len(prompt) + answer for prompt, answer in pairs], padding=-100, device=device)
     return {**pad_rows([prompt + answer for prompt, answer in pairs], device=device), "labels": labels["input_ids"]}

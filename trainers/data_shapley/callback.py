@@ -14,13 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_iclr.trainers.measuring import log_beside
 
+from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
 from .identity import ROW_KEY, RowWatch, check_loader, take_rows
 from .records import RunRecords, is_first_process
 from .result import VALIDATION, DataShapleyResult
-from .support import calling_trainer, check_trainer, model_loss, trainer_loss
-from .targets import check_mean, loop_batches, trainer_batches
 
 
 FLUSH_EVERY = 50  # steps
@@ -158,8 +157,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close()
-        trainer = calling_trainer()
-        check_trainer(trainer, InRunDataShapleyCallback)
+        trainer = support.calling_trainer()
+        support.check_trainer(trainer, InRunDataShapleyCallback)
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         check_loader(loader, self.id_column)
         adam = any("betas" in group for group in kwargs["optimizer"].param_groups)
@@ -171,10 +170,10 @@ class InRunDataShapleyCallback(TrainerCallback):
             )
         batch_size = self.batch_size or args.per_device_eval_batch_size
         batches = {
-            name: trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
+            name: support.trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
         }
-        compute_loss = self.compute_loss or functools.partial(trainer_loss, trainer)
+        compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
         self._start(model, kwargs["optimizer"], batches, compute_loss, Path(args.output_dir), state, args.seed)
         self._train_dataset = trainer.train_dataset
         self._watch = RowWatch(loader, self.id_column, on_break=self._end_broken_step)
@@ -220,7 +219,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         if last:
             self._measure_end(state.global_step + 1)
         if fresh or last:
-            log_beside(calling_trainer(), self._records.logs(), control)
+            log_beside(support.calling_trainer(), self._records.logs(), control)
         if last or len(collected) >= FLUSH_EVERY:
             self._records.flush()
 
@@ -237,7 +236,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         ended = "train_runtime" in (logs or {}) and self._engine is not None
         if ended and self._records.first_losses and not self._records.ended:
             self._measure_end(state.global_step + 1)
-            log_beside(calling_trainer(), self._records.logs(), control)
+            log_beside(support.calling_trainer(), self._records.logs(), control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._records.flush()
@@ -295,9 +294,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         self = cls(val_dataset, **options)
         check_loader(dataloader, self.id_column)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
-        batches = {name: loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
+        batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
         with tempfile.TemporaryDirectory() as temporary:
-            compute_loss, folder = self.compute_loss or model_loss, Path(output_dir or temporary)
+            compute_loss, folder = self.compute_loss or support.model_loss, Path(output_dir or temporary)
             self._start(model, plain, batches, compute_loss, folder, TrainerState(), seed=0)
             done = 0
 
@@ -349,7 +348,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
         records = RunRecords(folder, list(batches), bool(self.settings.token_values_for))
         for name, found in batches.items():
-            check_mean(model, compute_loss, found, name)
+            support.check_mean(model, compute_loss, found, name)
         if state.global_step:
             tensors = records.resume(folder / f"checkpoint-{state.global_step}")
             if "counts" in tensors:

@@ -1,14 +1,25 @@
-"""What a callback has to do with the trainer it is in: find it, check it, compute its loss."""
+"""What is measured in a trainer or a plain loop: whether it can be, its validation sets as batches, and their loss."""
 
+import copy
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import datasets
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .gradients.direction import is_sharded
+from .gradients.direction import is_sharded, untouched
+
+
+# Columns of a training set that its rows need but a validation row doesn't
+_ONLY_TRAINING = {"seq_lengths", "ref_chosen_logps", "ref_rejected_logps"}
+
+Batches = list[tuple[Any, int]]
 
 
 def check_trainer(trainer: Trainer, callback_class: type) -> None:
@@ -63,13 +74,170 @@ def calling_trainer() -> Trainer:
     raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
 
 
+def trainer_batches(
+    trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int, id_column: str | None = None
+) -> Batches:
+    """
+    Batches of a validation set as the trainer would make them of its training set, and how many rows each has.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            TRL's tokenise and mask raw text themselves.
+        name (`str`):
+            Of the target, for messages.
+        dataset ([`~datasets.Dataset`] or any dataset with a length):
+            Rows like those of the training set, raw or tokenised.
+        loader ([`~torch.utils.data.DataLoader`]):
+            The training set's.
+        batch_size (`int`):
+            Rows of a batch.
+        id_column (`str`, *optional*):
+            Column that validation rows don't need.
+
+    Raises:
+        ValueError: if the set is empty or its columns aren't the training set's.
+    """
+    _check_length(name, dataset)
+    base = getattr(loader, "base_dataloader", loader)
+    if isinstance(dataset, datasets.Dataset):
+        if hasattr(trainer, "_prepare_dataset"):
+            dataset = _prepare(trainer, name, dataset)
+            if getattr(trainer, "precompute_ref_logps", False):
+                dataset = trainer._precompute_ref_logps(dataset, name, batch_size)
+        columns = getattr(base.dataset, "column_names", None)
+        if columns:
+            columns = [column for column in columns if column != id_column]
+            missing = set(columns) - set(dataset.column_names) - _ONLY_TRAINING
+            if missing and (trainer.args.remove_unused_columns or missing == set(columns)):
+                raise ValueError(
+                    f"Expected the validation set {name!r} to have the columns the trainer trains on, {columns}, got "
+                    f"{dataset.column_names}. Prepare it like the training set."
+                )
+            dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    with untouched(trainer.model, trainer.args.device, trainer.args.seed):
+        batches = _collate(dataset, base.collate_fn, batch_size)
+    _check_vocabulary(name, batches, trainer.model)
+    return batches
+
+
+def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batches:
+    """
+    Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset, collated
+    as the training loader does.
+    """
+    made = isinstance(dataset, (DataLoader, list, tuple)) or hasattr(dataset, "base_dataloader")
+    if not made:
+        _check_length(name, dataset)
+    with untouched(model, next(model.parameters()).device, seed=0):
+        if made:
+            batches = [(batch, _count_rows(batch)) for batch in dataset]
+        else:
+            base = getattr(loader, "base_dataloader", loader)
+            batches = _collate(dataset, base.collate_fn, base.batch_size or 8)
+    _check_length(name, batches)
+    _check_vocabulary(name, batches, model)
+    return batches
+
+
+def check_mean(
+    model: nn.Module, compute_loss: Callable[[nn.Module, Any], torch.Tensor], batches: Batches, name: str
+) -> None:
+    """
+    Raise a `ValueError` unless the loss is one number that does not grow when a batch holds its rows twice.
+
+    Values are in nats of the mean loss of a row, and batches are weighted by their rows.
+    """
+    batch, rows = batches[0]
+    device = next(model.parameters()).device
+    twice = _repeat(batch, rows)
+    with untouched(model, device, 0), torch.no_grad():
+        once = compute_loss(model, send_to_device(copy.copy(batch), device))
+        if not isinstance(once, torch.Tensor) or once.dim() != 0:
+            raise ValueError(
+                f"Expected the loss of {name!r} to be a tensor with one number, the mean over rows, got "
+                f"{tuple(once.shape) if isinstance(once, torch.Tensor) else once!r}. Give a `compute_loss`."
+            )
+        if twice is None:
+            return
+        double = compute_loss(model, send_to_device(twice, device))
+    if abs(once) > 1e-6 and abs(double / once - 2) < 1e-2:
+        raise ValueError(
+            f"Expected the loss of {name!r} to be a mean over rows, got one that doubles, from {float(once):.4g} to "
+            f"{float(double):.4g}, when a batch holds its rows twice: a sum. Take its mean."
+        )
+
+
+def _prepare(trainer: Any, name: str, dataset: datasets.Dataset) -> datasets.Dataset:
+    arguments = {"packing": False, "formatting_func": getattr(trainer, "_formatting_func", None)}
+    accepted = inspect.signature(trainer._prepare_dataset).parameters
+    arguments = {key: value for key, value in arguments.items() if key in accepted}
+    try:
+        return trainer._prepare_dataset(
+            dataset, processing_class=trainer.processing_class, args=trainer.args, dataset_name=name, **arguments
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{type(trainer).__name__} can't prepare the validation set {name!r} with the columns "
+            f"{dataset.column_names}: {error}. Give it rows like those of the training set."
+        ) from error
+
+
+def _collate(dataset: Any, collate: Callable[[list[Any]], Any], batch_size: int) -> Batches:
+    batches = []
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+        batches.append((collate(rows), len(rows)))
+    return batches
+
+
+def _check_length(name: str, dataset: Any) -> None:
+    if dataset is None or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"Expected a validation set {name!r} with a length, got {type(dataset).__name__}. Turn a stream into a "
+            "dataset: `Dataset.from_list(list(stream.take(200)))`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"Expected rows in the validation set {name!r}, got none. A few hundred give stable values.")
+
+
+def _check_vocabulary(name: str, batches: Batches, model: nn.Module) -> None:
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embeddings = find()
+    size = getattr(embeddings, "num_embeddings", None)
+    for batch, _ in batches:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if size is not None and ids is not None and int(ids.max()) >= size:
+            raise ValueError(
+                f"Expected token ids below {size}, the model's vocabulary, in the validation set {name!r}, got "
+                f"{int(ids.max())}. Tokenise it with the model's own tokenizer."
+            )
+
+
+def _count_rows(batch: Any) -> int:
+    values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()), 1)
+
+
+def _repeat(batch: Any, rows: int) -> Any:
+    """The batch with its rows twice, `None` if tensors don't begin with the rows."""
+    if isinstance(batch, Mapping):
+        if "position_ids" in batch or "completion_mask" in batch:
+            return None  # flattened rows, pairs in two halves
+        repeated = {name: _repeat(value, rows) for name, value in batch.items()}
+        return None if any(value is None for value in repeated.values()) else repeated
+    if isinstance(batch, (list, tuple)):
+        parts = [_repeat(value, rows) for value in batch]
+        return None if any(part is None for part in parts) else type(batch)(parts)
+    if isinstance(batch, torch.Tensor) and batch.dim() and len(batch) == rows:
+        return torch.cat([batch, batch])
+    return None
+
+
 def trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor:
     """The trainer's own loss, as it evaluates, without an entry in the metrics that TRL collects."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"Expected batches that name the model's inputs, got {type(batch).__name__} from the trainer's "
-            "data_collator. Give a collator that returns a dictionary, or `compute_loss=lambda model, batch: ...`."
-        )
+    _check_names(batch, " from the trainer's data_collator. Give a collator that returns a dictionary, or")
     metrics = getattr(trainer, "_metrics", None)
     kept = None if metrics is None else {key: list(value) for key, value in metrics["eval"].items()}
     with trainer.compute_loss_context_manager():
@@ -82,12 +250,16 @@ def trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor
 
 def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     """The loss that a model returns for a batch of its inputs by name."""
+    _check_names(batch, ". Give")
+    return model(**batch).loss
+
+
+def _check_names(batch: Any, instead: str) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"Expected batches that name the model's inputs, got {type(batch).__name__}. Give "
+            f"Expected batches that name the model's inputs, got {type(batch).__name__}{instead} "
             "`compute_loss=lambda model, batch: ...`, the mean loss of a batch's rows."
         )
-    return model(**batch).loss
 
 
 def _count_labels(trainer: Trainer, batch: Mapping[str, Any]) -> torch.Tensor | None:

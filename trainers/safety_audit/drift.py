@@ -187,7 +187,8 @@ class SafetyDriftCallback(TrainerCallback):
         log_beside(self.trainer, logs, control)
 
     def _measure(self, args: TrainingArguments) -> dict[str, float]:
-        model, tokenizer = self.trainer.model, self._tokenizer()
+        model, tokenizer = self.trainer.model, self.trainer.processing_class
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's, for text
         batch_size = self.batch_size or args.per_device_eval_batch_size
         logs = {}
         new: list[list[int]] = []
@@ -249,7 +250,3 @@ class SafetyDriftCallback(TrainerCallback):
             setattr(args, name, getattr(args, name) * factor)
         if args.betas is not None:
             args.betas = [beta * factor for beta in args.betas]
-
-    def _tokenizer(self):
-        processing_class = self.trainer.processing_class
-        return getattr(processing_class, "tokenizer", processing_class)  # a processor's, for text

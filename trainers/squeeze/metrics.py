@@ -15,7 +15,7 @@ SIDES = ("chosen", "rejected")
 TOKEN_METRICS = ("logp_tok", "entropy", "renyi2", "top1_rate", "A_norm", "G_norm", "energy", "pressure", "valley_frac")
 ARGMAX_METRICS = ("logp_argmax", "rest_logmass", "argmax_gap")
 PAIR_METRICS = ("force", "chosen_down", "rejected_down", "both_down")
-# Of the token metrics these two are told for the rejected answer only, under these names.
+# Of the token metrics these two are logged for the rejected answer only, under these names.
 _REJECTED_ONLY = {"pressure": "pressure_rejected", "valley_frac": "valley_frac"}
 
 

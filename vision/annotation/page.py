@@ -379,7 +379,7 @@ async def _only_from_here(request: web.Request, handler) -> web.StreamResponse:
 
 
 def _is_own(name: str, host: str) -> bool:
-    """Whether a page under this name is ours: anybody can have a name lead to this machine, but nobody an address."""
+    """Whether a page under this name is ours: any name can be made to resolve to this machine, an address can not."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

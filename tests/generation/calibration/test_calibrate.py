@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_iclr.generation.calibration import calibrate as cascade_calibration
 from hf_iclr.generation.calibration.calibrate import CascadeCosts, calibrate_cascade
-from hf_iclr.generation.calibration.sweep import mean_log_probability, pareto_front, sweep_cascade
 from hf_iclr.generation.calibration.teacher_forcing import expected_rounds, prepare_config, read_texts
 from hf_iclr.generation.calibration.texts import Text
 from hf_iclr.generation.cascade_generation import enable_cascade
 from hf_iclr.generation.deferral_rules import cascade_target, total_variation
-from tests.generation.toy import tiny_llama
+from tests.generation.calibration.conftest import noisy_copy
 
 
 STORIES = Path(__file__).parents[4] / "shared" / "data" / "models" / "stories260k"
@@ -26,31 +25,10 @@ POSITIONWISE = [
 SAMPLING = {"do_sample": True, "top_k": 0}
 
 
-def noisy_copy(model, noise: float):
-    """A small model that agrees with the large one about as often as a trained pair does."""
-    generator = torch.Generator().manual_seed(1)
-    small = copy.deepcopy(model)
-    for parameter in small.parameters():
-        parameter.data += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    return small
-
-
-@pytest.fixture(scope="module")
-def pair():
-    large = tiny_llama(0, layers=2, vocab_size=50)
-    large.lm_head.weight.data *= 2  # so that it is sure of some tokens
-    return large, noisy_copy(large, 0.3)
-
-
 @pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch):
     """Seconds would differ from run to run; one test undoes this."""
     monkeypatch.setattr(cascade_calibration._Run, "time", lambda run, texts: CascadeCosts(0.01, 0.001, 0.011, 0.002))
-
-
-@pytest.fixture
-def model(pair):
-    return enable_cascade(*pair, cascade_rule="token_v3")
 
 
 @pytest.fixture(scope="module")
@@ -273,77 +251,3 @@ def test_hits_the_target_with_a_trained_model():
     stories = tokenizer.batch_decode(rows, skip_special_tokens=True)
     result = calibrate(model, stories, {"deferral_rate": 0.3}, tokenizer, rule="token_v3", batch_size=32)
     assert abs(result.relative_error) < 0.1
-
-
-def test_pareto_front_by_hand():
-    """(quality, cost): b has more than a at the same cost, d less than c at more; e ties with c in both and stays."""
-    quality, cost = [1.0, 2.0, 5.0, 4.0, 5.0, float("nan")], [1.0, 1.0, 3.0, 4.0, 3.0, 0.1]
-    assert pareto_front(quality, cost).tolist() == [False, True, True, False, True, False]
-
-
-def test_sweep(model, pair, tmp_path, word_tokenizer):
-    prompts = ["w1 w2 w3", "w9"]
-    sweep = sweep_cascade(
-        model, prompts, tokenizer=word_tokenizer, rules={"token_v3": [0.0, 0.6, 1.0]}, max_new_tokens=4,
-        do_sample=False, cost="large_forwards_per_token",
-    )  # fmt: skip
-    table = sweep.table
-    assert table["method"].unique().tolist() == [
-        "large", "small", "speculative decoding", "lossy speculative decoding", "ensemble", "speculative cascade",
-    ]  # fmt: skip
-    by_method = table.groupby("method", sort=False).first()
-    assert by_method.loc["large", ["relative_latency", "relative_flops", "large_forwards_per_token"]].tolist() == [
-        1,
-        1,
-        1,
-    ]
-    assert by_method.loc["small", "large_forwards_per_token"] == 0
-    assert by_method.loc["small", "relative_flops"] == pytest.approx(1.0)  # a copy of the same size
-    # in greedy decoding, exact methods and both ends of token_v3 write what the two models alone write
-    large, small = table.iloc[0], table.iloc[1]
-    ours = table[table["method"] == "speculative cascade"]
-    assert table[table["rule"] == "spec"]["quality"].item() == large["quality"] == ours["quality"].iloc[0]
-    assert ours["quality"].iloc[2] == small["quality"] < large["quality"]
-    assert sweep.texts[0] == sweep.texts[2] != sweep.texts[1]
-    assert ours["deferral_rate"].is_monotonic_decreasing
-    assert ours["drift"].iloc[0] == 0 < ours["drift"].iloc[2]
-    assert sweep.pareto()["large_forwards_per_token"].iloc[0] == 0
-    assert sweep.pareto()["quality"].is_monotonic_increasing
-
-    sweep.save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep.csv", "sweep.json", "sweep.png"}
-
-
-def test_quality_is_the_log_probability(pair):
-    """Two tokens after one: -loss of the model itself."""
-    large, _ = pair
-    ids = torch.tensor([[4, 7, 9]])
-    expected = -large(input_ids=ids, labels=torch.tensor([[-100, 7, 9]])).loss.item()
-    assert mean_log_probability(large, [[4]], [ids[0, 1:]]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_sweep_with_a_metric(model, word_tokenizer):
-    def length(texts, references):
-        assert references == ["a", "b"]
-        return float(len(texts))
-
-    sweep = sweep_cascade(
-        model, ["w1", "w2"], length, tokenizer=word_tokenizer, references=["a", "b"], rules={"diff": [0.0]},
-        baselines=False, max_new_tokens=4, **SAMPLING,
-    )  # fmt: skip
-    assert sweep.table["quality"].tolist() == [2.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"prompts": []}, "at least one prompt"),
-        ({"rules": {"opd": [0.1]}}, "Unknown cascade_rule"),
-        ({"rules": {"token_v3": [2.0]}}, "must lie in"),
-        ({"cost": "money"}, "a cost of relative_latency"),
-        ({"references": ["a"]}, "one reference a prompt, got 1 and 2"),
-    ],
-)
-def test_bad_sweep(model, word_tokenizer, change, message):
-    with pytest.raises(ValueError, match=message):
-        sweep_cascade(model, **{"prompts": ["w1", "w2"], "tokenizer": word_tokenizer, **change})
