@@ -1,4 +1,4 @@
-"""Edits of facts and of concepts, and updates kept in a null space: begin with alpha_edit."""
+"""Edits facts of language models and concepts of pipelines, keeps updates in a null space: begin with alpha_edit."""
 
 import lazy_loader
 
