@@ -191,7 +191,7 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
     ]
     try:
         with torch.no_grad():
-            model(torch.tensor([[0]], device=model.device), use_cache=False)
+            model(_probe_ids(model)[:, :1], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -203,13 +203,22 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
     return called[-1]
 
 
+def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Three tokens that a model reads something at: the padding token's embedding is zero in one made from scratch."""
+    norms = model.get_input_embeddings().weight[:1024].float().norm(dim=1)
+    tokens = (norms > 0.5 * norms.median()).nonzero()[:3, 0]
+    if not len(tokens):
+        raise ValueError(f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights.")
+    return tokens.repeat(3)[None, :3].to(model.device)
+
+
 def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple[bool, bool]:
     """
     Move the projection's output at one token; the layer's output must move there alone. Is it the same move, and does
     the layer return a tuple?
     """
     returned: list[type] = []
-    ids = torch.zeros((1, 3), dtype=torch.long, device=model.device)
+    ids = _probe_ids(model)
     shift: torch.Tensor | None = None
 
     def move(_, __, output: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What the reference's contexts start with; the model continues them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
+
+# Names of characters after which no space is written: Chinese and Japanese with their marks, Thai and its neighbours.
+_WITHOUT_SPACES = (
+    *("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "LEFT CORNER", "RIGHT CORNER"),
+    *("BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "YI SYLLABLE"),
+)
 
 
 @dataclass(frozen=True)
@@ -220,33 +227,70 @@ def encode_request(
     tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, target: str = "", context: str = "{}"
 ) -> EditRow:
     """
-    Tokenise a prompt, with `{}` for its subject, and its target as one text, and find subject and target by character
-    offsets, so that any fast tokenizer, any padding side and any subject is right. The target follows after a space;
-    `context` is a template around the prompt that ends in `{}`.
+    Token row of a prompt, with `{}` for its subject, and its target, see [`encode_answer`]. `context` is a template
+    around the prompt that ends in `{}`. The tokens up to the subject's last one are those of the prompt alone.
 
     Raises:
-        ValueError: when the tokenizer gives no offsets or the target no token of its own.
+        ValueError: when the tokenizer gives no offsets or the subject or the target no token of its own.
     """
+    before = context[: context.rindex("{}")] + prompt[: prompt.index("{}")]
+    text = before + subject + prompt[prompt.index("{}") + 2 :]
+    end = len(before) + len(subject.rstrip())
+    ids, spans = _ids_and_spans(tokenizer, text)
+    at = max((i for i, (first, last) in enumerate(spans) if first < end and last > len(before)), default=-1)
+    if at < 0:
+        raise ValueError(f"Expected a subject with a token of its own, got {subject!r} in {text!r}.")
+    start = len(ids)
+    if target:
+        ids, start = encode_answer(tokenizer, text, target, at + 1)
+    return EditRow(ids=ids, subject=at, start=start)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, answer: str, kept: int = 1) -> tuple[list[int], int]:
+    """
+    Token ids of a prompt and its answer, tokenised as one text, and the position of the first token in which the
+    answer's characters begin. Between the two stands a space, unless one of them has white space there or the prompt
+    ends in a script that writes without spaces.
+
+    Where the first `kept` tokens are not those of the prompt alone, because a token spans its end, prompt and answer
+    are tokenised each by itself.
+
+    Raises:
+        ValueError: when the tokenizer gives no offsets, or prompt or answer have no token of their own.
+    """
+    spaced = not (text[-1:].isspace() or answer[:1].isspace() or _ends_without_space(text))
+    answer = " " * spaced + answer
+    alone, _ = _ids_and_spans(tokenizer, text)
+    ids, spans = _ids_and_spans(tokenizer, text + answer)
+    # A tokenizer of bytes gives each byte of a character the whole character's span.
+    start = next((i for i, (_, last) in enumerate(spans) if last > len(text)), len(ids))
+    if start < kept or ids[:kept] != alone[:kept]:
+        start, ids = len(alone), alone + _ids_and_spans(tokenizer, answer, special=False)[0]
+    if not 0 < start < len(ids):
+        raise ValueError(
+            f"Expected a prompt and a target with a token of its own each, got {answer.strip()!r} after {text!r}."
+        )
+    return ids, start
+
+
+def _ids_and_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and their characters, without special tokens that the tokenizer closes it with."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"Expected a fast tokenizer, which knows each token's place in the text, got {type(tokenizer).__name__}. "
             "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)."
         )
-    before = context[: context.rindex("{}")] + prompt[: prompt.index("{}")]
-    text = before + subject + prompt[prompt.index("{}") + 2 :]
-    gap = "" if not target or text[-1].isspace() or target[0].isspace() else " "
-    encoded = tokenizer(text + gap + target, return_offsets_mapping=True)
-    spans = encoded["offset_mapping"]
-    end = len(before) + len(subject.rstrip())
-    at = max(i for i, (first, last) in enumerate(spans) if first < end and last > first)
-    start = next((i for i, (first, last) in enumerate(spans) if last > len(text) and first >= at), len(spans))
-    ids = encoded["input_ids"]
-    if target and start == len(spans):
-        raise ValueError(f"Expected a target with a token of its own, got {target!r} after {text!r}.")
-    # A tokenizer may close every text with a special token, which is no part of the target.
-    while len(spans) > max(start, at + 1) and spans[-1][0] == spans[-1][1]:
-        ids, spans = ids[:-1], spans[:-1]
-    return EditRow(ids=list(ids), subject=at, start=min(start, len(ids)))
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    count = len(encoded["input_ids"])
+    while count and encoded["special_tokens_mask"][count - 1]:
+        count -= 1
+    return list(encoded["input_ids"][:count]), encoded["offset_mapping"][:count]
+
+
+def _ends_without_space(text: str) -> bool:
+    return unicodedata.name(text[-1:] or " ", "").startswith(_WITHOUT_SPACES)
 
 
 def encode_in_contexts(

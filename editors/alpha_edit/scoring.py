@@ -8,10 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.cache_argument import cache_inputs, find_cache, forward_parameters
-from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows, split_answer
+from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows
 
 from .metrics import edit_success, fluency
-from .requests import EditRequest
+from .requests import EditRequest, encode_answer, encode_request
 
 
 def evaluate_edits(
@@ -88,40 +88,37 @@ def score_edits(
         into [`~hf_iclr.editors.alpha_edit.edit_success`], give the scores of these.
 
     Raises:
-        ValueError: when there is no request, one has a neighbourhood without a known answer, or a prompt has no token.
+        ValueError: when there is no request, one has a neighbourhood without a known answer, a prompt or an answer
+            has no token of its own, or the tokenizer is not a fast one.
     """
     check_decoder(model)
     requests = list(requests)
     if not requests:
         raise ValueError("Expected at least one request, got none.")
-    rows = [row for request in requests for row in _prompts_of(request)]
-    split = {}  # (prompt, answer) -> token ids of both
-    for _, _, prompt, new, true in rows:
-        for answer in (new, true):
-            if answer is not None and (prompt, answer) not in split:
-                split[prompt, answer] = _split_ids(tokenizer, prompt, answer)
-    scores = _answer_scores(model, set(split.values()), batch_tokens, progress)
-    nothing = (float("nan"), float("nan"))
+    asked = [
+        (request.id, kind, prompt, [_split_ids(tokenizer, request, kind, prompt, answer) for answer in answers])
+        for request in requests
+        for kind, prompt, *answers in _prompts_of(request)
+    ]
+    pairs = {pair for *_, both in asked for pair in both if pair is not None}
+    scores = {None: (float("nan"), float("nan"))} | _answer_scores(model, pairs, batch_tokens, progress)
     table = []
-    for request, kind, prompt, new, true in rows:
-        found_new, found_true = (
-            nothing if answer is None else scores[split[prompt, answer]] for answer in (new, true)
-        )
-        wanted = found_true if kind == "neighborhood" else found_new
-        table.append((request, kind, prompt, found_new[0], found_true[0], wanted[1]))
+    for request, kind, prompt, (new, true) in asked:
+        wanted = scores[true if kind == "neighborhood" else new]
+        table.append((request, kind, prompt, scores[new][0], scores[true][0], wanted[1]))
     return pd.DataFrame(table, columns=["request", "kind", "prompt", "nll_new", "nll_true", "accuracy"])
 
 
-def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str, str | None, str | None]]:
-    """Request, kind, prompt, new and true answer of every prompt."""
-    yield request.id, "rewrite", request.text, request.target_new, request.target_true
+def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str | None, str | None]]:
+    """Kind, prompt, new and true answer of every prompt."""
+    yield "rewrite", request.text, request.target_new, request.target_true
     for prompt in request.paraphrases:
-        yield request.id, "paraphrase", prompt, request.target_new, request.target_true
+        yield "paraphrase", prompt, request.target_new, request.target_true
     for neighbour in request.neighborhood:
         if not isinstance(neighbour, str):  # a question with an answer of its own, as zsRE has it
-            yield request.id, "neighborhood", neighbour[0], None, neighbour[1]
+            yield "neighborhood", neighbour[0], None, neighbour[1]
         elif request.target_true is not None:
-            yield request.id, "neighborhood", neighbour, request.target_new, request.target_true
+            yield "neighborhood", neighbour, request.target_new, request.target_true
         else:
             raise ValueError(
                 f"Expected target_true of request {request.id!r}, the answer its neighbourhood should keep, got None. "
@@ -129,15 +126,18 @@ def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str, str | Non
             )
 
 
-def _split_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of a prompt and of the answer after it: what the two together have beyond the prompt alone."""
-    prompt = prompt.rstrip()
-    alone = tokenizer(prompt)["input_ids"]
-    both = tokenizer(f"{prompt} {answer.strip()}")["input_ids"]
-    prompt_ids, answer_ids = split_answer(alone, both)
-    if not prompt_ids or not answer_ids:
-        raise ValueError(f"Expected a prompt and an answer of at least one token each, got {prompt!r} and {answer!r}.")
-    return tuple(prompt_ids), tuple(answer_ids)
+def _split_ids(
+    tokenizer: Any, request: EditRequest, kind: str, prompt: str, answer: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Token ids of a prompt and of the answer after it; of the edited prompt they are the very row that is edited."""
+    if answer is None:
+        return None
+    if kind == "rewrite":
+        row = encode_request(tokenizer, request.prompt, request.subject, answer)
+        ids, start = row.ids, row.start
+    else:
+        ids, start = encode_answer(tokenizer, prompt, answer)
+    return tuple(ids[:start]), tuple(ids[start:])
 
 
 def _answer_scores(
