@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache_argument import UPSTREAM_NAME, cache_inputs, given_cache
+from .cache_argument import UPSTREAM_NAME, cache_inputs, find_cache
 from .configuration_draft import DraftConfig
 from .hub import HubMixin, model_card, repository_name
 
@@ -134,5 +134,5 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{UPSTREAM_NAME: given_cache(outputs)},
+            **{UPSTREAM_NAME: find_cache(outputs)},
         )

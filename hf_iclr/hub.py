@@ -159,7 +159,7 @@ def table_cell(text: str) -> str:
 
 def repository_name(name: str | None) -> str | None:
     """
-    What a card may say of where a model came from: a folder's path is nobody's business.
+    What a card may say of where a model came from: a folder's path is private.
 
     Args:
         name (`str`, *optional*):

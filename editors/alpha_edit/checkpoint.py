@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_iclr.hub import HERE, HubMixin, model_card, repository_name, table_cell
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import in_own_memory, write_safetensors
+from hf_iclr.saving import contiguous_clone, write_safetensors
 from hf_iclr.untrusted import read_safetensors
 
 from .closed_form import low_rank_factors
@@ -118,7 +118,7 @@ def save_settings(folder: Path, config: AlphaEditConfig, preserved: dict[int, to
 def load_null_space(folder: Path) -> dict[int, torch.Tensor]:
     """The preserved directions of each layer, as [`save_settings`] wrote them."""
     basis = read_safetensors(folder / _NULL_SPACE)[0] if (folder / _NULL_SPACE).exists() else {}
-    return {int(layer): in_own_memory(value) for layer, value in basis.items()}
+    return {int(layer): contiguous_clone(value) for layer, value in basis.items()}
 
 
 def load_base_model(config: AlphaEditConfig, **kwargs: Any) -> PreTrainedModel:

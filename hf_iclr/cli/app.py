@@ -62,12 +62,12 @@ def doctor(
     """Run each part on tiny models and say what works here, what is broken by whom and what is not installed."""
     from rich.console import Console
 
-    from hf_iclr.doctor.report import examine
-    from hf_iclr.doctor.tables import is_sound, machine_table, package_table, part_table, seam_table
+    from hf_iclr.doctor.report import run_checks
+    from hf_iclr.doctor.tables import is_healthy, machine_table, package_table, part_table, seam_table
 
     console = Console()
     with console.status("Each part runs on tiny models, which takes some 15 seconds."):
-        findings = examine()
+        findings = run_checks()
     tables = (machine_table(findings), package_table(), part_table(findings), seam_table(findings, seams))
     for table in tables:
         console.print(table)
@@ -76,7 +76,7 @@ def doctor(
             if finding.details:
                 console.rule(finding.title)
                 console.print(finding.details, markup=False, highlight=False)
-    if not is_sound(findings):
+    if not is_healthy(findings):
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 
 from .gradients.direction import (
     Direction,
@@ -131,7 +131,7 @@ class TargetDirections:
                 direction = gradient.mul_(scales[index])
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if not self._low_rank[index]:
-                    direction = in_own_memory(direction)
+                    direction = contiguous_clone(direction)
                 if check:
                     exact.append(direction)
                 if self._low_rank[index]:

@@ -194,7 +194,7 @@ def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layo
     if len(unordered) == len(taps.modules):
         raise ValueError(
             f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
-            "rotated when the rows are, so what each row contributes can't be told."
+            "rotated when the rows are, so what each row contributes can't be computed."
         )
     return unordered
 
