@@ -251,7 +251,9 @@ def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
     norms = model.get_input_embeddings().weight[:1024].float().norm(dim=1)
     tokens = (norms > 0.5 * norms.median()).nonzero()[:3, 0]
     if not len(tokens):
-        raise ValueError(f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights.")
+        raise ValueError(
+            f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights."
+        )
     return tokens.repeat(3)[None, :3].to(model.device)
 
 
@@ -280,8 +282,7 @@ def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple
         try:
             run_until(model, layer, input_ids=ids)
             before = seen["layer"].float()
-            size = before.abs().mean().clamp(min=0.01)  # token 0 may be padding, all whose states are 0
-            shift = torch.linspace(-1, 1, before.shape[-1], device=before.device) * size
+            shift = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.abs().mean()
             run_until(model, layer, input_ids=ids)
         finally:
             for hook in hooks:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from hf_iclr.editors.alpha_edit import AlphaEditor, EditRequest
-from hf_iclr.editors.alpha_edit.requests import encode_answer, encode_request
+from hf_iclr.editors.alpha_edit.rows import encode_answer, encode_request
 from tests.architectures import tiny
 from tests.editors.tiny import quick_config, tiny_statistics
 
