@@ -11,7 +11,6 @@ from torch import nn
 from hf_iclr.trainers.measuring import forked_random
 
 from .direction import Direction, LowRank, wide
-from .rows import RowLayout
 
 
 @dataclass
@@ -24,7 +23,6 @@ class TappedModule:
     index: int
     kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    rows: torch.Tensor | None = None  # gradient of each row, (rows, parameters of the module), if they are kept
 
 
 def token_scores(
@@ -79,26 +77,6 @@ def token_scores(
     if isinstance(tapped.module, nn.Embedding) and padding is not None:
         scores = scores.masked_fill(first_input(*arguments) == padding, 0)  # whose weight gets no gradient
     return scores
-
-
-def row_gradients(tapped: TappedModule, x: torch.Tensor, b: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-    """
-    (`torch.Tensor` of shape `(rows, weights)`): gradient of each row by the weight, and the bias, of a linear layer.
-    """
-    x = x.to(b.dtype)
-    if layout.segments is not None:
-        x, b = x.reshape(-1, x.shape[-1]), b.reshape(-1, b.shape[-1])
-        pieces = [(b[layout.segments == row], x[layout.segments == row]) for row in range(layout.rows)]
-        weight = torch.stack([left.T @ right for left, right in pieces])
-        bias = torch.stack([left.sum(0) for left, _ in pieces])
-    else:
-        x, b = x.reshape(layout.batch, -1, x.shape[-1]), b.reshape(layout.batch, -1, b.shape[-1])
-        weight = torch.einsum("bto,bti->boi", b, x).view(-1, layout.rows, b.shape[-1], x.shape[-1]).sum(0)
-        bias = b.sum(1).view(-1, layout.rows, b.shape[-1]).sum(0)
-    if tapped.kind == "conv1d":
-        weight = weight.transpose(1, 2)
-    found = {"weight": weight.flatten(1), "bias": bias}
-    return torch.cat([found[name].to(wide(b.dtype)) for name in tapped.parameters], dim=1)
 
 
 def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .direction import wide
 from .rows import RowLayout
-from .scores import TappedModule, count_leading, first_input, row_gradients, thin_rows, token_scores
+from .scores import TappedModule, count_leading, first_input, thin_rows, token_scores
 
 
 class Taps:
@@ -40,7 +40,7 @@ class Taps:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.keep_rows, self.low_precision = False, False, False
+        self.on, self.low_precision = False, False
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
@@ -102,11 +102,6 @@ class Taps:
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
-        if self.keep_rows:
-            rows = row_gradients(tapped, first_input(*arguments), b, layout)
-            tapped.rows = rows if tapped.rows is None else tapped.rows + rows
-            self.fired.add(tapped.index)
-            return
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
