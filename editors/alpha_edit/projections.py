@@ -333,3 +333,23 @@ def run_until(model: PreTrainedModel, module: nn.Module, **inputs: Any) -> None:
         pass
     finally:
         hook.remove()
+
+
+@contextmanager
+def replaced_layers(outputs: dict[nn.Module, torch.Tensor], projection: DownProjection) -> Iterator[None]:
+    """In a `with` block these decoder layers compute nothing and return these states, as the projection's layer would."""
+
+    def returning(states: torch.Tensor) -> Callable:
+        return lambda *_, **__: (states, None) if projection.layer_returns_tuple else states
+
+    before = {layer: vars(layer).get("forward") for layer in outputs}
+    for layer, states in outputs.items():
+        vars(layer)["forward"] = returning(states)
+    try:
+        yield
+    finally:
+        for layer, earlier in before.items():
+            if earlier is None:
+                del layer.forward
+            else:
+                vars(layer)["forward"] = earlier  # what accelerate put there
