@@ -12,9 +12,9 @@ from hf_iclr.vision.formats.annotation_json import write_coco
 from hf_iclr.vision.formats.mask_folders import write_davis
 from hf_iclr.vision.formats.overlay import write_overlay
 from hf_iclr.vision.formats.segment_files import whole_folder
-from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.prompts import VideoPrompts
 from hf_iclr.vision.session.segments import VideoSegments
+from hf_iclr.vision.session.videos import open_video
 
 
 def parse_prompts(points: Sequence[str] = (), boxes: Sequence[str] = (), masks: Sequence[str] = ()) -> VideoPrompts:

@@ -12,7 +12,7 @@ from hf_iclr.cli import app as cli
 from hf_iclr.cli.segment_command import parse_prompts
 from hf_iclr.vision.formats.annotation_json import read_coco
 from hf_iclr.vision.formats.mask_folders import read_davis
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.session.test_frames import smooth, write_video
 from tests.vision.tiny import tiny_pipe
 

@@ -12,8 +12,8 @@ from scipy import ndimage
 
 from hf_iclr.saving import whole_file
 
-from ..session.frames import open_video
 from ..session.segments import FrameSegments
+from ..session.videos import open_video
 from .segment_files import PALETTE
 
 

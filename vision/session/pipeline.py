@@ -13,10 +13,11 @@ from hf_iclr.hub import HubMixin, model_card, repository_name
 
 from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
 from .config import VideoSessionConfig
-from .frames import is_image, open_video
+from .frames import is_image
 from .prompts import VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session import VideoSession
+from .videos import open_video
 
 
 MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from .config import VideoSessionConfig
-from .frames import EndOfVideo, PixelValues, StreamedFrames, open_video
+from .frames import EndOfVideo, PixelValues, StreamedFrames
 from .mask_postprocessing import clean_logits, smooth_logits
 from .memory import MEMORY_POLICIES, FeatureCache, ObjectMemory
 from .prompts import ObjectPrompt, VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session_file import read_session, write_session
+from .videos import open_video
 
 
 DIRECTIONS = ("forward", "backward", "both")
