@@ -306,7 +306,7 @@ class VideoSession:
             [obj],
             input_points=[[[list(point) for point in prompt.points]]] if prompt.points else None,
             input_labels=[[list(prompt.labels)]] if prompt.points else None,
-            input_boxes=None if prompt.box is None else [[list(prompt.box)]],
+            input_boxes=None if prompt.box is None else [[prompt.clipped_box(self.size)]],
             input_masks=None if prompt.mask is None else [prompt.mask],
         )
         tracked = memory.frames_tracked_per_obj[0].get(frame, {"reverse": False})
