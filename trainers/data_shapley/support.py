@@ -63,13 +63,16 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
 
 
-def calling_trainer() -> Trainer:
-    """The trainer whose event is being handled, which transformers doesn't hand to callbacks."""
+def calling_trainer() -> tuple[Trainer, str | None]:
+    """
+    The trainer whose event is being handled, and the checkpoint that it was resumed from when that is its beginning;
+    transformers hands neither to callbacks.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Trainer):
-            return owner
+            return owner, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back  # type: ignore[assignment]
     raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
 
