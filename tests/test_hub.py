@@ -72,7 +72,7 @@ def root(tmp_path_factory, word_tokenizer):
 
 
 def pushed_card(hub, name, revision="main"):
-    """The card of a repository; a form with blanks is none, and what this machine is like is nobody's business."""
+    """The card of a repository; a form with blanks is none, and paths of this machine are private."""
     kind = KINDS.get(name, "models")
     text = hub.files(f"tester/{name}", kind, revision)["README.md"].decode()
     assert "More Information Needed" not in text and HERE not in text and "/tmp" not in text

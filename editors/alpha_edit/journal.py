@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hf_iclr.saving import in_own_memory, write_safetensors
+from hf_iclr.saving import contiguous_clone, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, regular_file, whole_number
 
 from .projections import DownProjection, Updates
@@ -141,7 +141,7 @@ class EditBatch:
             kinds = {kind: getattr(batch, kind) for kind in _KINDS}
             for name, tensor in tensors.items():
                 kind, _, layer = name.partition(".")
-                kinds[kind][int(layer)] = in_own_memory(tensor)
+                kinds[kind][int(layer)] = contiguous_clone(tensor)
         return batch
 
     def record(self) -> dict[str, Any]:

@@ -228,7 +228,8 @@ def _probe(model: PreTrainedModel, layer: nn.Module, module: nn.Module) -> tuple
         try:
             run_until(model, layer, input_ids=ids)
             before = seen["layer"].float()
-            shift = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.abs().mean()
+            size = before.abs().mean().clamp(min=0.01)  # token 0 may be padding, all whose states are 0
+            shift = torch.linspace(-1, 1, before.shape[-1], device=before.device) * size
             run_until(model, layer, input_ids=ids)
         finally:
             for hook in hooks:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
+from hf_iclr.cache_argument import cache_inputs, find_cache, forward_parameters
 from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows, split_answer
 
 from .metrics import edit_success, fluency
@@ -164,7 +164,7 @@ def _answer_scores(
                 # The rest of an answer reads on from its prompt's cache. Padding comes after it, so nothing sees it.
                 padded, mask = pad_rows([answer for _, answer in longer], device=device).values()
                 wanted = mask[:, 1:].bool()
-                cache = given_cache(output)
+                cache = find_cache(output)
                 cache.batch_select_indices(torch.tensor([row for row, _ in longer], device=device))
                 logits = model(padded[:, :-1], use_cache=True, **cache_inputs(model, cache)).logits.float()
                 losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.models import pad_rows
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 
 from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out, prune_singular_values
 from .config import AlphaEditConfig
@@ -84,9 +84,9 @@ class EditSolver:
                 )
             if self.config.post_processing is not None:
                 residuals, factor = self._post_process(layer, residuals @ factor, before)
-            batch.keys[layer] = in_own_memory(keys.float())
-            batch.residuals[layer] = in_own_memory(residuals.float())
-            batch.factors[layer] = in_own_memory(factor.float())
+            batch.keys[layer] = contiguous_clone(keys.float())
+            batch.residuals[layer] = contiguous_clone(residuals.float())
+            batch.factors[layer] = contiguous_clone(factor.float())
             weight.set([other.updates[layer] for other in [*before, batch]])
             outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
             batch.layers.append(

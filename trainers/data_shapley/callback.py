@@ -35,9 +35,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     `lr * <grad l_i, grad l_val>`, here with the sign that makes helpful rows positive, with the row's share `l_i` of
     the loss as it is trained, clipping included, and summed over steps. With Adam the second gradient is divided,
     element by element, by the root of the second moment before the step, https://huggingface.co/papers/2602.00329.
-    With `order=2` it is the mean of the validation gradients before and after the step, which equals the paper's
-    second order up to third-order terms and needs no Hessian. Sums of values come close to the fall of the validation
-    loss where steps are small: look at `shapley/explained_ratio`.
+    Sums of values come close to the fall of the validation loss where steps are small: look at
+    `shapley/explained_ratio`.
 
     Limits: the first order equals TracIn with every step as a checkpoint (https://huggingface.co/papers/2002.08484).
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the
@@ -67,8 +66,6 @@ class InRunDataShapleyCallback(TrainerCallback):
             Optimizer steps between two passes over the validation sets.
         targets (`dict[str, Dataset]`, *optional*):
             More validation sets, by name.
-        order (`int`, *optional*, defaults to 1):
-            1 or 2. 2 needs `refresh_every=1` and a model of which only LoRA layers are trained.
         exact (`bool`, *optional*, defaults to `False`):
             Whether matrices outside of LoRA layers are scored exactly, at about a third more floating-point
             operations, rather than by a sketch of low rank.
@@ -106,7 +103,6 @@ class InRunDataShapleyCallback(TrainerCallback):
         val_dataset: Any,
         refresh_every: int = 20,
         targets: Mapping[str, Any] | None = None,
-        order: int = 1,
         exact: bool = False,
         rank: int | None = None,
         id_column: str | None = None,
@@ -119,7 +115,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
-        self.settings = EngineSettings(refresh_every, order, exact, rank, adam_warmup, frozenset(token_values_for))
+        self.settings = EngineSettings(refresh_every, exact, rank, adam_warmup, frozenset(token_values_for))
         self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
         self._result: DataShapleyResult | None = None
         self._watch: RowWatch | None = None

@@ -11,7 +11,7 @@ from PIL import Image
 from hf_iclr.untrusted import as_written_by, inside
 
 from ..session.segments import FrameSegments, VideoSegments, fill_polygon, to_polygons
-from .segment_files import PALETTE, given_segments, read_json, whole_folder
+from .segment_files import PALETTE, atomic_folder, given_segments, read_json
 
 
 VOID = 255  # of DAVIS: pixels that belong to nothing
@@ -32,7 +32,7 @@ def write_davis(segments: Iterable[FrameSegments], folder: str | Path) -> None:
     Raises:
         ValueError: if an object's number isn't in 1..254 or there is something in the folder.
     """
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             labels = np.zeros(frame.size, np.uint8)
             for obj in sorted(frame.objects, reverse=True):
@@ -67,7 +67,7 @@ def write_object_folders(segments: Iterable[FrameSegments], folder: str | Path) 
         folder (`str` or `Path`):
             New or empty.
     """
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             for obj in frame.objects:
                 (part / f"{obj:03}").mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def write_youtube_vos(videos: Videos, folder: str | Path, categories: Mapping[in
             What each object is.
     """
     meta: dict[str, Any] = {"videos": {}}
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for name, segments in videos.items():
             write_davis(segments, inside(part / "Annotations", name))
             meta["videos"][name] = {
@@ -153,7 +153,7 @@ def write_yolo(
             What each object is; classes are numbered in the order of their names.
     """
     classes = sorted(set(categories.values())) if categories else []
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             lines = []
             for obj in frame.objects:

@@ -145,7 +145,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path, caplog):
     after = []
-    for shapley in (None, callback(rank=2, order=1 if full else 2)):
+    for shapley in (None, callback(rank=2)):
         last, model = Last(), tiny_llama(attention_dropout=0.2)
         model = model if full else lora(model, lora_dropout=0.3)
         make(tmp_path, model, [last, *([shapley] if shapley else [])], **SETTINGS[name]).train()
@@ -289,7 +289,6 @@ BAD = {
     "vocabulary": ({"val": Dataset.from_list([{"input_ids": [400, 1], "labels": [400, 1]}])}, {}),
     "mean over rows": ({}, {"trainer_class": Summed}),
     "that the optimizer trains, got none": ({}, {"model": "frozen"}),
-    "order=2": ({"order": 2}, {"model": "full"}),
     "adam_warmup=20": ({"adam_warmup": 20}, {"optim": "adamw_torch"}),
     "with a length": ({"val": iter([])}, {}),
     "DoRA": ({}, {"model": "dora"}),
@@ -316,9 +315,7 @@ def test_bad_input_is_an_error_before_the_first_step(message, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"order": 3},
         {"refresh_every": 0},
-        {"order": 2, "refresh_every": 5},
         {"rank": 0},
         {"targets": {"validation": 1}},
     ],

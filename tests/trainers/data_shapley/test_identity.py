@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.gradients.direction import pack_directions
 from hf_iclr.trainers.data_shapley.identity import RowWatch, content_id
@@ -79,7 +79,7 @@ def test_a_direction_lies_in_memory_in_one_way_whatever_it_is_made_of():
     """Transposed, of one column with the strides of several, and beginning anywhere in a file."""
     transposed, column, amid = torch.randn(3, 16).T, torch.randn(3, 16).T[:, :1], torch.randn(49)[1:].view(16, 3)
     for tensor in (transposed, column, amid):
-        found = in_own_memory(tensor)
+        found = contiguous_clone(tensor)
         assert torch.equal(found, tensor) and found.data_ptr() % 64 == 0
         assert found.stride() == torch.empty(tensor.shape).stride()
 

@@ -248,11 +248,6 @@ def test_parameters_of_a_module_may_have_rates_of_their_own_or_none():
     assert first_step(loop(model, optimizer)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_token_values_of_order_two_are_refused():
-    with pytest.raises(ValueError, match="order=1"):
-        loop(nn.Linear(3, 1), order=2, token_values_for=[0])
-
-
 @pytest.mark.parametrize(
     ("optimizer", "known"), [(torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.RMSprop, False)]
 )

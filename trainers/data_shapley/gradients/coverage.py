@@ -205,7 +205,7 @@ def find_unordered(
     if len(unordered) == len(taps.modules):
         raise ValueError(
             f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
-            "rotated when the rows are, so what each row contributes can't be told."
+            "rotated when the rows are, so what each row contributes can't be computed."
         )
     return unordered, common
 

@@ -16,7 +16,6 @@ from hf_iclr.trainers.measuring import forked_random
 
 from . import follow
 from .direction import Direction, LowRank, wide
-from .rows import RowLayout
 
 
 _EXPERTS = "_experts_implementation"  # of a configuration of transformers
@@ -32,7 +31,6 @@ class TappedModule:
     index: int
     kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    rows: torch.Tensor | None = None  # gradient of each row, (rows, parameters of the module), if they are kept
 
 
 @dataclass
@@ -108,26 +106,6 @@ def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Ca
         padding = first_input(call.args, call.kwargs) == tapped.module.padding_idx
         moved = moved.masked_fill(padding.unsqueeze(-1), 0)  # whose weight gets no gradient
     return moved
-
-
-def row_gradients(tapped: TappedModule, x: torch.Tensor, b: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-    """
-    (`torch.Tensor` of shape `(rows, weights)`): gradient of each row by the weight, and the bias, of a linear layer.
-    """
-    x = x.to(b.dtype)
-    if layout.segments is not None:
-        x, b = x.reshape(-1, x.shape[-1]), b.reshape(-1, b.shape[-1])
-        pieces = [(b[layout.segments == row], x[layout.segments == row]) for row in range(layout.rows)]
-        weight = torch.stack([left.T @ right for left, right in pieces])
-        bias = torch.stack([left.sum(0) for left, _ in pieces])
-    else:
-        x, b = x.reshape(layout.batch, -1, x.shape[-1]), b.reshape(layout.batch, -1, b.shape[-1])
-        weight = torch.einsum("bto,bti->boi", b, x).view(-1, layout.rows, b.shape[-1], x.shape[-1]).sum(0)
-        bias = b.sum(1).view(-1, layout.rows, b.shape[-1]).sum(0)
-    if tapped.kind == "conv1d":
-        weight = weight.transpose(1, 2)
-    found = {"weight": weight.flatten(1), "bias": bias}
-    return torch.cat([found[name].to(wide(b.dtype)) for name in tapped.parameters], dim=1)
 
 
 def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from . import follow
 from .direction import wide
 from .rows import RowLayout
-from .scores import Call, TappedModule, count_leading, first_input, row_gradients, thin_rows, token_scores
+from .scores import Call, TappedModule, count_leading, first_input, thin_rows, token_scores
 
 
 class Taps:
@@ -48,7 +48,7 @@ class Taps:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.keep_rows, self.low_precision = False, False, False
+        self.on, self.low_precision = False, False
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
@@ -120,11 +120,6 @@ class Taps:
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
-        if self.keep_rows:
-            rows = row_gradients(tapped, first_input(call.args, call.kwargs), b, layout)
-            tapped.rows = rows if tapped.rows is None else tapped.rows + rows
-            self.fired.add(tapped.index)
-            return
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
@@ -301,7 +296,7 @@ class _Hole:
 
 
 def find_tapped(model: nn.Module) -> list[TappedModule]:
-    """Modules that own trainable parameters; those of lists, dicts and parametrisations are the module's around them."""
+    """Modules that own trainable parameters; those of lists, dicts and parametrisations are their parent's."""
     found: dict[str, dict[str, nn.Parameter]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: set[tuple[int, str]] = set()
