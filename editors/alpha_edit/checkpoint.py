@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_iclr.hub import HERE, HubMixin, model_card, repository_name, table_cell
+from hf_iclr.hub import HERE, PretrainedHubMixin, model_card, repository_name, table_cell
 from hf_iclr.models import hash_weights
 from hf_iclr.saving import contiguous_clone, write_safetensors
 from hf_iclr.untrusted import read_safetensors
@@ -233,11 +233,12 @@ def give_card(model: nn.Module, card: ModelCard) -> None:
     repository: its class becomes a subclass of the same name.
     """
     if not isinstance(model, _WithCard):
-        model.__class__ = _class_with_card(type(model))
-    model.hub_card = str(card)
+        plain: Any = type(model)
+        model.__class__ = _class_with_card(plain)
+    vars(model)["hub_card"] = str(card)
 
 
-class _WithCard(HubMixin):
+class _WithCard(PretrainedHubMixin):
     hub_card: str
 
     def _card(self, repo_id: str) -> ModelCard:

@@ -1,5 +1,6 @@
 """The command `hf-iclr`: one function a command, heavy imports inside it so that `hf-iclr --help` is quick."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -80,11 +81,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-for _command in (generation.cascade, trainers.audit, editors.edit):
+_COMMANDS: list[Callable[..., None]] = [
+    generation.cascade, trainers.audit, editors.edit, vision.segment, vision.annotate, vision.annotate_ui,
+    vision.inpaint,
+]  # fmt: skip
+_PARSERS: list[Callable[..., None]] = [trainers.sft, trainers.dpo, vision.train_sam2]  # which read their arguments
+_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+for _command in _COMMANDS:
     app.command()(_command)
-for _command in (vision.segment, vision.annotate, vision.annotate_ui, vision.inpaint):
-    app.command()(_command)
-for _command in (trainers.sft, trainers.dpo, vision.train_sam2):  # which read their arguments themselves
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
-        _command
-    )
+for _command in _PARSERS:
+    app.command(context_settings=_UNREAD)(_command)

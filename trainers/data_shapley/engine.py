@@ -135,9 +135,9 @@ class ShapleyEngine:
             return
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
-            unordered = find_unordered(self.model, self.taps, inputs, micro.layout)
-            self._rows_are_known = unordered is not None
-            self.taps.unordered = unordered or set()
+            found = find_unordered(self.model, self.taps, inputs, micro.layout)
+            self._rows_are_known = found is not None
+            self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
 

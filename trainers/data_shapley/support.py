@@ -205,7 +205,10 @@ def _check_length(name: str, dataset: Any) -> None:
 
 def _check_vocabulary(name: str, batches: Batches, model: nn.Module) -> None:
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embeddings = find()
+    try:
+        embeddings = find()
+    except (NotImplementedError, AttributeError):  # as of models of images and audio
+        return
     size = getattr(embeddings, "num_embeddings", None)
     for batch, _ in batches:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
