@@ -6,8 +6,9 @@ What the memory policies of the video session are worth: J&F of each against the
 
 Objects are shown on frame 0 by their true mask or one click, and followed by each policy on the same clips: drawn by
 program, plain and hard (crossings, objects that leave, distractors of the same colour), or the sequences of a folder
-of DAVIS. Told are means over objects of J&F on the frames between the first and the last, and the mean difference from
-"exact" with its 95 % interval (bootstrap over objects). The policies need no training, and none was done for them.
+of DAVIS. Reported are means over objects of J&F on the frames between the first and the last, and the mean difference
+from "exact" with its 95 % interval (bootstrap over objects). The policies need no training, and none was done for
+them.
 """
 
 import argparse

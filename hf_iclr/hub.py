@@ -21,8 +21,8 @@ _PUSH = ("commit_message", "commit_description", "private", "token", "revision",
 
 class HubMixin(PushToHubMixin):
     """
-    transformers' mixin with a card of one's own instead of its blank form. Subclasses have `_card(repo_id)`; those
-    that write their files themselves end their `save_pretrained` with `save_card(folder)`.
+    transformers' mixin with a card of one's own instead of its blank form. Subclasses have `_card(repo_id)` and end
+    their `save_pretrained` with `save_card(folder)`.
     """
 
     _repo_type = "model"
@@ -44,31 +44,9 @@ class HubMixin(PushToHubMixin):
         """
         card = self._card(repo_id)
         more = [*(getattr(self, "model_tags", None) or []), *([tags] if isinstance(tags, str) else tags or [])]
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
+        data: Any = card.data  # whose fields depend on the kind of repository
+        data.tags = list(dict.fromkeys([*data.tags, *more]))
         card.save(Path(folder, "README.md"))
-
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """
-        The parent's `save_pretrained`, and a card.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Folder, made if need be.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Also push, to `repo_id` or else to the folder's name, with the arguments of
-                [`~HubMixin.push_to_hub`].
-            args, kwargs (*optional*):
-                Passed on to the parent.
-        """
-        repo_id = kwargs.pop("repo_id", None)
-        if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save_card(save_directory)
 
     def push_to_hub(
         self,
@@ -127,6 +105,33 @@ class HubMixin(PushToHubMixin):
             )
 
 
+class PretrainedHubMixin(HubMixin):
+    """[`HubMixin`] for models and pipelines, whose files their other parent writes."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        The parent's `save_pretrained`, and a card.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, made if need be.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Also push, to `repo_id` or else to the folder's name, with the arguments of
+                [`~HubMixin.push_to_hub`].
+            args, kwargs (*optional*):
+                Passed on to the parent.
+        """
+        repo_id = kwargs.pop("repo_id", None)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_card(save_directory)
+
+
 def model_card(title: str, text: str, usage: str, bases: Sequence[str | None] = (), **metadata: Any) -> ModelCard:
     """
     A card that says what a model is and how to use it.
@@ -159,7 +164,7 @@ def table_cell(text: str) -> str:
 
 def repository_name(name: str | None) -> str | None:
     """
-    What a card may say of where a model came from: a folder's path is nobody's business.
+    What a card may say of where a model came from: a folder's path is private.
 
     Args:
         name (`str`, *optional*):
@@ -172,10 +177,10 @@ def repository_name(name: str | None) -> str | None:
         validate_repo_id(name or "")
     except HFValidationError:
         return None
-    return None if os.path.exists(name) else name
+    return None if name is None or os.path.exists(name) else name
 
 
-def pretrained_folder(name_or_path: str | Path, allow_patterns: Sequence[str] | None = None, **kwargs: Any) -> Path:
+def pretrained_folder(name_or_path: str | Path, allow_patterns: list[str] | None = None, **kwargs: Any) -> Path:
     """
     Where the files of a `from_pretrained` are.
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_iclr.hub import HERE, HubMixin, model_card, repository_name, table_cell
+from hf_iclr.hub import HERE, PretrainedHubMixin, model_card, repository_name, table_cell
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import in_own_memory, write_safetensors
+from hf_iclr.saving import contiguous_clone, write_safetensors
 from hf_iclr.untrusted import read_safetensors
 
 from .closed_form import low_rank_factors
@@ -118,7 +118,7 @@ def save_settings(folder: Path, config: AlphaEditConfig, preserved: dict[int, to
 def load_null_space(folder: Path) -> dict[int, torch.Tensor]:
     """The preserved directions of each layer, as [`save_settings`] wrote them."""
     basis = read_safetensors(folder / _NULL_SPACE)[0] if (folder / _NULL_SPACE).exists() else {}
-    return {int(layer): in_own_memory(value) for layer, value in basis.items()}
+    return {int(layer): contiguous_clone(value) for layer, value in basis.items()}
 
 
 def load_base_model(config: AlphaEditConfig, **kwargs: Any) -> PreTrainedModel:
@@ -233,11 +233,12 @@ def give_card(model: nn.Module, card: ModelCard) -> None:
     repository: its class becomes a subclass of the same name.
     """
     if not isinstance(model, _WithCard):
-        model.__class__ = _class_with_card(type(model))
-    model.hub_card = str(card)
+        plain: Any = type(model)
+        model.__class__ = _class_with_card(plain)
+    vars(model)["hub_card"] = str(card)
 
 
-class _WithCard(HubMixin):
+class _WithCard(PretrainedHubMixin):
     hub_card: str
 
     def _card(self, repo_id: str) -> ModelCard:

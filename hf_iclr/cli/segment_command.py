@@ -11,7 +11,7 @@ from transformers import pipeline
 from hf_iclr.vision.formats.annotation_json import write_coco
 from hf_iclr.vision.formats.mask_folders import check_palette_numbers, write_davis
 from hf_iclr.vision.formats.overlay import write_overlay
-from hf_iclr.vision.formats.segment_files import whole_folder
+from hf_iclr.vision.formats.segment_files import atomic_folder
 from hf_iclr.vision.session.prompts import VideoPrompts
 from hf_iclr.vision.session.segments import VideoSegments
 from hf_iclr.vision.session.videos import open_video
@@ -95,7 +95,7 @@ def segment_video(
     """
     check_palette_numbers(prompts.objects)
     frames = open_video(video)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         prompts.check(frames[0].shape[:2], frames.num_frames)
         pipe = pipeline("promptable-video-segmentation", model=model)
         session = pipe.session(frames, output="rle", keep="window", feature_cache_bytes=0, undo_levels=0)

@@ -64,22 +64,22 @@ def annotate(
 
     console = Console()
 
-    def by_hand(masklet):
+    def correct_in_browser(masklet):
         import webbrowser
 
         from hf_iclr.vision.annotation.page import annotate_in_browser
 
-        def tell(address: str) -> None:
+        def announce(address: str) -> None:
             console.print(f"{masklet.name}, object {masklet.object}: {masklet.reason}. Correct it at {address}")
             webbrowser.open(address)
 
-        return annotate_in_browser(pipe, masklet.session, on_ready=tell)
+        return annotate_in_browser(pipe, masklet.session, on_ready=announce)
 
     pipe = pipeline("promptable-video-segmentation", model=model)
     masklets = annotate(
         folder,
         pipe,
-        corrector=by_hand if browser else None,
+        corrector=correct_in_browser if browser else None,
         out=out,
         automatic={
             "points_per_side": points_per_side,

@@ -174,7 +174,7 @@ def test_an_adapter_moves_no_preserved_output(tmp_path):
         update = model.get_base_model().get_submodule(DOWN[layer]).get_delta_weight("default").double()
         assert (update @ statistics.preserved(layer, rank=6)).abs().max() < 1e-6 and update.abs().max() > 1e-3
     callback = NullSpaceCallback(statistics, nullspace_rank=6)
-    again = train(model, tmp_path, callback)  # no complaint: it was trained so
+    again = train(model, tmp_path, callback)  # no warning: it was trained so
     empty = train(lora(make_model()), tmp_path, NullSpaceCallback(statistics, nullspace_rank=0))
     assert equal(state(empty), state(train(lora(make_model()), tmp_path))) and losses(again)
 

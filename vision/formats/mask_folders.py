@@ -11,7 +11,7 @@ from PIL import Image
 from hf_iclr.untrusted import as_written_by, inside
 
 from ..session.segments import FrameSegments, VideoSegments, fill_polygon, to_polygons
-from .segment_files import PALETTE, given_segments, read_json, whole_folder
+from .segment_files import PALETTE, atomic_folder, given_segments, read_json
 
 
 VOID = 255  # of DAVIS: pixels that belong to nothing
@@ -34,7 +34,7 @@ def write_davis(segments: Iterable[FrameSegments], folder: str | Path) -> None:
     """
     if isinstance(segments, VideoSegments):
         check_palette_numbers(segments.objects)
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             check_palette_numbers(frame.objects)
             save_labels(to_labels(frame), part / f"{frame.frame:05}.png")
@@ -80,7 +80,7 @@ def write_object_folders(segments: Iterable[FrameSegments], folder: str | Path) 
         folder (`str` or `Path`):
             New or empty.
     """
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             for obj in frame.objects:
                 (part / f"{obj:03}").mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ def write_youtube_vos(videos: Videos, folder: str | Path, categories: Mapping[in
     """
     meta: dict[str, Any] = {"videos": {}}
     check_palette_numbers(obj for segments in videos.values() for obj in segments.objects)
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for name, segments in videos.items():
             write_davis(segments, inside(part / "Annotations", name))
             meta["videos"][name] = {
@@ -167,7 +167,7 @@ def write_yolo(
             What each object is; classes are numbered in the order of their names.
     """
     classes = sorted(set(categories.values())) if categories else []
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             lines = []
             for obj in frame.objects:

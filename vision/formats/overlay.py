@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
 from ..session.segments import FrameSegments
 from ..session.videos import open_video
@@ -70,7 +70,7 @@ def write_overlay(
     if not rate > 0 or not 0 <= alpha <= 1:
         raise ValueError(f"Expected rate above 0 and alpha in 0..1, got {rate} and {alpha}.")
     gif = suffix == ".gif"
-    with whole_file(path) as part, av.open(str(part), "w", format=suffix[1:]) as container:
+    with atomic_file(path) as part, av.open(str(part), "w", format=suffix[1:]) as container:
         stream: Any = None
         for shown in segments:
             image = draw_overlay(video[shown.frame], shown, alpha)

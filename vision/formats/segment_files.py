@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 from hf_iclr.untrusted import parse_json
 
 from ..session.prompts import check_rle, encode_rle
@@ -19,7 +19,7 @@ from ..session.segments import FrameSegments
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     A folder to write to that becomes `path` once everything went well.
 
@@ -44,7 +44,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 def write_json(record: Any, path: str | Path) -> None:
     """Writes a record as JSON, whole or not at all."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(json.dumps(record), encoding="utf-8")
 
 

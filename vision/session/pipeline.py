@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import Pipeline
 
-from hf_iclr.hub import HubMixin, model_card, repository_name
+from hf_iclr.hub import PretrainedHubMixin, model_card, repository_name
 
 from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
 from .config import VideoSessionConfig
@@ -26,7 +26,7 @@ MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")
 _OPTIONS = {option.name for option in fields(VideoSessionConfig)}
 
 
-class Sam2VideoPipeline(HubMixin, Pipeline):
+class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     """
     Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
     of SAM 3: every object on its own, in a memory bounded to what the model attends to.
@@ -142,9 +142,9 @@ class Sam2VideoPipeline(HubMixin, Pipeline):
         options = {**self._preprocess_params.get("options", {}), **options}
         return VideoSession(self.model, self.processor, video, VideoSessionConfig(**options))
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Saves model, processor and a card; `pipeline(task, model=save_directory)` loads both."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         self.processor.save_pretrained(save_directory)
 
     def _card(self, repo_id: str) -> ModelCard:

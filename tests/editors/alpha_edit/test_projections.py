@@ -53,6 +53,13 @@ def test_a_layer_that_is_not_the_last_of_its_mlp_is_found_out():
         find_down_projections(model)
 
 
+def test_padding_whose_states_are_all_zero_says_nothing_against_a_projection():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    assert len(find_down_projections(model)) == 4
+
+
 def test_mixtures_of_experts_are_refused_with_the_reason():
     model = tiny("mixtral", 0, num_local_experts=2)
     with pytest.raises(ValueError, match="mixture-of-experts .* other weights for other routes"):
