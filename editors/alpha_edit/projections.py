@@ -165,9 +165,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def caches_by_token(model: PreTrainedModel) -> bool:
-    """Whether what a model keeps of earlier tokens is keys and values of each: not so with recurrent layers."""
-    _, stack = decoder_layers(model)
-    return cache_argument(model) is not None and not any(isinstance(module, nn.Conv1d) for module in stack.modules())
+    """Whether what a model keeps of earlier tokens is keys and values of each: not so where layers are recurrent."""
+    recurrent = any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
+    return cache_argument(model) is not None and not recurrent
 
 
 def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
