@@ -1,6 +1,6 @@
+from .batches import EditReport
 from .config import AlphaEditConfig
 from .editor import AlphaEditor
-from .journal import EditReport
 from .metrics import edit_success, hidden_drift, ngram_entropy
 from .requests import EditRequest, edit_requests
 from .scoring import continue_texts, evaluate_edits, last_hidden_states, perplexity, score_edits
