@@ -132,13 +132,16 @@ class EditBatch:
 
     def collisions(self, others: Sequence["EditBatch"]) -> list[float]:
         """For each edit the largest |cosine| of its key with that of another one, over layers."""
-        worst = torch.zeros(len(self.requests))
+        # A request has a key for each of its target states, which are zero beyond these.
+        states = self.states.view(len(self.requests), -1, self.states.shape[-1])
+        owner = states.any(-1).nonzero()[:, 0]
+        worst = torch.zeros(len(owner))
         for layer, keys in self.keys.items():
             every = torch.cat([keys, *(other.keys[layer] for other in others)], 1)
-            cosine = (keys / keys.norm(dim=0)).T @ (every / every.norm(dim=0))
-            cosine.fill_diagonal_(0)
-            worst = worst.maximum(cosine.abs().amax(1))
-        return worst.tolist()
+            cosine = ((keys / keys.norm(dim=0)).T @ (every / every.norm(dim=0))).abs()
+            cosine[:, : len(owner)].masked_fill_(owner[:, None] == owner, 0)
+            worst = worst.maximum(cosine.amax(1))
+        return torch.zeros(len(self.requests)).scatter_reduce(0, owner, worst, "amax").tolist()
 
     def save(self, folder: Path) -> None:
         """Write the batch's tensors to `folder/batches`; a file of its name, which no other has, is this one's."""

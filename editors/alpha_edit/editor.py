@@ -1,7 +1,6 @@
 """AlphaEdit: knowledge edits that keep the rest, as adapters that can be undone and shared."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,9 @@ from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, r
 from .config import AlphaEditConfig
 from .journal import EditJournal, load_null_space
 from .projections import choose_layers, find_down_projections
-from .requests import EditRequest, reasons_against, sample_contexts
-from .scoring import score_edits
+from .requests import EditRequest
+from .rows import reasons_against, sample_contexts
+from .scoring import edit_probabilities
 from .solver import EditSolver, null_spaces
 from .statistics import KeyStatistics
 from .targets import find_target_states
@@ -109,7 +109,6 @@ class AlphaEditor(HubMixin):
         else:
             self.preserved = load_null_space(folder, config, self.projections)
         self._journal = EditJournal(config, self.projections, self.preserved, tokenizer)
-        self._up_to_last = projections[: self.projections[-1].index + 1]
         self._solver = EditSolver(model, tokenizer, config, self.projections, self.preserved, statistics)
         self._peft: PeftModel | None = None
 
@@ -123,12 +122,12 @@ class AlphaEditor(HubMixin):
         """The edits in force, in order."""
         return [request for batch in self.batches for request in batch.requests]
 
-    def edit(self, requests: Sequence[EditRequest], batch_size: int = 100, progress: bool = True) -> EditReport:
+    def edit(self, requests: Iterable[EditRequest], batch_size: int = 100, progress: bool = True) -> EditReport:
         """
         Write facts into the model.
 
         Args:
-            requests (`list[EditRequest]`):
+            requests (iterable of `EditRequest`):
                 The facts. A request that cannot be made is not made and stands in the report with its reason; so does
                 a second one for the same prompt and subject.
             batch_size (`int`, *optional*, defaults to 100):
@@ -144,6 +143,7 @@ class AlphaEditor(HubMixin):
             ValueError: when there is no request, `batch_size` is not positive, or a batch's equations cannot be
                 solved; the batches before it stay, and nothing of that batch.
         """
+        requests = [requests] if isinstance(requests, EditRequest | str) else list(requests)
         for request in requests:
             if not isinstance(request, EditRequest):
                 raise TypeError(f"Expected a list of EditRequest, got {type(request).__name__}: {request!r}.")
@@ -154,13 +154,11 @@ class AlphaEditor(HubMixin):
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         with self._writing():
             if self.config.context_templates is None:
-                self.config.context_templates = sample_contexts(
-                    self.model, self.tokenizer, self.config.num_contexts, self.config.context_length, self.config.seed
-                )
+                self.config.context_templates = sample_contexts(self.model, self.tokenizer, self.config)
                 if self._journal.folder is not None:
                     self.config.save_pretrained(self._journal.folder)
             made = {edit.id for edit in self.edits}
-            reasons = reasons_against(requests, self.tokenizer, self.config.context_templates, limit, made)
+            reasons = reasons_against(requests, self.tokenizer, self.config, limit, made)
             accepted = []
             for index, request in enumerate(requests):
                 if index in reasons:
@@ -368,8 +366,8 @@ class AlphaEditor(HubMixin):
                 raise
 
     def _edit_batch(self, requests: list[EditRequest], report: EditReport, progress: bool) -> None:
-        found = find_target_states(self.model, self.tokenizer, self._up_to_last, requests, self.config, progress)
-        good = found.states.isfinite().all(1) & found.losses.isfinite()
+        found = find_target_states(self.model, self.tokenizer, self.projections, requests, self.config, progress)
+        good = found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()
         for request, fine in zip(requests, good.tolist(), strict=True):
             if not fine:
                 report.reject(request, "its target state is not finite")
@@ -378,12 +376,10 @@ class AlphaEditor(HubMixin):
             return
         made, name = [requests[i] for i in keep], self._journal.new_name(len(self.batches))
         batch = self._solver.solve(name, made, found.states[keep].cpu(), self.batches)
-        asked = [replace(request, paraphrases=(), neighborhood=()) for request in made]
-        nll = score_edits(self.model, self.tokenizer, asked, progress=False).nll_new
         batch.report(
             self.batches,
             p_before=found.log_probs[keep].exp().tolist(),
-            p_after=[math.exp(-after) for after in nll],
+            p_after=edit_probabilities(self.model, self.tokenizer, made, self.config),
             loss=found.losses[keep].tolist(),
             steps=found.steps[keep].tolist(),
         )

@@ -194,7 +194,6 @@ SOLVERS = [
     {"solver": "memit", "moment_weight": 1e-3, "project": True},
     {"solver": "ridge", "project": True},
     {"solver": "memit", "moment_weight": 1e-3, "post_processing": "rect"},
-    {"solver": "memit", "moment_weight": 1e-3, "post_processing": "prune"},
 ]
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_iclr.editors.alpha_edit.projections import find_down_projections
-from hf_iclr.editors.alpha_edit.requests import EditRequest, encode_request
+from hf_iclr.editors.alpha_edit.requests import EditRequest
+from hf_iclr.editors.alpha_edit.rows import encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
 from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
 
