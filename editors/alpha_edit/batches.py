@@ -257,10 +257,13 @@ def save_adapter(
     config = _lora_config(projections, padded, base_model).to_dict()
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # a set's order would be another every time
     path = inside(folder, ADAPTER_CONFIG)
-    if not path.exists() or path.read_text() != text:
+    new = not path.exists() or path.read_text() != text
+    if new:  # while the two files are of different ranks, there is one
+        path.unlink(missing_ok=True)
+    write_safetensors(tensors, inside(folder, ADAPTER), {"format": "pt", **metadata})
+    if new:
         with atomic_file(path) as part:
             part.write_text(text)
-    write_safetensors(tensors, inside(folder, ADAPTER), {"format": "pt", **metadata})
 
 
 def _lora_config(projections: Sequence[DownProjection], updates: Updates, base_model: str | None) -> LoraConfig:

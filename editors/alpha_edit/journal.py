@@ -94,7 +94,8 @@ class EditJournal:
         self._adopt(folder, _committed(folder))
         if keep and os.access(folder, os.W_OK) and not (folder / JOURNAL_NAME).is_symlink():
             self.folder = folder
-            if _mark(folder) != _digests(self.events)[-1] or _leftovers(folder):
+            whole = (folder / ADAPTER_CONFIG).exists() and _mark(folder) == _digests(self.events)[-1]
+            if not whole or _leftovers(folder):
                 try:
                     with self._lock(folder, 0.1):
                         self.refresh()

@@ -116,9 +116,8 @@ def test_a_kill_at_any_step_leaves_what_was_reported_and_an_adapter_that_says_th
         if not (folder / "ledger.jsonl").exists():
             assert told == [[]]
             continue
-        before = (
-            adapter_of(folder) if (folder / "adapter_model.safetensors").exists() and not_between(folder) else None
-        )
+        # While the adapter is made anew in a larger rank there is none.
+        before = adapter_of(folder) if (folder / "adapter_config.json").exists() else None
         loaded = AlphaEditor.from_pretrained(folder, model=tiny_model("llama"))
         everything = [[], *([r.id for r in REQUESTS[:n]] for n in (1, 2, 1)), [r.id for r in [REQUESTS[0], *MANY]]]
         assert told == everything[: len(told)]
@@ -133,15 +132,6 @@ def test_a_kill_at_any_step_leaves_what_was_reported_and_an_adapter_that_says_th
         if process.exitcode == 0:
             break
     assert moment > 20 and told == everything
-
-
-def not_between(folder):
-    """Not between the adapter's two files, when it has just been made or its rank was raised."""
-    if not (folder / "adapter_model.safetensors").exists():
-        return False
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return {len(value) for name, value in tensors.items() if "lora_A" in name} == {config["r"]}
 
 
 def keep_editing(editor, folder, requests, count):
@@ -243,7 +233,11 @@ def test_a_null_space_of_another_form_is_refused(way, word_tokenizer, tmp_path):
     make_editor(word_tokenizer, folder=tmp_path)
     path = tmp_path / "null_space.safetensors"
     basis = load_file(path)
-    spoiled = {"nan": {"1": basis["1"] * float("nan")}, "shape": {"1": basis["1"][1:]}, "layer": {"7": basis["1"]}}
+    spoiled = {
+        "nan": {"1": basis["1"] * float("nan")},
+        "shape": {"1": basis["1"][1:]},
+        "layer": {"7": basis["1"].clone()},
+    }
     save_file(basis | spoiled.get(way, {}), path)
     if way == "gone":
         path.unlink()
@@ -337,5 +331,5 @@ def test_a_push_in_between_is_merged_and_a_contradiction_named(hub):
     """
     ).splitlines()
     assert said[0] == "True" and said[2] == "True 1 2"
-    assert "'w1 w3 w4 w2' is 'w40' by " in said[1] and "'w5' by " in said[1] and "editor.remove(" in said[1]
+    assert f"says 'w1 w3 w4 w2' is 'w40', {REQUESTS[0].id} 'w5'" in said[1] and "editor.remove(" in said[1]
     assert "user/edits to have edits made with this editor's settings, got other l2" in said[3]
