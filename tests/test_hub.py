@@ -31,7 +31,7 @@ SETUP = """
         return editor
 
     def frozen(count):
-        rows = pd.DataFrame(dict(step=1, index=range(count), target="validation", value=0.5, tokens=3))
+        rows = pd.DataFrame(dict(step=1, index=range(count), value=0.5, tokens=3))
         return DataShapleyResult(rows, pd.DataFrame(dict(step=[1], loss_validation=[2.0])))
 """
 COMPOSITE = "SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small"

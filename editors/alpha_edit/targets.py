@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.models import pad_around
 
 from .config import AlphaEditConfig
-from .projections import DownProjection, caches_by_token, capture, decoder_layers, replaced_layers, run_until
+from .projections import DownProjection, caches_by_token, capture, decoder_layers, run_until
 from .requests import EditRequest
 from .rows import EditRow, encode_in_contexts, encode_request
 
@@ -341,6 +341,26 @@ def _replay(
     finally:
         if hook is not None:
             hook.remove()
+
+
+@contextmanager
+def replaced_layers(outputs: dict[nn.Module, torch.Tensor], projection: DownProjection) -> Iterator[None]:
+    """In a `with` block these decoder layers compute nothing and return these states, in the way of `projection`'s."""
+
+    def returning(states: torch.Tensor) -> Callable:
+        return lambda *_, **__: (states, None) if projection.layer_returns_tuple else states
+
+    before = {layer: vars(layer).get("forward") for layer in outputs}
+    for layer, states in outputs.items():
+        vars(layer)["forward"] = returning(states)
+    try:
+        yield
+    finally:
+        for layer, earlier in before.items():
+            if earlier is None:
+                del layer.forward
+            else:
+                vars(layer)["forward"] = earlier  # what accelerate put there
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class ShapleyEngine:
         self.step = 0
         self.open = False
         self.pending: StepValues | None = None
+        self._hook: Any = None
 
     # Before the step
 
@@ -94,12 +95,24 @@ class ShapleyEngine:
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
-        self.taps.attach()
-        self.taps.on = True
+
+    def attach(self) -> None:
+        """Hook the model, if the step is scored and it isn't yet."""
+        if self.open and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+            self.taps.attach()
+            self.taps.on = True
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        self.taps.detach()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def close_step(self) -> None:
-        """Remove the taps."""
-        self.taps.detach()
+        """Score no more of this step."""
+        self.detach()
         self.open = False
 
     def begin_micro_batch(self, ids: Sequence[Any]) -> None:
@@ -111,10 +124,10 @@ class ShapleyEngine:
             self.micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
 
-    def see_inputs(self, inputs: dict[str, Any]) -> None:
-        """The model is called in training mode."""
-        if not (self.open and self.micro):
+    def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.micro and model.training and torch.is_grad_enabled()):
             return
+        inputs = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
         self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         micro = self.micro[-1]
         if micro.layout is not None:
@@ -122,9 +135,9 @@ class ShapleyEngine:
             return
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
-            unordered = find_unordered(self.model, self.taps, inputs, micro.layout)
-            self._rows_are_known = unordered is not None
-            self.taps.unordered = unordered or set()
+            found = find_unordered(self.model, self.taps, inputs, micro.layout)
+            self._rows_are_known = found is not None
+            self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
 

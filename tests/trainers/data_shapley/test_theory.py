@@ -71,8 +71,9 @@ def in_run(lr, optimizer_class=torch.optim.SGD, val=VAL, warm=0, full=False, **o
             mean_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
-    rows = shapley.result.rows.sort_values("index")
-    return {name: part["value"].to_numpy() for name, part in rows.groupby("target")}, model, optimizer, before, state
+    result = shapley.result
+    values = {name: result.values(name).sort_index().to_numpy() for name in result.targets}
+    return values, model, optimizer, before, state
 
 
 def brute_force(lr, val=VAL, full=False, optimizer_class=torch.optim.SGD, **settings):
