@@ -98,6 +98,10 @@ class StreamedFrames(VideoFrames):
             self.position += 1
         return self._latest
 
+    def resume(self, position: int, latest: Any) -> None:
+        """Counts on from a frame that was taken before; the iterator gives the next one."""
+        self.position, self._latest = position, latest
+
 
 class FileFrames(VideoFrames):
     """Frames of a video file or its bytes, decoded by PyAV; a damaged file gives what comes before the damage."""
