@@ -15,7 +15,7 @@ from .assisted_cascade import (
     without_warpers,
 )
 from .batched_cascade import BatchedCascade, CascadeOptions
-from .cache_argument import NAMES, given_cache
+from .cache_argument import NAMES, find_cache
 from .cached_decoder import why_not_batched
 from .cascade_statistics import CascadeStatistics
 from .deferral_rules import check_rule
@@ -265,7 +265,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         )
         if others:
             return f"it passes on token ids only, not {', '.join(others)}"
-        cache = given_cache(model_kwargs)
+        cache = find_cache(model_kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             return "it starts from an empty cache, not from the key-value cache given"
         if generation_config.output_attentions or generation_config.output_hidden_states:

@@ -64,7 +64,7 @@ SEAMS = {
         "(self, input_ids, **kwargs)",
     ),
     f"{_CANDIDATES}update_candidate_strategy": Seam(
-        "overridden to count what is accepted; only the generator is told",
+        "overridden to count what is accepted; only the generator is notified",
         "(self, input_ids, scores, num_matches)",
     ),
     "transformers.trainer:Trainer._get_train_sampler": Seam(

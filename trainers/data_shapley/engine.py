@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 
 from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, find_unordered, group_modules
-from .gradients.direction import Direction, warn_of_other_rule
+from .gradients.direction import warn_of_other_rule
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
 from .gradients.taps import Taps, split_by_rate
@@ -28,7 +28,6 @@ class _MicroBatch:
     layout: RowLayout | None = None
     scores: torch.Tensor | None = None
     token_scores: torch.Tensor | None = None
-    gradients: list[torch.Tensor | None] = field(default_factory=list)
 
 
 class ShapleyEngine:
@@ -67,9 +66,6 @@ class ShapleyEngine:
                 "Expected trainable parameters that the optimizer trains, got none. Unfreeze some, or add an adapter."
             )
         self.groups = group_modules(self.taps.modules, self.parameters)
-        self.taps.keep_rows = settings.order == 2
-        if settings.order == 2:
-            self._check_order_two()
         self.targets = TargetDirections(
             model, optimizer, batches, compute_loss, settings, self.parameters, self.param_groups, self.taps.modules
         )
@@ -80,7 +76,7 @@ class ShapleyEngine:
         self.step = 0
         self.open = False
         self.pending: StepValues | None = None
-        self._kept: Any = None
+        self._hook: Any = None
 
     # Before the step
 
@@ -99,12 +95,24 @@ class ShapleyEngine:
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
-        self.taps.attach()
-        self.taps.on = True
+
+    def attach(self) -> None:
+        """Hook the model, if the step is scored and it isn't yet."""
+        if self.open and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+            self.taps.attach()
+            self.taps.on = True
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        self.taps.detach()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def close_step(self) -> None:
-        """Remove the taps."""
-        self.taps.detach()
+        """Score no more of this step."""
+        self.detach()
         self.open = False
 
     def begin_micro_batch(self, ids: Sequence[Any]) -> None:
@@ -116,10 +124,10 @@ class ShapleyEngine:
             self.micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
 
-    def see_inputs(self, inputs: dict[str, Any]) -> None:
-        """The model is called in training mode."""
-        if not (self.open and self.micro):
+    def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.micro and model.training and torch.is_grad_enabled()):
             return
+        inputs = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
         self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         micro = self.micro[-1]
         if micro.layout is not None:
@@ -127,9 +135,9 @@ class ShapleyEngine:
             return
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
-            unordered = find_unordered(self.model, self.taps, inputs, micro.layout)
-            self._rows_are_known = unordered is not None
-            self.taps.unordered = unordered or set()
+            found = find_unordered(self.model, self.taps, inputs, micro.layout)
+            self._rows_are_known = found is not None
+            self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
 
@@ -197,12 +205,6 @@ class ShapleyEngine:
             ],
             record,
         )
-        if self.settings.order == 2:
-            gradients = [
-                None if all(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
-                for parts in zip(*(batch.gradients for batch in micro), strict=True)
-            ]
-            self._kept = gradients, rates, factor
         self.micro = []
 
     def commit(self) -> StepValues | None:
@@ -210,12 +212,6 @@ class ShapleyEngine:
         found, self.pending = self.pending, None
         if found is None:
             return None
-        if self.settings.order == 2:
-            (gradients, rates, factor), self._kept = self._kept, None
-            like = torch.zeros(len(rates), *found.values.shape, dtype=rates.dtype, device=rates.device)
-            scores = self._score_kept(gradients, self.targets.ahead(), like)
-            after = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
-            found.values = (found.values + after) / 2
         totals = torch.from_numpy(found.values.sum(0))
         if dist.is_initialized():
             device = self.parameters[0].device
@@ -229,7 +225,7 @@ class ShapleyEngine:
 
     def drop(self) -> None:
         """The optimizer has skipped its step."""
-        self.pending = self._kept = None
+        self.pending = None
 
     def _is_warming_up(self) -> bool:
         if not any("betas" in group for group in self.param_groups):
@@ -240,19 +236,6 @@ class ShapleyEngine:
             return False
         return max(steps, default=0.0) < max(self.settings.adam_warmup, 1)
 
-    def _check_order_two(self) -> None:
-        if self.settings.token_values_for:
-            raise ValueError(
-                "Expected no `token_values_for` with order=2, whose values are those of whole rows. Type `order=1`."
-            )
-        other = [tapped.name for tapped in self.taps.modules if tapped.kind not in ("linear", "conv1d")]
-        if other or any(".lora_" not in tapped.name for tapped in self.taps.modules):
-            name = (other or [tapped.name for tapped in self.taps.modules if ".lora_" not in tapped.name])[0]
-            raise ValueError(
-                "Expected a model of which only LoRA layers are trained for order=2, which keeps each row's gradient, "
-                f"got the trainable module {name}. Type `order=1`."
-            )
-
     def _learning_rate(self, tapped: TappedModule) -> float:
         return float(self.param_groups[self.targets.position(next(iter(tapped.parameters.values())))]["lr"])
 
@@ -260,25 +243,7 @@ class ShapleyEngine:
         if not self.micro or self.micro[-1].layout is None:
             return
         micro = self.micro[-1]
-        if self.settings.order == 2:
-            micro.gradients = [tapped.rows for tapped in self.taps.modules]
-            self.taps.scores = self._score_kept(micro.gradients, self.targets.found, self.taps.scores)
-            for tapped in self.taps.modules:
-                tapped.rows = None
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
-
-    def _score_kept(
-        self, gradients: Sequence[torch.Tensor | None], directions: list[list[Direction]], like: torch.Tensor
-    ) -> torch.Tensor:
-        scores = torch.zeros_like(like)
-        for tapped, rows in zip(self.taps.modules, gradients, strict=True):
-            if rows is None:
-                continue
-            for which, found in enumerate(directions):
-                parts = [found[self.targets.position(p)] for p in tapped.parameters.values()]
-                u = torch.cat([part.flatten() for part in parts if isinstance(part, torch.Tensor)])
-                scores[tapped.index, :, which] = rows @ u.to(rows.dtype)
-        return scores
 
     def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
         sketched, exact = np.split(rows, 2, axis=1)

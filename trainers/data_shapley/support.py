@@ -63,13 +63,16 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
 
 
-def calling_trainer() -> Trainer:
-    """The trainer whose event is being handled, which transformers doesn't hand to callbacks."""
+def calling_trainer() -> tuple[Trainer, str | None]:
+    """
+    The trainer whose event is being handled, and the checkpoint that it was resumed from when that is its beginning;
+    transformers hands neither to callbacks.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Trainer):
-            return owner
+            return owner, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back  # type: ignore[assignment]
     raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
 
@@ -202,7 +205,10 @@ def _check_length(name: str, dataset: Any) -> None:
 
 def _check_vocabulary(name: str, batches: Batches, model: nn.Module) -> None:
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embeddings = find()
+    try:
+        embeddings = find()
+    except (NotImplementedError, AttributeError):  # as of models of images and audio
+        return
     size = getattr(embeddings, "num_embeddings", None)
     for batch, _ in batches:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None

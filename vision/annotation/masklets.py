@@ -119,7 +119,7 @@ class Masklet:
         self.scores[frame] = segments.scores[obj]
         self.object_scores[frame] = segments.object_scores[obj]
         output = session._memories[obj].output(frame) if obj in session.objects else None
-        logits = (output or {}).get("pred_masks")
+        logits: Any = (output or {}).get("pred_masks")
         outer = 0 if logits is None else int((logits > -_STABILITY_OFFSET).sum())
         self.stabilities[frame] = int((logits > _STABILITY_OFFSET).sum()) / outer if outer else 1.0
         self.cycle_iou = None

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import write_safetensors
 from hf_iclr.untrusted import as_written_by, parse_json, read_safetensors, whole_number
 
 from .config import VideoSessionConfig
@@ -70,8 +69,7 @@ def write_session(session, path: str | Path) -> None:
             for obj, memory in session._memories.items()
         },
     }
-    with whole_file(path) as part:
-        save_file(tensors, str(part), metadata={"format": _FORMAT, "state": json.dumps(state)})
+    write_safetensors(tensors, Path(path), {"format": _FORMAT, "state": json.dumps(state)})
 
 
 def _kinds(memory: ObjectMemory) -> dict[str, dict[int, dict[str, torch.Tensor]]]:

@@ -1,4 +1,4 @@
-"""The semi-supervised protocol: what is prompted, what counts, and what is told."""
+"""The semi-supervised protocol: what is prompted, what counts, and what is reported."""
 
 import numpy as np
 import pandas as pd

@@ -441,7 +441,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     s.add(0, 1, **CLICK)
     s.save(tmp_path / "state")
     before = (tmp_path / "state").read_bytes()
-    monkeypatch.setattr("hf_iclr.vision.session.session_file.save_file", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("hf_iclr.saving.save_file", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         s.save(tmp_path / "state")
     assert (tmp_path / "state").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .direction import Direction, inner, is_sharded, untouched, whole
+from .follow import leaves
 from .rows import RowLayout
 from .scores import TappedModule
 from .taps import Taps
@@ -31,18 +32,19 @@ class Group:
 def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Parameter]) -> list[Group]:
     """Divide tapped modules so that tied parameters fall into one group."""
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
-    owner: dict[int, Group] = {}
     groups: list[Group] = []
     for tapped in modules:
         mine = [position[id(parameter)] for parameter in tapped.parameters.values()]
-        group = next((owner[index] for index in mine if index in owner), None)
-        if group is None:
-            group = Group([], [], [])
-            groups.append(group)
-        group.modules.append(tapped.index)
-        group.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
-        group.parameters += [index for index in mine if index not in group.parameters]
-        owner |= dict.fromkeys(mine, group)
+        merged, alike = Group([], [], []), set(mine)
+        for group in [found for found in groups if not alike.isdisjoint(found.parameters)]:
+            groups.remove(group)
+            merged.modules += group.modules
+            merged.parameters += group.parameters
+            merged.names += group.names
+        merged.modules.append(tapped.index)
+        merged.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
+        merged.parameters += [index for index in mine if index not in merged.parameters]
+        groups.append(merged)
     return groups
 
 
@@ -156,7 +158,9 @@ def check_scores(
     return applied_factor(ratio, scale)
 
 
-def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout) -> set[int] | None:
+def find_unordered(
+    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout
+) -> tuple[set[int], set[int]] | None:
     """
     Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
     doesn't move along when the rows of a batch are rotated.
@@ -170,44 +174,66 @@ def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layo
             Its rows.
 
     Returns:
-        `set[int]`: indices of the modules; `None` if this batch can't tell.
+        `(set[int], set[int])`: indices of those modules, and of those whose output stays as it is when the rows are
+        rotated, which rows have in common; `None` if this batch can't tell.
 
     Raises:
         ValueError: if that is every module.
     """
     if layout.segments is not None or is_sharded(model):
-        return set()
+        return set(), set()
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
     if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
         return None
+    if all(torch.equal(value, value.roll(1, 0)) for value in tensors.values()):
+        return None
     rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
     once, again, moved = (
-        _row_sums(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+        _outputs(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
     )
-    unordered = set()
-    for index, sums in once.items():
-        calls = [len(sums), len(again[index]), len(moved[index])]
-        if len(set(calls)) > 1 or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
+    unordered, common = set(), set()
+    for index, calls in once.items():
+        if len(calls) != len(again[index]) or len(calls) != len(moved[index]):
+            continue
+        if any(not torch.equal(one.print, two.print) for one, two in zip(calls, again[index], strict=True)):
             continue  # it is random
-        if not all(_alike(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
+        pairs = list(zip(calls, moved[index], strict=True))
+        if calls and all(torch.equal(one.print, then.print) for one, then in pairs):
+            common.add(index)
+        elif not all(_alike(one.rows.roll(1), then.rows) for one, then in pairs if one.rows is not None):
             unordered.add(index)
     if len(unordered) == len(taps.modules):
         raise ValueError(
             f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
-            "rotated when the rows are, so what each row contributes can't be told."
+            "rotated when the rows are, so what each row contributes can't be computed."
         )
-    return unordered
+    return unordered, common
 
 
-def _row_sums(
+@dataclass
+class _Output:
+    """What is kept of a module's output: sums of what would be each row's part, and a fingerprint of the whole."""
+
+    rows: torch.Tensor | None
+    print: torch.Tensor
+
+    @classmethod
+    def of(cls, output: torch.Tensor, batch: int) -> "_Output":
+        wide = output.detach().double().flatten()
+        weights = torch.linspace(1, 2, len(wide), dtype=torch.float64, device=wide.device)
+        rows = wide.view(batch, -1).sum(1) if output.dim() and len(output) % batch == 0 else None
+        return cls(rows, wide @ weights)
+
+
+def _outputs(
     model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int
-) -> dict[int, list[torch.Tensor]]:
-    """For each call of each module, sums of what would be each row's part of its output."""
-    found: dict[int, list[torch.Tensor]] = {tapped.index: [] for tapped in taps.modules}
+) -> dict[int, list[_Output]]:
+    """Of each call of each module, its tensors."""
+    found: dict[int, list[_Output]] = {tapped.index: [] for tapped in taps.modules}
 
     def keep(index: int, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
-            found[index].append(output.detach().double().reshape(batch, -1).sum(1))
+        tensors = [value for value in leaves(output) if isinstance(value, torch.Tensor)]
+        found[index] += [_Output.of(value, batch) for value in tensors if value.is_floating_point()]
 
     handles = [
         tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))

@@ -49,12 +49,14 @@ class RowLayout:
         count = shape.numel()
         if self.segments is not None:
             return count == self.segments.numel()
+        if self.batch == 1:
+            return True
         if not shape:
             return False
         if shape[0] == self.batch and not (len(shape) == 1 and self.length not in (None, 1) and is_embedding):
             return True
         if len(shape) == 1 and self.length is not None:
-            return count == self.batch * self.length
+            return count == self.batch * self.length or not is_embedding and count % (self.batch * self.length) == 0
         return not is_embedding and len(shape) > 1 and shape[0] % self.batch == 0
 
     def sum_rows(self, scores: torch.Tensor) -> torch.Tensor:
