@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from .config import VideoSessionConfig
-from .frames import EndOfVideo, PixelValues, StreamedFrames, open_video
+from .frames import EndOfVideo, PixelValues, StreamedFrames
 from .mask_postprocessing import clean_logits, smooth_logits
 from .memory import MEMORY_POLICIES, FeatureCache, ObjectMemory
 from .prompts import ObjectPrompt, VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session_file import read_session, write_session
+from .videos import open_video
 
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -305,7 +306,7 @@ class VideoSession:
             [obj],
             input_points=[[[list(point) for point in prompt.points]]] if prompt.points else None,
             input_labels=[[list(prompt.labels)]] if prompt.points else None,
-            input_boxes=None if prompt.box is None else [[list(prompt.box)]],
+            input_boxes=None if prompt.box is None else [[prompt.clipped_box(self.size)]],
             input_masks=None if prompt.mask is None else [prompt.mask],
         )
         tracked = memory.frames_tracked_per_obj[0].get(frame, {"reverse": False})
@@ -346,7 +347,7 @@ class VideoSession:
             if begin is None:
                 begin = self._latest + 1 if self.streaming else min(self._first().values())
             yield from self._pass(begin, False, max_frames, both)
-        if direction != "forward":
+        if direction != "forward" and self._memories:  # the last object may have been removed on the way
             if both:
                 origins = {obj: frame - 1 for obj, frame in self._first().items()}
             else:
