@@ -167,8 +167,8 @@ class ShapleyEngine:
         if not micro:
             raise ValueError(
                 "No row was scored: no forward pass of the model in training mode belongs to a batch of the data "
-                "loader. Give `attach` the model and the data loader of the loop, and don't call the model in a function "
-                "that torch.compile has compiled."
+                "loader. Give `attach` the model and the data loader of the loop, and call the model outside of "
+                "functions that torch.compile has compiled."
             )
         if any(parameter.grad is None for parameter in self.parameters) and all(
             p.grad is None for p in self.parameters

@@ -146,8 +146,8 @@ def check_scores(
             `False` for the clip factor alone, which a few small parameters tell.
 
     Returns:
-        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups' parts
-        of it, `None` unless `all_groups`.
+        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups'
+        parts, `None` unless `all_groups`.
 
     Raises:
         ValueError: if nothing adds up.
