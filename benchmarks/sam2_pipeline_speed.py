@@ -48,8 +48,8 @@ from tqdm import tqdm
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
-from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
+from hf_iclr.vision.session.videos import open_video
 
 
 CLICK, LABEL = [60, 50], 1

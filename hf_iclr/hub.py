@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, RepoCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import PushToHubMixin
 
 
 HERE = "user/repository"  # in the card of a folder, which has no name on the Hub yet
+_ATTEMPTS = 5  # to push, should others push at the same time
 _PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -91,18 +92,30 @@ class HubMixin(PushToHubMixin):
         repo_id = api.create_repo(repo_id, repo_type=self._repo_type, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=self._repo_type, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            self.save_card(folder, repo_id, tags)
-            return api.upload_folder(
-                repo_id=repo_id,
-                repo_type=self._repo_type,
-                folder_path=folder,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        for attempt in range(1, _ATTEMPTS + 1):
+            parent = self._parent_commit(api, repo_id, revision)
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, **kwargs)
+                self.save_card(folder, repo_id, tags)
+                try:
+                    return api.upload_folder(
+                        repo_id=repo_id,
+                        repo_type=self._repo_type,
+                        folder_path=folder,
+                        commit_message=commit_message or f"Upload {type(self).__name__}",
+                        commit_description=commit_description,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=parent,
+                    )
+                except HfHubHTTPError as error:
+                    if parent is None or error.response.status_code != 412 or attempt == _ATTEMPTS:
+                        raise  # else somebody has pushed since
+        raise AssertionError
+
+    def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
+        """The commit that a push must follow, with what others pushed taken in; `None` where the last push counts."""
+        return None
 
 
 class PretrainedHubMixin(HubMixin):

@@ -319,6 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, kind, repo_id, revision):
         repo = self.hub.repo(kind, repo_id)
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        if header["value"].get("parentCommit") not in (None, repo.resolve(revision)):
+            raise HubError(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[repo.resolve(revision)])
         for operation in operations:
             key, value = operation["key"], operation["value"]

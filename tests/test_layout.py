@@ -21,7 +21,7 @@ FLOORS = {
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "generation": [["calibration", "drafting"], [""]],
-    "editors": [["", "concepts"], ["alpha_edit"]],
+    "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
 }

@@ -1,6 +1,6 @@
+from .batches import EditReport
 from .config import AlphaEditConfig
 from .editor import AlphaEditor
-from .journal import EditReport
 from .requests import EditRequest, edit_requests
 from .scoring import continue_texts, edit_success, evaluate_edits, ngram_entropy, perplexity, score_edits
 from .statistics import KeyStatistics

@@ -5,10 +5,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from hf_iclr.hub import pretrained_folder
+from hf_iclr.models import hash_weights
+from hf_iclr.saving import atomic_file
 from hf_iclr.untrusted import as_written_by, inside, read_json
 
-from .closed_form import check_null_space_rule
+from .closed_form import null_space_rule
 
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
@@ -116,9 +120,7 @@ class AlphaEditConfig:
         if self.post_processing not in POST_PROCESSING:
             raise ValueError(f"Expected post_processing None or 'rect', got {self.post_processing!r}.")
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
-        if rule == (None, None, None):
-            self.nullspace_threshold = 2e-2
-        check_null_space_rule(self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
+        self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
         for name, least in (
             *((n, 0.0) for n in ("l2", "loss_threshold", "weight_decay", "kl_factor", "num_contexts")),
             *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size", "chunk_length")),
@@ -164,8 +166,8 @@ class AlphaEditConfig:
             save_directory (`str` or `Path`):
                 Folder, made if need be.
         """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        inside(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with atomic_file(inside(save_directory, CONFIG_NAME)) as part:
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -197,3 +199,42 @@ class AlphaEditConfig:
             if unknown:
                 raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
             return cls(**values)
+
+    def load_base_model(self, **kwargs: Any) -> PreTrainedModel:
+        """
+        The model that was edited, by the name and revision on record.
+
+        Args:
+            kwargs (*optional*):
+                Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
+                `use_safetensors=False` is among them.
+
+        Returns:
+            `~transformers.PreTrainedModel`
+
+        Raises:
+            ValueError: where there is no name.
+        """
+        name = self.base_model_name_or_path
+        if name is None:
+            raise ValueError("Expected a model, as the settings don't say which was edited. Pass model=...")
+        defaults = {"revision": self.base_model_revision, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(name, **defaults | kwargs)
+
+    def check_base_model(self, model: PreTrainedModel) -> None:
+        """
+        Make sure of a model's weights.
+
+        Args:
+            model (`~transformers.PreTrainedModel`):
+                The model.
+
+        Raises:
+            ValueError: when these are not the weights that were edited.
+        """
+        if hash_weights(model) != self.base_model_hash:
+            raise ValueError(
+                f"Expected {self.base_model_name_or_path!r} at revision {self.base_model_revision}, for which these "
+                f"edits were made, got {model.config.name_or_path!r} with other weights. Edits of another model do "
+                "harm; to apply them all the same pass check_base_model=False."
+            )

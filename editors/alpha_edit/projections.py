@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from hf_iclr.cache_argument import cache_argument
 NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
 
 
-Updates = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> residuals (o, r) and factor (r, d)
+Update = tuple[torch.Tensor, torch.Tensor]  # residuals (o, r) and factor (r, d), float32
+Updates = dict[int, Update]  # by layer
 
 
 @dataclass(frozen=True)
@@ -59,31 +60,76 @@ class DownProjection:
         return delta.T if self.is_conv1d else delta
 
 
+class _State(NamedTuple):
+    """A weight as an editor left it."""
+
+    original: torch.Tensor  # what updates are added to
+    inside: list[Update]  # those that are in it already: somebody else changed the weight behind them
+    updates: list[Update]
+    weight: torch.Tensor
+
+
 class EditedWeight:
     """
-    Adds low-rank updates to a down-projection. A floating-point weight is written: original + sum, added in float32
-    and rounded once. Any other (a quantised one) is left alone, and the updates are added to the module's output.
+    Adds low-rank updates to a down-projection. A floating-point weight is written: what it would be without them +
+    their sum, added in float32 and rounded once. Any other (a quantised one) is left alone, and the updates are added
+    to the module's output. What training or another editor does to the weight in between stays.
     """
 
     def __init__(self, projection: DownProjection) -> None:
         self.projection = projection
         weight = projection.module.weight
         self.is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-        self.original = weight.detach().clone() if self.is_float else None
+        self._states: list[_State] = []  # the last, and the one before somebody else changed the weight
+        if self.is_float:
+            original = weight.detach().clone()
+            self._states = [_State(original, [], [], original)]
         self._hook: RemovableHandle | None = None
 
     @property
     def device(self) -> torch.device:
         return self.projection.module.weight.device
 
-    def set(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    @property
+    def original(self) -> torch.Tensor | None:
+        """The weight without the updates; `None` for a quantised one."""
+        return self._states[-1].original if self._states else None
+
+    def _found(self) -> list[_State]:
+        """The states, with what somebody else has done to the weight since."""
+        weight, last = self.projection.module.weight, self._states[-1]
+        for count in range(len(self._states), 0, -1):
+            if torch.equal(weight, self._states[count - 1].weight.to(weight.device)):
+                return self._states[:count]  # perhaps they took it back
+        changed = weight.detach().clone()
+        return [last, _State(changed, last.updates, last.updates, changed)]
+
+    def check(self, updates: Sequence[Update]) -> None:
+        """Raises `ValueError` when updates would have to be taken out of a weight that somebody else has changed."""
+        inside = self._found()[-1].inside if self._states else []
+        if not _same(inside, updates[: len(inside)]):
+            raise ValueError(
+                f"Expected the weight of {self.projection.name} as this editor left it, to take edits out of it, got "
+                "one that was trained or edited by others since. Take back what they did first, last things first; or "
+                "load the unedited model and give it to `AlphaEditor.from_pretrained` with the edits."
+            )
+
+    def set(self, updates: Sequence[Update]) -> None:
         """
         Make the weight the original one plus these updates, float32 residuals and factors, in their order; none
         restore it exactly.
         """
-        if self.original is not None:
+        self.check(updates)
+        if self._states:
+            found = self._found()
+            if _same(updates, self._states[-1].updates) and not any(state is found[-1] for state in self._states):
+                return  # there is nothing to do, and they may still take back what they did
+            self._states = found
+            original, inside, _, _ = self._states[-1]
             with torch.no_grad():
-                self.projection.module.weight.copy_(self.total(updates) if updates else self.original)
+                self.projection.module.weight.copy_(self.total(updates) if updates[len(inside) :] else original)
+            written = self.projection.module.weight.detach().clone() if updates[len(inside) :] else original
+            self._states[-1] = _State(original, inside, list(updates), written)
             return
         if self._hook is not None:
             self._hook.remove()
@@ -97,13 +143,17 @@ class EditedWeight:
 
             self._hook = self.projection.module.register_forward_hook(add)
 
-    def total(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def total(self, updates: Sequence[Update]) -> torch.Tensor:
         """float32 weight as it is stored, before it is rounded to the model's type."""
-        assert self.original is not None
-        total = self.original.float()
-        for residuals, factor in updates:
+        original, inside, _, _ = self._states[-1]
+        total = original.to(self.device).float()
+        for residuals, factor in updates[len(inside) :]:
             total = total + self.projection.as_stored(residuals.to(self.device) @ factor.to(self.device))
         return total
+
+
+def _same(updates: Sequence[Update], others: Sequence[Update]) -> bool:
+    return len(updates) == len(others) and all(a is b for (a, _), (b, _) in zip(updates, others, strict=True))
 
 
 class _Stop(Exception):
@@ -122,7 +172,7 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
         ValueError: for encoder-decoders, models without a dense MLP, weights that are not all here (offloaded, or
             sharded by FSDP or DeepSpeed), and when the check fails.
     """
-    _check_weights(model)
+    check_weights(model)
     prefix, stack = decoder_layers(model)
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
     dense = [
@@ -165,9 +215,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def caches_by_token(model: PreTrainedModel) -> bool:
-    """Whether what a model keeps of earlier tokens is keys and values of each: not so with recurrent layers."""
-    _, stack = decoder_layers(model)
-    return cache_argument(model) is not None and not any(isinstance(module, nn.Conv1d) for module in stack.modules())
+    """Whether what a model keeps of earlier tokens is keys and values of each: not so where layers are recurrent."""
+    recurrent = any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
+    return cache_argument(model) is not None and not recurrent
 
 
 def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
@@ -198,7 +248,7 @@ def _ranges(numbers: list[int]) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raises `ValueError` unless every weight is here and whole."""
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     for name, parameter in model.named_parameters():
@@ -249,7 +299,7 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
 def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
     """Three tokens that a model reads something at: the padding token's embedding is zero in one made from scratch."""
     norms = model.get_input_embeddings().weight[:1024].float().norm(dim=1)
-    tokens = (norms > 0.5 * norms.median()).nonzero()[:3, 0]
+    tokens = (norms > 0.5 * norms.nanmedian()).nonzero()[:3, 0]
     if not len(tokens):
         raise ValueError(
             f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights."

@@ -1,7 +1,7 @@
 """From target states to updates of the edited layers: reads keys, solves, and writes the weights layer by layer."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.models import pad_rows
 from hf_iclr.saving import contiguous_clone
 
+from .batches import EditBatch
 from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out
 from .config import AlphaEditConfig
-from .journal import EditBatch
 from .projections import DownProjection, EditedWeight, capture, run_until
 from .requests import EditRequest
 from .rows import EditRow, encode_in_contexts
@@ -48,8 +48,10 @@ class EditSolver:
 
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
-        for layer, weight in self._weights.items():
-            weight.set([batch.updates[layer] for batch in batches])
+        for check_first in (True, False):
+            for layer, weight in self._weights.items():
+                updates = [batch.updates[layer] for batch in batches]
+                weight.check(updates) if check_first else weight.set(updates)
 
     def check_statistics(self) -> None:
         """Raises `ValueError` when a next batch could not be solved, as the edits were loaded without statistics."""
@@ -107,6 +109,19 @@ class EditSolver:
                     layer, 100 * batch.layers[-1]["editable"],
                 )  # fmt: skip
         return batch
+
+    def solve_anew(
+        self, kept: list[EditBatch], left: Sequence[EditBatch], new_name: Callable[[int], str]
+    ) -> list[EditBatch]:
+        """Batches of which only the target states stand, [`~EditSolver.solve`]d in their order behind others."""
+        self.write(kept)
+        redone: list[EditBatch] = []
+        for batch in left:
+            name = new_name(len(kept) + len(redone))
+            new = self.solve(name, batch.requests, batch.states, [*kept, *redone])
+            new.edits = [{**row, "batch": name} for row in batch.edits]
+            redone.append(new)
+        return redone
 
     def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
         batches, edited = self._edited_keys(layer, keys, [] if self.config.solver == "memit" else before)

@@ -17,7 +17,7 @@ from hf_iclr.saving import atomic_file, contiguous_clone
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
-from .card import concept_card
+from ..cards.concepts import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 
 

@@ -82,7 +82,7 @@ def edit(
         )
         keys.save_pretrained(out / "statistics")
     if kept:
-        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys, resume=True)
+        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys)
         if solver not in (None, editor.config.solver):
             raise ValueError(f"Expected the solver of the edits in {out}, {editor.config.solver}, got {solver}.")
     else:

@@ -16,7 +16,9 @@ def segment(
     out: Annotated[Path, typer.Option(help="New folder for overlay.mp4, masks and JSON.")] = Path("segments"),
     model: Annotated[str, typer.Option(help="Repository or folder.")] = "facebook/sam2.1-hiera-tiny",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "forward",
-    rate: Annotated[float, typer.Option(min=0.1, help="Frames per second of the overlay.")] = 24.0,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames per second of the overlay. Left out: the video's.")
+    ] = None,
 ) -> None:
     """Follow clicked objects through a video: an overlay, a palette PNG a frame, masks and prompts as JSON."""
     from rich.console import Console

@@ -25,8 +25,8 @@ from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 from hf_iclr.vision.formats.annotation_json import write_sav
 from hf_iclr.vision.formats.segment_files import given_segments
 from hf_iclr.vision.inpainting.inpainting import inpaint_video
-from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.segments import VideoSegments
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.tiny import tiny_pipe
 
 
