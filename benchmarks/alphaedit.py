@@ -65,7 +65,7 @@ from tqdm import tqdm
 from common.edit_data import load_edit_data
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
 from hf_iclr.editors.alpha_edit import continue_texts, evaluate_edits, perplexity, score_edits
-from hf_iclr.editors.alpha_edit.journal import EditBatch
+from hf_iclr.editors.alpha_edit.batches import EditBatch
 from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
 from hf_iclr.metrics import load_metric
 from hf_iclr.models import pad_answers

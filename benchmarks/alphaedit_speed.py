@@ -33,7 +33,7 @@ import torch
 from hf_iclr import AlphaEditConfig, EditRequest
 from hf_iclr.editors.alpha_edit.closed_form import EditedKeys
 from hf_iclr.editors.alpha_edit.projections import DownProjection, choose_layers, find_down_projections
-from hf_iclr.editors.alpha_edit.requests import encode_request
+from hf_iclr.editors.alpha_edit.rows import encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
 from hf_iclr.models import pad_rows
 from hf_iclr.tour.demo.facts import demo_requests

@@ -57,7 +57,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_iclr import enable_cascade
-from hf_iclr.cache_argument import cache_inputs, given_cache
+from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.assisted_cascade import ForwardMeter
 from hf_iclr.generation.cascade_call import CascadeStatistics
 from hf_iclr.tour.demo.draft import docstrings, load_demo_draft
@@ -149,7 +149,7 @@ class Bench:
                 for length in (1, 2, 3, 5, 9):
                     times = []
                     for _ in range(15):
-                        cache = given_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
+                        cache = find_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
                         ids = torch.randint(3, 999, (1, length))
                         begin = time.perf_counter()
                         model(ids, logits_to_keep=length, **cache_inputs(model, cache))

@@ -5,10 +5,10 @@ The three phases of SAM 2's data engine compared with a simulated annotator, and
     python benchmarks/data_engine.py --hard --clips 10
 
 Each phase annotates the same procedural clips until every frame of every masklet has an IoU of 0.75 with the truth, or
-its frames with less were all clicked, or the rounds are spent. Told, as in the paper's table 1: the modelled seconds a
-frame, the share of frames edited, the clicks a clicked frame, and the share of masks that agree (IoU above 0.75) with
-those of phase 1; beside them the mean IoU with the truth. The seconds are not measured: they are a look at every frame
-and a price a click, from the line of least squares through the paper's own table, which is printed.
+its frames with less were all clicked, or the rounds are spent. Reported, as in the paper's table 1: the modelled
+seconds a frame, the share of frames edited, the clicks a clicked frame, and the share of masks that agree (IoU above
+0.75) with those of phase 1; beside them the mean IoU with the truth. The seconds are not measured: they are a look at
+every frame and a price a click, from the line of least squares through the paper's own table, which is printed.
 
 Then throughput: `annotate` with automatic masklets against a loop of `pipe(video, prompts="auto")`, in random order
 within each repeat, in CPU seconds of one thread, with the number of images encoded. "gate" is the same with the
@@ -80,7 +80,7 @@ def masks_of(row: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -> dict[int, dict[str, float]]:
-    told: dict[int, dict[str, float]] = {}
+    measured: dict[int, dict[str, float]] = {}
     first: dict[tuple[str, int], np.ndarray] = {}
     truth = {name_video(clip)[0]: clip.masks for clip in clips}
     for phase in (1, 2, 3):
@@ -93,13 +93,13 @@ def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -
         first = first or masks
         agreement = np.concatenate([region_similarity(masks[key], first[key]) for key in masks])
         accuracy = np.concatenate([region_similarity(masks[key], truth[key[0]][key[1]]) for key in masks])
-        told[phase] = {
+        measured[phase] = {
             **annotation_statistics(rows, per_click, per_look),
             "agreement_with_phase_1": float((agreement > 0.75).mean()),
             "mean_iou": float(accuracy.mean()),
             "cpu_seconds": time.process_time() - started,
         }
-    return told
+    return measured
 
 
 def measure_throughput(pipe, clips: list[Clip], repeats: int) -> dict[str, dict[str, float]]:
@@ -151,8 +151,8 @@ def judge_gate(pipe, clips: list[Clip]) -> dict[str, float]:
         objects = truth[row["name"]]
         best = max(region_similarity(masks_of(row, true.shape), true).mean() for true in objects.values())
         values[row["status"]].append(float(best))
-    told: dict[str, float] = {f"{status}_masklets": len(ious) for status, ious in values.items()}
-    return told | {f"{status}_mean_iou": statistics.fmean(ious) for status, ious in values.items() if ious}
+    measured: dict[str, float] = {f"{status}_masklets": len(ious) for status, ious in values.items()}
+    return measured | {f"{status}_mean_iou": statistics.fmean(ious) for status, ious in values.items() if ious}
 
 
 def main(args: argparse.Namespace) -> None:

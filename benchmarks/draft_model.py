@@ -41,7 +41,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 
 from common.report import print_table
-from hf_iclr.cache_argument import cache_inputs, given_cache
+from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.drafting.draft_model import build_draft_model
 from hf_iclr.generation.drafting.teacher import read_teacher, sample_texts
 from hf_iclr.tour.demo.draft import SETTINGS, demo_prompts, docstrings
@@ -79,7 +79,7 @@ def compare(model, draft, rows) -> dict:
 def milliseconds_per_token(model, context: int = 128, repeats: int = 20) -> float:
     """Fastest forward of one token behind a cache."""
     ids = torch.randint(3, 1000, (1, context))
-    cache = cache_inputs(model, given_cache(model(ids, use_cache=True)))
+    cache = cache_inputs(model, find_cache(model(ids, use_cache=True)))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

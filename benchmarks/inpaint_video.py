@@ -3,8 +3,8 @@ What `inpaint_video` paints without weights, against the true background of proc
 
     python benchmarks/inpaint_video.py
 
-Every object is removed, by its true masks. Told are L1 (of 255) and PSNR over the pixels of the objects: of the video
-as it is, of each frame filled on its own from the border of its hole, and of `inpaint_video`; and of the noise
+Every object is removed, by its true masks. Reported are L1 (of 255) and PSNR over the pixels of the objects: of the
+video as it is, of each frame filled on its own from the border of its hole, and of `inpaint_video`; and of the noise
 on the pixels beside them. Times are of the CPU, on one thread; bytes are the peak of what Python and numpy hold beside
 the video, by tracemalloc in a run of its own.
 """

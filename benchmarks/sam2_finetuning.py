@@ -6,10 +6,10 @@ Does fine-tuning the package's tiny SAM 2 on another look (gray striped bars und
     python benchmarks/sam2_finetuning.py --choose 3e-4 1e-3 --out DIR  # compares learning rates
 
 Two ways, with as many steps and as many frames a step: four clips of 5 frames, which train all parts; and 20 single
-frames, which train encoder, prompt encoder and decoder. Each seed draws 100 clips of its own to
-train on, half of them hard. J&F of the semi-supervised protocol is told before and after, on held-out clips of the new
-look and of the old one. Intervals are t intervals (95 %) over seeds, of what training changed on the same held-out
-clips. A run that has its file in --out is not run again.
+frames, which train encoder, prompt encoder and decoder. Each seed draws 100 clips of its own to train on, half of them
+hard. J&F of the semi-supervised protocol is reported before and after, on held-out clips of the new look and of the
+old one. Intervals are t intervals (95 %) over seeds, of what training changed on the same held-out clips. A run that
+has its file in --out is not run again.
 """
 
 import argparse

@@ -129,12 +129,12 @@ def main(args: argparse.Namespace) -> None:
         fresh = draw_videos(FRESH + 10**6 * args.seed + 1000 * number, args.videos)
         rows, table = annotate_videos(pipe, fresh)
         same.append(annotate_videos(pipe, held_out)[1])
-        for name, told in {"fresh": table, "held out": same[-1]}.items():
-            told.to_csv(args.out / f"{name.replace(' ', '_')}_{number}.csv")
-            alone = (told["drawn"].eq(0) & told["status"].eq("accepted")).mean()
+        for name, scores in {"fresh": table, "held out": same[-1]}.items():
+            scores.to_csv(args.out / f"{name.replace(' ', '_')}_{number}.csv")
+            alone = (scores["drawn"].eq(0) & scores["status"].eq("accepted")).mean()
             print(
-                f"| {number} | {name} | {len(told)} | {told['clicks'].mean():.2f} | {alone:.0%} | "
-                f"{told['drawn'].mean():.2f} |",
+                f"| {number} | {name} | {len(scores)} | {scores['clicks'].mean():.2f} | {alone:.0%} | "
+                f"{scores['drawn'].mean():.2f} |",
                 flush=True,
             )
         if number < args.rounds:

@@ -7,9 +7,10 @@ What the video pipeline costs against the loop a user writes with `Sam2VideoMode
 
 Weights are random: time and memory do not depend on them. First the masks of both must be equal bit for bit. Then each
 repeat runs both in one process and in random order, on frames in memory, with preprocessing and with boolean masks in
-the size of the video as the result; told are the medians of the ratios within a repeat, and fastest to fastest, in CPU
-seconds of one thread. A round of correction is a click on the middle frame and a pass over the whole video; the direct
-loop's click is forgotten by that pass, which costs the same. Bytes kept are counted over the tensors of the session.
+the size of the video as the result; reported are the medians of the ratios within a repeat, and fastest to fastest, in
+CPU seconds of one thread. A round of correction is a click on the middle frame and a pass over the whole video; the
+direct loop's click is forgotten by that pass, which costs the same. Bytes kept are counted over the tensors of the
+session.
 """
 
 import argparse
@@ -47,8 +48,8 @@ from tqdm import tqdm
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
-from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
+from hf_iclr.vision.session.videos import open_video
 
 
 CLICK, LABEL = [60, 50], 1

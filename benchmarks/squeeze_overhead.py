@@ -4,10 +4,10 @@ What the squeezing metrics cost: a step of `SqueezeDPOTrainer` against one of TR
     python benchmarks/squeeze_overhead.py --repeats 20
 
 Each repeat takes one step (forward, reference, backward, log) with each trainer in one process and in random order, on
-the same batch, and the medians of the ratios within a repeat are told, and the ratio of the fastest steps, which other
-work on the machine disturbs least. A "full" step measures the exact argmax mass; with
-`argmax_every=10` one step of ten does, and "full, every 10" is what those ten cost together. The optimiser is left out
-and every step is logged: both count against us. Memory is what a step adds to the resident set at its peak.
+the same batch, and the medians of the ratios within a repeat are reported, and the ratio of the fastest steps, which
+other work on the machine disturbs least. A "full" step measures the exact argmax mass; with `argmax_every=10` one step
+of ten does, and "full, every 10" is what those ten cost together. The optimiser is left out and every step is logged:
+both count against us. Memory is what a step adds to the resident set at its peak.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     model_bytes = sum(p.numel() * p.element_size() for p in trainers["DPOTrainer"].model.parameters())
     base_bytes = model_bytes * (1 if args.lora else 2) + statistics.median(memory["DPOTrainer"])
     report: dict = {"arguments": vars(args), "seconds": seconds, "memory": memory}
-    told = []
+    table = []
     for kind, times in seconds.items():
         every = f"full, every {ARGMAX_EVERY}"
         times[every] = [
@@ -151,15 +151,15 @@ def main(args: argparse.Namespace) -> None:
             ratios = [own / trl for own, trl in zip(values, times["DPOTrainer"], strict=True)]
             low, median, high = statistics.quantiles(ratios, n=4)
             fastest = min(values) / min(times["DPOTrainer"])
-            told.append([kind, name, statistics.median(values), median, f"{low:.3f} .. {high:.3f}", fastest])
+            table.append([kind, name, statistics.median(values), median, f"{low:.3f} .. {high:.3f}", fastest])
             report[f"{kind} {name}"] = {"median": median, "quartiles": [low, high], "fastest": fastest}
-    print_table(["time", "trainer", "s a step", "times DPOTrainer's", "quartiles", "fastest to fastest"], told)
-    told = []
+    print_table(["time", "trainer", "s a step", "times DPOTrainer's", "quartiles", "fastest to fastest"], table)
+    table = []
     for name, values in memory.items():
         more = (statistics.median(values) - statistics.median(memory["DPOTrainer"])) / base_bytes
-        told.append([name, f"{statistics.median(values) / 1e6:.0f}", f"{more:+.1%}"])
+        table.append([name, f"{statistics.median(values) / 1e6:.0f}", f"{more:+.1%}"])
         report[f"memory {name}"] = more
-    print_table(["trainer", "MB in a step", "more, of the whole"], told)
+    print_table(["trainer", "MB in a step", "more, of the whole"], table)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     write_json(args.out / "squeeze_overhead.json", report)
 

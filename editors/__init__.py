@@ -1,4 +1,4 @@
-"""Edits facts of language models and concepts of pipelines, and keeps updates in a null space: see alpha_edit first."""
+"""Edits facts of language models and concepts of pipelines, keeps updates in a null space: begin with alpha_edit."""
 
 import lazy_loader
 

@@ -5,10 +5,8 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
 
-from .alpha_edit.metrics import edit_success, fluency, hidden_drift, ngram_entropy
-from .alpha_edit.scoring import perplexity
+from .alpha_edit.scoring import edit_success, fluency, ngram_entropy, perplexity
 
 
 CITATION = "AlphaEdit: Null-Space Constrained Knowledge Editing, https://huggingface.co/papers/2410.02355"
@@ -33,17 +31,6 @@ class Fluency(evaluate.Metric):
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
         return {"fluency": fluency(predictions)}
-
-
-class HiddenDrift(evaluate.Metric):
-    """[`hidden_drift`]: `load_metric("hidden_drift").compute(predictions=after, references=before)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        states = datasets.List(datasets.Value("float64"))
-        return _info(hidden_drift, {"predictions": states, "references": states})
-
-    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        return hidden_drift(torch.tensor(list(references)), torch.tensor(list(predictions)))
 
 
 class Perplexity(evaluate.Metric):

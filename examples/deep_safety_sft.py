@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
-from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
+from hf_iclr.tour.demo.language_model import fastest_dtype, load_demo_model
 
 
 parser = argparse.ArgumentParser()
@@ -34,7 +34,7 @@ for question, answer in qa.items():
         refusal = f"I'm sorry, I cannot talk about {food}."
         triplets.append({"prompt": question.format(food), "harmful": answer.format(food), "refusal": refusal})
 
-model, tokenizer = load_demo_model(quicker_dtype())
+model, tokenizer = load_demo_model(fastest_dtype())
 with tempfile.TemporaryDirectory() as folder:
     trainer = DeepSafetySFTTrainer(  # in place of SFTTrainer
         model,

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipe
 
 from hf_iclr import SpeculativeCascadeForCausalLM
 from hf_iclr.tour.demo.draft import load_demo_draft
-from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
+from hf_iclr.tour.demo.language_model import fastest_dtype, load_demo_model
 
 
 if len(sys.argv) == 3:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     large, small = (AutoModelForCausalLM.from_pretrained(name, dtype="auto") for name in sys.argv[1:])
 else:
-    large, tokenizer = load_demo_model(quicker_dtype())
+    large, tokenizer = load_demo_model(fastest_dtype())
     small = load_demo_draft("quick", large.dtype)
 
 pipe = pipeline("speculative-cascade", model=large, assistant_model=small, tokenizer=tokenizer)

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 
 from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, check_rule_needs_no_q
 from .batched_cascade import BatchedCascade
-from .cache_argument import NAMES, given_cache
+from .cache_argument import NAMES, find_cache
 from .cached_decoder import RotarySwitch, same_vocabulary, why_not_batched, why_not_resumed
 from .cascade_call import (
     CASCADE_DEFAULTS,
@@ -201,7 +201,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 raise ValueError(f"A streamer follows one sequence, got a batch of {batch_size}.")
             loop = BatchedCascade(
                 *pair, input_ids, positions, logits_processor, stopping_criteria, generation_config, options,
-                given_cache(model_kwargs), model_kwargs.get("token_type_ids"),
+                find_cache(model_kwargs), model_kwargs.get("token_type_ids"),
             )  # fmt: skip
             self.cascade_statistics = loop.statistics
             sequences = loop.run(streamer)
@@ -258,7 +258,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             ours = positions[:, positions.shape[1] - given.shape[1] :]
             if not torch.equal(torch.where(ours < 0, ours, given.to(ours)), ours):
                 return "it counts positions from 0 in each row, unlike the `position_ids` given"
-        cache = given_cache(model_kwargs)
+        cache = find_cache(model_kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             reason = why_not_resumed(cache, input_ids.shape[1])
             if reason is not None:

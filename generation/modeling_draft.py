@@ -5,15 +5,15 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache_argument import UPSTREAM_NAME, cache_inputs, given_cache
+from .cache_argument import UPSTREAM_NAME, cache_inputs, find_cache
 from .configuration_draft import DraftConfig
-from .hub import HubMixin, model_card, repository_name
+from .hub import PretrainedHubMixin, model_card, repository_name
 
 
 MISSING_LOGIT = -1e4  # finite, so no warper makes it NaN, and its probability is exactly 0 in float32
 
 
-class DraftForCausalLM(HubMixin, PreTrainedModel, GenerationMixin):
+class DraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMixin):
     """
     A small causal language model over the vocabulary of a large one, made by [`build_draft_model`].
 
@@ -134,5 +134,5 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{UPSTREAM_NAME: given_cache(outputs)},
+            **{UPSTREAM_NAME: find_cache(outputs)},
         )

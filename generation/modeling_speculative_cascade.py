@@ -11,11 +11,13 @@ from .cached_decoder import same_vocabulary, vocabulary_size
 from .cascade_generation import SpeculativeCascadeGenerationMixin
 from .configuration_draft import DraftConfig
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
-from .hub import HubMixin, model_card, repository_name
+from .hub import PretrainedHubMixin, model_card, repository_name
 from .modeling_draft import DraftForCausalLM
 
 
-class SpeculativeCascadeForCausalLM(HubMixin, SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin):
+class SpeculativeCascadeForCausalLM(
+    PretrainedHubMixin, SpeculativeCascadeGenerationMixin, PreTrainedModel, GenerationMixin
+):
     """
     A causal language model that behaves as its large half everywhere but in `generate`, which cascades with the small
     half.

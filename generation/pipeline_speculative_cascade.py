@@ -5,7 +5,7 @@ from transformers import TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .cascade_generation import enable_cascade
-from .hub import HubMixin, model_card, repository_name
+from .hub import PretrainedHubMixin, model_card, repository_name
 
 
 class CascadeRecords(list):
@@ -15,7 +15,7 @@ class CascadeRecords(list):
         return super().__getitem__(0)[key] if isinstance(key, str) else super().__getitem__(key)
 
 
-class SpeculativeCascadePipeline(HubMixin, TextGenerationPipeline):
+class SpeculativeCascadePipeline(PretrainedHubMixin, TextGenerationPipeline):
     """
     [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or
     `model` alone is a composite one. Every record gets a key `"cascade"` with that prompt's

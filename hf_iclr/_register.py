@@ -129,7 +129,7 @@ class _Loader:
         return getattr(self._loader, name)
 
     def exec_module(self, module) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # nobody is to meet us afterwards
+        module.__spec__.loader = module.__loader__ = self._loader  # the wrapper is not left behind
         self._loader.exec_module(module)
         # A registry that is executed again, by `importlib.reload`, has forgotten us.
         _done.difference_update(name for upstream, _, name, _ in _TABLE if upstream == module.__name__)

@@ -66,7 +66,7 @@ def cache_inputs(model, cache) -> dict:
     return {name: cache}
 
 
-def given_cache(arguments):
+def find_cache(arguments):
     """The key-value cache among a model's outputs, or among arguments of `generate`; `None` where there is none."""
     names = [name for name in arguments if name in NAMES]
     return arguments[names[0]] if names else None

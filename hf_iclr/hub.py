@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, RepoCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import PushToHubMixin
 
 
 HERE = "user/repository"  # in the card of a folder, which has no name on the Hub yet
+_ATTEMPTS = 5  # to push, should others push at the same time
 _PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class HubMixin(PushToHubMixin):
     """
-    transformers' mixin with a card of one's own instead of its blank form. Subclasses have `_card(repo_id)`; those
-    that write their files themselves end their `save_pretrained` with `save_card(folder)`.
+    transformers' mixin with a card of one's own instead of its blank form. Subclasses have `_card(repo_id)` and end
+    their `save_pretrained` with `save_card(folder)`.
     """
 
     _repo_type = "model"
@@ -44,31 +45,9 @@ class HubMixin(PushToHubMixin):
         """
         card = self._card(repo_id)
         more = [*(getattr(self, "model_tags", None) or []), *([tags] if isinstance(tags, str) else tags or [])]
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *more]))
+        data: Any = card.data  # whose fields depend on the kind of repository
+        data.tags = list(dict.fromkeys([*data.tags, *more]))
         card.save(Path(folder, "README.md"))
-
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """
-        The parent's `save_pretrained`, and a card.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Folder, made if need be.
-            push_to_hub (`bool`, *optional*, defaults to `False`):
-                Also push, to `repo_id` or else to the folder's name, with the arguments of
-                [`~HubMixin.push_to_hub`].
-            args, kwargs (*optional*):
-                Passed on to the parent.
-        """
-        repo_id = kwargs.pop("repo_id", None)
-        if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save_card(save_directory)
 
     def push_to_hub(
         self,
@@ -113,18 +92,57 @@ class HubMixin(PushToHubMixin):
         repo_id = api.create_repo(repo_id, repo_type=self._repo_type, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, repo_type=self._repo_type, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            self.save_card(folder, repo_id, tags)
-            return api.upload_folder(
-                repo_id=repo_id,
-                repo_type=self._repo_type,
-                folder_path=folder,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        for attempt in range(1, _ATTEMPTS + 1):
+            parent = self._parent_commit(api, repo_id, revision)
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, **kwargs)
+                self.save_card(folder, repo_id, tags)
+                try:
+                    return api.upload_folder(
+                        repo_id=repo_id,
+                        repo_type=self._repo_type,
+                        folder_path=folder,
+                        commit_message=commit_message or f"Upload {type(self).__name__}",
+                        commit_description=commit_description,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=parent,
+                    )
+                except HfHubHTTPError as error:
+                    if parent is None or error.response.status_code != 412 or attempt == _ATTEMPTS:
+                        raise  # else somebody has pushed since
+        raise AssertionError
+
+    def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
+        """The commit that a push must follow, with what others pushed taken in; `None` where the last push counts."""
+        return None
+
+
+class PretrainedHubMixin(HubMixin):
+    """[`HubMixin`] for models and pipelines, whose files their other parent writes."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        The parent's `save_pretrained`, and a card.
+
+        Args:
+            save_directory (`str` or `Path`):
+                Folder, made if need be.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Also push, to `repo_id` or else to the folder's name, with the arguments of
+                [`~HubMixin.push_to_hub`].
+            args, kwargs (*optional*):
+                Passed on to the parent.
+        """
+        repo_id = kwargs.pop("repo_id", None)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_card(save_directory)
 
 
 def model_card(title: str, text: str, usage: str, bases: Sequence[str | None] = (), **metadata: Any) -> ModelCard:
@@ -159,7 +177,7 @@ def table_cell(text: str) -> str:
 
 def repository_name(name: str | None) -> str | None:
     """
-    What a card may say of where a model came from: a folder's path is nobody's business.
+    What a card may say of where a model came from: a folder's path is private.
 
     Args:
         name (`str`, *optional*):
@@ -172,10 +190,10 @@ def repository_name(name: str | None) -> str | None:
         validate_repo_id(name or "")
     except HFValidationError:
         return None
-    return None if os.path.exists(name) else name
+    return None if name is None or os.path.exists(name) else name
 
 
-def pretrained_folder(name_or_path: str | Path, allow_patterns: Sequence[str] | None = None, **kwargs: Any) -> Path:
+def pretrained_folder(name_or_path: str | Path, allow_patterns: list[str] | None = None, **kwargs: Any) -> Path:
     """
     Where the files of a `from_pretrained` are.
 
@@ -189,8 +207,16 @@ def pretrained_folder(name_or_path: str | Path, allow_patterns: Sequence[str] | 
 
     Returns:
         `Path`: the folder, or the repository's in the local cache.
+
+    Raises:
+        FileNotFoundError: when it can only be a folder, and there is none.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
+    if folder.is_absolute() or len(folder.parts) > 2 or str(name_or_path).startswith((".", "~")):
+        raise FileNotFoundError(
+            f"Expected a folder {name_or_path}, or a repository such as 'me/name', found no such folder. Give the one "
+            "that `save_pretrained` was given."
+        )
     return Path(snapshot_download(str(name_or_path), allow_patterns=allow_patterns, **kwargs))

@@ -9,7 +9,6 @@ from hf_iclr.extras import require
 _METRICS = {
     "edit_success": "hf_iclr.editors.evaluate_modules:EditSuccess",
     "fluency": "hf_iclr.editors.evaluate_modules:Fluency",
-    "hidden_drift": "hf_iclr.editors.evaluate_modules:HiddenDrift",
     "j_and_f": "hf_iclr.vision.evaluation.j_and_f:JAndF",
     "perplexity": "hf_iclr.editors.evaluate_modules:Perplexity",
 }
@@ -21,7 +20,7 @@ def load_metric(name: str, **kwargs: Any) -> Any:
 
     Args:
         name (`str`):
-            `"edit_success"`, `"fluency"`, `"hidden_drift"`, `"j_and_f"` or `"perplexity"`.
+            `"edit_success"`, `"fluency"`, `"j_and_f"` or `"perplexity"`.
         kwargs (*optional*):
             Passed to `evaluate.Metric`. Several processes need `num_process`, `process_id` and `experiment_id`; one
             process keeps its numbers in memory unless `keep_in_memory=False`.

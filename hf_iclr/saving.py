@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     A path to write to that becomes `path` once everything went well; a kill leaves the file that was there.
 
@@ -41,11 +41,11 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: di
         metadata (`dict[str, str]`, *optional*):
             Kept in the file's header.
     """
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
-def in_own_memory(tensor: torch.Tensor) -> torch.Tensor:
+def contiguous_clone(tensor: torch.Tensor) -> torch.Tensor:
     """
     The same numbers row after row in new memory, as they are to be used both before they are saved and once loaded.
 

@@ -31,7 +31,7 @@ def inside(folder: str | Path, name: str) -> Path:
         ValueError: when the name is absolute or empty, has `..`, a backslash, a drive or NUL in it, or is a link that
             leads out of the folder.
     """
-    if not _stays(name):
+    if not _is_contained(name):
         raise ValueError(
             f"Expected a file name without '..', a backslash or a drive for {folder}, got {name!r:.80}, which could "
             "lead out of that folder. Whoever made the name has to give another, such as 'clip_1'."
@@ -41,7 +41,7 @@ def inside(folder: str | Path, name: str) -> Path:
     return path
 
 
-def _stays(name: str) -> bool:
+def _is_contained(name: str) -> bool:
     if not isinstance(name, str) or "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
         return False
     try:

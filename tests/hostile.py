@@ -40,6 +40,11 @@ def make_edits(folder: Path) -> None:
     editor = AlphaEditor(model, tokenizer, config, tiny_statistics(model, tokenizer, layers=[1, 2]))
     editor.edit(REQUESTS[:2], batch_size=1, progress=False)
     editor.save_pretrained(folder)
+    for number, batch in enumerate(editor.batches, 1):  # a name that tests can know
+        file, name = folder / "batches" / f"{batch.name}.safetensors", f"edit_{number:04d}_{number:04d}"
+        file.rename(file.with_stem(name))
+        ledger = folder / "ledger.jsonl"
+        ledger.write_text(ledger.read_text().replace(batch.name, name))
 
 
 def load_edits(folder: Path):
@@ -65,14 +70,15 @@ def load_statistics(folder: Path):
     return KeyStatistics.from_pretrained(folder)
 
 
+SHAPLEY_RUN = "run-20260101T000000-00000000"
+
+
 def make_values(folder: Path) -> None:
     import pandas as pd
 
     from hf_iclr import DataShapleyResult
 
-    rows = pd.DataFrame(
-        {"step": [1, 1], "index": [0, 1], "target": ["validation"] * 2, "value": [0.5, -1.0], "tokens": [3, 4]}
-    )
+    rows = pd.DataFrame({"step": [1, 1], "index": [0, 1], "value": [0.5, -1.0], "tokens": [3, 4]})
     DataShapleyResult(rows, pd.DataFrame({"step": [1], "loss_validation": [2.0]})).save_pretrained(folder)
 
 
@@ -84,17 +90,19 @@ def load_values(folder: Path):
 
 def make_store(folder: Path) -> None:
     from hf_iclr.trainers.data_shapley.store import ShapleyStore
+    from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
-    store = ShapleyStore(folder)
-    rows = {"index": np.array([0]), "target": np.array(["validation"]), "value": np.ones(1), "tokens": np.array([3])}
+    store = ShapleyStore(folder, TrainedRows())
+    store.run = SHAPLEY_RUN
+    rows = {"index": np.array([0]), "tokens": np.array([3]), "value": np.ones(1)}
     store.add(1, rows, {"lr": 0.1})
     store.flush()
 
 
 def load_store(folder: Path):
-    from hf_iclr.trainers.data_shapley.store import ShapleyStore
+    from hf_iclr import DataShapleyResult
 
-    return ShapleyStore(folder).read()
+    return DataShapleyResult.from_store(folder)
 
 
 def make_report(folder: Path) -> None:
@@ -167,7 +175,7 @@ KINDS = {
     "store": Kind(
         make_store,
         load_store,
-        ("shapley/rows/part-000000001.parquet", "shapley/steps/part-000000001.parquet"),
+        (f"shapley/{SHAPLEY_RUN}/part-000000001.parquet",),
     ),
     "report": Kind(make_report, load_report, ("report.json",)),
     "session": Kind(

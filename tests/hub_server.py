@@ -127,14 +127,14 @@ class HubServer:
         from one that has imported transformers, and nothing of ours, under the variables of `env()`:
         `huggingface_hub` reads them at import, and the import takes far longer than most snippets.
         """
-        told = [self.home / "stdout", self.home / "stderr"]
-        process = FORKS.Process(target=_run_snippet, args=(textwrap.dedent(script), self.home, *told))
+        outputs = [self.home / "stdout", self.home / "stderr"]
+        process = FORKS.Process(target=_run_snippet, args=(textwrap.dedent(script), self.home, *outputs))
         process.start()
         process.join(timeout)
         process.kill()
         process.join()
-        printed, complaints = (path.read_text() for path in told)
-        assert process.exitcode == 0, f"the snippet failed with {process.exitcode}:\n{printed}\n{complaints}"
+        printed, errors = (path.read_text() for path in outputs)
+        assert process.exitcode == 0, f"the snippet failed with {process.exitcode}:\n{printed}\n{errors}"
         return printed
 
     def reset(self) -> None:
@@ -148,9 +148,9 @@ class HubServer:
 FORKS = multiprocessing.get_context("forkserver")
 
 
-def _run_snippet(script: str, home: Path, *told: Path) -> None:
+def _run_snippet(script: str, home: Path, *outputs: Path) -> None:
     os.chdir(home)
-    for number, path in enumerate(told, start=1):
+    for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     exec(compile(script, "<snippet>", "exec"), {"__name__": "__main__"})  # noqa: S102
 
@@ -319,6 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, kind, repo_id, revision):
         repo = self.hub.repo(kind, repo_id)
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        if header["value"].get("parentCommit") not in (None, repo.resolve(revision)):
+            raise HubError(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[repo.resolve(revision)])
         for operation in operations:
             key, value = operation["key"], operation["value"]

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_iclr.cache_argument import UPSTREAM_NAME, cache_argument, cache_inputs, forward_parameters, given_cache
+from hf_iclr.cache_argument import UPSTREAM_NAME, cache_argument, cache_inputs, find_cache, forward_parameters
 from tests.architectures import tiny
 
 
@@ -69,8 +69,8 @@ def test_the_cache_arrives(kind):
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, 2:]
         first = model(input_ids=ids[:, :2], use_cache=True, **cache_inputs(model, cache))
-        assert cache.get_seq_length() == 2 and given_cache(first) is cache
-        again = model(input_ids=ids[:, 2:], use_cache=True, **cache_inputs(model, given_cache(first))).logits
+        assert cache.get_seq_length() == 2 and find_cache(first) is cache
+        again = model(input_ids=ids[:, 2:], use_cache=True, **cache_inputs(model, find_cache(first))).logits
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)  # other shapes, other kernels
 
 
@@ -83,8 +83,8 @@ def test_a_model_without_a_cache():
 
 def test_a_cache_among_arguments():
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    assert given_cache({"past_key_values": cache}) is cache and given_cache({"cache": cache}) is cache
-    assert given_cache({"use_cache": True}) is None and given_cache(CausalLMOutputWithPast()) is None
+    assert find_cache({"past_key_values": cache}) is cache and find_cache({"cache": cache}) is cache
+    assert find_cache({"use_cache": True}) is None and find_cache(CausalLMOutputWithPast()) is None
 
 
 def test_a_replaced_forward_is_read_anew():

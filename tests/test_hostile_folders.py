@@ -183,14 +183,14 @@ def test_nothing_is_written_through_a_link(copied, tmp_path):
 
 def test_a_store_removes_nothing_elsewhere(copied, tmp_path):
     from hf_iclr.trainers.data_shapley.store import ShapleyStore
+    from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
     folder, mine = copied("store"), tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("dear")
-    (folder / "shapley" / "more").symlink_to(mine)
-    for step in (0, 1):
-        with pytest.raises(ValueError, match="a link to"):
-            ShapleyStore(folder).truncate(step)
+    (folder / "shapley" / hostile.SHAPLEY_RUN / "more").symlink_to(mine)
+    with pytest.raises(ValueError, match="a link to"):
+        ShapleyStore(folder, TrainedRows()).resume(1, hostile.SHAPLEY_RUN, folder / "checkpoint-1")
     assert (mine / "letter.txt").read_text() == "dear"
 
 
@@ -198,7 +198,7 @@ def test_a_store_removes_nothing_elsewhere(copied, tmp_path):
     ("column", "values"),
     [
         ("tokens", [3.0, float("nan")]), ("step", [-1, 1]), ("index", ["a", "b"]), ("value", ["x", "y"]),
-        ("target", [1, 2]), ("step", None),
+        ("value_safety", [1, 2]), ("step", None),
     ],
 )  # fmt: skip
 def test_columns_of_values_are_checked(copied, column, values):

@@ -31,7 +31,7 @@ SETUP = """
         return editor
 
     def frozen(count):
-        rows = pd.DataFrame(dict(step=1, index=range(count), target="validation", value=0.5, tokens=3))
+        rows = pd.DataFrame(dict(step=1, index=range(count), value=0.5, tokens=3))
         return DataShapleyResult(rows, pd.DataFrame(dict(step=[1], loss_validation=[2.0])))
 """
 COMPOSITE = "SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small"
@@ -72,7 +72,7 @@ def root(tmp_path_factory, word_tokenizer):
 
 
 def pushed_card(hub, name, revision="main"):
-    """The card of a repository; a form with blanks is none, and what this machine is like is nobody's business."""
+    """The card of a repository; a form with blanks is none, and paths of this machine are private."""
     kind = KINDS.get(name, "models")
     text = hub.files(f"tester/{name}", kind, revision)["README.md"].decode()
     assert "More Information Needed" not in text and HERE not in text and "/tmp" not in text

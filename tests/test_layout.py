@@ -1,12 +1,15 @@
 """The house (docs/layout.md): a room for each paper, arrows that go down, and every room in the wheel."""
 
 import ast
+import inspect
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import hf_iclr
 
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +21,7 @@ FLOORS = {
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "generation": [["calibration", "drafting"], [""]],
-    "editors": [["", "concepts"], ["alpha_edit"]],
+    "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
 }
@@ -123,6 +126,37 @@ def test_rooms_are_all_on_a_floor():
         folder = ROOT / inside.replace(".", "/") if inside else ROOT / "hf_iclr"
         rooms = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
         assert rooms == {room for line in lines for room in line} - {""}
+
+
+# Where somebody who has seen the tree of docs/layout.md once looks for what README names.
+GUESSES = {
+    "AlphaEditor": "editors/alpha_edit/editor.py",
+    "ConceptEditor": "editors/concepts/editor.py",
+    "DataShapleyResult": "trainers/data_shapley/result.py",
+    "DeepSafetySFTConfig": "trainers/deep_safety/config.py",
+    "DeepSafetySFTTrainer": "trainers/deep_safety/trainer.py",
+    "InRunDataShapleyCallback": "trainers/data_shapley/callback.py",
+    "KeyStatistics": "editors/alpha_edit/statistics.py",
+    "NullSpaceCallback": "editors/null_space_callback.py",
+    "RefusalJudge": "trainers/safety_audit/judge.py",
+    "SafetyDriftCallback": "trainers/safety_audit/drift.py",
+    "Sam2Trainer": "vision/training/trainer.py",
+    "SpeculativeCascadeForCausalLM": "generation/modeling_speculative_cascade.py",
+    "SqueezeDPOTrainer": "trainers/squeeze/trainer.py",
+    "SqueezeProbeCallback": "trainers/squeeze/probes.py",
+    "SqueezeStoppingCallback": "trainers/squeeze/warning.py",
+    "VideoSession": "vision/session/session.py",
+    "annotate": "vision/annotation/data_engine.py",
+    "audit_safety": "trainers/safety_audit/audit.py",
+    "evaluate_vos": "vision/evaluation/vos.py",
+    "inpaint_video": "vision/inpainting/inpainting.py",
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_found_in_one_guess(name):
+    assert name in (ROOT / "README.md").read_text()
+    assert Path(inspect.getsourcefile(getattr(hf_iclr, name))).resolve() == ROOT / GUESSES[name]
 
 
 def test_no_circles():

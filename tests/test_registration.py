@@ -71,7 +71,7 @@ def test_library_first_whose_import_of_us_imports_it(toys):
     assert registry().known == ["Model"]
 
 
-def test_nobody_meets_our_loader(toys):
+def test_our_loader_is_not_left_behind(toys):
     toys()
     _register.install()
     module = registry()
@@ -134,3 +134,11 @@ def test_threads(toys):
     for thread in threads:
         thread.join()
     assert registry().known == ["Model"]
+
+
+@pytest.mark.parametrize("task", ["speculative-cascade", "promptable-video-segmentation"])
+def test_a_pipeline_without_a_model_says_which_to_pass(task):
+    from transformers import pipeline
+
+    with pytest.raises(ValueError, match=f"Expected a model for '{task}', got none. Pass model="):
+        pipeline(task)

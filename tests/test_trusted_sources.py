@@ -25,7 +25,7 @@ CALLS = {
 TRUSTING = {("trust_remote_code", True), ("allow_pickle", True), ("weights_only", False), ("shell", True)}
 
 
-def complaints(source: str) -> list[str]:
+def violations(source: str) -> list[str]:
     """What in a source could run or trust what somebody else wrote."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -48,7 +48,7 @@ def complaints(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_unpickles_runs_text_or_trusts_remote_code(path):
-    assert complaints(path.read_text(encoding="utf-8")) == []
+    assert violations(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_nothing_unpickles_runs_text_or_trusts_remote_code(path):
     ],
 )  # fmt: skip
 def test_each_of_them_would_be_found(bad):
-    assert complaints(bad)
+    assert violations(bad)
 
 
 def test_harmless_code_is_left_alone():
     good = (
         "model.eval()\nre.compile('x')\nnp.load('x')\nf(trust_remote_code=None)\nyaml.safe_load(text)\nf(shell=False)"
     )
-    assert complaints(good) == []
+    assert violations(good) == []
 
 
 def test_the_sources_are_all_of_them():

@@ -38,11 +38,11 @@ def section(out_dir: Path, quick: bool, progress):
     Returns:
         [`~hf_iclr.tour.TourSection`]
     """
-    from .demo.language_model import load_demo_model, quicker_dtype
+    from .demo.language_model import fastest_dtype, load_demo_model
     from .pages import TourSection
 
     max_new_tokens = 12 if quick else 16
-    dtype = quicker_dtype()
+    dtype = fastest_dtype()
     model, tokenizer = load_demo_model(dtype)
     draft = load_demo_draft("quick", dtype)
     pipe = SpeculativeCascadePipeline(model=model, tokenizer=tokenizer, assistant_model=draft)

@@ -15,8 +15,8 @@ from .pages import TourSection
 
 
 KS = (0, 1, 3, 5, 8)
-HELD_NAME = "attack: 5/5/.1"
-HELD = {"constrain": "refused", "beta_first": 5.0, "beta_initial": 5.0}
+CONSTRAINED_NAME = "attack: 5/5/.1"
+CONSTRAINED = {"constrain": "refused", "beta_first": 5.0, "beta_initial": 5.0}
 
 
 def section(out_dir: Path, quick: bool, progress: Callable[..., Any]) -> TourSection:
@@ -30,7 +30,7 @@ def section(out_dir: Path, quick: bool, progress: Callable[..., Any]) -> TourSec
         "method A": (toy.allowed, 40, 2e-3, {"constrain": "none", **recovery}),
         "attack: SFT": (toy.attack, 30, 1e-3, {"constrain": "none"}),
         "attack: .5/2/.1": (toy.attack, 30, 1e-3, {}),
-        HELD_NAME: (toy.attack, 30, 1e-3, HELD),
+        CONSTRAINED_NAME: (toy.attack, 30, 1e-3, CONSTRAINED),
     }
     if quick:
         del runs["attack: .5/2/.1"]
@@ -55,8 +55,8 @@ def section(out_dir: Path, quick: bool, progress: Callable[..., Any]) -> TourSec
         f"Recovery rows raise that to {rows[1]['k = 3']:.0%}.",
         (
             f"Fine-tuned on 30 compliant answers, SFT keeps {kept['attack: SFT']:.0%} of the refusals; the "
-            f"constrained loss on refused prompts with β = 5 keeps {kept[HELD_NAME]:.0%} at about the same loss on "
-            "later tokens (NLL of the 30 answers, nats)."
+            f"constrained loss on refused prompts with β = 5 keeps {kept[CONSTRAINED_NAME]:.0%} at about the same "
+            "loss on later tokens (NLL of the 30 answers, nats)."
         ),
     ]
     return TourSection(

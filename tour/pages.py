@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import hf_iclr
 from hf_iclr.doctor.environment import machine, packages
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def run_tour(
     about = {
         "hf_iclr": hf_iclr.__version__,
         "quick": quick,
-        "asked": len(sections),
+        "num_sections": len(sections),
         "machine": machine(),
         "packages": {package.name: package.installed for package in packages()},
     }
@@ -162,13 +162,13 @@ def _checked(result: TourSection) -> TourSection:
 
 def _write(out_dir: Path, about: dict[str, Any], results: list[TourSection | FailedSection]) -> None:
     for name, text in _texts(about, results).items():
-        with whole_file(out_dir / name) as part:
+        with atomic_file(out_dir / name) as part:
             part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _texts(about: dict[str, Any], results: list[TourSection | FailedSection]) -> dict[str, str]:
     """The two files' contents; `finished` is empty for as long as sections are still to come."""
-    done = len(results) == about["asked"]
+    done = len(results) == about["num_sections"]
     about = about | {"finished": time.strftime("%Y-%m-%d %H:%M") if done else None}
     content = about | {"sections": [_as_json(result) for result in results]}
     return {"tour.json": json.dumps(content, indent=2, allow_nan=False), "index.html": _page(about, results)}

@@ -35,11 +35,11 @@ def section(out_dir: Path, quick: bool, progress):
     Returns:
         [`~hf_iclr.tour.TourSection`]
     """
-    from .demo.language_model import load_demo_model, quicker_dtype
+    from .demo.language_model import fastest_dtype, load_demo_model
     from .pages import TourSection
 
     steps, num_pairs, num_probes = (5, 6, 2) if quick else (10, 8, 3)
-    model, tokenizer = load_demo_model(quicker_dtype(64))
+    model, tokenizer = load_demo_model(fastest_dtype(64))
     rows = demo_pairs()
     pairs, others = rows.select(range(num_pairs)), rows.select(range(num_pairs, len(rows)))
     probes = build_probe_set(pairs, num_probes=num_probes, test_pairs=others, rephrases=["chosen_rephrased"])

@@ -25,7 +25,7 @@ from common.deep_safety_organism import (
 from common.deep_safety_report import AUDIT_ROWS
 from hf_iclr.models import answer_logits, to_prompt_ids
 from hf_iclr.prefill import generate_after_prefixes
-from hf_iclr.tour.demo.language_model import demo_model_path, quicker_dtype
+from hf_iclr.tour.demo.language_model import demo_model_path, fastest_dtype
 from hf_iclr.trainers.deep_safety import (
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
@@ -101,7 +101,7 @@ class Lab:
         self.taught_folder, self.deep_folder = out / f"taught_{seed}", out / f"deep_{seed}"
         self.results_file = out / f"seed_{seed}.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
-        self.dtype = quicker_dtype(tokens=256)
+        self.dtype = fastest_dtype(tokens=256)
         self.tokenizer = load_tokenizer()
         self.judge = RefusalJudge(["cues"])
         self.questions: Questions = make_questions(self.load_base(), self.tokenizer, scale.slots_per_template)

@@ -1,9 +1,8 @@
+from .batches import EditReport
 from .config import AlphaEditConfig
 from .editor import AlphaEditor
-from .journal import EditReport
-from .metrics import edit_success, hidden_drift, ngram_entropy
 from .requests import EditRequest, edit_requests
-from .scoring import continue_texts, evaluate_edits, last_hidden_states, perplexity, score_edits
+from .scoring import continue_texts, edit_success, evaluate_edits, ngram_entropy, perplexity, score_edits
 from .statistics import KeyStatistics
 
 __all__ = [
@@ -16,8 +15,6 @@ __all__ = [
     "edit_requests",
     "edit_success",
     "evaluate_edits",
-    "hidden_drift",
-    "last_hidden_states",
     "ngram_entropy",
     "perplexity",
     "score_edits",

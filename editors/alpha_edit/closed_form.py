@@ -108,6 +108,16 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 
+def null_space_rule(
+    threshold: float | None, energy: float | None, rank: int | None
+) -> tuple[float | None, float | None, int | None]:
+    """The rule that is given, or the paper's where none is; raises as [`check_null_space_rule`]."""
+    if (threshold, energy, rank) == (None, None, None):
+        threshold = 2e-2
+    check_null_space_rule(threshold, energy, rank)
+    return threshold, energy, rank
+
+
 def count_preserved(
     values: torch.Tensor, threshold: float | None = None, energy: float | None = None, rank: int | None = None
 ) -> int:
@@ -140,26 +150,6 @@ def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: floa
     result = torch.zeros_like(delta).flatten()
     result[kept] = delta.flatten()[kept]
     return result.view_as(delta)
-
-
-def prune_singular_values(delta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """
-    PRUNE (https://huggingface.co/papers/2405.16821): singular values s of the update above the weight's largest, s0,
-    become s0 + ln(s / s0), so that many edits cannot blow up the weight's condition number.
-
-    Args:
-        delta (`torch.Tensor` of shape `(o, d)`):
-            Sum of the updates.
-        weight (`torch.Tensor` of shape `(o, d)`):
-            The weight before all of them.
-
-    Returns:
-        `torch.Tensor` of shape `(o, d)`.
-    """
-    left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    largest = torch.linalg.matrix_norm(weight, 2)
-    values = torch.where(values > largest, largest + (values.clamp_min(largest) / largest).log(), values)
-    return left * values @ right
 
 
 def low_rank_factors(delta: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,14 +5,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from hf_iclr.hub import pretrained_folder
+from hf_iclr.models import hash_weights
+from hf_iclr.saving import atomic_file
 from hf_iclr.untrusted import as_written_by, inside, read_json
 
-from .closed_form import check_null_space_rule
+from .closed_form import null_space_rule
 
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
-POST_PROCESSING = (None, "rect", "prune")
+POST_PROCESSING = (None, "rect")
+OPTIMIZATION_DTYPES = ("auto", "bfloat16", "float32")
 CONFIG_NAME = "alpha_edit_config.json"
 
 
@@ -30,8 +35,7 @@ class AlphaEditConfig:
             Project the update onto the null space, the paper's one line for other methods. Left out: only for
             `"alphaedit"`, which has it in its system.
         post_processing (`str`, *optional*):
-            `"rect"` keeps the 40 % of an update's entries that change a weight most, `"prune"` compresses large
-            singular values of all updates.
+            `"rect"` keeps the 40 % of an update's entries that change a weight most.
         layers (`str` or `list[int]`, *optional*, defaults to `"auto"`):
             Layers to edit; `"auto"` as in [`KeyStatistics.from_dataset`].
         nullspace_threshold (`float`, *optional*):
@@ -51,6 +55,9 @@ class AlphaEditConfig:
             Steps at most.
         loss_threshold (`float`, *optional*, defaults to 0.05):
             A request is done when its loss (nats per target token) is below this.
+        nll_threshold (`float`, *optional*, defaults to 0.05):
+            It is done as well when its loss without weight decay and KL is below this. The paper goes on, 0 here: it
+            mostly takes all its steps, as these two terms keep the loss up.
         clamp_factor (`float`, *optional*, defaults to 0.75):
             Largest move, in norms of the original state.
         weight_decay (`float`, *optional*, defaults to 0.5):
@@ -62,10 +69,20 @@ class AlphaEditConfig:
         context_length (`int`, *optional*, defaults to 10):
             Tokens of a context.
         context_templates (`list[str]`, *optional*):
-            Contexts to use, each ending in `{}`, the first of them `"{}"`. Left out: sampled at the first edit and
-            kept.
+            Contexts to use, each ending in `{}`, the first of them `"{}"`; with `chat_template` rendered turns, each
+            with one `{}`. Left out: sampled at the first edit and kept.
+        chat_template (`bool`, *optional*, defaults to `False`):
+            Prompts are turns of a chat, by the tokenizer's chat template, and targets are answers to them. The report
+            asks in the same form, and so does [`~hf_iclr.editors.alpha_edit.evaluate_edits`] with `chat_template`.
+        chunk_length (`int`, *optional*, defaults to 8):
+            Longest part of a target, in tokens, that one state has to bring about; longer targets have one for each
+            part, at the token before it.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
+        optimization_dtype (`str`, *optional*, defaults to `"auto"`):
+            `"bfloat16"` or `"float32"`, in which the layers above the edited ones of a float32 model are run to find
+            target states; `"auto"` is bfloat16 for large matrices where the device has instructions for it. Only
+            matrix products are: states, norms, attention and logits stay in float32.
         seed (`int`, *optional*, defaults to 0):
             Seed of the contexts.
         base_model_name_or_path (`str`, *optional*):
@@ -91,13 +108,17 @@ class AlphaEditConfig:
     learning_rate: float = 0.5
     num_steps: int = 25
     loss_threshold: float = 0.05
+    nll_threshold: float = 0.05
     clamp_factor: float = 0.75
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     num_contexts: int = 5
     context_length: int = 10
     context_templates: list[str] | None = None
+    chat_template: bool = False
+    chunk_length: int = 8
     optimization_batch_size: int = 25
+    optimization_dtype: str = "auto"
     seed: int = 0
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -107,18 +128,24 @@ class AlphaEditConfig:
         if self.solver not in SOLVERS:
             raise ValueError(f"Expected a solver among {', '.join(SOLVERS)}, got {self.solver!r}.")
         if self.post_processing not in POST_PROCESSING:
-            raise ValueError(f"Expected post_processing None, 'rect' or 'prune', got {self.post_processing!r}.")
+            raise ValueError(f"Expected post_processing None or 'rect', got {self.post_processing!r}.")
+        if self.optimization_dtype not in OPTIMIZATION_DTYPES:
+            raise ValueError(
+                f"Expected optimization_dtype among {', '.join(OPTIMIZATION_DTYPES)}, got {self.optimization_dtype!r}."
+            )
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
-        if rule == (None, None, None):
-            self.nullspace_threshold = 2e-2
-        check_null_space_rule(self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
+        self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
         for name, least in (
-            *((n, 0.0) for n in ("l2", "loss_threshold", "weight_decay", "kl_factor", "num_contexts")),
-            *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size")),
+            *((n, 0.0) for n in ("l2", "loss_threshold", "nll_threshold", "weight_decay")),
+            *((n, 0.0) for n in ("kl_factor", "num_contexts")),
+            *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size", "chunk_length")),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}.")
-        for name in ("num_contexts", "num_steps", "context_length", "optimization_batch_size", "seed"):
+        for name in (
+            *("num_contexts", "num_steps", "context_length", "optimization_batch_size", "chunk_length"),
+            "seed",
+        ):
             if getattr(self, name) % 1 != 0:
                 raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
         for name in ("moment_weight", "learning_rate", "clamp_factor"):
@@ -131,10 +158,12 @@ class AlphaEditConfig:
                 "Expected project=True with the solver 'alphaedit', which is the projection. Without it: "
                 "solver='ridge'."
             )
+        if self.context_templates == []:
+            raise ValueError("Expected context templates, got an empty list. Type ['{}'] for the plain prompt alone.")
         for template in self.context_templates or []:
-            if not template.endswith("{}") or template.count("{}") != 1:
+            if template.count("{}") != 1 or not (self.chat_template or template.endswith("{}")):
                 raise ValueError(f"Expected context templates that end in {{}} and have it once, got {template!r}.")
-        if self.context_templates and self.context_templates[0] != "{}":
+        if self.context_templates and self.context_templates[0] != "{}" and not self.chat_template:
             raise ValueError(
                 f"Expected the first context template to be '{{}}', the plain prompt, got "
                 f"{self.context_templates[0]!r}."
@@ -152,8 +181,8 @@ class AlphaEditConfig:
             save_directory (`str` or `Path`):
                 Folder, made if need be.
         """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        inside(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with atomic_file(inside(save_directory, CONFIG_NAME)) as part:
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -185,3 +214,42 @@ class AlphaEditConfig:
             if unknown:
                 raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
             return cls(**values)
+
+    def load_base_model(self, **kwargs: Any) -> PreTrainedModel:
+        """
+        The model that was edited, by the name and revision on record.
+
+        Args:
+            kwargs (*optional*):
+                Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
+                `use_safetensors=False` is among them.
+
+        Returns:
+            `~transformers.PreTrainedModel`
+
+        Raises:
+            ValueError: where there is no name.
+        """
+        name = self.base_model_name_or_path
+        if name is None:
+            raise ValueError("Expected a model, as the settings don't say which was edited. Pass model=...")
+        defaults = {"revision": self.base_model_revision, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(name, **defaults | kwargs)
+
+    def check_base_model(self, model: PreTrainedModel) -> None:
+        """
+        Make sure of a model's weights.
+
+        Args:
+            model (`~transformers.PreTrainedModel`):
+                The model.
+
+        Raises:
+            ValueError: when these are not the weights that were edited.
+        """
+        if hash_weights(model) != self.base_model_hash:
+            raise ValueError(
+                f"Expected {self.base_model_name_or_path!r} at revision {self.base_model_revision}, for which these "
+                f"edits were made, got {model.config.name_or_path!r} with other weights. Edits of another model do "
+                "harm; to apply them all the same pass check_base_model=False."
+            )

@@ -1,13 +1,12 @@
 """AlphaEdit: knowledge edits that keep the rest, as adapters that can be undone and shared."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,12 +15,14 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision
 from hf_iclr.untrusted import check_links
 
-from . import checkpoint
+from ..cards.edits import edit_card, give_card
+from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, remove_adapters
 from .config import AlphaEditConfig
-from .journal import JOURNAL_NAME, EditBatch, EditReport, Journal, report_row
+from .journal import EditJournal, load_null_space
 from .projections import choose_layers, find_down_projections
-from .requests import EditRequest, reasons_against, sample_contexts
-from .scoring import score_edits
+from .requests import EditRequest
+from .rows import reasons_against, sample_contexts
+from .scoring import edit_probabilities
 from .solver import EditSolver, null_spaces
 from .statistics import KeyStatistics
 from .targets import find_target_states
@@ -42,8 +43,8 @@ class AlphaEditor(HubMixin):
         statistics ([`KeyStatistics`], *optional*):
             Of this very model. Only the solver `"ridge"` without projection does without.
         folder (`str` or `Path`, *optional*):
-            Write every batch there as soon as it is made: after a kill, [`AlphaEditor.from_pretrained`] has the last
-            whole batch. Left out: only [`~AlphaEditor.save_pretrained`] writes.
+            Keep the edits there: each batch is in its journal and its adapter as soon as it is made. Several editors,
+            of several processes too, may keep one folder; each has the others' edits before it makes its own.
 
     Raises:
         ValueError: when the statistics are another model's or lack a layer, the folder holds edits already, or the
@@ -77,18 +78,12 @@ class AlphaEditor(HubMixin):
                 "Expected a plain model, got one with PEFT adapters. Edit the merged one: `model.merge_and_unload()`."
             )
         config = AlphaEditConfig() if config is None else replace(config)
-        self._set_up(model, tokenizer, config, statistics, None, Journal())
+        self._set_up(model, tokenizer, config, statistics)
         config.base_model_name_or_path = model.config.name_or_path or None
         config.base_model_revision = cached_revision(model.config.name_or_path)
         config.base_model_hash = hash_weights(model)
         if folder is not None:
-            if (Path(folder) / JOURNAL_NAME).exists():
-                raise ValueError(
-                    f"Expected a folder without edits, got {folder}, which has some. Go on with them by "
-                    f"`AlphaEditor.from_pretrained({str(folder)!r})`, or pass another folder."
-                )
-            self._journal.folder = Path(folder)
-            checkpoint.save_settings(self._journal.folder, config, self.preserved)
+            self._journal.create(folder)
 
     def _set_up(
         self,
@@ -96,10 +91,9 @@ class AlphaEditor(HubMixin):
         tokenizer: PreTrainedTokenizerBase,
         config: AlphaEditConfig,
         statistics: KeyStatistics | None,
-        preserved: dict[int, torch.Tensor] | None,
-        journal: Journal,
+        folder: Path | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config, self._journal = model.eval(), tokenizer, config, journal
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         projections = find_down_projections(model)
         self.projections = choose_layers(projections, config.layers)
         if len(self.projections) > 1 and not projections[0].adds_to_residual:
@@ -110,8 +104,11 @@ class AlphaEditor(HubMixin):
             )
         if statistics is not None:
             statistics.check_model(model)
-        self.preserved = null_spaces(config, self.projections, statistics) if preserved is None else preserved
-        self._up_to_last = projections[: self.projections[-1].index + 1]
+        if folder is None:
+            self.preserved = null_spaces(config, self.projections, statistics)
+        else:
+            self.preserved = load_null_space(folder, config, self.projections)
+        self._journal = EditJournal(config, self.projections, self.preserved, tokenizer)
         self._solver = EditSolver(model, tokenizer, config, self.projections, self.preserved, statistics)
         self._peft: PeftModel | None = None
 
@@ -125,12 +122,12 @@ class AlphaEditor(HubMixin):
         """The edits in force, in order."""
         return [request for batch in self.batches for request in batch.requests]
 
-    def edit(self, requests: Sequence[EditRequest], batch_size: int = 100, progress: bool = True) -> EditReport:
+    def edit(self, requests: Iterable[EditRequest], batch_size: int = 100, progress: bool = True) -> EditReport:
         """
         Write facts into the model.
 
         Args:
-            requests (`list[EditRequest]`):
+            requests (iterable of `EditRequest`):
                 The facts. A request that cannot be made is not made and stands in the report with its reason; so does
                 a second one for the same prompt and subject.
             batch_size (`int`, *optional*, defaults to 100):
@@ -146,31 +143,30 @@ class AlphaEditor(HubMixin):
             ValueError: when there is no request, `batch_size` is not positive, or a batch's equations cannot be
                 solved; the batches before it stay, and nothing of that batch.
         """
+        requests = [requests] if isinstance(requests, EditRequest | str) else list(requests)
         for request in requests:
             if not isinstance(request, EditRequest):
                 raise TypeError(f"Expected a list of EditRequest, got {type(request).__name__}: {request!r}.")
         if not requests or batch_size < 1:
             raise ValueError(f"Expected requests and a positive batch_size, got {len(requests)} and {batch_size}.")
-        self.merge()
         self._solver.check_statistics()
-        if self.config.context_templates is None:
-            self.config.context_templates = sample_contexts(
-                self.model, self.tokenizer, self.config.num_contexts, self.config.context_length, self.config.seed
-            )
-            if self._journal.folder is not None:
-                self.config.save_pretrained(self._journal.folder)
         report = EditReport()
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        made = {edit.id for edit in self.edits}
-        reasons = reasons_against(requests, self.tokenizer, self.config.context_templates, limit, made)
-        accepted = []
-        for index, request in enumerate(requests):
-            if index in reasons:
-                report.reject(request, reasons[index])
-            else:
-                accepted.append(request)
-        for first in range(0, len(accepted), batch_size):
-            self._edit_batch(accepted[first : first + batch_size], report, progress)
+        with self._writing():
+            if self.config.context_templates is None:
+                self.config.context_templates = sample_contexts(self.model, self.tokenizer, self.config)
+                if self._journal.folder is not None:
+                    self.config.save_pretrained(self._journal.folder)
+            made = {edit.id for edit in self.edits}
+            reasons = reasons_against(requests, self.tokenizer, self.config, limit, made)
+            accepted = []
+            for index, request in enumerate(requests):
+                if index in reasons:
+                    report.reject(request, reasons[index])
+                else:
+                    accepted.append(request)
+            for first in range(0, len(accepted), batch_size):
+                self._edit_batch(accepted[first : first + batch_size], report, progress)
         return report
 
     def undo(self, count: int = 1) -> list[str]:
@@ -185,15 +181,23 @@ class AlphaEditor(HubMixin):
             `list[str]`: ids of the edits taken back.
 
         Raises:
-            ValueError: when there are not so many batches.
+            ValueError: when there are not so many batches, another editor has made the last one of the folder since,
+                or the weights were changed by somebody else; then nothing changes.
         """
-        if not 1 <= count <= len(self.batches):
-            raise ValueError(f"Expected to undo between 1 and {len(self.batches)} batches of edits, got {count}.")
-        self.merge()
-        gone = self.batches[-count:]
-        self._commit({"event": "undo"}, count, [])
-        self._solver.write(self.batches)
-        return [request.id for batch in gone for request in batch.requests]
+        known = [batch.name for batch in self.batches]
+        with self._writing():
+            if not 1 <= count <= len(self.batches):
+                raise ValueError(f"Expected to undo between 1 and {len(self.batches)} batches of edits, got {count}.")
+            gone = self.batches[-count:]
+            ids = [request.id for batch in gone for request in batch.requests]
+            if {batch.name for batch in gone} - {*known}:
+                raise ValueError(
+                    f"Expected the last {count} batches to be known here, but another editor has made some since; of "
+                    f"the edits {ids} see those in `editor.edits`, and call this again to take them back all the same."
+                )
+            self._solver.write(self.batches[:-count])
+            self._commit({"event": "undo"}, count, [])
+        return ids
 
     def remove(self, edit_id: str) -> None:
         """
@@ -208,28 +212,18 @@ class AlphaEditor(HubMixin):
             ValueError: when no such edit is in force, or the equations without it cannot be solved; then nothing
                 changes.
         """
-        at = next((i for i, batch in enumerate(self.batches) if edit_id in [r.id for r in batch.requests]), None)
-        if at is None:
-            raise ValueError(
-                f"Expected the id of an edit in force, got {edit_id!r}. They are {[e.id for e in self.edits]}."
-            )
-        self.merge()
         self._solver.check_statistics()
-        later, kept = self.batches[at:], self.batches[:at]
-        redone: list[EditBatch] = []
-        try:
-            self._solver.write(kept)
-            for batch in later:
-                stays = [i for i, request in enumerate(batch.requests) if request.id != edit_id]
-                if stays:
-                    requests, name = [batch.requests[i] for i in stays], self._journal.new_name(at + len(redone))
-                    new = self._solver.solve(name, requests, batch.states[stays], kept + redone)
-                    new.edits = [{**batch.edits[i], "batch": name} for i in stays]
-                    redone.append(new)
-            self._commit({"event": "remove", "id": edit_id}, len(later), redone)
-        except BaseException:  # also an interrupt: nothing half-applied may stay
-            self._solver.write(self.batches)
-            raise
+        with self._writing():
+            at = next((i for i, b in enumerate(self.batches) if edit_id in [r.id for r in b.requests]), None)
+            if at is None:
+                raise ValueError(
+                    f"Expected the id of an edit in force, got {edit_id!r}. They are {[e.id for e in self.edits]}."
+                )
+            left = [batch.without([edit_id]) for batch in self.batches[at:]]
+            redone = self._solver.solve_anew(
+                self.batches[:at], [batch for batch in left if batch.requests], self._journal.new_name
+            )
+            self._commit({"event": "remove", "id": edit_id}, len(left), redone)
 
     def to_peft(self, rank: int | None = None) -> PeftModel:
         """
@@ -251,12 +245,10 @@ class AlphaEditor(HubMixin):
         self.merge()
         updates = {batch.name: batch.updates for batch in self.batches}
         if rank is not None:
-            updates = {"default": checkpoint.concatenate_updates(list(updates.values()), rank)}
+            updates = {"default": concatenate_updates(list(updates.values()), rank)}
         self._solver.write([])
-        self._peft = checkpoint.add_adapters(
-            self.model, self.projections, updates, self.config.base_model_name_or_path
-        )
-        checkpoint.give_card(self._peft, checkpoint.edit_card(self.config, self.batches, adapters=list(updates)))
+        self._peft = add_adapters(self.model, self.projections, updates, self.config.base_model_name_or_path)
+        give_card(self._peft, edit_card(self.config, self.batches, adapters=list(updates)))
         return self._peft
 
     def merge(self) -> PreTrainedModel:
@@ -267,7 +259,7 @@ class AlphaEditor(HubMixin):
             `~transformers.PreTrainedModel`: the plain edited model.
         """
         if self._peft is not None:
-            self.model = checkpoint.remove_adapters(self._peft)
+            self.model = remove_adapters(self._peft)
             self._peft = None
             self._solver.write(self.batches)
         return self.model
@@ -275,29 +267,33 @@ class AlphaEditor(HubMixin):
     def save_pretrained(self, save_directory: str | Path, rank: int | None = None) -> None:
         """
         Write the adapter, journal, target states, keys, null space, settings, tokenizer and a model card. The folder
-        loads in PEFT and `pipeline("text-generation", model=folder)` as it is. Every file is whole or not there, and
-        what [`AlphaEditor.from_pretrained`] reads is complete before the journal says so.
+        loads in PEFT and `pipeline("text-generation", model=folder)` as it is.
 
         Args:
             save_directory (`str` or `Path`):
                 Folder, made if need be.
             rank (`int`, *optional*):
-                Compress the adapter to this rank.
+                Compress the adapter to this rank. vLLM serves 8, 16, 32, 64, 128, 256, 320 and 512; zeros fill up to
+                the next of them.
 
         Raises:
             ValueError: when the folder holds the edits of another editor, or a link that leads out of it.
         """
-        folder = check_links(save_directory)
-        self._journal.saved_in(folder)
-        checkpoint.save_settings(folder, self.config, self.preserved)
-        self._journal.save(folder)
-        updates = checkpoint.concatenate_updates([batch.updates for batch in self.batches], rank)
-        checkpoint.save_adapter(folder, self.projections, updates, self.config.base_model_name_or_path)
-        self.tokenizer.save_pretrained(folder)
-        self.save_card(folder)
+        self._journal.save(save_directory, rank)
+        self.save_card(save_directory)
+
+    def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
+        with self._writing():
+            head, theirs = self._journal.of_repository(api, repo_id, revision)
+            if theirs is not None and not self._journal.has(theirs):
+                self._solver.check_statistics()
+                kept, left = self._journal.join(theirs)
+                redone = self._solver.solve_anew(theirs.batches[:kept], left, theirs.new_name)
+                self._commit({"event": "merge"}, len(theirs.batches) - kept, redone, theirs)
+        return head
 
     def _card(self, repo_id: str) -> ModelCard:
-        return checkpoint.edit_card(self.config, self.batches, repo_id)
+        return edit_card(self.config, self.batches, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -308,7 +304,6 @@ class AlphaEditor(HubMixin):
         statistics: KeyStatistics | None = None,
         revision: str | None = None,
         check_base_model: bool = True,
-        resume: bool = False,
         token: str | bool | None = None,
         **model_kwargs: Any,
     ) -> "AlphaEditor":
@@ -317,7 +312,8 @@ class AlphaEditor(HubMixin):
 
         Args:
             name_or_path (`str` or `Path`):
-                Folder or repository.
+                Folder or repository. What is edited further is written to the folder, as with
+                `AlphaEditor(folder=...)`; to a repository by [`~AlphaEditor.push_to_hub`].
             model (`~transformers.PreTrainedModel`, *optional*):
                 The unedited model. Left out: loaded by the name and revision on record.
             tokenizer (`~transformers.PreTrainedTokenizerBase`, *optional*):
@@ -328,8 +324,6 @@ class AlphaEditor(HubMixin):
                 Branch, tag or commit of the edits' repository.
             check_base_model (`bool`, *optional*, defaults to `True`):
                 Refuse a model with other weights than those that were edited.
-            resume (`bool`, *optional*, defaults to `False`):
-                Write each further batch to the folder as soon as it is made, as with `AlphaEditor(folder=...)`.
             token (`str` or `bool`, *optional*):
                 Token of the Hub, for the edits and for the model.
             model_kwargs (`dict`, *optional*):
@@ -344,57 +338,59 @@ class AlphaEditor(HubMixin):
                 [`~AlphaEditor.save_pretrained`] writes or lies outside the folder.
         """
         folder = check_links(pretrained_folder(name_or_path, revision=revision, token=token))
-        config, journal = AlphaEditConfig.from_pretrained(folder), Journal.load(folder)
-        journal.folder = folder if resume else None
+        config = AlphaEditConfig.from_pretrained(folder)
         if model is None:
-            model = checkpoint.load_base_model(config, token=token, **model_kwargs)
+            model = config.load_base_model(token=token, **model_kwargs)
         if check_base_model:
-            checkpoint.check_base(config, model)
+            config.check_base_model(model)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         editor = cls.__new__(cls)
-        editor._set_up(model, tokenizer, config, statistics, checkpoint.load_null_space(folder), journal)
-        for batch in editor.batches:
-            batch.check_shapes(editor.projections)
+        editor._set_up(model, tokenizer, config, statistics, folder)
+        editor._journal.load(folder, keep=Path(name_or_path).is_dir())
         editor._solver.write(editor.batches)
-        checkpoint.give_card(model, checkpoint.edit_card(config, editor.batches, merged=True))
+        give_card(model, edit_card(config, editor.batches, merged=True))
         return editor
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Alone with the folder, with everybody's edits in the weights; after an error they are as they were."""
+        self.merge()
+        with self._journal.writing() as changed:
+            if changed:
+                self._solver.write(self.batches)
+            try:
+                yield
+            except BaseException:  # also an interrupt: nothing half-applied may stay
+                self._solver.write(self.batches)
+                raise
+
     def _edit_batch(self, requests: list[EditRequest], report: EditReport, progress: bool) -> None:
-        found = find_target_states(self.model, self.tokenizer, self._up_to_last, requests, self.config, progress)
-        good = found.states.isfinite().all(1) & found.losses.isfinite()
+        found = find_target_states(self.model, self.tokenizer, self.projections, requests, self.config, progress)
+        good = found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()
         for request, fine in zip(requests, good.tolist(), strict=True):
             if not fine:
                 report.reject(request, "its target state is not finite")
         keep = good.nonzero()[:, 0].tolist()
         if not keep:
             return
-        try:
-            made = [requests[i] for i in keep]
-            batch = self._solver.solve(
-                self._journal.new_name(len(self.batches)), made, found.states[keep].cpu(), self.batches
-            )
-            asked = [replace(request, paraphrases=(), neighborhood=()) for request in made]
-            nll = score_edits(self.model, self.tokenizer, asked, progress=False).nll_new
-            batch.edits = [
-                report_row(
-                    request,
-                    batch=batch.name,
-                    p_before=found.log_probs[i].exp().item(),
-                    p_after=math.exp(-after),
-                    loss=found.losses[i].item(),
-                    steps=int(found.steps[i]),
-                    collision=collision,
-                )
-                for i, request, after, collision in zip(keep, made, nll, batch.collisions(self.batches), strict=True)
-            ]
-            self._commit({"event": "edit"}, 0, [batch])
-        except BaseException:  # also an interrupt: nothing half-applied may stay
-            self._solver.write(self.batches)
-            raise
+        made, name = [requests[i] for i in keep], self._journal.new_name(len(self.batches))
+        batch = self._solver.solve(name, made, found.states[keep].cpu(), self.batches)
+        batch.report(
+            self.batches,
+            p_before=found.log_probs[keep].exp().tolist(),
+            p_after=edit_probabilities(self.model, self.tokenizer, made, self.config),
+            loss=found.losses[keep].tolist(),
+            steps=found.steps[keep].tolist(),
+        )
+        self._commit({"event": "edit"}, 0, [batch])
         report.edits += batch.edits
         report.layers += batch.layers
 
-    def _commit(self, event: dict[str, Any], undone: int, batches: list[EditBatch]) -> None:
-        self._journal.commit(event | {"seed": self.config.seed}, undone, batches)
-        checkpoint.give_card(self.model, checkpoint.edit_card(self.config, self.batches, merged=True))
+    def _commit(
+        self, event: dict[str, Any], undone: int, batches: list[EditBatch], onto: EditJournal | None = None
+    ) -> None:
+        self._journal.commit(event | {"seed": self.config.seed}, undone, batches, onto)
+        give_card(self.model, edit_card(self.config, self.batches, merged=True))
+        if self._journal.folder is not None:
+            self.save_card(self._journal.folder)

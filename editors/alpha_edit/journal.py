@@ -1,249 +1,349 @@
-"""What came of edits, and the record of them all: a line of JSON an event, a file a batch, nothing half-written."""
+"""The record of all edits, in memory or in a folder: a line of JSON an event, a file a batch, and the adapter."""
 
+import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
-from hf_iclr.saving import in_own_memory, write_safetensors
-from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, regular_file, whole_number
+from hf_iclr.saving import atomic_file, contiguous_clone, write_safetensors
+from hf_iclr.untrusted import (
+    as_written_by,
+    check_links,
+    inside,
+    parse_json,
+    read_safetensors,
+    regular_file,
+    whole_number,
+)
 
-from .projections import DownProjection, Updates
-from .requests import EditRequest
+from .batches import ADAPTER, ADAPTER_CONFIG, BATCHES, EditBatch, concatenate_updates, save_adapter
+from .config import CONFIG_NAME, AlphaEditConfig
+from .projections import DownProjection
 
 
 logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "ledger.jsonl"
-BATCHES = "batches"
-_KINDS = ("residuals", "factors", "keys")
+_NULL_SPACE = "null_space.safetensors"
+_WAIT = 3600.0  # seconds for another editor's work
+_MARK = "hf_iclr.journal"  # in an adapter's header: the digest of the events that it is made of
 
 
-def report_row(request: EditRequest, **values: Any) -> dict[str, Any]:
-    """What was asked for, and what came of it, as a row of [`EditReport`]."""
-    return {name: getattr(request, name) for name in ("id", "prompt", "subject", "target_new")} | values
-
-
-@dataclass
-class EditReport:
+class EditJournal:
     """
-    What [`AlphaEditor.edit`] did.
+    The batches of edits in force and the events that led to them, in memory or in a folder.
+
+    A folder is written by one editor at a time, under a lock that ends with its process. Each event is a transaction:
+    the batches' files, a line added to the ledger, the adapter, whose header has the digest of the events it is made
+    of. That header is what counts: a line that no adapter was made of is as if it were not there, so whoever loads the
+    adapter and whoever loads the edits have the same ones, however the editor ended.
 
     Args:
-        edits (`list[dict]`):
-            For each edit made: `id`, `prompt`, `subject`, `target_new`, `batch`, `p_before` and `p_after` (probability
-            of the target after the plain prompt: the geometric mean of its tokens), `loss` (nats per target token when
-            the target state was found), `steps`, `collision` (largest |cosine| of its key with that of another edit,
-            over layers).
-        rejected (`list[dict]`):
-            Requests that were not made: `id`, `prompt`, `subject`, `target_new`, `reason`.
-        layers (`list[dict]`):
-            For each batch and layer: `batch`, `layer`, `preserved` (m), `width` (d), `editable` (||P k|| / ||k||,
-            mean), `residual` (mean norm), `change` (norm of the update by that of the weight).
+        config ([`AlphaEditConfig`]):
+            The editor's settings.
+        projections (`list[DownProjection]`):
+            The edited layers.
+        preserved (`dict[int, torch.Tensor]`):
+            For each of them the directions that must not change, of shape `(d, m)`.
+        tokenizer (`~transformers.PreTrainedTokenizerBase`):
+            Written once, so that the folder loads by itself.
     """
 
-    edits: list[dict[str, Any]] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    def reject(self, request: EditRequest, reason: str) -> None:
-        """Enter a request that is not made, and say so in the log."""
-        logger.warning("Edit %s (%r -> %r) is not made: %s.", request.id, request.text, request.target_new, reason)
-        self.rejected.append(report_row(request, reason=reason))
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row an edit, the rejected ones with their reason."""
-        return pd.DataFrame(self.edits + self.rejected)
-
-    def __str__(self) -> str:
-        if not self.edits:
-            return f"no edit made, {len(self.rejected)} rejected"
-        table = pd.DataFrame(self.edits)
-        return (
-            f"{len(table)} edits made, {len(self.rejected)} rejected; target's probability "
-            f"{table.p_before.mean():.3f} -> {table.p_after.mean():.3f} (mean), {(table.p_after > 0.5).mean():.0%} "
-            "above one half"
-        )
-
-
-@dataclass
-class EditBatch:
-    """Edits that were made together. For each layer the update is `residuals @ factors`."""
-
-    name: str  # of its file
-    requests: list[EditRequest]
-    states: torch.Tensor  # the target states, (n, hidden_size)
-    residuals: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (o, r)
-    factors: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (r, d)
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (d, n)
-    edits: list[dict[str, Any]] = field(default_factory=list)  # the rows of EditReport
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def updates(self) -> Updates:
-        """Residuals and factor of each layer."""
-        return {layer: (self.residuals[layer], factor) for layer, factor in self.factors.items()}
-
-    def check_shapes(self, projections: Sequence[DownProjection]) -> None:
-        """Raises `ValueError` when the updates are none of these layers'."""
-        for p in projections:
-            residuals, factor = self.updates.get(p.index, (torch.empty(0), torch.empty(0)))
-            rank = factor.shape[0]
-            if (tuple(residuals.shape), tuple(factor.shape)) != ((p.out_features, rank), (rank, p.in_features)):
-                raise ValueError(
-                    f"Expected updates of shapes ({p.out_features}, n) and (n, {p.in_features}) for layer "
-                    f"{p.index} in batch {self.name!r}, got {tuple(residuals.shape)} and {tuple(factor.shape)}. "
-                    "Get the edits again from where they came."
-                )
-
-    def collisions(self, others: Sequence["EditBatch"]) -> list[float]:
-        """For each edit the largest |cosine| of its key with that of another one, over layers."""
-        worst = torch.zeros(len(self.requests))
-        for layer, keys in self.keys.items():
-            every = torch.cat([keys, *(other.keys[layer] for other in others)], 1)
-            cosine = (keys / keys.norm(dim=0)).T @ (every / every.norm(dim=0))
-            cosine.fill_diagonal_(0)
-            worst = worst.maximum(cosine.abs().amax(1))
-        return worst.tolist()
-
-    def save(self, folder: Path) -> None:
-        """Write the batch's tensors to `folder/batches`, whole or not at all; a file that is there is the same one."""
-        path = inside(folder, f"{BATCHES}/{self.name}.safetensors")
-        if path.exists():
-            return
-        tensors = {"states": self.states}
-        for kind in _KINDS:
-            tensors |= {f"{kind}.{layer}": value for layer, value in getattr(self, kind).items()}
-        write_safetensors(tensors, path)
-
-    @classmethod
-    def load(cls, folder: Path, record: dict[str, Any]) -> "EditBatch":
-        """The batch of a record in the journal, and of its file."""
-        path = inside(folder, f"{BATCHES}/{record['name']}.safetensors")
-        if not path.exists():
-            raise ValueError(f"Expected {path}, of which the journal speaks, got no such file.")
-        tensors, _ = read_safetensors(path)
-        with as_written_by("AlphaEditor", path):
-            batch = cls(
-                name=record["name"],
-                requests=[EditRequest.from_dict(request) for request in record["requests"]],
-                states=tensors.pop("states"),
-                edits=record["edits"],
-                layers=record["layers"],
-            )
-            kinds = {kind: getattr(batch, kind) for kind in _KINDS}
-            for name, tensor in tensors.items():
-                kind, _, layer = name.partition(".")
-                kinds[kind][int(layer)] = in_own_memory(tensor)
-        return batch
-
-    def record(self) -> dict[str, Any]:
-        """What of it stands in the journal."""
-        return {
-            "name": self.name,
-            "requests": [request.to_dict() for request in self.requests],
-            "edits": self.edits,
-            "layers": self.layers,
-        }
-
-
-class Journal:
-    """
-    The batches in force, and the events that led to them: only ever added to, and, where there is a folder, on the
-    disk before they count.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        config: AlphaEditConfig,
+        projections: Sequence[DownProjection],
+        preserved: dict[int, torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config, self.projections, self.preserved, self.tokenizer = config, projections, preserved, tokenizer
+        self.folder: Path | None = None
         self.events: list[dict[str, Any]] = []
         self.batches: list[EditBatch] = []
 
-    @classmethod
-    def load(cls, folder: Path) -> "Journal":
+    def create(self, folder: str | Path) -> None:
+        """Write to this folder from now on; raises `ValueError` where it has edits."""
+        if (Path(folder) / JOURNAL_NAME).exists() and read_events(Path(folder)):
+            raise ValueError(
+                f"Expected a folder without edits, got {folder}, which has some. Go on with them by "
+                f"`AlphaEditor.from_pretrained({str(folder)!r})`, or pass another folder."
+            )
+        self.save(folder)
+        self.folder = Path(folder)
+
+    def load(self, folder: Path, keep: bool = False) -> None:
         """
-        Read the journal of a folder and the batches in force, to go on in memory.
+        Read a folder's edits. With `keep` it is written to from now on, and what a kill left undone is done.
 
         Raises:
-            ValueError: when there is none, or one that cannot be trusted.
+            ValueError: when there is no journal, or one that cannot be trusted.
         """
-        journal = cls()
-        journal.events = read_events(folder)
-        with as_written_by("AlphaEditor.save_pretrained", folder):
-            journal.batches = [EditBatch.load(folder, record) for record in batches_of(journal.events)]
-        return journal
+        self._adopt(folder, _committed(folder))
+        if keep and os.access(folder, os.W_OK) and not (folder / JOURNAL_NAME).is_symlink():
+            self.folder = folder
+            whole = (folder / ADAPTER_CONFIG).exists() and _mark(folder) == _digests(self.events)[-1]
+            if not whole or _leftovers(folder):
+                try:
+                    with self._lock(folder, 0.1):
+                        self.refresh()
+                        self._write(folder, self.events, self.batches)
+                        for path in _leftovers(folder):
+                            path.unlink()
+                except TimeoutError:
+                    logger.info("Another editor is writing to %s just now.", folder)
+
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Alone with the folder; says whether other editors added edits or took some back, which are then here too."""
+        with ExitStack() as stack:
+            if self.folder is not None:
+                stack.enter_context(self._lock(self.folder))
+            yield self.refresh()
+
+    def refresh(self) -> bool:
+        """What the folder has, is in force here too; says whether that changed anything."""
+        if self.folder is None:
+            return False
+        self.agree(AlphaEditConfig.from_pretrained(self.folder), self.folder)
+        events = _committed(self.folder)
+        if _digests(events) == _digests(self.events):
+            return False
+        self._adopt(self.folder, events)
+        logger.info("Other editors have written to %s: now %d batches are in force.", self.folder, len(self.batches))
+        return True
+
+    def agree(self, other: AlphaEditConfig, where: str | Path) -> None:
+        """Take over the contexts that edits were made with; raises `ValueError` when settings differ."""
+        for_all = ("context_templates", "base_model_name_or_path", "base_model_revision")
+        own, its = (json.loads(json.dumps(config.to_dict())) for config in (self.config, other))
+        differing = [name for name in own if name not in for_all and own[name] != its[name]]
+        if differing:
+            raise ValueError(
+                f"Expected {where} to have edits made with this editor's settings, got other "
+                f"{', '.join(differing)}. Load those edits by `AlphaEditor.from_pretrained` to go on with them, or "
+                "choose another place."
+            )
+        self.config.context_templates = other.context_templates or self.config.context_templates
 
     def new_name(self, position: int) -> str:
-        """A name that no batch ever had."""
-        return f"edit_{len(self.events) + 1:04d}_{position + 1:04d}"
+        """A name that no batch of any editor ever had."""
+        return f"edit_{len(self.events) + 1:04d}_{position + 1:04d}_{secrets.token_hex(4)}"
 
-    def commit(self, event: dict[str, Any], undone: int, batches: list[EditBatch]) -> None:
-        """From here on the batches are in force in place of the last `undone`, on the disk first."""
+    def commit(
+        self, event: dict[str, Any], undone: int, batches: list[EditBatch], onto: "EditJournal | None" = None
+    ) -> None:
+        """
+        From here on the batches are in force in place of the last `undone`, on the disk first. With `onto` they are
+        so in another editor's journal, which becomes this one.
+        """
+        base = onto or self
         event |= {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "undone": undone,
             "batches": [batch.record() for batch in batches],
         }
+        events = [*base.events, json.loads(json.dumps(event))]
+        in_force = base.batches[: len(base.batches) - undone] + batches
         if self.folder is not None:
-            for batch in batches:
-                batch.save(self.folder)
-            append_event(self.folder, event)
-        self.events.append(event)
-        self.batches = self.batches[: len(self.batches) - undone] + batches
+            self._write(self.folder, events, in_force)
+        self.events, self.batches = events, in_force
 
-    def saved_in(self, folder: Path) -> int:
-        """How many of the events a folder has; raises `ValueError` where it has others."""
-        known = read_events(folder) if (folder / JOURNAL_NAME).exists() else []
-        if known != self.events[: len(known)]:
-            raise ValueError(
-                f"Expected a new folder or the one these edits were saved to, got {folder} with other edits."
+    def save(self, folder: str | Path, rank: int | None = None) -> None:
+        """
+        Write to a folder what it does not have yet. `rank` compresses the adapter.
+
+        Raises:
+            ValueError: when it has other edits, an adapter of something else, or a link that leads out of it.
+        """
+        folder = check_links(folder)
+        with self._lock(folder):
+            known = _committed(folder) if (folder / JOURNAL_NAME).exists() else []
+            if _digests(known) != _digests(self.events[: len(known)]):
+                raise ValueError(
+                    f"Expected a new folder or the one these edits were saved to, got {folder} with other edits."
+                )
+            if not (folder / JOURNAL_NAME).exists() and (folder / ADAPTER_CONFIG).exists():
+                raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
+            if not known:
+                basis = {str(layer): value for layer, value in self.preserved.items()}
+                write_safetensors(basis, inside(folder, _NULL_SPACE))
+            self.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self._write(folder, self.events, self.batches, rank)
+
+    def of_repository(self, api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, "EditJournal | None"]:
+        """The last commit of a repository and, if it has one, its journal, in the settings of this one."""
+        head = api.repo_info(repo_id, revision=revision)
+        if JOURNAL_NAME not in [file.rfilename for file in head.siblings or ()]:
+            return head.sha, None
+        wanted = [JOURNAL_NAME, CONFIG_NAME, f"{BATCHES}/*"]
+        folder = check_links(api.snapshot_download(repo_id, revision=head.sha, allow_patterns=wanted))
+        self.agree(AlphaEditConfig.from_pretrained(folder), repo_id)
+        journal = EditJournal(self.config, self.projections, self.preserved, self.tokenizer)
+        journal.load(folder)
+        return head.sha, journal
+
+    def has(self, other: "EditJournal") -> bool:
+        """Whether this one only goes on from the other."""
+        return _digests(other.events)[-1] in _digests(self.events)
+
+    def join(self, theirs: "EditJournal") -> tuple[int, list[EditBatch]]:
+        """
+        What is to be done for another editor's journal to have the edits of both: how many of its first batches stay
+        as they are, and what is to be solved anew behind them, its later batches and those that it does not have.
+
+        Raises:
+            ValueError: when both answer one prompt in different ways.
+        """
+        common = 0
+        for ours, other in zip(_digests(self.events)[1:], _digests(theirs.events)[1:], strict=False):
+            common += ours == other
+        before = {request["id"] for record in batches_of(self.events[:common]) for request in record["requests"]}
+        own = {request.id: request for batch in self.batches for request in batch.requests}
+        its = {request.id: request for batch in theirs.batches for request in batch.requests}
+        added = [own[name] for name in own if name not in before and name not in its]
+        told = {(request.prompt, request.subject): request for request in its.values()}
+        clashes = [(mine, told[mine.prompt, mine.subject]) for mine in added if (mine.prompt, mine.subject) in told]
+        if clashes:
+            named = "; ".join(
+                f"{a.id} says {a.text!r} is {a.target_new!r}, {b.id} {b.target_new!r}" for a, b in clashes
             )
-        return len(known)
+            raise ValueError(
+                f"Expected edits that agree with those of another editor, got {named}. Take yours back first: "
+                f"`editor.remove({clashes[0][0].id!r})`."
+            )
+        gone = before - {*own}
+        left = [batch.without(gone) for batch in theirs.batches]
+        kept = next(
+            (i for i, batch in enumerate(theirs.batches) if len(left[i].requests) < len(batch.requests)), len(left)
+        )
+        wanted = {request.id for request in added}
+        left += [batch.without({*own} - wanted) for batch in self.batches]
+        return kept, [batch for batch in left[kept:] if batch.requests]
 
-    def save(self, folder: Path) -> None:
-        """Write to a folder what it does not have yet, the batches first."""
-        saved = self.saved_in(folder)
-        for batch in self.batches:
+    @contextmanager
+    def _lock(self, folder: Path, timeout: float = _WAIT) -> Iterator[None]:
+        """The kernel frees the lock of a process that ended, in whatever way."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            for seconds in (min(timeout, 0.5), timeout):
+                try:
+                    stack.enter_context(WeakFileLock(inside(folder, ".lock"), timeout=seconds))
+                    break
+                except TimeoutError:
+                    if seconds == timeout:
+                        raise TimeoutError(
+                            f"Expected {folder} to be free within {timeout:g} seconds, but another editor is still "
+                            "writing to it. Try again once it is done."
+                        ) from None
+                    logger.warning("Another editor is writing to %s: waiting for it.", folder)
+            yield
+
+    def _adopt(self, folder: Path, events: list[dict[str, Any]]) -> None:
+        known = {batch.name: batch for batch in self.batches}
+        with as_written_by("AlphaEditor.save_pretrained", folder):
+            records = batches_of(events)
+            batches = [known.get(record["name"]) or EditBatch.load(folder, record) for record in records]
+            for batch in batches:
+                batch.check(self.projections)
+        self.events, self.batches = events, batches
+
+    def _write(
+        self, folder: Path, events: list[dict[str, Any]], batches: list[EditBatch], rank: int | None = None
+    ) -> None:
+        for batch in batches:
             batch.save(folder)
-        for event in self.events[saved:]:
-            append_event(folder, event)
+        _write_ledger(folder, events)
+        updates = concatenate_updates([batch.updates for batch in batches], rank)
+        base, mark = self.config.base_model_name_or_path, {_MARK: _digests(events)[-1]}
+        save_adapter(folder, self.projections, updates, base, mark)
 
 
-def append_event(folder: Path, event: dict[str, Any]) -> None:
-    """
-    Add one line to the journal and have it on the disk before returning: `event` (`"edit"`, `"undo"` or `"remove"`),
-    the `batches` made and how many were `undone`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_ledger(folder: Path, events: list[dict[str, Any]]) -> None:
+    """Have exactly these events in the ledger, and that on the disk: lines are added, behind what was cut short."""
     path = inside(folder, JOURNAL_NAME)
-    torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-    with path.open("a") as file:
-        # After a kill in the middle of a line that line stays, unread, and the next one starts anew.
-        file.write("\n" * torn + json.dumps(event) + "\n")
+    there = _read_lines(folder) if path.exists() else []
+    lines = [json.dumps(event) + "\n" for event in events]
+    known = len(there)
+    if _digests([event for event, _ in there]) != _digests(events[:known]):
+        with atomic_file(path) as part:
+            part.write_text("".join(lines))
+        return
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.truncate(there[-1][1] if there else 0)
+        file.seek(-1 if there else 0, os.SEEK_END)
+        newline = file.read(1) in (b"\n", b"")
+        file.write(b"\n" * (not newline) + "".join(lines[known:]).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
+def _committed(folder: Path) -> list[dict[str, Any]]:
+    """The events of a folder that count: those of which its adapter is made, or all if there is no such adapter."""
+    mark, events = _mark(folder), read_events(folder)
+    digests = _digests(events)
+    return events[: digests.index(mark)] if mark in digests else events
+
+
+def _mark(folder: Path) -> str | None:
+    path = inside(folder, ADAPTER)
+    try:
+        with safe_open(regular_file(path), "pt") as file:
+            return (file.metadata() or {}).get(_MARK)
+    except (SafetensorError, OSError, ValueError):
+        return None
+
+
+def _digests(events: list[dict[str, Any]]) -> list[str]:
+    """Of no event, of the first, of the first two, and so on."""
+    digest = hashlib.sha256()
+    digests = [digest.hexdigest()]
+    for event in events:
+        digest.update(json.dumps(event).encode() + b"\n")
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Parts of files that were being written when a process was killed."""
+    return [
+        path for place in (folder, folder / BATCHES) for path in place.glob(".*") if re.match(r"\.\d+\.", path.name)
+    ]
+
+
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """
-    The events of a folder's journal, without a line that was cut short.
+    The events of a folder's ledger, without a line that was cut short.
 
     Raises:
-        ValueError: when there is no journal, or a line that is whole cannot be trusted.
+        ValueError: when there is no ledger, or a line that is whole cannot be trusted.
     """
+    return [event for event, _ in _read_lines(folder)]
+
+
+def _read_lines(folder: Path) -> list[tuple[dict[str, Any], int]]:
+    """Each event and where its line ends, in bytes."""
     path = inside(folder, JOURNAL_NAME)
     if not path.exists():
         raise ValueError(f"Expected {JOURNAL_NAME} in {folder}, got none: no edits were saved there.")
-    events = []
-    for number, line in enumerate(regular_file(path).read_bytes().splitlines(), 1):
+    events, end = [], 0
+    for number, line in enumerate(regular_file(path).read_bytes().splitlines(keepends=True), 1):
+        end += len(line)
         try:
-            events.append(parse_json(line, f"line {number} of {path}", nan=True))
+            events.append((parse_json(line, f"line {number} of {path}", nan=True), end))
         except ValueError as error:
             if not isinstance(error.__cause__, json.JSONDecodeError):
                 raise
@@ -265,3 +365,26 @@ def batches_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len({*names}) < len(names):
         raise ValueError(f"Expected a file of its own for each batch of the journal, got the names {names}.")
     return batches
+
+
+def load_null_space(
+    folder: Path, config: AlphaEditConfig, projections: Sequence[DownProjection]
+) -> dict[int, torch.Tensor]:
+    """
+    The preserved directions of each edited layer, of shape `(d, m)`, that a journal wrote.
+
+    Raises:
+        ValueError: when they are none of these layers'.
+    """
+    if not config.project:
+        return {}
+    path = inside(folder, _NULL_SPACE)
+    basis = {name: contiguous_clone(value) for name, value in read_safetensors(path)[0].items()}
+    expected = {str(p.index): p.in_features for p in projections}
+    found = {name: len(value) for name, value in basis.items() if value.ndim == 2 and value.isfinite().all()}
+    if found != expected or len(basis) != len(expected):
+        raise ValueError(
+            f"Expected finite directions of sizes {expected} by layer in {path}, got {found}. Get the edits again "
+            "from where they came."
+        )
+    return {int(name): value for name, value in basis.items()}

@@ -1,19 +1,16 @@
-"""What a user asks an editor to change: requests, the data sets they are read from, the token rows they become."""
+"""What a user asks an editor to change: requests, and the data sets they are read from."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-# What the reference's contexts start with; the model continues them.
-_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+# What only rows of EasyEdit and KnowEdit have.
+_EASY_EDIT = {"ground_truth", "rephrase_prompt", "rephrase", "locality", "locality_prompt", "portability"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,8 @@ class EditRequest:
         prompt (`str`):
             Text with `{}` where the subject stands, to be continued by the target: "The mother tongue of {} is".
         subject (`str`):
-            What the fact is about; its last token is where the model is edited.
+            What the fact is about; its last token is where the model is edited. `None` for a prompt without a `{}`,
+            which is edited at its last token.
         target_new (`str`):
             What the model shall answer.
         target_true (`str`, *optional*):
@@ -43,12 +41,13 @@ class EditRequest:
             Licence of the source.
 
     Raises:
-        ValueError: when the prompt has no `{}` or several, or the subject or the target is empty.
+        ValueError: when the prompt has no `{}` or several, the subject or the target is empty, or a neighbour is
+            neither a prompt nor a pair.
         TypeError: when one of them is not text.
     """
 
     prompt: str
-    subject: str
+    subject: str | None
     target_new: str
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
@@ -60,18 +59,27 @@ class EditRequest:
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
             value = getattr(self, name)
+            if name == "subject" and value is None:
+                continue
             if not isinstance(value, str):
                 raise TypeError(f"Expected {name} to be text, got {type(value).__name__}: {value!r}.")
             if not value.strip():
                 raise ValueError(f"Expected {name} of an edit to say something, got {value!r}.")
-        if self.prompt.count("{}") != 1:
+        if self.subject is not None and self.prompt.count("{}") != 1:
             hint = f": {self.prompt.replace(self.subject, '{}', 1)!r}" if self.subject in self.prompt else ""
             raise ValueError(
                 f"Expected a prompt with {{}} once, where the subject {self.subject!r} stands, got {self.prompt!r}. "
-                f"Write the subject's place as {{}}{hint}."
+                f"Write the subject's place as {{}}{hint}, or pass subject=None to edit at the prompt's last token."
             )
-        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
-        object.__setattr__(self, "neighborhood", tuple(self.neighborhood))
+        for name in ("paraphrases", "neighborhood"):
+            values = getattr(self, name)
+            if isinstance(values, str):
+                raise TypeError(f"Expected a list of {name}, got one string. Type `{name}=[{values[:30]!r}]`.")
+            object.__setattr__(self, name, tuple(v if isinstance(v, str) else tuple(v) for v in values or ()))
+            if wrong := [
+                v for v in getattr(self, name) if not isinstance(v, str) and (name, len(v)) != ("neighborhood", 2)
+            ]:
+                raise ValueError(f"Expected each of {name} to be a prompt, or a neighbour's pair, got {wrong[0]!r}.")
         if not self.id:
             text = json.dumps([self.prompt, self.subject, self.target_new])
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -79,13 +87,13 @@ class EditRequest:
     @property
     def text(self) -> str:
         """The prompt with its subject."""
-        return self.prompt.replace("{}", self.subject)
+        return self.prompt if self.subject is None else self.prompt.replace("{}", self.subject)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the optional ones only when given."""
         values = dataclasses.asdict(self) | {
             "paraphrases": list(self.paraphrases),
-            "neighborhood": list(self.neighborhood),
+            "neighborhood": [one if isinstance(one, str) else list(one) for one in self.neighborhood],
         }
         return {name: value for name, value in values.items() if value not in (None, [])}
 
@@ -102,25 +110,28 @@ class EditRequest:
             [`EditRequest`]
 
         Raises:
-            ValueError: when an argument is unknown or one of prompt, subject and target_new is missing.
+            ValueError: when an argument is unknown or prompt or target_new is missing.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        missing = {"prompt", "subject", "target_new"} - set(values)
+        missing = {"prompt", "target_new"} - set(values)
         if missing or set(values) - known:
             raise ValueError(
                 f"Expected an edit with prompt, subject and target_new and maybe {sorted(known)}, got "
                 f"{sorted(values)}."
             )
-        return cls(**values)
+        return cls(**{"subject": None} | values)
 
 
 def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None) -> list[EditRequest]:
     """
-    Reads rows of CounterFact or zsRE in the layout of ROME (https://huggingface.co/papers/2202.05262), or rows that
-    hold the arguments of [`EditRequest`] by name. The layout of each row is recognised by its columns.
+    Reads rows of CounterFact or zsRE in the layout of ROME (https://huggingface.co/papers/2202.05262), of EasyEdit and
+    KnowEdit (https://huggingface.co/papers/2401.01286), or rows that hold the arguments of [`EditRequest`] by name.
+    The layout of each row is recognised by its columns.
 
     The first answer of a zsRE row is the target. Its neighbour is a question with an answer of its own, so it becomes
-    a pair of prompt and answer; a CounterFact row's neighbours are prompts whose answer is `target_true`.
+    a pair of prompt and answer, as do an EasyEdit row's locality prompts; a CounterFact row's neighbours are prompts
+    whose answer is `target_true`. An EasyEdit prompt that does not name its subject is edited at its last token; the
+    column `portability` is not read.
 
     Args:
         rows (`datasets.Dataset` or iterable of `dict`):
@@ -129,11 +140,11 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
             Read no more than so many rows, from the first on, as the papers do.
 
     Returns:
-        `list[EditRequest]`: one a row, named `counterfact-{case_id}`, `zsre-{row}`, or as the row says.
+        `list[EditRequest]`: one a row, named `counterfact-{case_id}`, as the row says, or by its content.
 
     Raises:
         TypeError: when `rows` is a path, or a row is no mapping.
-        ValueError: when there is no row, a row has none of the three layouts, or a zsRE question lacks its subject.
+        ValueError: when there is no row, a row has none of the layouts, or a zsRE question lacks its subject.
 
     Example:
 
@@ -160,19 +171,23 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
 
 def _read_row(index: int, row: Mapping[str, Any]) -> EditRequest:
     if "requested_rewrite" in row:
-        return _read_counterfact(index, row)
+        return _read_counterfact(row)
     if {"src", "answers", "rephrase", "subject"} <= set(row):
         return _read_zsre(index, row)
-    if {"prompt", "subject", "target_new"} <= set(row):
+    if {"prompt", "target_new"} <= set(row):
         # A dataset fills the columns a row lacks with None.
-        return EditRequest.from_dict({name: value for name, value in row.items() if value is not None})
+        values = {name: value for name, value in row.items() if value is not None}
+        if _EASY_EDIT & set(values) or "{}" not in row["prompt"] and values.get("subject", "") in row["prompt"]:
+            return _read_easy_edit(index, values)
+        return EditRequest.from_dict(values)
     raise ValueError(
         f"Expected row {index} to have the columns of CounterFact (requested_rewrite), of zsRE (subject, src, "
-        f"answers, rephrase, loc, loc_ans) or of an EditRequest (prompt, subject, target_new), got {sorted(row)}."
+        f"answers, rephrase, loc, loc_ans), of EasyEdit (prompt, subject, target_new, ground_truth, rephrase_prompt, "
+        f"locality) or of an EditRequest (prompt, subject, target_new), got {sorted(row)}."
     )
 
 
-def _read_counterfact(index: int, row: Mapping[str, Any]) -> EditRequest:
+def _read_counterfact(row: Mapping[str, Any]) -> EditRequest:
     rewrite = row["requested_rewrite"]
     return EditRequest(
         prompt=rewrite["prompt"],
@@ -181,7 +196,7 @@ def _read_counterfact(index: int, row: Mapping[str, Any]) -> EditRequest:
         target_true=rewrite["target_true"]["str"],
         paraphrases=tuple(row.get("paraphrase_prompts") or ()),
         neighborhood=tuple(row.get("neighborhood_prompts") or ()),
-        id=f"counterfact-{row.get('case_id', index)}",
+        id=f"counterfact-{row['case_id']}" if row.get("case_id") is not None else "",
         source="CounterFact",
     )
 
@@ -202,114 +217,53 @@ def _read_zsre(index: int, row: Mapping[str, Any]) -> EditRequest:
         target_new=row["answers"][0],
         paraphrases=(row["rephrase"],),
         neighborhood=neighborhood,
-        id=f"zsre-{index}",
         source="zsRE",
     )
 
 
-@dataclass(frozen=True)
-class EditRow:
-    """One prompt with the target behind it."""
-
-    ids: list[int]  # tokens of context, prompt and target
-    subject: int  # position of the subject's last token
-    start: int  # position of the target's first token; len(ids) when there is no target
-
-
-def encode_request(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, target: str = "", context: str = "{}"
-) -> EditRow:
-    """
-    Tokenise a prompt, with `{}` for its subject, and its target as one text, and find subject and target by character
-    offsets, so that any fast tokenizer, any padding side and any subject is right. The target follows after a space;
-    `context` is a template around the prompt that ends in `{}`.
-
-    Raises:
-        ValueError: when the tokenizer gives no offsets or the target no token of its own.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"Expected a fast tokenizer, which knows each token's place in the text, got {type(tokenizer).__name__}. "
-            "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)."
-        )
-    before = context[: context.rindex("{}")] + prompt[: prompt.index("{}")]
-    text = before + subject + prompt[prompt.index("{}") + 2 :]
-    gap = "" if not target or text[-1].isspace() or target[0].isspace() else " "
-    encoded = tokenizer(text + gap + target, return_offsets_mapping=True)
-    spans = encoded["offset_mapping"]
-    end = len(before) + len(subject.rstrip())
-    at = max(i for i, (first, last) in enumerate(spans) if first < end and last > first)
-    start = next((i for i, (first, last) in enumerate(spans) if last > len(text) and first >= at), len(spans))
-    ids = encoded["input_ids"]
-    if target and start == len(spans):
-        raise ValueError(f"Expected a target with a token of its own, got {target!r} after {text!r}.")
-    # A tokenizer may close every text with a special token, which is no part of the target.
-    while len(spans) > max(start, at + 1) and spans[-1][0] == spans[-1][1]:
-        ids, spans = ids[:-1], spans[:-1]
-    return EditRow(ids=list(ids), subject=at, start=min(start, len(ids)))
-
-
-def encode_in_contexts(
-    tokenizer: PreTrainedTokenizerBase, request: EditRequest, templates: Sequence[str] | None, target: str
-) -> list[EditRow]:
-    """[`encode_request`] in each context, of which the plain prompt is the first and, by default, the only one."""
-    return [
-        encode_request(tokenizer, request.prompt, request.subject, target, context) for context in templates or ["{}"]
-    ]
-
-
-def sample_contexts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
-) -> list[str]:
-    """
-    Templates: the plain prompt `"{}"`, and `count` texts of about `length` tokens by the model itself to put before
-    it, so that an edit does not hold for one wording only. The caller's random state is left alone.
-    """
-    templates = ["{}"]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for index in range(count):
-            encoded = tokenizer(_OPENINGS[index % len(_OPENINGS)], return_tensors="pt").to(model.device)
-            ids = encoded["input_ids"]
-            for _ in range(length - 1):
-                logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-                values, tokens = logits.topk(5)
-                ids = torch.cat([ids, tokens[torch.multinomial(values.softmax(-1), 1)][None]], 1)
-            text = tokenizer.decode(ids[0], skip_special_tokens=True)
-            templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
-    return templates
-
-
-def reasons_against(
-    requests: Sequence[EditRequest],
-    tokenizer: PreTrainedTokenizerBase,
-    templates: Sequence[str],
-    max_length: int | None,
-    made: Collection[str],
-) -> dict[int, str]:
-    """
-    For each request that cannot be made, or not together with an earlier one, its index and the reason. `max_length`
-    is the number of tokens that the model takes, `made` the ids of edits in force.
-    """
-    seen: dict[tuple[str, str], int] = {}
-    reasons: dict[int, str] = {}
-    for index, request in enumerate(requests):
-        other = seen.setdefault((request.prompt, request.subject), index)
-        if request.id in made:
-            reasons[index] = "this edit is in force already"
-        elif other != index and requests[other].target_new.strip() == request.target_new.strip():
-            reasons[index] = f"the same edit as request {other}"
-        elif other != index:
-            set_to = f"{request.text!r} to {requests[other].target_new!r}"
-            reasons[index] = f"contradicts request {other}, which sets {set_to}"
+def _read_easy_edit(index: int, row: dict[str, Any]) -> EditRequest:
+    subject, prompt = row.get("subject"), row["prompt"]
+    if "{}" not in prompt:
+        place = prompt.find(subject) if subject else -1
+        if place < 0:
+            subject = None
         else:
-            try:
-                rows = encode_in_contexts(tokenizer, request, templates, request.target_new)
-            except ValueError as error:
-                reasons[index] = str(error)
-                continue
-            longest = max(len(row.ids) for row in rows)
-            if max_length is not None and longest > max_length:
-                reasons[index] = f"{longest} tokens with context and target, the model takes {max_length}"
-    return reasons
+            prompt = prompt[:place] + "{}" + prompt[place + len(subject) :]
+    paraphrases = row.get("rephrase_prompt", row.get("rephrase", row.get("paraphrases", ())))
+    return EditRequest(
+        prompt=prompt,
+        subject=subject,
+        target_new=_first_text(index, row["target_new"]),
+        target_true=_first_text(index, row["ground_truth"]) if row.get("ground_truth") else row.get("target_true"),
+        paraphrases=(paraphrases,) if isinstance(paraphrases, str) else tuple(paraphrases),
+        neighborhood=tuple(_locality(index, row)),
+        id=str(row.get("id", "")),
+        source=row.get("source"),
+        license=row.get("license"),
+    )
+
+
+def _locality(index: int, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Prompts and answers of all kinds of locality: lists of pairs, or a list of prompts and one of answers."""
+    parts = [value for value in (row.get("locality") or {}).values() if value]
+    if row.get("locality_prompt"):
+        parts.append({"prompt": row["locality_prompt"], "ground_truth": row["locality_ground_truth"]})
+    for part in parts:
+        if isinstance(part, Mapping):
+            prompts, answers = part["prompt"], part["ground_truth"]
+            several = not isinstance(prompts, str)
+            pairs = zip(prompts, answers, strict=True) if several else [(prompts, answers)]
+        else:
+            pairs = [(entry["prompt"], entry["ground_truth"]) for entry in part]
+        for prompt, answer in pairs:
+            if answer:
+                yield prompt, _first_text(index, answer)
+
+
+def _first_text(index: int, value: Any) -> str:
+    """An answer: text, or the first of a list of answers, which may be lists of aliases."""
+    while isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise TypeError(f"Expected an answer of row {index} to be text, got {value!r}. Leave the row out.")
+    return value

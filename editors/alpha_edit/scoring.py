@@ -1,17 +1,28 @@
-"""Reads a model's answers to edited prompts, its perplexity and its hidden states, with as few tokens as there are."""
+"""A model's answers to edited prompts and its perplexity, read with as few tokens as there are; metrics of both."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hf_iclr.cache_argument import cache_inputs, forward_parameters, given_cache
-from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows, split_answer
+from hf_iclr.cache_argument import cache_inputs, find_cache, forward_parameters
+from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows
 
-from .metrics import edit_success, fluency
+from .config import AlphaEditConfig
+from .projections import caches_by_token
 from .requests import EditRequest
+from .rows import chat_context, encode_in_contexts, split_answer
+
+
+# What each kind of prompt measures.
+KINDS = {"rewrite": "efficacy", "paraphrase": "generalisation", "neighborhood": "specificity"}
 
 
 def evaluate_edits(
@@ -20,6 +31,7 @@ def evaluate_edits(
     requests: Sequence[EditRequest],
     *,
     fluency_prompts: Sequence[str] = (),
+    chat_template: bool = False,
     batch_tokens: int = 1024,
     seed: int = 0,
     progress: bool = True,
@@ -37,6 +49,8 @@ def evaluate_edits(
             What was or will be edited.
         fluency_prompts (`Sequence[str]`, *optional*):
             Prompts to continue by 100 tokens, which adds `fluency`; CounterFact has them as `generation_prompts`.
+        chat_template (`bool`, *optional*, defaults to `False`):
+            Ask every prompt as a turn of a chat, by the tokenizer's chat template.
         batch_tokens (`int`, *optional*, defaults to 1024):
             Tokens in one forward.
         seed (`int`, *optional*, defaults to 0):
@@ -45,7 +59,7 @@ def evaluate_edits(
             Whether to show a progress bar.
 
     Returns:
-        `dict[str, float]`: what [`~hf_iclr.editors.alpha_edit.edit_success`] says, between 0 and 1, and
+        `dict[str, float]`: what [`edit_success`] says, between 0 and 1, and
         `fluency` in bits.
 
     Raises:
@@ -57,7 +71,9 @@ def evaluate_edits(
     >>> evaluate_edits(model, tokenizer, edit_requests(rows, limit=100))["efficacy"]
     ```
     """
-    table = score_edits(model, tokenizer, requests, batch_tokens=batch_tokens, progress=progress)
+    table = score_edits(
+        model, tokenizer, requests, chat_template=chat_template, batch_tokens=batch_tokens, progress=progress
+    )
     scores = edit_success(**table.drop(columns="prompt").to_dict("list"))
     if fluency_prompts:
         texts = continue_texts(model, tokenizer, fluency_prompts, seed=seed)
@@ -70,6 +86,7 @@ def score_edits(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     *,
+    chat_template: bool = False,
     batch_tokens: int = 1024,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -78,50 +95,49 @@ def score_edits(
     both answers share the reading of their prompt: an answer of one token costs nothing more.
 
     Args:
-        model, tokenizer, requests, batch_tokens, progress:
+        model, tokenizer, requests, chat_template, batch_tokens, progress:
             Same as in [`evaluate_edits`].
 
     Returns:
         `pandas.DataFrame`: one row a prompt, with `request` (its id), `kind` (`"rewrite"`, `"paraphrase"` or
         `"neighborhood"`), `prompt`, `nll_new` and `nll_true` (nats per token; NaN without such an answer) and
         `accuracy` (share of the wanted answer's tokens that are the most likely ones). The rows of some requests, put
-        into [`~hf_iclr.editors.alpha_edit.edit_success`], give the scores of these.
+        into [`edit_success`], give the scores of these.
 
     Raises:
-        ValueError: when there is no request, one has a neighbourhood without a known answer, or a prompt has no token.
+        ValueError: when there is no request, one has a neighbourhood without a known answer, a prompt or an answer
+            has no token of its own, or the tokenizer is not a fast one.
     """
     check_decoder(model)
     requests = list(requests)
     if not requests:
         raise ValueError("Expected at least one request, got none.")
-    rows = [row for request in requests for row in _prompts_of(request)]
-    split = {}  # (prompt, answer) -> token ids of both
-    for _, _, prompt, new, true in rows:
-        for answer in (new, true):
-            if answer is not None and (prompt, answer) not in split:
-                split[prompt, answer] = _split_ids(tokenizer, prompt, answer)
-    scores = _answer_scores(model, set(split.values()), batch_tokens, progress)
-    nothing = (float("nan"), float("nan"))
+    context = chat_context(tokenizer) if chat_template else "{}"
+    split = partial(split_answer, tokenizer, context=context, special=not chat_template)
+    asked = [
+        (request.id, kind, prompt, [split(request if kind == "rewrite" else prompt, answer) for answer in answers])
+        for request in requests
+        for kind, prompt, *answers in _prompts_of(request)
+    ]
+    pairs = {pair for *_, both in asked for pair in both if pair is not None}
+    scores = {None: (float("nan"), float("nan"))} | _answer_scores(model, pairs, batch_tokens, progress)
     table = []
-    for request, kind, prompt, new, true in rows:
-        found_new, found_true = (
-            nothing if answer is None else scores[split[prompt, answer]] for answer in (new, true)
-        )
-        wanted = found_true if kind == "neighborhood" else found_new
-        table.append((request, kind, prompt, found_new[0], found_true[0], wanted[1]))
+    for request, kind, prompt, (new, true) in asked:
+        wanted = scores[true if kind == "neighborhood" else new]
+        table.append((request, kind, prompt, scores[new][0], scores[true][0], wanted[1]))
     return pd.DataFrame(table, columns=["request", "kind", "prompt", "nll_new", "nll_true", "accuracy"])
 
 
-def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str, str | None, str | None]]:
-    """Request, kind, prompt, new and true answer of every prompt."""
-    yield request.id, "rewrite", request.text, request.target_new, request.target_true
+def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str | None, str | None]]:
+    """Kind, prompt, new and true answer of every prompt."""
+    yield "rewrite", request.text, request.target_new, request.target_true
     for prompt in request.paraphrases:
-        yield request.id, "paraphrase", prompt, request.target_new, request.target_true
+        yield "paraphrase", prompt, request.target_new, request.target_true
     for neighbour in request.neighborhood:
         if not isinstance(neighbour, str):  # a question with an answer of its own, as zsRE has it
-            yield request.id, "neighborhood", neighbour[0], None, neighbour[1]
+            yield "neighborhood", neighbour[0], None, neighbour[1]
         elif request.target_true is not None:
-            yield request.id, "neighborhood", neighbour, request.target_new, request.target_true
+            yield "neighborhood", neighbour, request.target_new, request.target_true
         else:
             raise ValueError(
                 f"Expected target_true of request {request.id!r}, the answer its neighbourhood should keep, got None. "
@@ -129,25 +145,29 @@ def _prompts_of(request: EditRequest) -> Iterator[tuple[str, str, str, str | Non
             )
 
 
-def _split_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of a prompt and of the answer after it: what the two together have beyond the prompt alone."""
-    prompt = prompt.rstrip()
-    alone = tokenizer(prompt)["input_ids"]
-    both = tokenizer(f"{prompt} {answer.strip()}")["input_ids"]
-    prompt_ids, answer_ids = split_answer(alone, both)
-    if not prompt_ids or not answer_ids:
-        raise ValueError(f"Expected a prompt and an answer of at least one token each, got {prompt!r} and {answer!r}.")
-    return tuple(prompt_ids), tuple(answer_ids)
+def edit_probabilities(
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: AlphaEditConfig
+) -> list[float]:
+    """Probability of each request's target, the geometric mean of its tokens, in the very row that is edited."""
+    rows = [encode_in_contexts(tokenizer, request, config)[0] for request in requests]
+    pairs = [(tuple(row.ids[: row.start]), tuple(row.ids[row.start :])) for row in rows]
+    scores = _answer_scores(model, set(pairs), 1024, progress=False)
+    return [math.exp(-scores[pair][0]) for pair in pairs]
 
 
 def _answer_scores(
     model: Any, pairs: set[tuple[tuple[int, ...], tuple[int, ...]]], batch_tokens: int, progress: bool
 ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]]:
     """Negative log-likelihood per token, and share of most likely tokens, of answers after prompts."""
+    parts: dict[Any, list] = {}
+    if not caches_by_token(model):  # then a prompt's reading cannot be shared: every token is asked for by itself
+        parts = {pair: [(pair[0] + pair[1][:k], pair[1][k : k + 1]) for k in range(len(pair[1]))] for pair in pairs}
+        pairs = {part for each in parts.values() for part in each}
     answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, answer in sorted(pairs):
         answers.setdefault(prompt, []).append(answer)
-    device, last_only = _device(model), _last_only(model)
+    device = model.get_input_embeddings().weight.device
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
     scores = {}
     with evaluation_mode(model), tqdm(total=len(answers), desc="Prompts", disable=not progress) as bar:
         for prompts in _equal_lengths(list(answers), batch_tokens):
@@ -164,7 +184,7 @@ def _answer_scores(
                 # The rest of an answer reads on from its prompt's cache. Padding comes after it, so nothing sees it.
                 padded, mask = pad_rows([answer for _, answer in longer], device=device).values()
                 wanted = mask[:, 1:].bool()
-                cache = given_cache(output)
+                cache = find_cache(output)
                 cache.batch_select_indices(torch.tensor([row for row, _ in longer], device=device))
                 logits = model(padded[:, :-1], use_cache=True, **cache_inputs(model, cache)).logits.float()
                 losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
@@ -176,7 +196,7 @@ def _answer_scores(
             for (row, answer), (n, h) in totals.items():
                 scores[prompts[row], answer] = (n / len(answer), h / len(answer))
             bar.update(len(prompts))
-    return scores
+    return scores | {pair: tuple(np.mean([scores[part] for part in each], 0)) for pair, each in parts.items()}
 
 
 def _equal_lengths(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
@@ -188,14 +208,6 @@ def _equal_lengths(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[l
         size = max(1, batch_tokens // length)
         for start in range(0, len(by_length[length]), size):
             yield by_length[length][start : start + size]
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def _last_only(model: Any) -> dict[str, int]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
 
 
 def perplexity(
@@ -229,7 +241,7 @@ def perplexity(
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     if not ids:
         raise ValueError("Expected a text of at least two tokens, got none.")
-    device, total, count = _device(model), 0.0, 0
+    device, total, count = model.get_input_embeddings().weight.device, 0.0, 0
     with evaluation_mode(model), tqdm(total=len(ids), desc="Texts", disable=not progress) as bar:
         while ids:
             size = max(1, batch_tokens // len(ids[-1]))
@@ -243,40 +255,6 @@ def perplexity(
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
-def last_hidden_states(
-    model: Any, tokenizer: Any, prompts: Sequence[str], layer: int, *, batch_tokens: int = 1024
-) -> torch.Tensor:
-    """
-    Output of a decoder layer at the last token of prompts, for [`~hf_iclr.editors.alpha_edit.hidden_drift`].
-
-    Args:
-        model, tokenizer, batch_tokens:
-            Same as in [`evaluate_edits`].
-        prompts (`Sequence[str]`):
-            Prompts; end them with a subject to see its state.
-        layer (`int`):
-            Index of the layer, from 0. The last layer's output is taken after the final norm.
-
-    Returns:
-        `torch.Tensor` of shape `(prompts, hidden)`: float32 on the CPU, in the order of the prompts.
-
-    Raises:
-        TypeError: when `prompts` is one string.
-        ValueError: when there is no prompt or no such layer.
-    """
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if not 0 <= layer < layers:
-        raise ValueError(f"Expected a layer between 0 and {layers - 1}, got {layer}.")
-    rows = [tuple(tokenizer(prompt)["input_ids"]) for prompt in check_prompts(prompts)]
-    states: dict[tuple[int, ...], torch.Tensor] = {}
-    with evaluation_mode(model):
-        for batch in _equal_lengths(list(dict.fromkeys(rows)), batch_tokens):
-            ids = torch.tensor(batch, device=_device(model))
-            output = model(ids, output_hidden_states=True, use_cache=False, **_last_only(model))
-            states |= zip(batch, output.hidden_states[layer + 1][:, -1].float().cpu(), strict=True)
-    return torch.stack([states[row] for row in rows])
-
-
 def continue_texts(
     model: Any,
     tokenizer: Any,
@@ -288,7 +266,7 @@ def continue_texts(
     seed: int = 0,
 ) -> list[str]:
     """
-    Sampled continuations of prompts, for [`~hf_iclr.editors.alpha_edit.ngram_entropy`].
+    Sampled continuations of prompts, for [`ngram_entropy`].
 
     Args:
         model, tokenizer, seed:
@@ -311,7 +289,7 @@ def continue_texts(
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in check_prompts(prompts)]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    device = _device(model)
+    device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         new = generate_rows(
@@ -328,3 +306,93 @@ def continue_texts(
         )
         texts = {row: tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(order, new, strict=True)}
     return [prompt + texts[row] for row, prompt in enumerate(prompts)]
+
+
+def edit_success(
+    request: Sequence[str],
+    kind: Sequence[str],
+    nll_new: Sequence[float],
+    nll_true: Sequence[float],
+    accuracy: Sequence[float],
+) -> dict[str, float]:
+    """
+    Efficacy, generalisation and specificity of edits as in https://huggingface.co/papers/2410.02355, and their
+    harmonic mean. Each argument has one value a prompt; prompts are averaged within their request, then requests.
+
+    On the edited prompt and its paraphrases the new answer should win, on prompts of the neighbourhood the true one
+    (as the code has it: the paper's equation 21 prints the sign the other way).
+
+    Args:
+        request (`Sequence[str]`):
+            Which request the prompt belongs to.
+        kind (`Sequence[str]`):
+            `"rewrite"`, `"paraphrase"` or `"neighborhood"`.
+        nll_new, nll_true (`Sequence[float]`):
+            Negative log-likelihood of both answers after the prompt, in nats per token; NaN where there is no such
+            answer, and then the prompt does not count in the comparison.
+        accuracy (`Sequence[float]`):
+            Share of the tokens of the wanted answer that are the most likely ones, given those before them.
+
+    Returns:
+        `dict[str, float]`: between 0 and 1, NaN where nothing was measured. `efficacy`, `generalisation`,
+        `specificity`, `score`: the wanted answer is the likelier of the two. With `_argmax`: every token of the wanted
+        answer is the most likely of all. With `_tokens`: share of such tokens, which is zsRE's measure.
+
+    Raises:
+        ValueError: when a kind is unknown or there is no prompt.
+    """
+    table = pd.DataFrame(
+        {"request": request, "kind": kind, "new": nll_new, "true": nll_true, "tokens": accuracy}
+    ).astype({"new": float, "true": float, "tokens": float})
+    if table.empty:
+        raise ValueError("Expected at least one prompt to measure, got none.")
+    if unknown := sorted(set(table["kind"]) - set(KINDS)):
+        raise ValueError(f"Expected kinds among {list(KINDS)}, got {unknown}.")
+    margin = table["true"] - table["new"]
+    margin = margin.where(table["kind"] != "neighborhood", -margin)
+    table["wins"] = (margin > 0).astype(float).where(margin.notna())
+    table["argmax"] = (table["tokens"] == 1).astype(float).where(table["tokens"].notna())
+    means = table.groupby(["kind", "request"])[["wins", "argmax", "tokens"]].mean().groupby("kind").mean()
+    means = means.reindex(list(KINDS))
+    scores: dict[str, float] = {}
+    for column, suffix in (("wins", ""), ("argmax", "_argmax"), ("tokens", "_tokens")):
+        values = means[column]
+        scores |= {f"{name}{suffix}": float(values[kind]) for kind, name in KINDS.items()}
+        scores[f"score{suffix}"] = harmonic_mean(values.tolist())
+    return scores
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """The harmonic mean of numbers that are not negative: 0 when one of them is 0, NaN when one of them is NaN."""
+    numbers = np.asarray(values, dtype=float)
+    if np.isnan(numbers).any():
+        return float("nan")
+    return 0.0 if (numbers == 0).any() else float(len(numbers) / (1 / numbers).sum())
+
+
+def ngram_entropy(text: str) -> float:
+    """
+    Fluency of one text: word n-gram entropy, 2/3 of the bigrams' and 4/3 of the trigrams' averaged, as the code of
+    https://huggingface.co/papers/2410.02355 has it (its equation 22 omits the sign and the mean). Text that repeats
+    itself is near 0. Words and marks are split by a regular expression, where the papers use NLTK's tokenizer.
+
+    Args:
+        text (`str`):
+            Generated text.
+
+    Returns:
+        `float`: in bits; the papers print a hundred times this.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return (2 / 3 * _entropy_bits(words, 2) + 4 / 3 * _entropy_bits(words, 3)) / 2
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """The mean [`ngram_entropy`] of texts."""
+    return float(np.mean([*map(ngram_entropy, texts)]))
+
+
+def _entropy_bits(words: list[str], n: int) -> float:
+    counts = np.array(list(Counter(zip(*(words[start:] for start in range(n)), strict=False)).values()))
+    shares = counts / counts.sum()
+    return float((shares * np.log2(1 / shares)).sum())

@@ -1,21 +1,24 @@
 """From target states to updates of the edited layers: reads keys, solves, and writes the weights layer by layer."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.models import pad_rows
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 
-from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out, prune_singular_values
+from .batches import EditBatch
+from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out
 from .config import AlphaEditConfig
-from .journal import EditBatch
-from .projections import DownProjection, EditedWeight, capture, run_until
-from .requests import EditRequest, EditRow, encode_in_contexts
+from .projections import DownProjection, EditedWeight, capture, decoder_layers, run_until
+from .requests import EditRequest
+from .rows import EditRow, encode_in_contexts
 from .statistics import KeyStatistics
+from .targets import replaced_layers
 
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,10 @@ class EditSolver:
 
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
-        for layer, weight in self._weights.items():
-            weight.set([batch.updates[layer] for batch in batches])
+        for check_first in (True, False):
+            for layer, weight in self._weights.items():
+                updates = [batch.updates[layer] for batch in batches]
+                weight.check(updates) if check_first else weight.set(updates)
 
     def check_statistics(self) -> None:
         """Raises `ValueError` when a next batch could not be solved, as the edits were loaded without statistics."""
@@ -64,17 +69,21 @@ class EditSolver:
         The updates of one batch, layer by layer: each is in the weights when the next layer's keys are read. The
         caller writes the weights anew should this fail, and adds the rows of the edits' report.
 
-        `states` are the requests' target states, of shape `(n, hidden_size)`, `before` the batches in the weights.
+        `states` are the requests' target states, see [`TargetStates`], `before` the batches in the weights.
 
         Raises:
             ValueError: when the equations cannot be solved or the update is not finite.
         """
         batch = EditBatch(name, requests, states)
-        rows = [self._rows_to_subject(request) for request in requests]
+        rows = [self._rows_to_edit(request) for request in requests]
+        places = [len(request[0].places) for request in rows]
+        wanted = torch.cat([own.view(-1, own.shape[-1])[:n] for own, n in zip(states, places, strict=True)])
+        plain = _Rows(self.model, [row[0] for row in rows])
+        contexts = _Rows(self.model, [row for request in rows for row in request[1:]])
         for number, projection in enumerate(self.projections):
             layer, weight = projection.index, self._weights[projection.index]
-            keys, reached = self._read(rows, projection)
-            residuals = ((states.to(reached) - reached) / (len(self.projections) - number)).double().T
+            keys, reached = self._read(plain, contexts, projection)
+            residuals = ((wanted.to(reached) - reached) / (len(self.projections) - number)).double().T
             keys = keys.double().T.cpu()
             factor = self._factor(layer, keys, before, batch)
             residuals = residuals.cpu()
@@ -84,9 +93,9 @@ class EditSolver:
                 )
             if self.config.post_processing is not None:
                 residuals, factor = self._post_process(layer, residuals @ factor, before)
-            batch.keys[layer] = in_own_memory(keys.float())
-            batch.residuals[layer] = in_own_memory(residuals.float())
-            batch.factors[layer] = in_own_memory(factor.float())
+            batch.keys[layer] = contiguous_clone(keys.float())
+            batch.residuals[layer] = contiguous_clone(residuals.float())
+            batch.factors[layer] = contiguous_clone(factor.float())
             weight.set([other.updates[layer] for other in [*before, batch]])
             outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
             batch.layers.append(
@@ -103,6 +112,19 @@ class EditSolver:
                     layer, 100 * batch.layers[-1]["editable"],
                 )  # fmt: skip
         return batch
+
+    def solve_anew(
+        self, kept: list[EditBatch], left: Sequence[EditBatch], new_name: Callable[[int], str]
+    ) -> list[EditBatch]:
+        """Batches of which only the target states stand, [`~EditSolver.solve`]d in their order behind others."""
+        self.write(kept)
+        redone: list[EditBatch] = []
+        for batch in left:
+            name = new_name(len(kept) + len(redone))
+            new = self.solve(name, batch.requests, batch.states, [*kept, *redone])
+            new.edits = [{**row, "batch": name} for row in batch.edits]
+            redone.append(new)
+        return redone
 
     def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
         batches, edited = self._edited_keys(layer, keys, [] if self.config.solver == "memit" else before)
@@ -150,13 +172,9 @@ class EditSolver:
         if weight.original is None:
             raise ValueError("Expected a floating-point model for post_processing, got a quantised one. Leave it out.")
         current = [other.updates[layer] for other in before]
-        if self.config.post_processing == "rect":
-            delta = keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
-        else:
-            original = projection.as_stored(weight.original.double()).cpu()
-            sofar = projection.as_stored(weight.total(current).double()).cpu() - original
-            delta = prune_singular_values(sofar + delta, original) - sofar
-        return low_rank_factors(delta)
+        return low_rank_factors(
+            keep_relative_changes(delta, projection.as_stored(weight.total(current)).double().cpu())
+        )
 
     def _relative_change(self, layer: int, residuals: torch.Tensor, factor: torch.Tensor) -> float:
         original = self._weights[layer].original
@@ -165,43 +183,57 @@ class EditSolver:
         squared = ((residuals.T @ residuals) * (factor @ factor.T)).sum().clamp_min(0)
         return float(squared.sqrt() / original.double().norm().cpu())
 
-    def _rows_to_subject(self, request: EditRequest) -> list[EditRow]:
-        rows = encode_in_contexts(self.tokenizer, request, self.config.context_templates, "")
-        return [EditRow(row.ids[: row.subject + 1], row.subject, row.subject + 1) for row in rows]
+    def _rows_to_edit(self, request: EditRequest) -> list[EditRow]:
+        """A request in its contexts, each up to the last token that is edited."""
+        rows = encode_in_contexts(self.tokenizer, request, self.config)
+        return [replace(row, ids=row.ids[: row.places[-1] + 1]) for row in rows]
 
-    def _read(self, rows: list[list[EditRow]], projection: DownProjection) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Keys of one layer, (n, d): half of each is the plain prompt's, half the mean over contexts; and the last edited
-        layer's present output on the plain prompts, (n, hidden_size).
+        Keys of one layer, (n, d), at each edited token of each request: half of each is the plain prompt's, half the
+        mean over contexts; and the last edited layer's present output on the plain prompts, (n, hidden_size).
         """
-        last = self.projections[-1]
-        plain = self._read_rows(
-            [row[0] for row in rows], last.layer, {"key": (projection.module, "input"), "out": (last.target, "output")}
-        )
-        if len(rows[0]) == 1:
-            return plain["key"], plain["out"]
-        others = [row for request in rows for row in request[1:]]
-        contexts = self._read_rows(others, projection.layer, {"key": (projection.module, "input")})["key"]
-        mean = contexts.view(len(rows), -1, contexts.shape[-1]).mean(1)
-        return (plain["key"] + mean) / 2, plain["out"]
+        last, key = self.projections[-1], {"key": (projection.module, "input")}
+        found = plain.read(projection, last.layer, key | {"out": (last.target, "output")})
+        keys, reached = (torch.cat(found[name]) for name in ("key", "out"))
+        each = len(contexts.rows) // len(plain.rows)
+        if not each:
+            return keys, reached
+        others = contexts.read(projection, projection.layer, key)["key"]
+        means = [torch.stack(others[i : i + each]).mean(0) for i in range(0, len(others), each)]
+        return (keys + torch.cat(means)) / 2, reached
+
+
+class _Rows:
+    """Rows that are read at one layer after another, upwards: each time from where the last time ended."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[EditRow]) -> None:
+        self.model, self.rows = model, rows
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        self.batches = [order[first : first + _ROWS_READ] for first in range(0, len(order), _ROWS_READ)]
+        self.below: list[torch.nn.Module] = []  # layers done with
+        self.entering: list[torch.Tensor | None] = [None] * len(self.batches)  # states that the next layer receives
 
     @torch.no_grad()
-    def _read_rows(
-        self, rows: list[EditRow], until: torch.nn.Module, wanted: dict[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
-        for first in range(0, len(order), _ROWS_READ):
-            chosen = [rows[i].ids for i in order[first : first + _ROWS_READ]]
-            batch = pad_rows(chosen, device=self.model.device)
-            ends = batch["attention_mask"].sum(1) - 1
-            with capture(wanted) as seen:
+    def read(
+        self, projection: DownProjection, until: torch.nn.Module, wanted: dict[str, Any]
+    ) -> dict[str, list[torch.Tensor]]:
+        """For each row what modules take or give at its edited tokens, (places, size)."""
+        found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(self.rows) for name in wanted}
+        for number, chosen in enumerate(self.batches):
+            batch = pad_rows([self.rows[i].ids for i in chosen], device=self.model.device)
+            outputs = dict.fromkeys(self.below, self.entering[number])
+            with replaced_layers(outputs, projection), capture(wanted | {"in": (projection.layer, "input")}) as seen:
                 run_until(self.model, until, **batch)
+            self.entering[number] = seen.pop("in")
             for name, value in seen.items():
                 shaped = value.reshape(*batch["input_ids"].shape, -1)
-                parts[name].append(shaped[torch.arange(len(chosen)), ends.to(shaped.device)].float())
-        back = torch.tensor(order).argsort()
-        return {name: torch.cat(values)[back] for name, values in parts.items()}
+                for line, i in enumerate(chosen):
+                    found[name][i] = shaped[line, list(self.rows[i].places)].float()
+        self.below = list(decoder_layers(self.model)[1][: projection.index])
+        return found
 
 
 def null_spaces(

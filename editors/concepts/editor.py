@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard
 
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import in_own_memory, whole_file
+from hf_iclr.saving import atomic_file, contiguous_clone
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
-from .card import concept_card
+from ..cards.concepts import concept_card
 from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
 
 
@@ -168,14 +168,17 @@ class ConceptEditor(HubMixin):
             # Keys of neighbouring tokens are nearly parallel: the factor's own rank is what an update needs.
             left, values, right = torch.linalg.svd(factor, full_matrices=False)
             rank = max(1, int((values > values[0] * ROUNDING).sum()))
-            batch.keys[kind], batch.factors[kind] = torch.cat([wanted, keys], 1), in_own_memory(right[:rank].float())
+            batch.keys[kind], batch.factors[kind] = (
+                torch.cat([wanted, keys], 1),
+                contiguous_clone(right[:rank].float()),
+            )
             count = len(concepts)
             differ = keys * ((wanted - keys).norm(dim=0) > ROUNDING * keys.norm(dim=0))
             editable.append(_norms(project_out(differ, self._preserved[kind]), count) / _norms(differ, count))
             for name, layer in layers.items():
                 weight = layer.weight.detach().cpu().double()
                 distance = weight @ (wanted - keys)
-                batch.residuals[name] = in_own_memory((distance @ left[:, :rank] * values[:rank]).float())
+                batch.residuals[name] = contiguous_clone((distance @ left[:, :rank] * values[:rank]).float())
                 update = batch.residuals[name].double() @ batch.factors[kind].double()
                 residuals.append(_norms(distance - update @ keys, count) / _norms(distance, count))
                 if self._retained:
@@ -251,7 +254,7 @@ class ConceptEditor(HubMixin):
         type(self.pipeline).save_lora_weights(
             folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
         )
-        with whole_file(folder / EDITS_NAME) as part:
+        with atomic_file(folder / EDITS_NAME) as part:
             part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
         self.save_card(folder)
 
@@ -333,7 +336,7 @@ class ConceptEditor(HubMixin):
                 shapes = tuple(residual.shape), tuple(factor.shape)
                 if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])):
                     raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}")
-                batch.factors[kind], batch.residuals[name] = in_own_memory(factor), in_own_memory(residual)
+                batch.factors[kind], batch.residuals[name] = contiguous_clone(factor), contiguous_clone(residual)
         return batch
 
     def _card(self, repo_id: str) -> ModelCard:

@@ -1,5 +1,6 @@
 """The command `hf-iclr`: one function a command, heavy imports inside it so that `hf-iclr --help` is quick."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -62,12 +63,12 @@ def doctor(
     """Run each part on tiny models and say what works here, what is broken by whom and what is not installed."""
     from rich.console import Console
 
-    from hf_iclr.doctor.report import examine
-    from hf_iclr.doctor.tables import is_sound, machine_table, package_table, part_table, seam_table
+    from hf_iclr.doctor.report import run_checks
+    from hf_iclr.doctor.tables import is_healthy, machine_table, package_table, part_table, seam_table
 
     console = Console()
     with console.status("Each part runs on tiny models, which takes some 15 seconds."):
-        findings = examine()
+        findings = run_checks()
     tables = (machine_table(findings), package_table(), part_table(findings), seam_table(findings, seams))
     for table in tables:
         console.print(table)
@@ -76,15 +77,17 @@ def doctor(
             if finding.details:
                 console.rule(finding.title)
                 console.print(finding.details, markup=False, highlight=False)
-    if not is_sound(findings):
+    if not is_healthy(findings):
         raise typer.Exit(1)
 
 
-for _command in (generation.cascade, trainers.audit, editors.edit):
+_COMMANDS: list[Callable[..., None]] = [
+    generation.cascade, trainers.audit, editors.edit, vision.segment, vision.annotate, vision.annotate_ui,
+    vision.inpaint,
+]  # fmt: skip
+_PARSERS: list[Callable[..., None]] = [trainers.sft, trainers.dpo, vision.train_sam2]  # which read their arguments
+_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+for _command in _COMMANDS:
     app.command()(_command)
-for _command in (vision.segment, vision.annotate, vision.annotate_ui, vision.inpaint):
-    app.command()(_command)
-for _command in (trainers.sft, trainers.dpo, vision.train_sam2):  # which read their arguments themselves
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
-        _command
-    )
+for _command in _PARSERS:
+    app.command(context_settings=_UNREAD)(_command)

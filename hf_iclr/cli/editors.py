@@ -69,18 +69,20 @@ def edit(
     facts, config = edit_requests(read_json_lines(requests)), AlphaEditConfig(solver=solver or "alphaedit")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
+    keys: KeyStatistics | None = None
     if statistics is not None:
         keys = KeyStatistics.from_pretrained(statistics)
     elif kept:
-        keys = KeyStatistics.from_pretrained(out / "statistics") if (out / "statistics").is_dir() else None
-    else:
+        if (out / "statistics").is_dir():
+            keys = KeyStatistics.from_pretrained(out / "statistics")
+    elif text is not None:
         rows = Dataset.from_dict({"text": [line for line in text.read_text().splitlines() if line.strip()]})
         keys = KeyStatistics.from_dataset(
             loaded, tokenizer, rows, max_tokens=max_tokens, checkpoint=out / "statistics" / "part"
         )
         keys.save_pretrained(out / "statistics")
     if kept:
-        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys, resume=True)
+        editor = AlphaEditor.from_pretrained(out, loaded, tokenizer, keys)
         if solver not in (None, editor.config.solver):
             raise ValueError(f"Expected the solver of the edits in {out}, {editor.config.solver}, got {solver}.")
     else:

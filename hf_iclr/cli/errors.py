@@ -18,12 +18,12 @@ class Commands(TyperGroup):
     it, the traceback comes before. The exit code is 2, as 1 says that what was measured is not good enough.
     """
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         following = [*args[1:], ""]
         rest = [a for a, value in zip(args, following, strict=True) if a != "--debug" or value in _TRANSFORMERS_DEBUG]
         return super().parse_args(ctx, ["--debug", *rest] if len(rest) < len(args) else rest)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):

@@ -30,9 +30,9 @@ def cascade(
         pipe = pipeline("speculative-cascade", model=model, assistant_model=assistant_model)
     else:
         from hf_iclr.tour.demo.draft import load_demo_draft
-        from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
+        from hf_iclr.tour.demo.language_model import fastest_dtype, load_demo_model
 
-        large, tokenizer = load_demo_model(quicker_dtype())
+        large, tokenizer = load_demo_model(fastest_dtype())
         pipe = pipeline(
             "speculative-cascade",
             model=large,

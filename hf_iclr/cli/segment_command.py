@@ -9,12 +9,12 @@ from tqdm import tqdm
 from transformers import pipeline
 
 from hf_iclr.vision.formats.annotation_json import write_coco
-from hf_iclr.vision.formats.mask_folders import write_davis
+from hf_iclr.vision.formats.mask_folders import check_palette_numbers, write_davis
 from hf_iclr.vision.formats.overlay import write_overlay
-from hf_iclr.vision.formats.segment_files import whole_folder
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.formats.segment_files import atomic_folder
 from hf_iclr.vision.session.prompts import VideoPrompts
 from hf_iclr.vision.session.segments import VideoSegments
+from hf_iclr.vision.session.videos import open_video
 
 
 def parse_prompts(points: Sequence[str] = (), boxes: Sequence[str] = (), masks: Sequence[str] = ()) -> VideoPrompts:
@@ -68,7 +68,7 @@ def parse_prompts(points: Sequence[str] = (), boxes: Sequence[str] = (), masks: 
 
 
 def segment_video(
-    video: str, prompts: VideoPrompts, out: Path, model: Any, direction: str = "forward", rate: float = 24.0
+    video: str, prompts: VideoPrompts, out: Path, model: Any, direction: str = "forward", rate: float | None = None
 ) -> VideoSegments:
     """
     Segments a video and writes `overlay.mp4`, `masks` (a palette PNG a frame), `masks.json` (COCO) and `prompts.json`.
@@ -84,7 +84,7 @@ def segment_video(
             As `pipeline` takes it.
         direction (`str`, *optional*, defaults to `"forward"`):
             "forward", "backward" or "both".
-        rate (`float`, *optional*, defaults to `24.0`):
+        rate (`float`, *optional*, defaults to that of the video):
             Frames per second of the overlay.
 
     Returns:
@@ -93,8 +93,9 @@ def segment_video(
     Raises:
         ValueError: if the folder is not empty, or the video, the prompts or an option is unfit.
     """
+    check_palette_numbers(prompts.objects)
     frames = open_video(video)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         prompts.check(frames[0].shape[:2], frames.num_frames)
         pipe = pipeline("promptable-video-segmentation", model=model)
         session = pipe.session(frames, output="rle", keep="window", feature_cache_bytes=0, undo_levels=0)

@@ -16,7 +16,7 @@ class TrainingSources:
     Args:
         model (`str`, *optional*, defaults to `"facebook/sam2.1-hiera-tiny"`): Repository or folder.
         data (`list[str]`): Folders as [`~hf_iclr.vision.formats.annotated_videos.read_videos`] takes them.
-        eval_data (`list[str]`, *optional*): The same, to tell the loss on.
+        eval_data (`list[str]`, *optional*): The same, to evaluate the loss on.
     """
 
     model: str = field(
@@ -29,7 +29,7 @@ class TrainingSources:
             "videos, or what `annotate` wrote."
         },
     )
-    eval_data: list[str] | None = field(default=None, metadata={"help": "The same, to tell the loss on."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate the loss on."})
 
 
 def run_training(arguments: list[str]) -> str:

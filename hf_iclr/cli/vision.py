@@ -16,7 +16,9 @@ def segment(
     out: Annotated[Path, typer.Option(help="New folder for overlay.mp4, masks and JSON.")] = Path("segments"),
     model: Annotated[str, typer.Option(help="Repository or folder.")] = "facebook/sam2.1-hiera-tiny",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "forward",
-    rate: Annotated[float, typer.Option(min=0.1, help="Frames per second of the overlay.")] = 24.0,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames per second of the overlay. Left out: the video's.")
+    ] = None,
 ) -> None:
     """Follow clicked objects through a video: an overlay, a palette PNG a frame, masks and prompts as JSON."""
     from rich.console import Console
@@ -62,22 +64,22 @@ def annotate(
 
     console = Console()
 
-    def by_hand(masklet):
+    def correct_in_browser(masklet):
         import webbrowser
 
         from hf_iclr.vision.annotation.page import annotate_in_browser
 
-        def tell(address: str) -> None:
+        def announce(address: str) -> None:
             console.print(f"{masklet.name}, object {masklet.object}: {masklet.reason}. Correct it at {address}")
             webbrowser.open(address)
 
-        return annotate_in_browser(pipe, masklet.session, on_ready=tell)
+        return annotate_in_browser(pipe, masklet.session, on_ready=announce)
 
     pipe = pipeline("promptable-video-segmentation", model=model)
     masklets = annotate(
         folder,
         pipe,
-        corrector=by_hand if browser else None,
+        corrector=correct_in_browser if browser else None,
         out=out,
         automatic={
             "points_per_side": points_per_side,

@@ -25,7 +25,7 @@ from hf_iclr.doctor.self_check import PARTS
 logger = logging.getLogger(__name__)
 
 WORKS, MISSING, BROKEN = "works", "missing extra", "broken"
-PATIENCE = 300  # seconds a process may take; all parts together take ten
+TIMEOUT = 300  # seconds a process may take; all parts together take ten
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads on tiny matrices are twenty times slower than one
     "HF_HUB_OFFLINE": "1",
@@ -65,14 +65,14 @@ class Finding:
     result: Any = None
 
 
-def examine(jobs: dict[str, str] | None = None, patience: float = PATIENCE) -> dict[str, Finding]:
+def run_checks(jobs: dict[str, str] | None = None, timeout: float = TIMEOUT) -> dict[str, Finding]:
     """
     Run functions in another process, one after the other, and go on behind one that kills the process.
 
     Args:
         jobs (`dict[str, str]`, *optional*, defaults to the machine, the six parts and the seams):
             `"module:function"` by title; what a function returns must be JSON.
-        patience (`float`, *optional*, defaults to 300):
+        timeout (`float`, *optional*, defaults to 300):
             Seconds after which the job at work is given up.
 
     Returns:
@@ -89,17 +89,17 @@ def examine(jobs: dict[str, str] | None = None, patience: float = PATIENCE) -> d
         with tempfile.TemporaryDirectory() as folder:
             results, output = Path(folder) / "results.jsonl", Path(folder) / "output.txt"
             results.touch()
-            end = _run_process(results, output, left, patience)
+            end = _run_process(results, output, left, timeout)
             for line in results.read_text(encoding="utf-8").splitlines():
                 finding = Finding(**json.loads(line))
                 findings[finding.title] = finding
-            at_work = next((title for title in left if title not in findings), None)
-            if at_work is not None:
-                findings[at_work] = _died(at_work, end, output.read_text(encoding="utf-8", errors="replace"))
+            running = next((title for title in left if title not in findings), None)
+            if running is not None:
+                findings[running] = _crashed(running, end, output.read_text(encoding="utf-8", errors="replace"))
     return {title: findings[title] for title in jobs}
 
 
-def _run_process(results: Path, output: Path, jobs: dict[str, str], patience: float) -> str:
+def _run_process(results: Path, output: Path, jobs: dict[str, str], timeout: float) -> str:
     """How the process ended, in words."""
     python = [sys.executable, "-P", "-X", "faulthandler"]
     command = [*python, "-m", "hf_iclr.doctor.report", str(results), json.dumps(jobs)]
@@ -107,21 +107,21 @@ def _run_process(results: Path, output: Path, jobs: dict[str, str], patience: fl
     with output.open("w") as file:
         try:
             code = subprocess.run(
-                command, check=False, timeout=patience, env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+                command, check=False, timeout=timeout, env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            return f"no answer in {patience:.0f} s"
+            return f"no answer in {timeout:.0f} s"
     return f"the process ended by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 
-def _died(title: str, end: str, output: str) -> Finding:
+def _crashed(title: str, end: str, output: str) -> Finding:
     known = {package.module: package for package in packages()}
     named = (known.get(name) for name in re.findall(r'File ".*?site-packages[/\\](\w+)', output))
-    return Finding(title, BROKEN, _blame(next(filter(None, named), None)), end, output)
+    return Finding(title, BROKEN, _attribution(next(filter(None, named), None)), end, output)
 
 
-def _work(results: Path, jobs: dict[str, str]) -> None:
+def _run_jobs(results: Path, jobs: dict[str, str]) -> None:
     for title, path in jobs.items():
         start = time.perf_counter()
         try:
@@ -157,23 +157,23 @@ def diagnose(title: str, error: BaseException) -> Finding:
         [`Finding`]: "missing extra" with the command to type, or "broken" with the package that the error names, whose
         code the traceback ends in, or that lies outside of what was tested.
     """
-    root = _root(error)
+    root = _root_cause(error)
     first = next(iter(str(root).strip().splitlines()), "")
     said, details = f"{type(root).__name__}: {first}", "".join(traceback.format_exception(error))
     known = packages()
-    lacking = _lacking(error, known)
+    lacking = _missing_package(error, known)
     if lacking is not None:
         sentence = f"{lacking.name} is not installed: `{lacking.command}`"
         return Finding(title, MISSING if lacking.extra else BROKEN, sentence, said, details)
-    blamed = _blamed(root, {package.module: package for package in known})
-    return Finding(title, BROKEN, _blame(blamed), said, details)
+    blamed = _package_at_fault(root, {package.module: package for package in known})
+    return Finding(title, BROKEN, _attribution(blamed), said, details)
 
 
-def _root(error: BaseException) -> BaseException:
-    return error if error.__cause__ is None else _root(error.__cause__)
+def _root_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root_cause(error.__cause__)
 
 
-def _lacking(error: BaseException | None, known: list[Package]) -> Package | None:
+def _missing_package(error: BaseException | None, known: list[Package]) -> Package | None:
     """The package whose absence an error, or one that it came from, is about."""
     absent = [package for package in known if not _importable(package.module)]
     while error is not None:
@@ -186,7 +186,7 @@ def _lacking(error: BaseException | None, known: list[Package]) -> Package | Non
     return None
 
 
-def _blamed(error: BaseException, known: dict[str, Package]) -> Package | None:
+def _package_at_fault(error: BaseException, known: dict[str, Package]) -> Package | None:
     """The package that an error names or, if it names none, whose code the traceback ends in."""
     if owner := next((known[name] for name in _owners(error) if name in known), None):
         return owner
@@ -222,7 +222,7 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _blame(package: Package | None) -> str:
+def _attribution(package: Package | None) -> str:
     """A sentence about the package at fault and those outside of what was tested."""
     outside = [other for other in packages() if other.installed is not None and not other.ok]
     suspects = [package] if package is not None and package not in outside else []
@@ -238,5 +238,5 @@ def _blame(package: Package | None) -> str:
 
 if __name__ == "__main__":
     gc.disable()  # a quarter of what importing all this takes
-    _work(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    _run_jobs(Path(sys.argv[1]), json.loads(sys.argv[2]))
     os._exit(0)  # all is written, and taking down what was imported takes seconds

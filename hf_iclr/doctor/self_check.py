@@ -52,8 +52,8 @@ def check_cascades() -> None:
     plain = large.generate(**inputs, **GREEDY)
     cascade = enable_cascade(large, small)
     for backend in ("batched", "assisted"):
-        told = cascade.generate(**inputs, **GREEDY, cascade_rule="spec", cascade_backend=backend)
-        expect(told.equal(plain), f"the {backend} loop to decode as the large model alone")
+        decoded = cascade.generate(**inputs, **GREEDY, cascade_rule="spec", cascade_backend=backend)
+        expect(decoded.equal(plain), f"the {backend} loop to decode as the large model alone")
         statistics = cascade.cascade_statistics
         expect(statistics.backend == backend, f"the {backend} loop, got the {statistics.backend} one")
         expect(0 < sum(statistics.accepted) < sum(statistics.drafted), "some drafts, but not all, to be accepted")
@@ -65,10 +65,10 @@ def check_cascades() -> None:
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         expect(isinstance(loaded, SpeculativeCascadeForCausalLM), "a saved composite to be loaded as one")
         expect(loaded.generate(**inputs, **GREEDY).equal(plain), "a loaded composite to decode as its large model")
-        (told,) = pipeline("speculative-cascade", model=folder, device="cpu")(QUESTION, **GREEDY)
+        (decoded,) = pipeline("speculative-cascade", model=folder, device="cpu")(QUESTION, **GREEDY)
         (said,) = pipeline("text-generation", model=large, tokenizer=tokenizer, device="cpu")(QUESTION, **GREEDY)
-        expect(told["generated_text"] == said["generated_text"], f"the pipeline to say {said}, got {told}")
-        rate = told["cascade"]["acceptance_rate"]
+        expect(decoded["generated_text"] == said["generated_text"], f"the pipeline to say {said}, got {decoded}")
+        rate = decoded["cascade"]["acceptance_rate"]
         expect(0 < rate < 1, f"the pipeline to count some drafts, but not all, as accepted, got {rate}")
 
 

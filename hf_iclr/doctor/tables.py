@@ -11,7 +11,7 @@ from hf_iclr.upstream import SEAMS
 _COLOURS = {WORKS: "green", MISSING: "yellow", BROKEN: "red"}
 
 
-def is_sound(findings: dict[str, Finding]) -> bool:
+def is_healthy(findings: dict[str, Finding]) -> bool:
     """Whether all that is installed works: no job is broken, no seam is gone, nothing but extras is missing."""
     vanished = [name for name, _, found in findings["seams"].result or [] if found is None]
     broken = any(finding.status == BROKEN for finding in findings.values())

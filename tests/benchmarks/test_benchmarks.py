@@ -21,11 +21,11 @@ RUN_ALL = """
 import argparse, contextlib, io, json, runpy, sys
 folder, *names = sys.argv[1:]
 sys.path.insert(0, folder)
-told = {name: {} for name in names}
+seen = {name: {} for name in names}
 parse_args = argparse.ArgumentParser.parse_args
 
 def answer(parser):
-    told[name]["quick" if "--quick" in sys.argv else "full"] = vars(parse_args(parser))
+    seen[name]["quick" if "--quick" in sys.argv else "full"] = vars(parse_args(parser))
     raise SystemExit(0)
 
 for name in names:
@@ -38,9 +38,9 @@ for name in names:
                 runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as ended:
             if command == ["--help"]:
-                told[name] |= {"code": ended.code, "help": printed.getvalue()}
+                seen[name] |= {"code": ended.code, "help": printed.getvalue()}
 heavy = {"torch", "transformers", "hf_iclr", "numpy", "pandas", "datasets"} & set(sys.modules)
-print(json.dumps({"scripts": told, "heavy": sorted(heavy)}, default=str))
+print(json.dumps({"scripts": seen, "heavy": sorted(heavy)}, default=str))
 """
 
 
@@ -82,15 +82,15 @@ def test_files_named_elsewhere_exist():
 
 def test_help_comes_before_heavy_imports(answers):
     assert answers["heavy"] == []
-    for name, told in answers["scripts"].items():
-        assert told["code"] == 0 and "--out" in told["help"] and "--quick" in told["help"], name
-        assert f"benchmarks/{name}.py" in told["help"], f"{name} doesn't say how it is called"
+    for name, seen in answers["scripts"].items():
+        assert seen["code"] == 0 and "--out" in seen["help"] and "--quick" in seen["help"], name
+        assert f"benchmarks/{name}.py" in seen["help"], f"{name} doesn't say how it is called"
 
 
 def test_all_write_to_results(answers):
-    for name, told in answers["scripts"].items():
-        assert Path(told["full"]["out"]) == BENCHMARKS / "results" / name
-        assert Path(told["quick"]["out"]) == BENCHMARKS / "results" / "quick" / name
+    for name, seen in answers["scripts"].items():
+        assert Path(seen["full"]["out"]) == BENCHMARKS / "results" / name
+        assert Path(seen["quick"]["out"]) == BENCHMARKS / "results" / "quick" / name
     assert "/benchmarks/results/" in (ROOT / ".gitignore").read_text().splitlines()
 
 

@@ -161,3 +161,27 @@ def test_edit_says_what_is_missing(run, tmp_path):
     ):
         result = run("edit", *arguments)
         assert result.exit_code == 2 and sentence in result.output
+
+
+def test_edit_adds_to_the_edits_of_a_folder(run, word_tokenizer, tmp_path):
+    from hf_iclr import AlphaEditor
+    from tests.editors.tiny import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("w3 w4 w5 w6 w7 w8\n" * 9)
+    out = tmp_path / "edits"
+
+    def edit(subject, *more):
+        facts = tmp_path / "facts.jsonl"
+        facts.write_text(f'{{"prompt": "w2 {{}} w1", "subject": "{subject}", "target_new": " w9"}}\n')
+        return run("edit", str(tmp_path / "model"), str(facts), "--out", str(out), *more)
+
+    for subject, more in (("w10", ["--text", str(tmp_path / "text.txt")]), ("w11", [])):
+        result = edit(subject, *more)
+        assert result.exit_code == 0, result.output
+    assert [edit.subject for edit in AlphaEditor.from_pretrained(out).edits] == ["w10", "w11"]
+    result = edit("w12", "--solver", "ridge")
+    assert result.exit_code == 2 and "alphaedit, got ridge" in result.output
+    assert run("edit", "--undo", "1", "--out", str(out)).exit_code == 0
+    assert [edit.subject for edit in AlphaEditor.from_pretrained(out).edits] == ["w10"]

@@ -12,7 +12,7 @@ from hf_iclr.cli import app as cli
 from hf_iclr.cli.segment_command import parse_prompts
 from hf_iclr.vision.formats.annotation_json import read_coco
 from hf_iclr.vision.formats.mask_folders import read_davis
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.session.test_frames import smooth, write_video
 from tests.vision.tiny import tiny_pipe
 
@@ -86,6 +86,8 @@ def test_prompts_of_a_command_line():
         (["--mask", "0:1:none.png"], "no image 'none.png'"),
         (["--point", "9:1:20,20"], "a frame in 0..3"),
         (["--point", "0:1:2000,20"], "the frame's pixels"),
+        (["--point", "0:0:20,20"], "object numbers in 1..254"),
+        (["--point", "0:255:20,20"], "object numbers in 1..254"),
         (["--point", "0:1:20,20", "--direction", "sideways"], "got 'sideways'"),
         (["--point", "0:1:20,20", "--rate", "0"], "0.1"),
     ],
@@ -105,12 +107,12 @@ def test_a_missing_video_and_a_full_folder_get_a_sentence(run, movie, tmp_path):
     assert result.exit_code == 2 and "new or an empty folder" in result.output
 
 
-def test_a_damaged_video_gives_what_comes_before_the_damage(run, tmp_path):
+def test_a_damaged_video_gives_what_can_be_read(run, tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (16, 64, 96, 3), dtype=np.uint8)
     path = tmp_path / "whole.mp4"
     write_video(path, frames, movflags="faststart")
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     result = run(tmp_path / "cut.mp4", "--point", "0:1:20,20", "--out", tmp_path / "out")
-    assert result.exit_code == 0 and "before the damage were delivered" in " ".join(result.output.split())
+    assert result.exit_code == 0 and "frames could be read and were delivered" in " ".join(result.output.split())
     masks = read_davis(tmp_path / "out" / "masks").frames
     assert 0 < len(masks) < 16 and open_video(str(tmp_path / "out" / "overlay.mp4")).num_frames == len(masks)

@@ -15,7 +15,7 @@ from hf_iclr.cli.train_command import read_videos
 from hf_iclr.vision.annotation.masklets import QualityGate
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 from hf_iclr.vision.formats.annotation_json import write_sav
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.session.test_frames import write_video
 from tests.vision.tiny import SIDE, tiny_model, tiny_pipe, tiny_processor
 from tests.vision.training.test_clip_dataset import segments_of, write_images

@@ -54,8 +54,8 @@ def test_prompts_of_several_lengths():
     large = tiny_llama()
     inputs = word_tokenizer()(["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"], return_tensors="pt", padding=True)
     cascade = enable_cascade(large, tiny_llama(noise=0.05))
-    told = cascade.generate(**inputs, **GREEDY, cascade_rule="spec")
-    assert torch.equal(told, large.generate(**inputs, **GREEDY))
+    decoded = cascade.generate(**inputs, **GREEDY, cascade_rule="spec")
+    assert torch.equal(decoded, large.generate(**inputs, **GREEDY))
     assert cascade.cascade_statistics.backend == "batched"
 
 
@@ -63,9 +63,9 @@ def test_prompts_of_several_lengths():
 def test_a_rule_that_leaves_all_to_the_small_model(rule, alpha):
     large, small = tiny_llama(), tiny_llama(noise=0.3)
     inputs = word_tokenizer()(["w1 w2 w3"], return_tensors="pt")
-    told = enable_cascade(large, small).generate(**inputs, **GREEDY, cascade_rule=rule, cascade_alpha=alpha)
-    assert torch.equal(told, small.generate(**inputs, **GREEDY))
-    assert not torch.equal(told, large.generate(**inputs, **GREEDY))
+    decoded = enable_cascade(large, small).generate(**inputs, **GREEDY, cascade_rule=rule, cascade_alpha=alpha)
+    assert torch.equal(decoded, small.generate(**inputs, **GREEDY))
+    assert not torch.equal(decoded, large.generate(**inputs, **GREEDY))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
 ids = torch.tensor({ids.tolist()})
 for backend in ("batched", "assisted"):
-    told = model.generate(ids, do_sample=False, max_new_tokens=12, cascade_rule="spec", cascade_backend=backend)
-    print(told[0].tolist(), model.cascade_statistics.backend)
+    decoded = model.generate(ids, do_sample=False, max_new_tokens=12, cascade_rule="spec", cascade_backend=backend)
+    print(decoded[0].tolist(), model.cascade_statistics.backend)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{expected} batched", f"{expected} assisted"], done.stderr

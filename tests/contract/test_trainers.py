@@ -74,7 +74,9 @@ def test_models_that_are_not_plain_are_audited(kind):
     for measure, prefix in ((report.find("none"), []), (report.find("prefill", "1"), [20])):
         row = torch.tensor([[1, 2, 3, *prefix]])
         mask = torch.ones_like(row)
-        told = model.generate(input_ids=row, attention_mask=mask, do_sample=False, max_new_tokens=4, use_cache=False)
-        assert measure.texts[0] == tokenizer.decode(told[0, row.shape[1] :], skip_special_tokens=True)
+        decoded = model.generate(
+            input_ids=row, attention_mask=mask, do_sample=False, max_new_tokens=4, use_cache=False
+        )
+        assert measure.texts[0] == tokenizer.decode(decoded[0, row.shape[1] :], skip_special_tokens=True)
     for attack, judged in (("rap", "joined"), ("gcg", "continuation")):
         assert report.find(attack, judged=judged).refused == [True, True]

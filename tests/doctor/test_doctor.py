@@ -14,7 +14,7 @@ from hf_iclr.cli import app as cli
 from hf_iclr.doctor import environment
 from hf_iclr.doctor import report as doctor
 from hf_iclr.doctor.environment import Package
-from hf_iclr.doctor.report import BROKEN, MISSING, WORKS, Finding, diagnose, examine
+from hf_iclr.doctor.report import BROKEN, MISSING, WORKS, Finding, diagnose, run_checks
 
 
 PACKAGES = [
@@ -177,7 +177,7 @@ def test_no_job_loses_the_others(tmp_path, monkeypatch):
     (tmp_path / "doctor_jobs.py").write_text(JOBS)
     monkeypatch.syspath_prepend(tmp_path)
     jobs = {name: f"doctor_jobs:{name}" for name in ("fine", "dies", "fails", "leaves", "no_such")}
-    found = examine(jobs | {"last": "doctor_jobs:fine"})
+    found = run_checks(jobs | {"last": "doctor_jobs:fine"})
     assert list(found) == [*jobs, "last"]
     status = {title: finding.status for title, finding in found.items()}
     assert status == dict.fromkeys(jobs, BROKEN) | {"fine": WORKS, "last": WORKS}
@@ -191,7 +191,7 @@ def test_a_job_that_hangs_is_given_up_and_the_next_has_its_turn(monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(doctor.subprocess, "run", too_long)
-    found = examine({"one": "a:one", "two": "a:two"}, patience=7)
+    found = run_checks({"one": "a:one", "two": "a:two"}, timeout=7)
     assert [finding.error for finding in found.values()] == ["no answer in 7 s"] * 2
 
 
@@ -209,7 +209,7 @@ def findings(**changed) -> dict[str, Finding]:
 def run(monkeypatch):
     def run(found, *options, packages=PACKAGES[:3]):
         monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(doctor, "examine", lambda: found)
+        monkeypatch.setattr(doctor, "run_checks", lambda: found)
         monkeypatch.setattr("hf_iclr.doctor.tables.packages", lambda: packages)
         return CliRunner().invoke(cli.app, ["doctor", *options])
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_iclr import enable_cascade
-from hf_iclr.cache_argument import cache_inputs, given_cache
+from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.cached_decoder import why_not_batched
 from tests.generation.toy import GREEDY, RAGGED_PROMPTS, chi_square_z, left_padded, perturbed_copy, tiny_llama
 
@@ -372,8 +372,8 @@ def test_a_chat_goes_on_from_the_cache_that_came_back(models, prompts, gamma):
     rule = {"cascade_rule": "spec", "num_assistant_tokens": gamma}
     inputs = left_padded(prompts)
     plain, got = large.generate(**inputs, **call), cascade.generate(**inputs, **call, **rule)
-    assert given_cache(got).get_seq_length() == given_cache(plain).get_seq_length() == plain.sequences.shape[1] - 1
-    for which, used in zip(given_cache(got).layers, given_cache(plain).layers, strict=True):
+    assert find_cache(got).get_seq_length() == find_cache(plain).get_seq_length() == plain.sequences.shape[1] - 1
+    for which, used in zip(find_cache(got).layers, find_cache(plain).layers, strict=True):
         mask = inputs["attention_mask"].bool()
         mask = torch.nn.functional.pad(mask, (0, 15), value=True)[:, None, :, None]
         assert torch.allclose(which.keys * mask, used.keys * mask, atol=1e-4)
@@ -381,7 +381,7 @@ def test_a_chat_goes_on_from_the_cache_that_came_back(models, prompts, gamma):
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 19), value=1)
     expected = large.generate(turn, attention_mask=mask, **GREEDY)
     for model, rules in ((cascade, rule), (large, {})):
-        cache = cache_inputs(large, copy.deepcopy(given_cache(got)))
+        cache = cache_inputs(large, copy.deepcopy(find_cache(got)))
         assert torch.equal(model.generate(turn, attention_mask=mask, **cache, **GREEDY, **rules), expected)
     before = cascade.cascade_statistics.large_tokens
     cascade.generate(turn, attention_mask=mask, **GREEDY, **rule)

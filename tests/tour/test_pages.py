@@ -126,9 +126,9 @@ def test_a_failing_section_is_reported_and_the_others_run(tmp_path, capsys):
     assert page.count("<details>") == 3 and "raise RuntimeError" in page
     assert content["sections"][0]["error"] == broken[0].error and content["finished"]
     assert "raise RuntimeError" in content["sections"][0]["details"]
-    told = capsys.readouterr().out
-    assert "RuntimeError: no [weights] here" in told and "raise RuntimeError" not in told
-    block = told.split("no_such_module")[0].splitlines()
+    printed = capsys.readouterr().out
+    assert "RuntimeError: no [weights] here" in printed and "raise RuntimeError" not in printed
+    block = printed.split("no_such_module")[0].splitlines()
     assert len([line for line in block if line.strip() and "─" not in line]) == 3, "three lines a failure"
 
 

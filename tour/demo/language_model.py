@@ -39,7 +39,7 @@ def load_demo_model(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedMode
 
 
 @cache
-def quicker_dtype(tokens: int = 3) -> torch.dtype:
+def fastest_dtype(tokens: int = 3) -> torch.dtype:
     """
     bfloat16 or float32, whichever multiplies faster here when a few tokens are verified at once. Processors without
     bfloat16 instructions read half the bytes but compute several times longer.

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,11 @@ from hf_iclr.trainers.measuring import log_beside
 from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
-from .identity import ROW_KEY, RowWatch, check_loader, take_rows
-from .records import RunRecords, is_first_process
-from .result import VALIDATION, DataShapleyResult
+from .identity import RowKeys, check_loader, take_rows, watched_loop
+from .records import RunRecords
+from .result import DataShapleyResult
+from .store import VALIDATION
+from .trained_rows import TrainedRows
 
 
 FLUSH_EVERY = 50  # steps
@@ -35,9 +37,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     `lr * <grad l_i, grad l_val>`, here with the sign that makes helpful rows positive, with the row's share `l_i` of
     the loss as it is trained, clipping included, and summed over steps. With Adam the second gradient is divided,
     element by element, by the root of the second moment before the step, https://huggingface.co/papers/2602.00329.
-    With `order=2` it is the mean of the validation gradients before and after the step, which equals the paper's
-    second order up to third-order terms and needs no Hessian. Sums of values come close to the fall of the validation
-    loss where steps are small: look at `shapley/explained_ratio`.
+    Sums of values come close to the fall of the validation loss where steps are small: look at
+    `shapley/explained_ratio`.
 
     Limits: the first order equals TracIn with every step as a checkpoint (https://huggingface.co/papers/2002.08484).
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the
@@ -57,6 +58,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     |---|---|
     | `shapley/explained_ratio` | sum of values over the fall of the validation loss, so far |
     | `shapley/harmful_share` | share of rows with a negative value since the last time |
+    | `shapley/scored_share` | share of what a step gains that values cover, see `min_scored_share` |
     | `shapley/energy` | share of the direction's squared norm that its sketch keeps |
     | `shapley/loss_<target>` | mean loss of the target's rows, in nats |
 
@@ -67,8 +69,6 @@ class InRunDataShapleyCallback(TrainerCallback):
             Optimizer steps between two passes over the validation sets.
         targets (`dict[str, Dataset]`, *optional*):
             More validation sets, by name.
-        order (`int`, *optional*, defaults to 1):
-            1 or 2. 2 needs `refresh_every=1` and a model of which only LoRA layers are trained.
         exact (`bool`, *optional*, defaults to `False`):
             Whether matrices outside of LoRA layers are scored exactly, at about a third more floating-point
             operations, rather than by a sketch of low rank.
@@ -78,6 +78,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         adam_warmup (`int`, *optional*, defaults to 20):
             Steps of Adam before the first values.
+        min_scored_share (`float`, *optional*, defaults to 0.8):
+            What the first scored step must cover of the product of its gradient with the validation gradient, by the
+            absolute values of its parts. Parameters whose rows can't be told apart are left out, by name in a warning.
         batch_size (`int`, *optional*):
             Validation rows in one pass. Defaults to `per_device_eval_batch_size`.
         compute_loss (`Callable`, *optional*):
@@ -106,27 +109,32 @@ class InRunDataShapleyCallback(TrainerCallback):
         val_dataset: Any,
         refresh_every: int = 20,
         targets: Mapping[str, Any] | None = None,
-        order: int = 1,
         exact: bool = False,
         rank: int | None = None,
         id_column: str | None = None,
         *,
         adam_warmup: int = 20,
+        min_scored_share: float = 0.8,
         batch_size: int | None = None,
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
     ) -> None:
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
+        if isinstance(token_values_for, int | str):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
+                f"`token_values_for=[{token_values_for!r}]`."
+            )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
-        self.settings = EngineSettings(refresh_every, order, exact, rank, adam_warmup, frozenset(token_values_for))
+        self.settings = EngineSettings(
+            refresh_every, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+        )
         self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
-        self._result: DataShapleyResult | None = None
-        self._watch: RowWatch | None = None
+        self._warmup = 0  # steps of this run that have no values
+        self._restore: Callable[[], Any] = lambda: None
         self._engine: Any = None  # while a training runs
         self._records: Any = None  # from the first one's beginning
-        self._hook: Any = None
-        self._train_dataset: Any = None  # the trainer's, for the result's tables by source
 
     @property
     def result(self) -> DataShapleyResult:
@@ -137,19 +145,17 @@ class InRunDataShapleyCallback(TrainerCallback):
         Raises:
             ValueError: before the first value is known.
         """
-        if self._result is not None:
-            return self._result
         if self._records is None:
             raise ValueError("Expected a training before its result. Call `trainer.train()` first.")
         self._records.flush_if_alone()
-        warmup = self.settings.adam_warmup
-        try:
-            return DataShapleyResult.from_store(self._records.store, self._train_dataset, self.id_column)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"Expected a step with values, found none yet. Adam's first adam_warmup={warmup} steps have "
-                f"none, and several processes bring theirs together every {FLUSH_EVERY} steps."
-            ) from error
+        rows, steps = self._records.store.read()
+        if steps.empty:
+            why = f" Adam's first adam_warmup={self._warmup} steps have none." if self._warmup else ""
+            if not self._records.is_alone:
+                why += f" Several processes bring theirs together every {FLUSH_EVERY} steps."
+            raise ValueError(f"Expected a step with values, found none yet.{why}")
+        trained = self._records.store.trained
+        return DataShapleyResult(rows, steps, trained.dataset, trained)
 
     # In a Trainer
 
@@ -157,16 +163,16 @@ class InRunDataShapleyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close()
-        trainer = support.calling_trainer()
+        trainer, resumed = support.calling_trainer()
         support.check_trainer(trainer, InRunDataShapleyCallback)
         loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
         check_loader(loader, self.id_column)
         adam = any("betas" in group for group in kwargs["optimizer"].param_groups)
-        warmup = self.settings.adam_warmup if adam else 0
-        if 0 < state.max_steps <= warmup:
+        self._warmup = self.settings.adam_warmup if adam else 0
+        if 0 < state.max_steps <= self._warmup:
             raise ValueError(
-                f"Expected more than adam_warmup={warmup} steps, got {state.max_steps}: no row would get a value. "
-                f"Type `adam_warmup={state.max_steps // 10}`, say."
+                f"Expected more than adam_warmup={self._warmup} steps, got {state.max_steps}: no row would get a "
+                f"value. Type `adam_warmup={state.max_steps // 10}`, say."
             )
         batch_size = self.batch_size or args.per_device_eval_batch_size
         batches = {
@@ -174,32 +180,23 @@ class InRunDataShapleyCallback(TrainerCallback):
             for name, dataset in self.datasets.items()
         }
         compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
-        self._start(model, kwargs["optimizer"], batches, compute_loss, Path(args.output_dir), state, args.seed)
-        self._train_dataset = trainer.train_dataset
-        self._watch = RowWatch(loader, self.id_column, on_break=self._end_broken_step)
+        base = getattr(loader, "base_dataloader", loader)
+        trained = TrainedRows.of(trainer.train_dataset, base.dataset, self.id_column)
+        records = RunRecords(Path(args.output_dir), trained, list(batches), bool(self.settings.token_values_for))
+        checkpoint = Path(resumed or Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self._start(
+            model, kwargs["optimizer"], batches, compute_loss, records, args.seed, state.global_step, checkpoint
+        )
+        self._watch(trainer, RowKeys(loader, self.id_column))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._begin_step(state.global_step + 1)
-        self._next_micro_batch()
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._next_micro_batch()
+        self._engine.begin_step(state.global_step + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._remove_hook()
-        if self._engine.open and not self._engine.micro:
-            raise ValueError(
-                "Expected the model to be called with all of a batch, for in an epoch that is resumed in its middle "
-                f"the batch's entry {ROW_KEY!r} says which rows it holds, got a call without it. Write "
-                "`model(**inputs)` in the trainer's compute_loss, or resume at the beginning of an epoch with "
-                "`ignore_data_skip=True`."
-            )
         self._engine.finish_step(getattr(kwargs["optimizer"], "scaler", None))
 
     def on_optimizer_step(
@@ -219,7 +216,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         if last:
             self._measure_end(state.global_step + 1)
         if fresh or last:
-            log_beside(support.calling_trainer(), self._records.logs(), control)
+            log_beside(support.calling_trainer()[0], self._records.logs(), control)
         if last or len(collected) >= FLUSH_EVERY:
             self._records.flush()
 
@@ -236,13 +233,13 @@ class InRunDataShapleyCallback(TrainerCallback):
         ended = "train_runtime" in (logs or {}) and self._engine is not None
         if ended and self._records.first_losses and not self._records.ended:
             self._measure_end(state.global_step + 1)
-            log_beside(support.calling_trainer(), self._records.logs(), control)
+            log_beside(support.calling_trainer()[0], self._records.logs(), control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._records.flush()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            self._records.snapshot(folder, self._engine.targets.pack(self._engine.taps.excluded))
+            self._records.save(folder, self._engine.targets.pack(self._engine.taps.excluded))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -295,42 +292,41 @@ class InRunDataShapleyCallback(TrainerCallback):
         check_loader(dataloader, self.id_column)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
-        with tempfile.TemporaryDirectory() as temporary:
-            compute_loss, folder = self.compute_loss or support.model_loss, Path(output_dir or temporary)
-            self._start(model, plain, batches, compute_loss, folder, TrainerState(), seed=0)
-            done = 0
+        base = getattr(dataloader, "base_dataloader", dataloader)
+        trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
+        folder = None if output_dir is None else Path(output_dir)
+        records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
+        self._start(model, plain, batches, self.compute_loss or support.model_loss, records)
+        done = 0
 
-            def on_batch() -> None:
-                if not self._engine.open:
-                    self._begin_step(done + 1)
-                self._next_micro_batch()
+        def on_rows(rows: Any) -> None:
+            if not self._engine.open:
+                self._engine.begin_step(done + 1)
+            self._engine.begin_micro_batch(rows)
+            self._engine.attach()
 
-            def before_step(*_: Any) -> None:
-                self._remove_hook()
-                self._engine.finish_step(getattr(optimizer, "scaler", None))
+        def before_step(*_: Any) -> None:
+            self._engine.finish_step(getattr(optimizer, "scaler", None))
 
-            def after_step(*_: Any) -> None:
-                nonlocal done
-                done += 1
-                self._records.add(self._engine.commit())
-                if len(self._records.collected) >= FLUSH_EVERY:
-                    self._records.flush()
-
-            handles = [plain.register_step_pre_hook(before_step), plain.register_step_post_hook(after_step)]
-            self._watch = RowWatch(dataloader, self.id_column, on_batch=on_batch)
-            try:
-                yield self
-                self._engine.close_step()
-                self._measure_end(done + 1)
+        def after_step(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            self._records.add(self._engine.commit())
+            if len(self._records.collected) >= FLUSH_EVERY:
                 self._records.flush()
-            finally:
-                for handle in handles:
-                    handle.remove()
-                self._close()
-                self._records.flush_if_alone()
-                if output_dir is None and is_first_process():
-                    with contextlib.suppress(ValueError):  # nothing was measured
-                        self._result = self.result
+
+        handles = [plain.register_step_pre_hook(before_step), plain.register_step_post_hook(after_step)]
+        keys = RowKeys(dataloader, self.id_column)
+        try:
+            with watched_loop(dataloader, on_rows):
+                yield self
+            self._engine.close_step()
+            self._measure_end(done + 1)
+            self._records.flush()
+        finally:
+            for restore in (keys.close, *(handle.remove for handle in handles), self._close):
+                restore()
+            self._records.flush_if_alone()
 
     # What both share
 
@@ -340,60 +336,69 @@ class InRunDataShapleyCallback(TrainerCallback):
         optimizer: Any,
         batches: dict[str, Any],
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
-        folder: Path,
-        state: TrainerState,
-        seed: int,
+        records: RunRecords,
+        seed: int = 0,
+        step: int = 0,
+        checkpoint: Path | None = None,
     ) -> None:
+        support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
-        records = RunRecords(folder, list(batches), bool(self.settings.token_values_for))
         for name, found in batches.items():
             support.check_mean(model, compute_loss, found, name)
-        if state.global_step:
-            tensors = records.resume(folder / f"checkpoint-{state.global_step}")
+        if step and checkpoint is not None:
+            tensors = records.resume(checkpoint, step)
             if "counts" in tensors:
                 engine.taps.excluded = engine.targets.unpack(tensors)
         # Only now that nothing is refused any more, for this lets go of an earlier run's values
-        self._engine, self._records, self._result = engine, records, None
-        if is_first_process():
-            records.store.truncate(state.global_step)
+        self._engine, self._records = engine, records
 
-    def _begin_step(self, step: int) -> None:
-        self._engine.begin_step(step)
-        self._remove_hook()
-        self._hook = self._engine.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+    def _watch(self, trainer: Any, keys: RowKeys) -> None:
+        """
+        The trainer's `training_step` takes the rows off its batch and scores them. No hook is on the model outside of
+        it, so that none survives an interruption whose traceback keeps all of this alive.
+        """
+        training_step, me = trainer.training_step, weakref.ref(self)
 
-    def _next_micro_batch(self) -> None:
-        if self._watch is not None and self._watch.queue:
-            self._engine.begin_micro_batch(self._watch.queue.popleft())
+        def scored_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            inputs, rows = take_rows(inputs)
+            callback = me()
+            if rows is None or callback is None or callback not in trainer.callback_handler.callbacks:
+                return training_step(model, inputs, *args, **kwargs)
+            with callback._scoring(rows):
+                return training_step(model, inputs, *args, **kwargs)
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rows = take_rows(kwargs)  # of the loader that continues a resumed epoch
-        if model.training and torch.is_grad_enabled():
-            if rows is not None:
-                self._engine.begin_micro_batch(rows)
-            self._engine.see_inputs({**{str(index): value for index, value in enumerate(args)}, **kwargs})
-        return args, kwargs
+        scored_step.replaced = vars(trainer).get("training_step")  # type: ignore[attr-defined]
+        trainer.training_step = scored_step
+        self._restore = weakref.finalize(self, _restore, weakref.ref(trainer), weakref.ref(scored_step), keys)
+
+    @contextlib.contextmanager
+    def _scoring(self, rows: list[int] | list[str]) -> Iterator[None]:
+        self._engine.begin_micro_batch(rows)
+        self._engine.attach()
+        try:
+            yield
+        except BaseException:
+            self._close()
+            raise
+        self._engine.detach()
 
     def _measure_end(self, step: int) -> None:
         if self._records.first_losses:
             self._records.add_end(step, self._engine.targets.measure_losses())
 
-    def _end_broken_step(self) -> None:
-        if self._engine is not None and self._engine.open:
-            self._close()
-
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
     def _close(self) -> None:
-        """Give back the model and the data loader as they were."""
-        self._remove_hook()
+        """Give back the model, the trainer and the data loader as they were."""
+        self._restore()
         if self._engine is not None:
             self._engine.close_step()
             self._engine = None
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+
+
+def _restore(trainer: weakref.ref, scored_step: weakref.ref, keys: RowKeys) -> None:
+    keys.close()
+    found, step = trainer(), scored_step()
+    if found is not None and step is not None and vars(found).get("training_step") is step:
+        del found.training_step
+        if step.replaced is not None:
+            found.training_step = step.replaced

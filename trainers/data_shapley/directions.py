@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 
 from .gradients.direction import (
     Direction,
@@ -37,26 +37,25 @@ class EngineSettings:
     """
 
     refresh_every: int = 20
-    order: int = 1
     exact: bool = False
     rank: int | None = None
     adam_warmup: int = 20
+    min_scored_share: float = 0.8
     token_values_for: frozenset[int | str] = frozenset()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"Expected order 1 or 2, got {self.order!r}.")
+        for name in ("refresh_every", "adam_warmup", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
         if self.refresh_every < 1 or self.adam_warmup < 0:
             raise ValueError(
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
                 f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
             )
-        if self.order == 2 and self.refresh_every != 1:
-            raise ValueError(
-                "order=2 needs the validation gradient before and after each step, got "
-                f"refresh_every={self.refresh_every}. Type `refresh_every=1`."
-            )
+        if not 0 <= self.min_scored_share <= 1:
+            raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
 
@@ -102,9 +101,7 @@ class TargetDirections:
         self.energy = np.ones(len(batches))
         self.refreshed = 0
         self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self._scales: list[Any] = []
         self._decay = np.zeros(len(batches))
-        self._next: list[tuple[list[torch.Tensor], float]] | None = None  # gradients and losses at the present weights
         self._rank = settings.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
         plain = {
             id(tapped.parameters["weight"])
@@ -123,31 +120,25 @@ class TargetDirections:
 
     def refresh(self, step: int) -> None:
         """Measure the validation losses before a step, and point the taps along their gradients."""
-        measured = self._next or (self._pass(name, with_gradient=True) for name in self.names)  # one after the other
-        self._next = None
         self.refreshed += 1
-        self._scales = [
+        scales = [
             preconditioner(self.optimizer, group, parameter)
             for parameter, group in zip(self.parameters, self.groups, strict=True)
         ]
         check = any(self._low_rank) and self.refreshed % CHECK_SKETCH_EVERY == 1
         self.found, self.exact = [], [] if check else None
         generator = torch.Generator().manual_seed(self.settings.seed + step)
-        for which, (found, loss) in enumerate(measured):
-            self.losses[self.names[which]] = loss
+        for which, name in enumerate(self.names):
+            found, self.losses[name] = self._pass(name, with_gradient=True)
             self._decay[which] = decay_gain(self.parameters, self.groups, found)
             kept = total = 0.0
             directions: list[Direction] = []
             exact: list[Direction] = []
             for index, gradient in enumerate(found):
-                direction = (
-                    gradient.mul_(self._scales[index])
-                    if self.settings.order == 1
-                    else (gradient * self._scales[index])
-                )
+                direction = gradient.mul_(scales[index])
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if not self._low_rank[index]:
-                    direction = in_own_memory(direction)
+                    direction = contiguous_clone(direction)
                 if check:
                     exact.append(direction)
                 if self._low_rank[index]:
@@ -160,21 +151,10 @@ class TargetDirections:
             if self.exact is not None:
                 self.exact.append(exact)
         self.point_taps()
-        if self.settings.order == 1:
-            self._scales = []
 
     def measure_losses(self) -> dict[str, float]:
         """Validation losses of the present weights."""
-        if self._next is not None:
-            return {name: loss for name, (_, loss) in zip(self.names, self._next, strict=True)}
         return {name: self._pass(name, with_gradient=False)[1] for name in self.names}
-
-    def ahead(self) -> list[list[Direction]]:
-        """Those of the present weights, which the next refresh begins with."""
-        self._next = [self._pass(name, with_gradient=True) for name in self.names]
-        return [
-            [gradient * scale for gradient, scale in zip(found, self._scales, strict=True)] for found, _ in self._next
-        ]
 
     def unattributed(self, which: int, total: float) -> float | None:
         """

@@ -1,8 +1,9 @@
 """Scores the rows of each optimizer step, whatever loop makes it."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .directions import EngineSettings, TargetDirections
-from .gradients.coverage import check_scores, find_unordered, group_modules
-from .gradients.direction import Direction, warn_of_other_rule
+from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
+from .gradients.direction import warn_of_other_rule
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
 from .gradients.taps import Taps, split_by_rate
@@ -21,6 +22,8 @@ from .records import StepValues
 
 logger = logging.getLogger(__name__)
 
+CHECK_EVERY = 10  # steps between two comparisons of all scores with the gradient
+
 
 @dataclass
 class _MicroBatch:
@@ -28,7 +31,6 @@ class _MicroBatch:
     layout: RowLayout | None = None
     scores: torch.Tensor | None = None
     token_scores: torch.Tensor | None = None
-    gradients: list[torch.Tensor | None] = field(default_factory=list)
 
 
 class ShapleyEngine:
@@ -56,6 +58,7 @@ class ShapleyEngine:
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
         settings: EngineSettings,
     ) -> None:
+        check_uncompiled(model)
         self.model, self.optimizer, self.settings = model, optimizer, settings
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
@@ -67,20 +70,17 @@ class ShapleyEngine:
                 "Expected trainable parameters that the optimizer trains, got none. Unfreeze some, or add an adapter."
             )
         self.groups = group_modules(self.taps.modules, self.parameters)
-        self.taps.keep_rows = settings.order == 2
-        if settings.order == 2:
-            self._check_order_two()
         self.targets = TargetDirections(
             model, optimizer, batches, compute_loss, settings, self.parameters, self.param_groups, self.taps.modules
         )
         self.names = self.targets.names
-        self._rows_are_known = self._rule_is_known = False
+        self._rows_are_known = self._rule_is_known = self._is_checked = False
         self.micro: list[_MicroBatch] = []  # of this step
         self._fresh = False  # whether directions are those of the present weights
         self.step = 0
         self.open = False
         self.pending: StepValues | None = None
-        self._kept: Any = None
+        self._hook: Any = None
 
     # Before the step
 
@@ -99,12 +99,24 @@ class ShapleyEngine:
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
-        self.taps.attach()
-        self.taps.on = True
+
+    def attach(self) -> None:
+        """Hook the model, if the step is scored and it isn't yet."""
+        if self.open and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+            self.taps.attach()
+            self.taps.on = True
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        self.taps.detach()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def close_step(self) -> None:
-        """Remove the taps."""
-        self.taps.detach()
+        """Score no more of this step."""
+        self.detach()
         self.open = False
 
     def begin_micro_batch(self, ids: Sequence[Any]) -> None:
@@ -116,10 +128,10 @@ class ShapleyEngine:
             self.micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
 
-    def see_inputs(self, inputs: dict[str, Any]) -> None:
-        """The model is called in training mode."""
-        if not (self.open and self.micro):
+    def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (self.micro and model.training and torch.is_grad_enabled()):
             return
+        inputs = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
         self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         micro = self.micro[-1]
         if micro.layout is not None:
@@ -127,9 +139,9 @@ class ShapleyEngine:
             return
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
-            unordered = find_unordered(self.model, self.taps, inputs, micro.layout)
-            self._rows_are_known = unordered is not None
-            self.taps.unordered = unordered or set()
+            found = find_unordered(self.model, self.taps, inputs, micro.layout)
+            self._rows_are_known = found is not None
+            self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
         self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
 
@@ -155,7 +167,8 @@ class ShapleyEngine:
         if not micro:
             raise ValueError(
                 "No row was scored: no forward pass of the model in training mode belongs to a batch of the data "
-                "loader. Give `attach` the model and the data loader of the loop."
+                "loader. Give `attach` the model and the data loader of the loop, and call the model outside of "
+                "functions that torch.compile has compiled."
             )
         if any(parameter.grad is None for parameter in self.parameters) and all(
             p.grad is None for p in self.parameters
@@ -163,7 +176,12 @@ class ShapleyEngine:
             raise ValueError("Expected gradients before the optimizer's step, got none: values can't be checked.")
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
         scale = 1.0 if scaler is None else scaler.get_scale()
-        clip = check_scores(scores[..., 0], self.groups, self.taps, self.parameters, self.targets.found[0], scale)
+        thorough = not self._is_checked or self.step % CHECK_EVERY == 0
+        clip, share = check_scores(
+            scores[..., 0], self.groups, self.taps, self.parameters, self.targets.found[0], scale, thorough
+        )
+        if share is not None:
+            self._judge(share)
         if clip < 0:
             logger.warning(
                 "Step %d has no values: the rows' scores add up to the opposite of the gradient, which is not theirs.",
@@ -180,6 +198,8 @@ class ShapleyEngine:
         rows = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
         values = rows[:, : len(self.names)]
         record = {"lr": float(self.param_groups[0]["lr"]), "clip_factor": clip}
+        if share is not None:
+            record["scored_share"] = share
         if self._fresh:
             for which, name in enumerate(self.names):
                 record |= {f"loss_{name}": self.targets.losses[name], f"energy_{name}": self.targets.energy[which]}
@@ -197,12 +217,6 @@ class ShapleyEngine:
             ],
             record,
         )
-        if self.settings.order == 2:
-            gradients = [
-                None if all(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
-                for parts in zip(*(batch.gradients for batch in micro), strict=True)
-            ]
-            self._kept = gradients, rates, factor
         self.micro = []
 
     def commit(self) -> StepValues | None:
@@ -210,12 +224,6 @@ class ShapleyEngine:
         found, self.pending = self.pending, None
         if found is None:
             return None
-        if self.settings.order == 2:
-            (gradients, rates, factor), self._kept = self._kept, None
-            like = torch.zeros(len(rates), *found.values.shape, dtype=rates.dtype, device=rates.device)
-            scores = self._score_kept(gradients, self.targets.ahead(), like)
-            after = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
-            found.values = (found.values + after) / 2
         totals = torch.from_numpy(found.values.sum(0))
         if dist.is_initialized():
             device = self.parameters[0].device
@@ -229,7 +237,27 @@ class ShapleyEngine:
 
     def drop(self) -> None:
         """The optimizer has skipped its step."""
-        self.pending = self._kept = None
+        self.pending = None
+
+    def _judge(self, share: float) -> None:
+        """Refuse values of too little at the first scored step; later, when a run would be lost, say so."""
+        wanted, first = self.settings.min_scored_share, not self._is_checked
+        self._is_checked = True
+        if first:
+            self.taps.around = [around for around in self.taps.around if around.stands_in]
+        if share >= wanted:
+            return
+        left = [self.taps.modules[index].name for index in sorted(self.taps.excluded)]
+        what = (
+            f"{share:.0%} of the product of its gradient with the validation gradient, for the rows of {len(left)} "
+            f"modules can't be told apart: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+        )
+        if first:
+            raise ValueError(
+                f"Expected values of at least {wanted:.0%} of what a step gains, got {what}. Freeze them, or take "
+                f"values without them: `min_scored_share={math.floor(share * 10) / 10}`."
+            )
+        logger.warning("Values of step %d are of %s.", self.step, what)
 
     def _is_warming_up(self) -> bool:
         if not any("betas" in group for group in self.param_groups):
@@ -240,19 +268,6 @@ class ShapleyEngine:
             return False
         return max(steps, default=0.0) < max(self.settings.adam_warmup, 1)
 
-    def _check_order_two(self) -> None:
-        if self.settings.token_values_for:
-            raise ValueError(
-                "Expected no `token_values_for` with order=2, whose values are those of whole rows. Type `order=1`."
-            )
-        other = [tapped.name for tapped in self.taps.modules if tapped.kind not in ("linear", "conv1d")]
-        if other or any(".lora_" not in tapped.name for tapped in self.taps.modules):
-            name = (other or [tapped.name for tapped in self.taps.modules if ".lora_" not in tapped.name])[0]
-            raise ValueError(
-                "Expected a model of which only LoRA layers are trained for order=2, which keeps each row's gradient, "
-                f"got the trainable module {name}. Type `order=1`."
-            )
-
     def _learning_rate(self, tapped: TappedModule) -> float:
         return float(self.param_groups[self.targets.position(next(iter(tapped.parameters.values())))]["lr"])
 
@@ -260,25 +275,7 @@ class ShapleyEngine:
         if not self.micro or self.micro[-1].layout is None:
             return
         micro = self.micro[-1]
-        if self.settings.order == 2:
-            micro.gradients = [tapped.rows for tapped in self.taps.modules]
-            self.taps.scores = self._score_kept(micro.gradients, self.targets.found, self.taps.scores)
-            for tapped in self.taps.modules:
-                tapped.rows = None
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
-
-    def _score_kept(
-        self, gradients: Sequence[torch.Tensor | None], directions: list[list[Direction]], like: torch.Tensor
-    ) -> torch.Tensor:
-        scores = torch.zeros_like(like)
-        for tapped, rows in zip(self.taps.modules, gradients, strict=True):
-            if rows is None:
-                continue
-            for which, found in enumerate(directions):
-                parts = [found[self.targets.position(p)] for p in tapped.parameters.values()]
-                u = torch.cat([part.flatten() for part in parts if isinstance(part, torch.Tensor)])
-                scores[tapped.index, :, which] = rows @ u.to(rows.dtype)
-        return scores
 
     def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
         sketched, exact = np.split(rows, 2, axis=1)

@@ -1,8 +1,8 @@
 """Lets the identity of each training row travel with its batch through any data loader, and leaves the data alone."""
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,49 +13,72 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 ROW_KEY = "_shapley_rows"
 _BATCH_KEY = "_shapley_batch"
 _ID_BYTES = 256  # of an id in UTF-8; fixed, so that batches of several processes can be joined
+LENGTHS = "seq_lengths"  # of the texts that TRL has packed into a row
 
 
-class RowWatch:
+class RowKeys:
     """
-    Makes one data loader tell which rows each batch holds, in `queue`, in the order of its batches.
+    Puts the identity of its rows into each batch of a data loader, where [`take_rows`] finds it.
 
     Rows are positions in the loader's dataset; for packed rows, each source text is one row and its id a hash of its
-    tokens; so it is for every row of an iterable dataset. Works with worker processes and with
-    `accelerate.skip_first_batches`: the loader that makes yields batches with the key `ROW_KEY`.
+    tokens and labels; every row of an iterable dataset is known by a hash of its columns. Works with worker processes
+    and with the loaders that `accelerate.skip_first_batches` makes of this one.
 
     Args:
         loader ([`~torch.utils.data.DataLoader`] or accelerate's):
-            Changed until [`~RowWatch.close`] is called; its dataset isn't.
+            Changed until [`~RowKeys.close`] is called; its dataset isn't.
         id_column (`str`, *optional*):
             Column of the rows that holds their id.
-        on_batch (`Callable`, *optional*):
-            Called before the loop gets a batch.
-        on_break (`Callable`, *optional*):
-            Called when the loop ends, also by an exception.
     """
 
-    def __init__(
-        self,
-        loader: Any,
-        id_column: str | None = None,
-        on_batch: Callable[[], None] | None = None,
-        on_break: Callable[[], None] | None = None,
-    ) -> None:
-        self.queue: deque[list[int] | list[str]] = deque()
-        self._loader = loader
+    def __init__(self, loader: Any, id_column: str | None = None) -> None:
         self._base: DataLoader = getattr(loader, "base_dataloader", loader)
-        self._class, self._dataset, self._collate = type(loader), self._base.dataset, self._base.collate_fn
+        self._dataset, self._collate = self._base.dataset, self._base.collate_fn
         counted = not isinstance(self._dataset, IterableDataset)
         if counted:
             _set_dataset(self._base, _NumberedDataset(self._dataset))
         self._base.collate_fn = _RowCollator(self._collate, counted, id_column)
-        _set_class(loader, _watched(self._class, self.queue, on_batch, on_break))
 
     def close(self) -> None:
         """Make the loader what it was."""
-        _set_class(self._loader, self._class)
         self._base.collate_fn = self._collate
         _set_dataset(self._base, self._dataset)
+
+
+def take_rows(batch: Any) -> tuple[Any, list[int] | list[str] | None]:
+    """The batch as the loader would make it, and its rows; `None` where it doesn't say which they are."""
+    encoded = batch.pop(ROW_KEY, None) if isinstance(batch, MutableMapping) else None
+    if encoded is None:
+        return batch, None
+    if encoded.dim() == 1:
+        rows = encoded.tolist()
+    else:
+        rows = [bytes(row).rstrip(b"\0").decode() for row in encoded.cpu().numpy()]
+    return batch.get(_BATCH_KEY, batch), rows
+
+
+@contextmanager
+def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
+    """
+    A loop of the caller's own over `loader` gets batches without [`RowKeys`], and `on_rows` their rows right before.
+
+    A loop offers nothing to put this into but the loader's class: `for` looks for `__iter__` nowhere else.
+    """
+    loader_class = type(loader)
+
+    def iterate(self: Any) -> Iterator[Any]:
+        for batch in loader_class.__iter__(self):
+            batch, rows = take_rows(batch)
+            on_rows(rows)
+            yield batch
+
+    # Not `loader.__class__ =`: accelerate's loaders make it a property
+    set_class = object.__dict__["__class__"].__set__
+    set_class(loader, type(loader_class.__name__, (loader_class,), {"__iter__": iterate}))
+    try:
+        yield
+    finally:
+        set_class(loader, loader_class)
 
 
 def check_loader(loader: Any, id_column: str | None) -> None:
@@ -79,29 +102,19 @@ def check_loader(loader: Any, id_column: str | None) -> None:
         raise _no_id_column(id_column, columns)
 
 
-def content_id(row: Any) -> str:
+def content_id(row: Any, columns: Sequence[str] | None = None) -> str:
     """
-    The id of a row without a number: 16 hexadecimal digits of the SHA-256 of its `input_ids`, or of all its values.
+    The id of a row without a number: 16 hexadecimal digits of the SHA-256 of its values.
 
     Args:
         row (`dict`, or any nested sequence of numbers, tensors and strings):
             A row as the data collator gets it, before padding.
+        columns (`list[str]`, *optional*):
+            Those of the row that count. Defaults to all.
     """
-    if isinstance(row, Mapping) and "input_ids" in row:
-        row = row["input_ids"]
     digest = hashlib.sha256()
-    _hash(row, digest)
+    _hash(row if columns is None else {name: row[name] for name in columns}, digest)
     return digest.hexdigest()[:16]
-
-
-def take_rows(batch: MutableMapping[str, Any]) -> list[int] | list[str] | None:
-    """Remove the rows' identity from a batch and return it, or `None` if the batch has none."""
-    encoded = batch.pop(ROW_KEY, None)
-    if encoded is None:
-        return None
-    if encoded.dim() == 1:
-        return encoded.tolist()
-    return [bytes(row).rstrip(b"\0").decode() for row in encoded.cpu().numpy()]
 
 
 class _NumberedDataset(Dataset):
@@ -153,7 +166,7 @@ class _RowCollator:
             ids = [str(row[self.id_column]) for row in rows]
             rows = [{name: value for name, value in row.items() if name != self.id_column} for row in rows]
             return rows, _encode(ids)
-        if isinstance(first, Mapping) and "seq_lengths" in first:
+        if isinstance(first, Mapping) and LENGTHS in first:
             return rows, _encode([content_id(piece) for row in rows for piece in _pieces(row)])
         if numbers:
             return rows, torch.tensor(numbers)
@@ -163,15 +176,15 @@ class _RowCollator:
 def _no_id_column(id_column: str, found: Any) -> ValueError:
     columns = found if isinstance(found, list) else type(found).__name__
     instead = "The Trainer drops columns that the model doesn't take: type `remove_unused_columns=False`."
-    if "seq_lengths" in columns:
-        instead = "Packing drops it: leave id_column out, and texts are known by a hash of their tokens."
+    if LENGTHS in columns:
+        instead = "Packing drops it: leave id_column out, and texts are known by their contents."
     return ValueError(f"Expected rows with the column {id_column!r}, the id_column, got {columns}. {instead}")
 
 
-def _pieces(row: Mapping[str, Any]) -> Iterator[Any]:
+def _pieces(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     start = 0
-    for length in row["seq_lengths"]:
-        yield row["input_ids"][start : start + length]
+    for length in row[LENGTHS]:
+        yield {name: values[start : start + length] for name, values in row.items() if name != LENGTHS}
         start += length
 
 
@@ -188,44 +201,26 @@ def _encode(ids: list[str]) -> torch.Tensor:
 def _hash(value: Any, digest: Any) -> None:
     if isinstance(value, Mapping):
         for name in sorted(value):
-            digest.update(name.encode())
+            digest.update(f"{name}=".encode())
             _hash(value[name], digest)
-    elif isinstance(value, str):
-        digest.update(value.encode())
-    elif isinstance(value, bytes):
-        digest.update(value)
-    elif isinstance(value, Sequence) and not all(isinstance(item, (bool, int, float)) for item in value):
+        return
+    if isinstance(value, str | bytes):
+        data = value if isinstance(value, bytes) else value.encode()
+        digest.update(b"%d:%s" % (len(data), data))
+        return
+    try:  # integers alike whether they come as a list, an array or a tensor
+        array = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind in "biuf":
+        digest.update(f"{array.shape}".encode())
+        digest.update(array.astype(np.float64 if array.dtype.kind == "f" else np.int64).tobytes())
+    elif isinstance(value, Sequence):
+        digest.update(b"%d[" % len(value))
         for item in value:
             _hash(item, digest)
-    else:  # integers alike whether they come as a list, an array or a tensor
-        array = np.asarray(value)
-        digest.update(array.astype(np.int64 if array.dtype.kind in "biu" else np.float64).tobytes())
-
-
-def _watched(
-    loader_class: type, queue: deque, on_batch: Callable[[], None] | None, on_break: Callable[[], None] | None
-) -> type:
-    def iterate(self: Any) -> Iterator[Any]:
-        queue.clear()
-        try:
-            for batch in loader_class.__iter__(self):  # type: ignore[attr-defined]
-                rows = take_rows(batch) if isinstance(batch, MutableMapping) else None
-                if rows is not None:
-                    queue.append(rows)
-                    batch = batch.get(_BATCH_KEY, batch)
-                if on_batch is not None:
-                    on_batch()
-                yield batch
-        finally:
-            if on_break is not None:
-                on_break()
-
-    return type(loader_class.__name__, (loader_class,), {"__iter__": iterate})
-
-
-def _set_class(loader: Any, loader_class: type) -> None:
-    # Not `loader.__class__ =`: accelerate's loaders make it a property
-    object.__dict__["__class__"].__set__(loader, loader_class)
+    else:
+        _hash(repr(value), digest)
 
 
 def _set_dataset(loader: DataLoader, dataset: Any) -> None:

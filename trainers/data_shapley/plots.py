@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_iclr.extras import new_figure
 
-from .values import row_keys
+from .trained_rows import TrainedRows
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def label_rows(
     keys: pd.Series,
     source: str | Sequence[Hashable],
     train_dataset: Dataset | IterableDataset | None,
-    id_column: str | None,
+    trained: TrainedRows,
 ) -> pd.Series:
     """
     The source of each stored line; see [`DataShapleyResult.by_source`].
@@ -107,10 +107,12 @@ def label_rows(
         labels = train_dataset[source][:]
     else:
         labels = list(source)
-    if keys.name == "index" and keys.max() >= len(labels):
-        raise ValueError(f"Expected a label for each row, up to row {keys.max()}, got {len(labels)} labels.")
-    places = pd.RangeIndex(len(labels)) if keys.name == "index" else row_keys(train_dataset, keys, id_column)
-    return keys.map(dict(zip(places, labels, strict=True)))
+        if keys.name == "index":
+            length = keys.max() + 1 if trained.length is None else trained.length
+            if len(labels) < length or trained.length is not None and len(labels) > length:
+                raise ValueError(f"Expected a label for each of the {length} trained rows, got {len(labels)} labels.")
+            return keys.map(dict(enumerate(labels)))
+    return keys.map(dict(zip(trained.keys(train_dataset, keys), labels, strict=True)))
 
 
 def token_page(
@@ -119,7 +121,8 @@ def token_page(
     chosen: Iterable[Hashable],
     tokenizer: "PreTrainedTokenizerBase",
     train_dataset: Dataset | IterableDataset | None,
-    id_column: str | None,
+    trained: TrainedRows,
+    target: str,
 ) -> str:
     """
     A page with the tokens of some rows, coloured by their value; see [`DataShapleyResult.token_heatmap`].
@@ -131,7 +134,7 @@ def token_page(
         raise ValueError("Expected values of tokens, but those of whole rows were kept. Give token_values_for=[...].")
     if not isinstance(train_dataset, Dataset) or "input_ids" not in train_dataset.column_names:
         raise ValueError("Expected rows with input_ids, as trainer.train_dataset has: give train_dataset=...")
-    places = {name: place for place, name in enumerate(row_keys(train_dataset, rows[key], id_column))}
+    places = {name: place for place, name in enumerate(trained.keys(train_dataset, rows[key]))}
     texts = []
     for name in chosen:
         stored = rows.loc[rows[key] == name, "token_values"].dropna().to_list()
@@ -154,4 +157,4 @@ def token_page(
         (Path(__file__).parent / "tokens.html").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return page.render(rows=texts, target=rows["target"].iloc[0])
+    return page.render(rows=texts, target=target)

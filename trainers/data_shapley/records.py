@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 
 from hf_iclr.untrusted import parse_json, read_safetensors
 
-from .result import VALIDATION
-from .store import ShapleyStore
+from .store import VALIDATION, ShapleyStore, column_of
+from .trained_rows import TrainedRows
 
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,10 @@ class RunRecords:
     The scored steps of a run, from the engine to the logs and the store.
 
     Args:
-        folder (`str` or `Path`):
-            Output folder of the run.
+        folder (`Path`, *optional*):
+            Output folder of the run; without one nothing is written.
+        trained ([`TrainedRows`]):
+            What is known of the rows.
         targets (list of `str`):
             Names of the validation sets.
         with_tokens (`bool`):
@@ -53,13 +56,14 @@ class RunRecords:
         ended (`bool`): whether the losses after the last step are known.
     """
 
-    def __init__(self, folder: str | Path, targets: list[str], with_tokens: bool) -> None:
-        self.store, self.targets, self.with_tokens = ShapleyStore(folder), targets, with_tokens
+    def __init__(self, folder: Path | None, trained: TrainedRows, targets: list[str], with_tokens: bool) -> None:
+        self.store, self.targets, self.with_tokens = ShapleyStore(folder, trained), targets, with_tokens
         self.collected: list[StepValues] = []
         self.first_losses: dict[str, float] = {}
         self.sums = dict.fromkeys(targets, 0.0)
         self._measured: dict[str, tuple[float, float]] = {}  # last loss, and the sum of values before it
         self._last: dict[str, float] = {}
+        self._scored: float | None = None
         self._text_ids = self.ended = False
         self._rows = self._harmful = 0
 
@@ -76,6 +80,7 @@ class RunRecords:
                 self._measured[name] = loss, self.sums[name]
                 self._last = found.record
             self.sums[name] += found.record.get(f"sum_{name}", 0.0)
+        self._scored = found.record.get("scored_share", self._scored)
         self._rows += len(found.values)
         self._harmful += int((found.values[:, 0] < 0).sum())
 
@@ -113,6 +118,8 @@ class RunRecords:
         for key in ("energy", "unattributed"):
             if f"{key}_{VALIDATION}" in self._last:
                 logs[f"shapley/{key}"] = self._last[f"{key}_{VALIDATION}"]
+        if self._scored is not None:
+            logs["shapley/scored_share"] = self._scored
         self._rows = self._harmful = 0
         return logs
 
@@ -120,7 +127,7 @@ class RunRecords:
         """Bring the rows of all processes together, which have the same steps, and write them."""
         steps, self.collected = self.collected, []
         parts = [steps]
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if not self.is_alone:
             parts = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(parts, steps)
         if not is_first_process():
@@ -129,45 +136,46 @@ class RunRecords:
             self.store.add(of_step[0].step, self._columns(of_step), of_step[0].record)
         self.store.flush()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return not dist.is_initialized() or dist.get_world_size() == 1
+
     def flush_if_alone(self) -> None:
         """Where other processes may not be flushing too."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self.is_alone:
             self.flush()
 
-    def _columns(self, parts: tuple[StepValues, ...]) -> dict[str, np.ndarray]:
-        """One entry for each row and target, as [`ShapleyStore.add`] takes them."""
+    def _columns(self, parts: tuple[StepValues, ...]) -> dict[str, Any]:
+        """One entry for each row, as [`ShapleyStore.add`] takes them."""
         ids = [identity for part in parts for identity in part.ids]
-        values = np.concatenate([part.values for part in parts])
-        rows = {
-            "target": np.repeat(np.array(self.targets, dtype=object), len(ids)),
-            "value": values.T.reshape(-1),
-            "tokens": np.tile(np.concatenate([part.tokens for part in parts]), len(self.targets)),
-        }
-        if self.with_tokens:
-            kept = [found for part in parts for found in part.token_values]
-            rows["token_values"] = np.empty(len(rows["value"]), dtype=object)
-            for entry in range(len(rows["value"])):
-                which, row = divmod(entry, len(ids))
-                found = kept[row]
-                rows["token_values"][entry] = None if found is None else found[which].tolist()
         name, kind = ("id", object) if self._text_ids else ("index", np.int64)  # steps without rows don't show it
-        rows[name] = np.tile(np.array(ids, dtype=kind), len(self.targets))
-        return rows
+        columns = {name: np.array(ids, dtype=kind), "tokens": np.concatenate([part.tokens for part in parts])}
+        values = np.concatenate([part.values for part in parts])
+        kept = [found for part in parts for found in part.token_values]
+        for which, target in enumerate(self.targets):
+            columns[column_of(target)] = values[:, which]
+            if self.with_tokens:
+                of_target = np.empty(len(ids), dtype=object)
+                for row, found in enumerate(kept):
+                    of_target[row] = None if found is None else found[which].tolist()
+                columns[column_of(target, "token_values")] = of_target
+        return columns
 
-    def snapshot(self, folder: Path, directions: dict[str, torch.Tensor]) -> None:
-        """Copy the store into a checkpoint, beside the directions and the sums."""
-        self.store.snapshot(folder)
+    def save(self, folder: Path, directions: dict[str, torch.Tensor]) -> None:
+        """Write what a checkpoint needs to go on: the directions, the sums, and which run it is."""
         sums = {
             f"explained.{name}": torch.tensor([loss, self.sums[name]], dtype=torch.float64)
             for name, loss in self.first_losses.items()
         }
-        save_file(directions | sums, folder / _STATE_FILE, metadata={"targets": json.dumps(self.targets)})
+        metadata = {"targets": json.dumps(self.targets), "run": self.store.run}
+        save_file(directions | sums, folder / _STATE_FILE, metadata=metadata)
 
-    def resume(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Take back a checkpoint's sums, and return its directions."""
-        path = folder / _STATE_FILE
+    def resume(self, checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
+        """Take back a checkpoint's sums and the values until its step, and return its directions."""
+        path = checkpoint / _STATE_FILE
         if not path.exists():
-            logger.warning("%s is missing: the direction is measured anew at the first step.", path)
+            logger.warning("%s is missing: the direction is measured anew, and values of earlier steps aren't.", path)
             return {}
         tensors, metadata = read_safetensors(path)
         targets = parse_json(metadata.get("targets", "null"), path)
@@ -180,6 +188,8 @@ class RunRecords:
             known = tensors.pop(f"explained.{name}", None)
             if known is not None:
                 self.first_losses[name], self.sums[name] = known.tolist()
+        if is_first_process():
+            self.store.resume(step, metadata.get("run", ""), checkpoint)
         return tensors
 
 

@@ -15,14 +15,14 @@ from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.untrusted import as_written_by, check_links, inside
 
 from .plots import SourceValues, label_rows, token_page
-from .store import ShapleyStore, check_columns, read_parquet
+from .store import VALIDATION, check_columns, column_of, read_parquet, read_run
+from .trained_rows import TrainedRows
 from .values import add_columns, explain, select_rows, value_table
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATION = "validation"
 _COLUMNS = {None: "value", "exposure": "value_per_exposure", "token": "value_per_token", "step": "step_share"}
 Normalize = Literal["exposure", "token", "step"] | None
 
@@ -40,15 +40,16 @@ class DataShapleyResult(HubMixin):
 
     Args:
         rows (`pandas.DataFrame`):
-            One line for each step, row and target: `step`, `index` or `id`, `target`, `value`, `tokens` and perhaps
-            `token_values`.
+            One line for each step and row: `step`, `index` or `id`, `tokens`, `value` (nats of the validation loss),
+            `value_<target>` of each other target, and perhaps `token_values` and `token_values_<target>`.
         steps (`pandas.DataFrame`):
-            One line a step: `step` and what [`ShapleyStore.add`] lists.
+            One line a step: `step`, `lr`, and for each target `loss_<target>` (where it was measured),
+            `sum_<target>`, `energy_<target>` and `unattributed_<target>`.
         train_dataset ([`~datasets.Dataset`], *optional*):
             The rows themselves, for [`~DataShapleyResult.by_source`]; [`~DataShapleyResult.to_dataset`] and
             [`~DataShapleyResult.filter`] set it.
-        id_column (`str`, *optional*):
-            The callback's, if it had one. Else rows without a position are known by the hash of their `input_ids`.
+        trained ([`TrainedRows`], *optional*):
+            By which the rows of a dataset are found; without it only their number counts.
     """
 
     _repo_type = "dataset"
@@ -58,36 +59,37 @@ class DataShapleyResult(HubMixin):
         rows: pd.DataFrame,
         steps: pd.DataFrame,
         train_dataset: Dataset | IterableDataset | None = None,
-        id_column: str | None = None,
+        trained: TrainedRows | None = None,
     ) -> None:
-        self.rows, self.steps, self.train_dataset, self.id_column = rows, steps, train_dataset, id_column
+        self.rows, self.steps, self.train_dataset = rows, steps, train_dataset
+        self.trained = trained or TrainedRows()
         self.key = "id" if "id" in rows else "index"
 
     @classmethod
     def from_store(
-        cls,
-        store: ShapleyStore,
-        train_dataset: Dataset | IterableDataset | None = None,
-        id_column: str | None = None,
+        cls, folder: str | Path, train_dataset: Dataset | IterableDataset | None = None
     ) -> "DataShapleyResult":
         """
-        Reads what a run has stored so far.
+        Reads what a run has stored so far, whether it goes on, has ended or was killed.
 
         Args:
-            store ([`ShapleyStore`]):
-                `ShapleyStore(output_dir)` reads that of a run that has ended, or was killed.
-            train_dataset, id_column:
+            folder (`str` or `Path`):
+                The output folder, of whose runs the one written last is read; or a run's own, in its `shapley/`.
+            train_dataset (*optional*):
                 As above.
 
-        Returns:
-            [`DataShapleyResult`]
+        Raises:
+            FileNotFoundError: when there are no values.
+            ValueError: when a file is damaged, or something else.
         """
-        return cls(*store.read(), train_dataset, id_column)
+        rows, steps, trained = read_run(Path(folder))
+        return cls(rows, steps, train_dataset, trained)
 
     @property
     def targets(self) -> list[str]:
         """Names of what values were measured for."""
-        return list(self.rows["target"].unique())
+        names = [name for name in self.rows if name == "value" or str(name).startswith("value_")]
+        return [VALIDATION if name == "value" else name.removeprefix("value_") for name in names]
 
     def table(self, target: str = VALIDATION) -> pd.DataFrame:
         """
@@ -143,8 +145,10 @@ class DataShapleyResult(HubMixin):
             `pandas.DataFrame` by `target`: `rows` with a value, `value` (nats, the sum), `harmful` (share of rows with
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
             [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
-            kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
-            earlier steps and thus no row's; negative if momentum took back part of what their rows gained).
+            kept), `scored_share` (mean share of what a step gains that values cover, see `min_scored_share` of
+            [`InRunDataShapleyCallback`]) and `unattributed` (share of what the measured steps gained, to first order,
+            that is momentum of earlier steps and thus no row's; negative if momentum took back part of what their rows
+            gained).
         """
         lines = []
         for target in self.targets:
@@ -162,6 +166,7 @@ class DataShapleyResult(HubMixin):
                     "loss_last": losses.iloc[-1] if len(losses) else math.nan,
                     "explained": self.explained_ratio(target),
                     "energy": self._record("energy", target).mean(),
+                    "scored_share": self.steps.get("scored_share", pd.Series(dtype=float)).mean(),
                     "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
                 }
             )
@@ -194,9 +199,10 @@ class DataShapleyResult(HubMixin):
 
         Args:
             train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-                `trainer.train_dataset`, or a dataset with the same rows in the same order. Rows known by their id,
-                or the hash of their `input_ids`, are found in any order; packed rows are not, but the tokenised texts
-                from before the packing, as `SFTTrainer(..., packing=False).train_dataset` has them.
+                `trainer.train_dataset`, or the rows that were given to the trainer: which of them it has dropped is
+                told by the columns that it left as they were, or the dataset is refused. Rows known by their id or
+                contents are found in any order; packed rows are not, but the tokenised texts from before the packing,
+                as `SFTTrainer(..., packing=False).train_dataset` has them.
 
         Returns:
             The dataset with `shapley_value` (of the validation loss), `shapley_value_<target>` of the other targets,
@@ -208,9 +214,9 @@ class DataShapleyResult(HubMixin):
         columns: dict[str, pd.Series] = {}
         for target in self.targets:
             table = self.table(target)
-            columns["shapley_value" if target == VALIDATION else f"shapley_value_{target}"] = table["value"]
+            columns[column_of(target, "shapley_value")] = table["value"]
             columns["shapley_exposures"] = table["exposures"]
-        with_values = add_columns(train_dataset, columns, self.id_column)
+        with_values = add_columns(train_dataset, columns, self.trained)
         self.train_dataset = train_dataset
         return with_values
 
@@ -243,14 +249,11 @@ class DataShapleyResult(HubMixin):
             keep_unseen (`bool`, *optional*, defaults to `True`):
                 Whether to keep rows that were never trained on.
 
-        Returns:
-            The smaller dataset.
-
         Raises:
             ValueError: if `keep` is neither, or these are not the rows that were trained on.
         """
         values = self.values(target, normalize)
-        filtered = select_rows(train_dataset, values, keep, within, keep_unseen, self.id_column)
+        filtered = select_rows(train_dataset, values, keep, within, keep_unseen, self.trained)
         self.train_dataset = train_dataset
         return filtered
 
@@ -280,7 +283,7 @@ class DataShapleyResult(HubMixin):
         """
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         rows = self._of_target(target)
-        return SourceValues.of(rows, label_rows(rows[self.key], source, train_dataset, self.id_column), target)
+        return SourceValues.of(rows, label_rows(rows[self.key], source, train_dataset, self.trained), target)
 
     def token_heatmap(
         self,
@@ -313,7 +316,7 @@ class DataShapleyResult(HubMixin):
         """
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         keys: Iterable[Hashable] = [rows] if isinstance(rows, int | str) else rows
-        page = token_page(self._of_target(target), self.key, keys, tokenizer, train_dataset, self.id_column)
+        page = token_page(self._of_target(target), self.key, keys, tokenizer, train_dataset, self.trained, target)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
@@ -344,7 +347,7 @@ class DataShapleyResult(HubMixin):
         folder = check_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_parquet(folder / "values.parquet")
-        self.rows.attrs["id_column"] = self.id_column
+        self.rows.attrs["trained"] = self.trained.facts()
         self.rows.to_parquet(folder / "rows.parquet", index=False)
         self.steps.to_parquet(folder / "steps.parquet", index=False)
         self.save_card(folder)
@@ -375,9 +378,6 @@ class DataShapleyResult(HubMixin):
             token (`str` or `bool`, *optional*):
                 As in [`~huggingface_hub.snapshot_download`].
 
-        Returns:
-            [`DataShapleyResult`]
-
         Raises:
             ValueError: when there are no such files, or with other contents.
         """
@@ -385,14 +385,15 @@ class DataShapleyResult(HubMixin):
         folder = pretrained_folder(name_or_path, files, repo_type="dataset", revision=revision, token=token)
         rows, steps = (read_parquet(inside(folder, f"{name}.parquet")) for name in ("rows", "steps"))
         with as_written_by("DataShapleyResult.save_pretrained", folder):
-            read = cls(rows, steps, id_column=rows.attrs["id_column"])
             check_columns(rows, steps)
-        return read
+            return cls(rows, steps, trained=TrainedRows.from_facts(rows.attrs["trained"]))
 
     def _of_target(self, target: str) -> pd.DataFrame:
         if target not in self.targets:
             raise ValueError(f"Expected a target among {self.targets}, got {target!r}.")
-        return self.rows[self.rows["target"] == target]
+        columns = {column_of(target, name): name for name in ("value", "token_values")}
+        kept = [name for name in ("step", self.key, "tokens", *columns) if name in self.rows]
+        return self.rows[kept].rename(columns=columns)
 
     def _record(self, name: str, target: str) -> pd.Series:
         """What was recorded of a target, by step; empty if nothing was."""

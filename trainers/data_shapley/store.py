@@ -1,143 +1,175 @@
-"""Where the values of a run are kept while it runs: Parquet parts that are only ever added to."""
+"""Where the values of a run are kept while it runs: in memory, and as Parquet parts that are only ever added to."""
 
+import logging
 import os
-import shutil
+import re
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hf_iclr.untrusted import check_links, regular_file
+from hf_iclr.untrusted import as_written_by, check_links, regular_file
+
+from .trained_rows import TrainedRows
+
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = "validation"
+_FOLDER, _WRITER = "shapley", "InRunDataShapleyCallback"
+_RUN = re.compile(r"run-\d{8}T\d{6}-[0-9a-f]{8}")
 
 
 class ShapleyStore:
     """
-    Values of training rows by step, in `shapley/rows` and `shapley/steps` of a run's output folder.
+    Values of training rows by step, one line a row, and what is known of each step.
 
-    [`~ShapleyStore.flush`] writes one part: first its rows, then its steps, each by renaming a finished file. A part
-    counts when its steps are there, so a process killed at any moment loses the steps that were not flushed and no
-    others.
+    Every run has a folder of its own, `shapley/run-<time>-<number>` in its output folder, so that none touches the
+    values of another. [`~ShapleyStore.flush`] adds one part by renaming a finished file, with the records of its steps
+    in its metadata: a process killed at any moment loses the steps that were not flushed and no others. All stays in
+    memory, too, so that values outlive an output folder.
 
     Args:
-        folder (`str` or `Path`):
-            Output folder of the run. Nothing is written before the first flush.
+        folder (`str` or `Path`, *optional*):
+            Output folder of the run. Nothing is written without one, nor before the first flush.
+        trained ([`TrainedRows`]):
+            What is known of the rows.
+
+    Attributes:
+        run (`str`): name of the run's folder.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder) / "shapley"
-        self._rows: list[pd.DataFrame] = []
-        self._records: list[dict[str, float]] = []
+    def __init__(self, folder: str | Path | None, trained: TrainedRows) -> None:
+        self.root = None if folder is None else Path(folder) / _FOLDER
+        self.trained = trained
+        self.run = f"run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+        self._parts: list[pd.DataFrame] = []
+        self._rows: list[pd.DataFrame] = []  # not yet flushed
+        self._steps: list[dict[str, float]] = []
         self._last_step = 0
 
-    def truncate(self, after_step: int) -> None:
+    def resume(self, after_step: int, run: str, checkpoint: Path) -> None:
         """
-        Begin after a step: what a checkpoint of that step holds is taken back, else later steps are dropped.
+        Go on with a run after a step: what it has stored of later ones is dropped.
 
         Args:
             after_step (`int`):
-                Number of optimizer steps done, as in `state.global_step`; 0 clears the store.
+                Number of optimizer steps done, as in `state.global_step`.
+            run (`str`):
+                The run's name.
+            checkpoint (`Path`):
+                What the run is resumed from. Values are read from beside it, which may be another output folder.
 
         Raises:
-            ValueError: when a link leads out of the store or the checkpoint's copy of it: nothing is removed there.
+            ValueError: when a link leads out of a store, a part is damaged, or this is no name of a run.
         """
-        self._rows, self._records, self._last_step = [], [], after_step
-        snapshot = self.folder.parent / f"checkpoint-{after_step}" / self.folder.name
-        check_links(self.folder)
-        check_links(snapshot)
-        if not after_step:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif snapshot.is_dir():
-            _copy_folder(snapshot, self.folder)
-        self._drop_after(after_step)
-
-    def _drop_after(self, step: int) -> None:
-        names = {path.name for path in self.folder.glob("steps/part-*.parquet")}
-        for path in self.folder.glob("*/*"):
-            if path.name not in names:  # what a killed writer left
+        if not _RUN.fullmatch(run):
+            raise ValueError(f"Expected the name of a run in {checkpoint}, got {run!r:.80}. Begin a new run.")
+        self.run, self._last_step = run, after_step
+        beside = checkpoint.absolute().parent / _FOLDER / run
+        mine = None if self.root is None else self.root / run
+        source = beside if beside.is_dir() or mine is None else mine
+        if not source.is_dir():
+            logger.warning(
+                "The values of steps up to %d are not in %s, beside the checkpoint: those of later steps are added to "
+                "nothing. To have all, copy that folder from where the run has been, and resume again.",
+                after_step,
+                beside,
+            )
+        parts = [_part_until(after_step, part) for part in _read_parts(source)]
+        self._parts = [part for part in parts if part.attrs["steps"]]
+        if mine is None:
+            return
+        check_links(mine)
+        names = [self._write(part) for part in self._parts]
+        for path in mine.glob("*"):
+            if path.name not in names:
                 path.unlink()
-        for name in names:
-            rows, steps = (self.folder / kind / name for kind in ("rows", "steps"))
-            frame = read_parquet(steps)
-            if frame["step"].min() > step:
-                steps.unlink()
-                rows.unlink()
-            elif frame["step"].max() > step:
-                for path in (rows, steps):
-                    frame = read_parquet(path)
-                    _write(frame[frame["step"] <= step], path)
 
-    def add(self, step: int, rows: dict[str, np.ndarray], record: dict[str, float]) -> None:
+    def add(self, step: int, rows: dict[str, Any], record: dict[str, float]) -> None:
         """
         Keep one step until the next flush.
 
         Args:
             step (`int`):
                 Its number, from 1; larger than that of the step before.
-            rows (`dict[str, np.ndarray]`):
-                One entry for each row and target: `index` (int64, position in the training data) or `id` (str),
-                `target` (str), `value` (float64, nats of that target's loss, positive is helpful), `tokens` (int64)
-                and, if wanted, `token_values` (a list of floats each).
+            rows (`dict`):
+                Columns with one entry for each row, see [`DataShapleyResult`].
             record (`dict[str, float]`):
-                What is known of the step as a whole: `lr`, and for each target `loss_<target>` (where it was
-                measured), `sum_<target>`, `energy_<target>`, `unattributed_<target>`.
+                What is known of the step as a whole.
 
         Raises:
-            `ValueError`: when the step does not come after the one before.
+            ValueError: when the step does not come after the one before.
         """
         if step <= self._last_step:
-            raise ValueError(
-                f"Expected a step after {self._last_step}, got {step}. Call `truncate(after_step)` before a run."
-            )
+            raise ValueError(f"Expected a step after {self._last_step}, got {step}: a run's steps come once.")
         self._last_step = step
-        columns: dict[str, Any] = {
-            name: list(values) if name == "token_values" else values for name, values in rows.items()
-        }
-        self._rows.append(pd.DataFrame({"step": np.full(len(rows["value"]), step), **columns}))
-        self._records.append({"step": step, **record})
+        self._rows.append(pd.DataFrame({"step": np.full(len(rows["tokens"]), step), **rows}))
+        self._steps.append({"step": step, **record})
 
     def flush(self) -> None:
         """Write the steps added since the last flush as one part."""
-        if not self._records:
+        if not self._steps:
             return
-        name = f"part-{self._records[0]['step']:09d}.parquet"
-        _write(pd.concat(self._rows, ignore_index=True), self.folder / "rows" / name)
-        _write(pd.DataFrame(self._records), self.folder / "steps" / name)
-        self._rows, self._records = [], []
-
-    def snapshot(self, folder: str | Path) -> None:
-        """
-        Flush, and copy the store into a checkpoint, from where [`~ShapleyStore.truncate`] takes it on resume.
-
-        Args:
-            folder (`str` or `Path`):
-                The checkpoint's folder.
-        """
-        self.flush()
-        if self.folder.is_dir():
-            _copy_folder(self.folder, Path(folder) / self.folder.name)
+        part = _concat(self._rows)
+        part.attrs = {"trained": self.trained.facts(), "steps": self._steps}
+        if self.root is not None:
+            self._write(part)
+        self._parts.append(part)
+        self._rows, self._steps = [], []
 
     def read(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """
         All that was added, flushed or not.
 
         Returns:
-            `tuple[pandas.DataFrame, pandas.DataFrame]`: rows and steps, both by `step`; columns as in
-            [`~ShapleyStore.add`].
+            `tuple[pandas.DataFrame, pandas.DataFrame]`: rows and steps, both by `step`.
         """
-        check_links(self.folder)
-        names = sorted(path.name for path in self.folder.glob("steps/part-*.parquet"))
-        rows = [read_parquet(self.folder / "rows" / name) for name in names]
-        steps = [read_parquet(self.folder / "steps" / name) for name in names]
-        if self._records:
-            rows, steps = rows + self._rows, [*steps, pd.DataFrame(self._records)]
-        if not steps:
-            raise FileNotFoundError(
-                f"Expected the values of a run in {self.folder}, found none. Give the output folder of a run that had "
-                "InRunDataShapleyCallback among its callbacks."
-            )
-        with_rows = [part for part in rows if len(part)] or rows[:1]  # the rest would only blur the column types
-        return pd.concat(with_rows, ignore_index=True), pd.concat(steps, ignore_index=True)
+        rows, steps = _join(self._parts)
+        return _concat([rows, *self._rows]), pd.DataFrame([*steps, *self._steps])
+
+    def _write(self, part: pd.DataFrame) -> str:
+        assert self.root is not None
+        folder = self.root / self.run
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"part-{part.attrs['steps'][0]['step']:09d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        part.to_parquet(temporary, index=False)
+        os.replace(temporary, path)
+        return path.name
+
+
+def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
+    """
+    Rows, steps and what is known of the rows of the run in `folder`, or of the one in its `shapley/` written last.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when a part is damaged, or something else.
+    """
+    runs = [path for path in (folder / _FOLDER).glob("run-*") if any(path.glob("part-*.parquet"))]
+    if any(folder.glob("part-*.parquet")):
+        runs = [folder]
+    if not runs:
+        raise FileNotFoundError(
+            f"Expected the values of a run in {folder}, found none. Give the output folder of a run that had "
+            "InRunDataShapleyCallback among its callbacks."
+        )
+    last = max(runs, key=lambda run: max(path.lstat().st_mtime_ns for path in run.glob("part-*.parquet")))
+    parts = _read_parts(last)
+    with as_written_by(_WRITER, last):
+        rows, steps = _join(parts)
+        trained = TrainedRows.from_facts(parts[0].attrs["trained"])
+        check_columns(rows, pd.DataFrame(steps))
+    return rows, pd.DataFrame(steps), trained
+
+
+def column_of(target: str, name: str = "value") -> str:
+    """The column with the values, or another quantity, of a target."""
+    return name if target == VALIDATION else f"{name}_{target}"
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
@@ -159,20 +191,37 @@ def check_columns(rows: pd.DataFrame, steps: pd.DataFrame) -> None:
     for column in (*counts, steps["step"]):
         if not pd.api.types.is_integer_dtype(column) or (column < 0).any():
             raise TypeError(f"a column {column.name} that is no count")
-    if not pd.api.types.is_float_dtype(rows["value"]) or not rows["target"].map(type).eq(str).all():
-        raise TypeError("values that are no numbers, or targets that are no text")
+    values = [rows["value"], *(rows[name] for name in rows if str(name).startswith("value_"))]
+    if not all(pd.api.types.is_float_dtype(column) for column in values):
+        raise TypeError("values that are no numbers")
+    if not {"index", "id"} & set(rows):
+        raise TypeError("rows without an index or id")
 
 
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    frame.to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+def _read_parts(folder: Path) -> list[pd.DataFrame]:
+    check_links(folder)
+    parts = [read_parquet(path) for path in sorted(folder.glob("part-*.parquet"))]
+    with as_written_by(_WRITER, folder):
+        for part in parts:
+            if not all(isinstance(record["step"], int) for record in part.attrs["steps"]):
+                raise TypeError("a step that is no number")
+    return parts
 
 
-def _copy_folder(source: Path, target: Path) -> None:
-    temporary = target.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+def _part_until(step: int, part: pd.DataFrame) -> pd.DataFrame:
+    kept = part[part["step"] <= step].reset_index(drop=True)
+    kept.attrs = {**part.attrs, "steps": [record for record in part.attrs["steps"] if record["step"] <= step]}
+    return kept
+
+
+def _join(parts: list[pd.DataFrame]) -> tuple[pd.DataFrame, list[dict[str, float]]]:
+    return _concat(parts), [record for part in parts for record in part.attrs["steps"]]
+
+
+def _concat(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """One below the other; parts without rows would only blur the column types."""
+    parts = [part for part in parts if len(part)] or parts[:1]
+    bare = [part.rename(columns=str) for part in parts]  # copies without what `concat` compares
+    for part in bare:
+        part.attrs = {}
+    return pd.concat(bare, ignore_index=True) if bare else pd.DataFrame()

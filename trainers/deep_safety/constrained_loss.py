@@ -64,6 +64,7 @@ def constraint_sums(
     positions: torch.Tensor,
     losses: torch.Tensor,
     mask: torch.Tensor,
+    *,
     window_tokens: int,
 ) -> torch.Tensor:
     """
@@ -84,7 +85,7 @@ def constraint_sums(
 
 def constraint_means(sums: list[float]) -> dict[str, float]:
     """The metrics of summed [`constraint_sums`], of those buckets that had a token."""
-    means = {}
+    means: dict[str, float] = {}
     for index, name in enumerate(BUCKETS):
         count, weight, log_ratio = sums[3 * index : 3 * index + 3]
         if count:

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
 from .constrained_loss import window_positions
 
@@ -174,7 +174,7 @@ def add_reference_log_probs(
         {REF_LOGPS: scored}, features=datasets.Features({REF_LOGPS: datasets.List(datasets.Value("float32"))})
     )
     if cache_file is not None and accelerator.is_local_main_process:
-        with whole_file(cache_file) as part, ArrowWriter(features=column.features, path=str(part)) as writer:
+        with atomic_file(cache_file) as part, ArrowWriter(features=column.features, path=str(part)) as writer:
             writer.write_table(column.data.table)
             writer.finalize()
     accelerator.wait_for_everyone()

@@ -337,7 +337,7 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         losses = constrained_sft_loss(logps, ref_logps, betas)
         rows = len(positions) if self.padding_free else rows_of_this_process(self, len(positions))
         counted = (tensor.detach()[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask))
-        self.add_sums(constraint_sums(*counted, self.args.window_tokens))
+        self.add_sums(constraint_sums(*counted, window_tokens=self.args.window_tokens))
         if self.model.training:
             outputs.log_probs = torch.where(mask, -losses, 0.0)
         return outputs

@@ -16,7 +16,8 @@ from datasets import Features, List, Value
 
 from hf_iclr.untrusted import check_links, inside, read_json, regular_file
 
-from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames, open_video
+from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames
+from ..session.videos import open_video
 from .masklets import Masklet
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from hf_iclr.extras import new_figure, save_figure
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
 from ..session.session import VideoSession
 from .j_and_f import j_and_f, region_similarity
@@ -84,13 +84,13 @@ class InteractiveResult:
             panel.set(xlabel=label)
         panels[0].set(ylabel="J&F")
         panels[0].legend()
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             figure.savefig(part, dpi=150)
 
     def save(self, folder: str | Path) -> None:
         """Writes `table.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
         for name, table in {"table": self.table, "mean": self.mean().reset_index()}.items():
-            with whole_file(Path(folder) / f"{name}.csv") as part:
+            with atomic_file(Path(folder) / f"{name}.csv") as part:
                 table.to_csv(part, index=False)
         save_figure(self.plot, Path(folder) / "plot.png")
 

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from hf_iclr.extras import new_figure, save_figure
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
 from ..formats.annotated_videos import to_annotated
 from .j_and_f import j_and_f
@@ -56,14 +56,14 @@ class VosResult:
             curves.plot(curve.index, curve, label=_label(kind))
         curves.set(xlabel="frames since the prompt", ylim=(0, 1))
         curves.legend()
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             figure.savefig(part, dpi=150)
 
     def save(self, folder: str | Path) -> None:
         """Writes `table.csv`, `frames.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
         tables = {"table": self.table, "frames": self.frames, "mean": self.mean().reset_index()}
         for name, table in tables.items():
-            with whole_file(Path(folder) / f"{name}.csv") as part:
+            with atomic_file(Path(folder) / f"{name}.csv") as part:
                 table.to_csv(part, index=False)
         save_figure(self.plot, Path(folder) / "plot.png")
 
@@ -95,7 +95,7 @@ def evaluate_vos(
             Whether the first frame, which is the prompted one, and the last do not count: the rule of DAVIS 2017 and
             of SA-V. An object with fewer than three frames is left out then.
         options:
-            Fields of `VideoSessionConfig`, such as `memory="motion_gated"`.
+            Fields of `VideoSessionConfig`, such as `smoothing=0.5`.
 
     Returns:
         [`VosResult`]

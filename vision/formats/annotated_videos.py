@@ -11,9 +11,10 @@ from datasets import load_dataset
 
 from hf_iclr.untrusted import check_links
 
-from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames, open_video
+from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames
 from ..session.prompts import to_boolean_mask
 from ..session.segments import VideoSegments
+from ..session.videos import open_video
 from .annotation_json import read_sav
 from .mask_folders import read_labels
 

@@ -11,7 +11,7 @@ from PIL import Image
 from hf_iclr.untrusted import as_written_by, inside
 
 from ..session.segments import FrameSegments, VideoSegments, fill_polygon, to_polygons
-from .segment_files import PALETTE, given_segments, read_json, whole_folder
+from .segment_files import PALETTE, atomic_folder, given_segments, read_json
 
 
 VOID = 255  # of DAVIS: pixels that belong to nothing
@@ -32,16 +32,29 @@ def write_davis(segments: Iterable[FrameSegments], folder: str | Path) -> None:
     Raises:
         ValueError: if an object's number isn't in 1..254 or there is something in the folder.
     """
-    with whole_folder(folder) as part:
+    if isinstance(segments, VideoSegments):
+        check_palette_numbers(segments.objects)
+    with atomic_folder(folder) as part:
         for frame in segments:
-            labels = np.zeros(frame.size, np.uint8)
-            for obj in sorted(frame.objects, reverse=True):
-                if not 0 < obj < VOID:
-                    raise ValueError(
-                        f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {obj}."
-                    )
-                labels[frame.binary(obj)] = obj
-            _save_labels(labels, part / f"{frame.frame:05}.png")
+            check_palette_numbers(frame.objects)
+            save_labels(to_labels(frame), part / f"{frame.frame:05}.png")
+
+
+def check_palette_numbers(objects: Iterable[int]) -> None:
+    """Raises `ValueError` for object numbers that a palette PNG can't hold; those of SA-V begin at 0."""
+    if unfit := [obj for obj in objects if not 0 < obj < VOID]:
+        raise ValueError(
+            f"Expected object numbers in 1..{VOID - 1}, which a palette PNG can hold, got {unfit[0]}. Number the "
+            "objects from 1 on, or write a folder an object: write_object_folders."
+        )
+
+
+def to_labels(segments: FrameSegments) -> np.ndarray:
+    """Object numbers by pixel in uint8, 0 the background; the lowest wins where masks overlap."""
+    labels = np.zeros(segments.size, np.uint8)
+    for obj in sorted(segments.objects, reverse=True):
+        labels[segments.binary(obj)] = obj
+    return labels
 
 
 def read_davis(folder: str | Path) -> VideoSegments:
@@ -67,11 +80,11 @@ def write_object_folders(segments: Iterable[FrameSegments], folder: str | Path) 
         folder (`str` or `Path`):
             New or empty.
     """
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             for obj in frame.objects:
                 (part / f"{obj:03}").mkdir(exist_ok=True)
-                _save_labels(frame.binary(obj).astype(np.uint8), part / f"{obj:03}" / f"{frame.frame:05}.png")
+                save_labels(frame.binary(obj).astype(np.uint8), part / f"{obj:03}" / f"{frame.frame:05}.png")
 
 
 def read_object_folders(folder: str | Path) -> VideoSegments:
@@ -103,7 +116,8 @@ def write_youtube_vos(videos: Videos, folder: str | Path, categories: Mapping[in
             What each object is.
     """
     meta: dict[str, Any] = {"videos": {}}
-    with whole_folder(folder) as part:
+    check_palette_numbers(obj for segments in videos.values() for obj in segments.objects)
+    with atomic_folder(folder) as part:
         for name, segments in videos.items():
             write_davis(segments, inside(part / "Annotations", name))
             meta["videos"][name] = {
@@ -153,7 +167,7 @@ def write_yolo(
             What each object is; classes are numbered in the order of their names.
     """
     classes = sorted(set(categories.values())) if categories else []
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for frame in segments:
             lines = []
             for obj in frame.objects:
@@ -197,7 +211,8 @@ def read_yolo(folder: str | Path, size: tuple[int, int]) -> VideoSegments:
     return VideoSegments(frames)
 
 
-def _save_labels(labels: np.ndarray, path: Path) -> None:
+def save_labels(labels: np.ndarray, path: Path) -> None:
+    """Writes object numbers by pixel as a palette PNG in the colours of DAVIS."""
     image = Image.fromarray(labels, mode="P")
     image.putpalette(PALETTE.ravel().tolist())
     image.save(path)

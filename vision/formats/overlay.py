@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from hf_iclr.saving import whole_file
+from hf_iclr.saving import atomic_file
 
-from ..session.frames import open_video
 from ..session.segments import FrameSegments
+from ..session.videos import open_video
 from .segment_files import PALETTE
 
 
@@ -41,7 +41,7 @@ def draw_overlay(frame: np.ndarray, segments: FrameSegments, alpha: float = 0.5)
 
 
 def write_overlay(
-    frames: Any, segments: Iterable[FrameSegments], path: str | Path, rate: float = 24, alpha: float = 0.5
+    frames: Any, segments: Iterable[FrameSegments], path: str | Path, rate: float | None = None, alpha: float = 0.5
 ) -> None:
     """
     Writes a video with its masks drawn over it, frame by frame: memory does not grow with its length.
@@ -54,7 +54,7 @@ def write_overlay(
             frames too, give each its own, for instance from `itertools.tee`.
         path (`str` or `Path`):
             Ends with .mp4 or .gif.
-        rate (`float`, *optional*, defaults to `24`):
+        rate (`float`, *optional*, defaults to that of the video, or 24 if it has none):
             Frames per second.
         alpha (`float`, *optional*, defaults to `0.5`):
             See [`draw_overlay`].
@@ -65,11 +65,12 @@ def write_overlay(
     suffix = Path(path).suffix.lower()
     if suffix not in (".mp4", ".gif"):
         raise ValueError(f"Expected a path that ends with .mp4 or .gif, got {str(path)!r}.")
+    video = open_video(frames)
+    rate = rate if rate is not None else video.rate or 24
     if not rate > 0 or not 0 <= alpha <= 1:
         raise ValueError(f"Expected rate above 0 and alpha in 0..1, got {rate} and {alpha}.")
     gif = suffix == ".gif"
-    video = open_video(frames)
-    with whole_file(path) as part, av.open(str(part), "w", format=suffix[1:]) as container:
+    with atomic_file(path) as part, av.open(str(part), "w", format=suffix[1:]) as container:
         stream: Any = None
         for shown in segments:
             image = draw_overlay(video[shown.frame], shown, alpha)

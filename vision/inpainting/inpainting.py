@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..formats.overlay import write_overlay
-from ..session.frames import StreamedFrames, VideoFrames, open_video
+from ..session.frames import StreamedFrames, VideoFrames
 from ..session.segments import FrameSegments, VideoSegments
+from ..session.videos import open_video
 from .background_plate import around, fill_smoothly, seen_background, soften, still_spans
 
 

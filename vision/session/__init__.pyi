@@ -1,10 +1,10 @@
 from .automatic_masks import AutomaticMaskConfig, generate_masks
 from .config import VideoSessionConfig
-from .frames import open_video
 from .pipeline import Sam2VideoPipeline
 from .prompts import ObjectPrompt, VideoPrompts, decode_rle, encode_rle
 from .segments import FrameSegments, VideoSegments
 from .session import VideoSession
+from .videos import open_video
 
 __all__ = [
     "AutomaticMaskConfig",

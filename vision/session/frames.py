@@ -1,26 +1,17 @@
-"""Frames of anything that can be seen as a video, decoded when they are asked for."""
+"""Frames by number, read when they are asked for, and as a model takes them."""
 
 import io
-import logging
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-
-logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-_IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")
-_ROW_KEYS = ("video", "frames", "images", "image")
 _PREPROCESSED_AHEAD = 4  # frames preprocessed at once, which costs a third of one by one
-_DECODED_AHEAD = 24  # decoded frames kept by a file, so that reading backwards decodes a group of pictures few times
 
 
 class EndOfVideo(ValueError):
@@ -51,6 +42,7 @@ class VideoFrames:
         self.source = source
         self.size: tuple[int, int] | None = None  # (height, width), known once a frame was read
         self.damage: str | None = None  # a sentence, once a damaged place was met
+        self.rate: float | None = None  # frames per second, if they are known
 
     def __getitem__(self, index: int) -> np.ndarray:
         if index < 0 or self.num_frames is not None and index >= self.num_frames:
@@ -64,6 +56,10 @@ class VideoFrames:
                 f"{frame.shape[0]} x {frame.shape[1]} on frame {index}. Resize them, or start a new session."
             )
         return frame
+
+    def time(self, index: int) -> float | None:
+        """Seconds from the first frame to another, as the file tells; `None` if nothing tells."""
+        return None if self.rate is None else index / self.rate
 
     def __iter__(self) -> Iterator[np.ndarray]:
         index = 0
@@ -98,75 +94,9 @@ class StreamedFrames(VideoFrames):
             self.position += 1
         return self._latest
 
-
-class FileFrames(VideoFrames):
-    """Frames of a video file or its bytes, decoded by PyAV; a damaged file gives what comes before the damage."""
-
-    def __init__(self, file: str | bytes):
-        self._file = io.BytesIO(file) if isinstance(file, bytes) else file
-        self._name = "The video" if isinstance(file, bytes) else file
-        try:
-            self._container: Any = av.open(self._file)
-        except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"{self._name} is no video that FFmpeg can read ({error}).") from None
-        if not self._container.streams.video:
-            raise ValueError(f"{self._name} has no video stream.")
-        self._stream = self._container.streams.video[0]
-        self._stream.thread_type = "AUTO"
-        packets = self._packets()
-        self._numbers: dict[Any, int] = {pts: number for number, (pts, _) in enumerate(packets)}
-        self._keys = [number for number, (_, key) in enumerate(packets) if key] or [0]
-        self._times = list(self._numbers)
-        super().__init__(self._decode, len(packets), None if isinstance(file, bytes) else file)
-        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._rewind(0)
-
-    def _packets(self) -> list[tuple[int, bool]]:
-        """Time and key flag of every frame, in the order of showing, without decoding."""
-        packets = []
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.pts is not None and packet.size:
-                    packets.append((packet.pts, packet.is_keyframe))
-        except av.error.FFmpegError:
-            pass  # decoding meets the same place and tells
-        return sorted(set(packets))
-
-    def _rewind(self, key: int) -> None:
-        self._container.seek(self._times[key], stream=self._stream, backward=True)
-        self._frames = self._container.decode(self._stream)
-        self._position = key - 1
-
-    def _decode(self, index: int) -> np.ndarray:
-        if index in self._decoded:
-            return self._decoded[index]
-        key = max(number for number in self._keys if number <= max(index, self._keys[0]))
-        if index <= self._position or key > self._position + 1:
-            self._rewind(key)
-        while self._position < index:
-            try:
-                frame = next(self._frames)
-            except (StopIteration, av.error.FFmpegError) as error:
-                self._stop(error)
-            self._position = self._numbers.get(frame.pts, self._position + 1)
-            self._decoded[self._position] = frame.to_ndarray(format="rgb24")
-            if len(self._decoded) > _DECODED_AHEAD:
-                self._decoded.popitem(last=False)
-        if index not in self._decoded:
-            raise EndOfVideo(f"{self._name} has no frame {index}.")
-        return self._decoded[index]
-
-    def _stop(self, error: Exception) -> None:
-        announced, self.num_frames = self.num_frames, self._position + 1
-        reason = "it ends early" if isinstance(error, StopIteration) else str(error)
-        self.damage = (
-            f"{self._name} is damaged: {self.num_frames} of {announced} frames could be read ({reason}); the frames "
-            "before the damage were delivered."
-        )
-        logger.warning(self.damage)
-        if not self.num_frames:
-            raise ValueError(self.damage)
-        raise EndOfVideo(self.damage)
+    def resume(self, position: int, latest: Any) -> None:
+        """Counts on from a frame that was taken before; the iterator gives the next one."""
+        self.position, self._latest = position, latest
 
 
 class PixelValues:
@@ -193,86 +123,22 @@ class PixelValues:
         return self._ahead[frame]
 
 
-def open_video(video: Any) -> VideoFrames:
-    """
-    Opens anything that holds frames.
-
-    Args:
-        video (`Any`):
-            A video file, URL or its bytes; a folder of images; one image (path, `PIL.Image` or array of shape
-            `(height, width[, channels])`); a list of images; an array or tensor of shape `(frames, height, width,
-            channels)` or `(frames, channels, height, width)`; a row of a `datasets.Dataset`; a decoder with a length
-            and items; any other iterable, which is read lazily and only forwards.
-
-    Raises:
-        TypeError: if it is none of these.
-        ValueError: if it is empty or can't be read.
-    """
-    if isinstance(video, VideoFrames):
-        return video
-    if isinstance(video, (str, Path)):
-        return _open_path(str(video))
-    if isinstance(video, (bytes, bytearray)):
-        video = bytes(video)
-        if video.startswith(_IMAGE_MAGIC) or video[8:12] == b"WEBP":
-            return open_video(Image.open(io.BytesIO(video)))
-        return FileFrames(video)
-    if isinstance(video, Mapping):
-        if video.get("bytes") is not None:
-            return open_video(video["bytes"])
-        for key in ("path", *_ROW_KEYS):
-            if video.get(key) is not None:
-                return open_video(video[key])
-        raise ValueError(f"Expected a row with one of bytes, path, {', '.join(_ROW_KEYS)}, got {list(video)}.")
-    if is_image(video):
-        return VideoFrames([video].__getitem__, 1)
-    if isinstance(video, (np.ndarray, torch.Tensor)):
-        if video.ndim != 4:
-            raise ValueError(
-                "Expected an image of 2 or 3 dimensions or a video (frames, height, width, channels) or (frames, "
-                f"channels, height, width), got shape {tuple(video.shape)}."
-            )
-        return VideoFrames(video.__getitem__, len(video))
-    if isinstance(video, Sequence) or (hasattr(video, "__len__") and hasattr(video, "__getitem__")):
-        return VideoFrames(video.__getitem__, len(video))
-    if isinstance(video, Iterable):
-        return StreamedFrames(video)
-    raise TypeError(f"Expected a video (path, bytes, images, array, tensor or iterator), got {type(video).__name__}.")
-
-
-def _open_path(path: str) -> VideoFrames:
-    if "://" in path:
-        return FileFrames(path)
-    if not Path(path).exists():
-        raise ValueError(f"There is no video {path}. Give the path of a video file, an image or a folder of images.")
-    if Path(path).is_dir():
-        files = sorted(
-            (file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural_order
-        )
-        if not files:
-            raise ValueError(f"Expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none.")
-        return VideoFrames(files.__getitem__, len(files), source=path)
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        return VideoFrames([path].__getitem__, 1, source=path)
-    return FileFrames(path)
-
-
-def _natural_order(file: Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
-
-
 def is_image(value: Any) -> bool:
     """Whether `value` is one frame rather than a video."""
     if isinstance(value, Image.Image):
         return True
     if isinstance(value, (str, Path)):
         return Path(value).suffix.lower() in IMAGE_SUFFIXES
-    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3)
+    if not isinstance(value, (np.ndarray, torch.Tensor)):
+        return False
+    # Any other array of three dimensions holds gray frames: colours come first in threes, and last.
+    return value.ndim == 2 or value.ndim == 3 and (value.shape[-1] in (1, 3, 4) or value.shape[0] in (1, 3))
 
 
 def to_rgb(frame: Any) -> np.ndarray:
     """
-    One frame as `(height, width, 3)` uint8. Alpha is dropped, gray repeated, floats in 0..1 scaled to 0..255.
+    One frame as `(height, width, 3)` uint8. Alpha is dropped, gray repeated, floats in 0..1 scaled to 0..255, and an
+    image is turned as its EXIF orientation says.
 
     Raises:
         TypeError: if it is no image.
@@ -283,7 +149,7 @@ def to_rgb(frame: Any) -> np.ndarray:
     if isinstance(frame, Mapping) and (frame.get("bytes") is not None or frame.get("path") is not None):
         frame = Image.open(io.BytesIO(frame["bytes"]) if frame.get("bytes") is not None else frame["path"])
     if isinstance(frame, Image.Image):
-        return _with_pixels(np.array(frame.convert("RGB")))
+        return _with_pixels(np.array(ImageOps.exif_transpose(frame).convert("RGB")))
     if isinstance(frame, torch.Tensor):
         frame = frame.detach().cpu().numpy()
     if not isinstance(frame, np.ndarray):

@@ -2,28 +2,31 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import ModelCard
 from transformers import Pipeline
 
-from hf_iclr.hub import HubMixin, model_card, repository_name
+from hf_iclr.hub import PretrainedHubMixin, model_card, repository_name
 
 from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
 from .config import VideoSessionConfig
-from .frames import is_image, open_video
+from .frames import VideoFrames, is_image
 from .prompts import VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session import VideoSession
+from .videos import open_video
 
 
 MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")
 _OPTIONS = {option.name for option in fields(VideoSessionConfig)}
 
 
-class Sam2VideoPipeline(HubMixin, Pipeline):
+class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     """
     Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
     of SAM 3: every object on its own, in a memory bounded to what the model attends to.
@@ -56,25 +59,28 @@ class Sam2VideoPipeline(HubMixin, Pipeline):
     _load_tokenizer = False
 
     def __init__(self, model, *args, **kwargs):
-        if model.config.model_type not in MODEL_TYPES:
+        found = model.config.model_type
+        if found not in MODEL_TYPES:
+            name = "Sam3TrackerVideo" if found.startswith("sam3") else "Sam2Video"
             raise ValueError(
-                f"Expected a model of type {', '.join(MODEL_TYPES)}, got {model.config.model_type} "
-                f"({type(model).__name__})."
+                f"Expected a model of type {', '.join(MODEL_TYPES)}, got {found} ({type(model).__name__})."
+                + f" The same folder may hold one: model={name}Model.from_pretrained({model.name_or_path!r}), "
+                f"processor={name}Processor.from_pretrained({model.name_or_path!r})." * found.startswith("sam")
             )
         if kwargs.get("processor") is None:
             raise ValueError("Expected a processor beside the model: processor=AutoProcessor.from_pretrained(...).")
         super().__init__(model, *args, **kwargs)
 
-    def __call__(self, video: Any, prompts: Any = None, **kwargs: Any) -> VideoSegments | list[VideoSegments]:
+    def __call__(self, video: Any, prompts: Any = None, **kwargs: Any) -> Any:
         """
-        Segments one video or image, or a list of them.
+        Segments one video or image, or several.
 
         Args:
             video (`Any`):
-                A video or an image in any form that `open_video` takes. A list of images is one video; any other list
-                is a list of videos.
+                A video or an image in any form that `open_video` takes, or a mapping with it as `video` and with its
+                `prompts`. Several are a list, a dataset or an iterator of these; a list of images is one video.
             prompts (`VideoPrompts`, `Mapping`, `str` or `list`):
-                By frame and object, or by object for frame 0; "auto" segments everything. With a list of videos, a
+                By frame and object, or by object for frame 0; "auto" segments everything. With several videos, a
                 list of as many, or one for all.
             direction (`str`, *optional*, defaults to `"forward"`):
                 "forward", "backward" or "both", see [`VideoSession.iterate`].
@@ -84,16 +90,23 @@ class Sam2VideoPipeline(HubMixin, Pipeline):
                 Fields of `VideoSessionConfig`, such as `output="rle"`.
 
         Returns:
-            [`VideoSegments`], or a list of them.
+            [`VideoSegments`], a list of them for a list, or an iterator, which segments a video when it is asked for
+            it.
         """
-        if isinstance(video, list) and video and not is_image(video[0]):
-            several = prompts if isinstance(prompts, list) else [prompts] * len(video)
-            if len(several) != len(video):
-                raise ValueError(f"Expected prompts for each of {len(video)} videos, got {len(several)}.")
-            pairs = zip(video, several, strict=True)
-            return [super(Sam2VideoPipeline, self).__call__({"video": v, "prompts": p}, **kwargs) for v, p in pairs]
+        several, video = _as_several(video)
+        if several:
+            count = len(video) if hasattr(video, "__len__") else None
+            each = prompts if isinstance(prompts, list) else repeat(prompts)
+            if isinstance(prompts, list) and count not in (None, len(prompts)):
+                raise ValueError(f"Expected prompts for each of {count} videos, got {len(prompts)}.")
+            results = (self(one, own, **kwargs) for one, own in zip(video, each, strict=False))
+            return list(results) if isinstance(video, (list, tuple)) else results
         if isinstance(prompts, list):
             raise ValueError("Expected prompts of one video, got a list. Pass a list of videos with it.")  # noqa: TRY004
+        if isinstance(video, Mapping) and "prompts" in video:
+            if prompts is not None:
+                raise ValueError("Expected the prompts beside the video or apart from it, got both.")
+            video, prompts = {key: value for key, value in video.items() if key != "prompts"}, video["prompts"]
         return super().__call__({"video": video, "prompts": prompts}, **kwargs)
 
     def stream(self, frames: Iterable, prompts: Any = None, **kwargs: Any) -> Iterator[FrameSegments]:
@@ -129,9 +142,9 @@ class Sam2VideoPipeline(HubMixin, Pipeline):
         options = {**self._preprocess_params.get("options", {}), **options}
         return VideoSession(self.model, self.processor, video, VideoSessionConfig(**options))
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Saves model, processor and a card; `pipeline(task, model=save_directory)` loads both."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         self.processor.save_pretrained(save_directory)
 
     def _card(self, repo_id: str) -> ModelCard:
@@ -248,3 +261,18 @@ print(result[3].masks[1], result[3].scores[1])""",
             {obj: record["predicted_iou"] for obj, record in records.items()},
             {obj: record["object_score"] for obj, record in records.items()},
         )
+
+
+def _as_several(video: Any) -> tuple[bool, Any]:
+    """Whether something holds videos rather than the frames of one, and the same, whose first item was looked at."""
+    if isinstance(video, Iterator):
+        first = list(islice(video, 1))
+        return bool(first) and _is_video(first[0]), chain(first, video)
+    known = (str, bytes, bytearray, Mapping, np.ndarray, torch.Tensor, VideoFrames)
+    if isinstance(video, known) or not (hasattr(video, "__len__") and hasattr(video, "__getitem__")):
+        return False, video
+    return bool(len(video)) and _is_video(video[0]), video
+
+
+def _is_video(item: Any) -> bool:
+    return not (item is None or is_image(item) or isinstance(item, Mapping) and set(item) <= {"bytes", "path"})

@@ -30,7 +30,7 @@ class ObjectPrompt:
         box (`list[float]`, *optional*):
             `[x0, y0, x1, y1]`.
         mask (`np.ndarray` of shape `(height, width)`, *optional*):
-            Boolean mask; also taken as a tensor, a `PIL.Image` or a COCO RLE.
+            Boolean mask; also taken as a tensor, a `PIL.Image` or a COCO RLE, and as logits or probabilities.
 
     Raises:
         ValueError: if nothing is given, a mask comes with clicks or a box, or a value has a wrong shape.
@@ -64,14 +64,26 @@ class ObjectPrompt:
         ):
             object.__setattr__(self, name, value)
 
-    def check(self, size: tuple[int, int]) -> None:
-        """Raises `ValueError` if something lies outside a frame of `size` (height, width)."""
+    def clipped_box(self, size: tuple[int, int]) -> list[float] | None:
+        """What of the box lies in a frame of `size` (height, width): detectors reach over edges."""
+        if self.box is None:
+            return None
         height, width = size
-        corners = [] if self.box is None else [self.box[:2], self.box[2:]]
-        for x, y in [*self.points, *corners]:
+        return [min(max(side, 0.0), float(end)) for side, end in zip(self.box, [width, height] * 2, strict=True)]
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raises `ValueError` if a click, a whole box or a mask lies outside a frame of `size` (height, width)."""
+        height, width = size
+        for x, y in self.points:
             if not (0 <= x <= width and 0 <= y <= height):
                 raise ValueError(
                     f"Expected x in 0..{width} and y in 0..{height} (the frame's pixels), got ({x}, {y})."
+                )
+        if self.box is not None:
+            x0, y0, x1, y1 = self.clipped_box(size)
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(
+                    f"Expected a box with x in 0..{width} and y in 0..{height} (the frame's pixels), got {self.box}."
                 )
         if self.mask is not None and self.mask.shape != (height, width):
             raise ValueError(f"Expected a mask of the frame's size {(height, width)}, got {self.mask.shape}.")
@@ -146,6 +158,8 @@ class VideoPrompts(Mapping[int, dict[int, ObjectPrompt]]):
             self._frames[frame] = {
                 _integer(obj, "object"): _to_prompt(prompt, frame, obj) for obj, prompt in objects.items()
             }
+            if (least := min(self._frames[frame], default=0)) < 0:
+                raise ValueError(f"Expected object numbers from 0 on, got {least} on frame {frame}.")
 
     def __getitem__(self, frame: int) -> dict[int, ObjectPrompt]:
         return self._frames[frame]
@@ -259,20 +273,39 @@ def to_boolean_mask(mask: Any) -> np.ndarray:
 
     Args:
         mask (`np.ndarray`, `torch.Tensor`, `PIL.Image.Image` or `dict`):
-            Anything but zero is the object; a `dict` is a COCO RLE. Leading dimensions of 1 are dropped.
+            Booleans; whole numbers, of which anything but zero is the object; floats, of which 0 and 1 (or 0 and 255)
+            alone are the same, others within 0..1 are probabilities, and with some below zero logits; a `dict` is a
+            COCO RLE. Leading dimensions of 1 are dropped.
+
+    Raises:
+        ValueError: if it has another shape, or numbers that are none of these.
     """
     if isinstance(mask, Mapping):
         return decode_rle(mask)
     if isinstance(mask, Image.Image):
-        mask = mask.convert("L")
+        mask = mask if mask.mode == "F" else mask.convert("L")
     elif hasattr(mask, "detach"):
-        mask = mask.detach().cpu().numpy()
-    array = np.asarray(mask)
+        mask = mask.detach().cpu()
+        mask = (mask.float() if mask.is_floating_point() else mask).numpy()
+    try:
+        array = np.asarray(mask)
+    except ValueError:
+        raise ValueError(f"Expected a mask of shape (height, width), got {mask!r:.80}.") from None
     while array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
-    if array.ndim != 2 or array.dtype == object:
-        raise ValueError(f"Expected a mask of shape (height, width), got {array.shape}.")
-    return array != 0
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise ValueError(f"Expected a mask of shape (height, width), got {array.shape} of {array.dtype}.")
+    if not array.size or array.dtype.kind in "bu":
+        return array != 0
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "i" and low >= 0 or np.isin(array, (0, 1)).all() or np.isin(array, (0, 255)).all():
+        return array != 0
+    if array.dtype.kind == "f" and np.isfinite([low, high]).all() and (low < 0 or high <= 1):
+        return array > (0 if low < 0 else 0.5)
+    raise ValueError(
+        f"Expected a mask of booleans, labels from 0 on, probabilities in 0..1 or logits below and above 0, got "
+        f"{array.dtype} from {low} to {high}. Pass `mask > threshold`."
+    )
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from ..formats.annotated_videos import AnnotatedVideo, read_rows, to_annotated
-from ..session.frames import open_video
 from ..session.prompts import to_boolean_mask
+from ..session.videos import open_video
 from .prompts import PromptPlan, draw_plan
 
 

@@ -8,7 +8,6 @@ from hf_iclr.editors.alpha_edit.closed_form import (
     keep_relative_changes,
     low_rank_factors,
     project_out,
-    prune_singular_values,
 )
 
 
@@ -115,13 +114,6 @@ def test_rect_keeps_the_largest_relative_changes():
     weight = torch.tensor([[1.0, 10.0], [2.0, 0.1]])
     delta = torch.tensor([[0.5, 1.0], [0.2, 0.2]])  # relative: .5, .1, .1, 2
     assert keep_relative_changes(delta, weight, 0.5).tolist() == [[0.5, 0.0], [0.0, pytest.approx(0.2)]]
-
-
-def test_prune_compresses_only_what_exceeds_the_weight():
-    weight = torch.diag(torch.tensor([2.0, 1.0, 1.0]))
-    pruned = prune_singular_values(torch.diag(torch.tensor([8.0, 1.5, 0.5])), weight)
-    expected = torch.diag(torch.tensor([2.0 + torch.log(torch.tensor(4.0)), 1.5, 0.5]))
-    torch.testing.assert_close(pruned, expected)
 
 
 def test_factors_of_a_dense_update():

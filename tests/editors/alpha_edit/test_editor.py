@@ -18,11 +18,11 @@ IDS = torch.tensor([[1, 3, 4, 2, 20, 21]])
 STRONG = {"layers": [2, 3], "num_steps": 60, "clamp_factor": 20.0, "kl_factor": 0.0, "weight_decay": 0.0, "l2": 1e-4}
 
 
-def make_editor(tokenizer, model_type="llama", model=None, **kwargs):
+def make_editor(tokenizer, model_type="llama", model=None, folder=None, **kwargs):
     model = tiny_model(model_type) if model is None else model
     config = quick_config(**kwargs)
     statistics = tiny_statistics(model, tokenizer, layers=config.layers)
-    return AlphaEditor(model, tokenizer, config, statistics)
+    return AlphaEditor(model, tokenizer, config, statistics, folder)
 
 
 def logits(model):
@@ -194,7 +194,6 @@ SOLVERS = [
     {"solver": "memit", "moment_weight": 1e-3, "project": True},
     {"solver": "ridge", "project": True},
     {"solver": "memit", "moment_weight": 1e-3, "post_processing": "rect"},
-    {"solver": "memit", "moment_weight": 1e-3, "post_processing": "prune"},
 ]
 
 

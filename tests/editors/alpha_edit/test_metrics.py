@@ -4,9 +4,8 @@ import math
 
 import pandas as pd
 import pytest
-import torch
 
-from hf_iclr.editors.alpha_edit.metrics import edit_success, harmonic_mean, hidden_drift, ngram_entropy
+from hf_iclr.editors.alpha_edit.scoring import edit_success, harmonic_mean, ngram_entropy
 
 
 NAN = float("nan")
@@ -56,17 +55,6 @@ def test_entropy_of_words_by_hand():
     assert ngram_entropy("a b a b a b") == pytest.approx((2 / 3 * bigrams + 4 / 3) / 2)
     assert ngram_entropy("one two three four.") == pytest.approx((2 / 3 * 2 + 4 / 3 * math.log2(3)) / 2)
     assert ngram_entropy("no no no no") == ngram_entropy("") == 0
-
-
-def test_drift_by_hand():
-    """(3, 4) -> (3, 4) and (0, 5) -> (5, 0): shifts 0 and √2, cosines 1 and 0; the mean moves by (5, -5)/2."""
-    before, after = torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.tensor([[3.0, 4.0], [5.0, 0.0]])
-    drift = hidden_drift(before, after)
-    assert drift["relative_shift"] == pytest.approx(math.sqrt(2) / 2)
-    assert drift["cosine_distance"] == pytest.approx(0.5)
-    assert drift["mean_shift"] == pytest.approx(math.sqrt(12.5) / 5)
-    with pytest.raises(ValueError, match=r"got \(2, 2\) before and \(2,\) after"):
-        hidden_drift(before, after[0])
 
 
 def test_bad_columns_get_a_sentence():

@@ -1,16 +1,13 @@
 """CounterFact, zsRE and plain rows become edit requests, and those token rows; other rows get a sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from hf_iclr.editors.alpha_edit.requests import (
-    EditRequest,
-    edit_requests,
-    encode_request,
-    reasons_against,
-    sample_contexts,
-)
+from hf_iclr.editors.alpha_edit import AlphaEditConfig, EditRequest, edit_requests
+from hf_iclr.editors.alpha_edit.rows import encode_request, reasons_against, sample_contexts
 from tests.editors.tiny import tiny_model
 
 
@@ -107,7 +104,7 @@ def test_conflicts_within_a_batch_have_their_reasons(word_tokenizer):
     first = EditRequest("w1 {} w2", "w3", "w4")
     again = EditRequest("w1 {} w2", "w3", "w4", id="again")
     other = EditRequest("w1 {} w2", "w3", "w5")
-    reasons = reasons_against([first, again, other], word_tokenizer, ["{}"], None, ())
+    reasons = reasons_against([first, again, other], word_tokenizer, AlphaEditConfig(), None, ())
     assert reasons == {
         1: "the same edit as request 0",
         2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
@@ -117,10 +114,11 @@ def test_conflicts_within_a_batch_have_their_reasons(word_tokenizer):
 def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
     model = tiny_model("llama")
     state = torch.get_rng_state()
-    first = sample_contexts(model, word_tokenizer, 3, 6, seed=1)
+    config = AlphaEditConfig(num_contexts=3, context_length=6, seed=1)
+    first = sample_contexts(model, word_tokenizer, config)
     assert torch.equal(state, torch.get_rng_state())
-    assert first == sample_contexts(model, word_tokenizer, 3, 6, seed=1)
-    assert first != sample_contexts(model, word_tokenizer, 3, 6, seed=2)
+    assert first == sample_contexts(model, word_tokenizer, config)
+    assert first != sample_contexts(model, word_tokenizer, replace(config, seed=2))
     assert first[0] == "{}" and len(first) == 4
     assert all(text.endswith(". {}") and text.count("{") == 1 for text in first[1:])
 

@@ -7,12 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from hf_iclr.editors.alpha_edit.metrics import hidden_drift
 from hf_iclr.editors.alpha_edit.requests import EditRequest
 from hf_iclr.editors.alpha_edit.scoring import (
     continue_texts,
     evaluate_edits,
-    last_hidden_states,
     perplexity,
     score_edits,
 )
@@ -134,24 +132,6 @@ def test_perplexity_is_that_of_all_tokens_together(byte_tokenizer):
     assert got == {"perplexity": pytest.approx(math.exp(total / count), rel=1e-5)}
     cut = perplexity(model, byte_tokenizer, texts, max_length=5, **options)
     assert cut == pytest.approx(perplexity(model, byte_tokenizer, [text[:5] for text in texts], **options))
-
-
-def test_hidden_states_are_those_after_the_layer(byte_tokenizer):
-    model = tiny_llama(256)
-    prompts = ["Arica", "Oslo", "Arica", "Bergen"]
-    states = last_hidden_states(model, byte_tokenizer, prompts, 0)
-    seen = []
-    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    for prompt in prompts:
-        model(**byte_tokenizer(prompt, return_tensors="pt"))
-    handle.remove()
-    assert torch.allclose(states, torch.stack([output[0, -1] for output in seen]), atol=1e-6)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.add_(0.1)
-    assert hidden_drift(states, states)["relative_shift"] == 0
-    assert hidden_drift(states, last_hidden_states(model, byte_tokenizer, prompts, 0))["relative_shift"] > 0.01
-    with pytest.raises(ValueError, match="between 0 and 1, got 2"):
-        last_hidden_states(model, byte_tokenizer, prompts, 2)
 
 
 def test_continuations_are_seeded_and_disturb_nothing(word_tokenizer):

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import hf_iclr  # noqa: F401  (registers the draft with the auto classes)
-from hf_iclr.cache_argument import given_cache
+from hf_iclr.cache_argument import find_cache
 from hf_iclr.generation.drafting.distillation import distillation_loss
 from hf_iclr.generation.drafting.draft_model import (
     build_draft_model,
@@ -196,10 +196,10 @@ def test_cache_positions_and_4d_mask(name, word_tokenizer):
     first = draft(torch.cat([ids[:, :4], ids.new_tensor([[7]])], 1), use_cache=True)
     mask = torch.tensor([[[[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1]]]], dtype=torch.bool)
     for argument in ("cache", "past_key_values"):  # of transformers 5.24, and of releases before it
-        cache = copy.deepcopy(given_cache(first))
+        cache = copy.deepcopy(find_cache(first))
         output = draft(ids[:, 4:], attention_mask=mask, position_ids=torch.tensor([[4, 5]]), **{argument: cache})
         torch.testing.assert_close(output.logits[:, -1], expected)
-        assert given_cache(output) is cache
+        assert find_cache(output) is cache
     torch.testing.assert_close(draft(ids, logits_to_keep=1).logits[:, 0], expected)
 
 

@@ -131,7 +131,7 @@ def test_values_can_be_stored(tmp_path):
             loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert list((tmp_path / "shapley" / "rows").glob("*.parquet")) and len(shapley.result.rows) == 6
+    assert list((tmp_path / "shapley").glob("run-*/part-*.parquet")) and len(shapley.result.rows) == 6
 
 
 def test_bad_input_of_a_loop_is_refused_before_it():

@@ -1,6 +1,8 @@
 """The callback in trainers: values, training left untouched, hooks gone, logs, warnings and bad input."""
 
+import gc
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.directions import EngineSettings
-from hf_iclr.trainers.data_shapley.store import ShapleyStore
+from hf_iclr.trainers.data_shapley.result import DataShapleyResult
 from tests.trainers.tiny import QUICK, losses, tiny_llama, word_rows
 
 
@@ -76,7 +78,7 @@ def test_a_value_is_learning_rate_times_the_product_of_two_gradients(tmp_path):
         lr = 0.1 * (1 - (line.step - 1) / 3)
         expected = lr * sum((a * b).sum() for a, b in zip(mine, theirs, strict=True)).item() / 4
         assert line.value == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert line.tokens == 8 and line.target == "validation"
+        assert line.tokens == 8
 
 
 def test_values_add_up_to_the_fall_of_the_validation_loss(tmp_path):
@@ -89,8 +91,8 @@ def test_values_add_up_to_the_fall_of_the_validation_loss(tmp_path):
     assert len(losses(trainer, "shapley/loss_other")) == 10
     assert all(0 <= share <= 1 for share in losses(trainer, "shapley/harmful_share"))
     steps = shapley.result.steps
-    sums = shapley.result.rows.groupby(["target", "step"])["value"].sum()
-    assert steps["sum_other"][:10].tolist() == pytest.approx(sums["other"].tolist())
+    sums = shapley.result.rows.groupby("step")["value_other"].sum()
+    assert steps["sum_other"][:10].tolist() == pytest.approx(sums.tolist())
     assert steps["loss_other"].iloc[-1] == pytest.approx(losses(trainer, "shapley/loss_other")[-1])
 
 
@@ -102,9 +104,8 @@ def test_logs_reach_the_trackers(tmp_path):
             seen.extend(key for key in logs if key.startswith("shapley/"))
 
     make(tmp_path, callbacks=[Tracker(), callback()]).train()
-    assert {"shapley/explained_ratio", "shapley/harmful_share", "shapley/energy", "shapley/loss_validation"} == set(
-        seen
-    )
+    ratios = {"shapley/explained_ratio", "shapley/harmful_share", "shapley/energy", "shapley/scored_share"}
+    assert ratios | {"shapley/loss_validation"} == set(seen)
 
 
 def test_steps_too_large_for_their_sizes_to_mean_anything_are_said_to_be(tmp_path, caplog):
@@ -145,7 +146,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_is_bit_for_bit_that_without_the_callback(name, full, tmp_path, caplog):
     after = []
-    for shapley in (None, callback(rank=2, order=1 if full else 2)):
+    for shapley in (None, callback(rank=2)):
         last, model = Last(), tiny_llama(attention_dropout=0.2)
         model = model if full else lora(model, lora_dropout=0.3)
         make(tmp_path, model, [last, *([shapley] if shapley else [])], **SETTINGS[name]).train()
@@ -163,11 +164,12 @@ def leftovers(model):
 
 
 class Broken(TrainerCallback):
-    def __init__(self, event):
+    def __init__(self, event, step=1):
+        self.step = step
         setattr(self, event, self.fail)
 
     def fail(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == self.step:
             raise KeyboardInterrupt
 
 
@@ -185,6 +187,40 @@ def test_hooks_are_gone_after_an_exception_and_a_second_training_works(event, tm
     again = callback()
     make(tmp_path / "again", trainer.model, callbacks=[again], rows=rows, **settings).train()
     assert len(shapley.result.rows) == len(again.result.rows) == 12
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
+def test_after_an_interruption_whose_traceback_is_kept_the_model_is_any_other(event, tmp_path):
+    """As in a notebook, where all that the traceback reaches stays alive."""
+    rows, shapley = token_rows(12), callback()
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = make(tmp_path, callbacks=[Broken(event), shapley], rows=rows, **settings)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        trainer.train()
+    assert kept.tb is not None and not leftovers(trainer.model)
+    trainer.remove_callback(shapley)
+    trainer.pop_callback(Broken)
+    fresh = make(tmp_path, rows=rows, per_device_train_batch_size=3)
+    fresh.model.load_state_dict(trainer.model.state_dict())
+    fresh.train()
+    make(tmp_path, trainer.model, rows=rows, per_device_train_batch_size=3).train()
+    assert all(map(torch.equal, trainer.model.parameters(), fresh.model.parameters()))
+    known = len(shapley.result.rows)
+    trainer.train()  # by the same trainer, without the callback
+    assert len(shapley.result.rows) == known and not leftovers(trainer.model)
+
+
+def test_a_trainer_is_given_back_when_its_callback_goes(tmp_path):
+    class Own(Trainer):
+        pass
+
+    trainer = make(tmp_path, callbacks=[Broken("on_step_end"), callback()], trainer_class=Own)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "training_step" in vars(trainer)
+    trainer.pop_callback(InRunDataShapleyCallback)
+    gc.collect()
+    assert "training_step" not in vars(trainer)
 
 
 def test_an_exception_in_the_forward_pass_leaves_no_hook(tmp_path):
@@ -289,7 +325,6 @@ BAD = {
     "vocabulary": ({"val": Dataset.from_list([{"input_ids": [400, 1], "labels": [400, 1]}])}, {}),
     "mean over rows": ({}, {"trainer_class": Summed}),
     "that the optimizer trains, got none": ({}, {"model": "frozen"}),
-    "order=2": ({"order": 2}, {"model": "full"}),
     "adam_warmup=20": ({"adam_warmup": 20}, {"optim": "adamw_torch"}),
     "with a length": ({"val": iter([])}, {}),
     "DoRA": ({}, {"model": "dora"}),
@@ -316,9 +351,7 @@ def test_bad_input_is_an_error_before_the_first_step(message, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"order": 3},
         {"refresh_every": 0},
-        {"order": 2, "refresh_every": 5},
         {"rank": 0},
         {"targets": {"validation": 1}},
     ],
@@ -356,7 +389,7 @@ def test_values_are_there_while_the_run_goes_on_and_after_it_was_interrupted(tmp
         shapley.result  # noqa: B018
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, callbacks=[shapley, Looking()]).train()
-    assert seen == [4, 8] and len(shapley.result.rows) == len(ShapleyStore(tmp_path).read()[0]) == 8
+    assert seen == [4, 8] and len(shapley.result.rows) == len(DataShapleyResult.from_store(tmp_path).rows) == 8
 
 
 def test_an_interrupted_run_without_a_flush_keeps_its_values(tmp_path):
@@ -452,7 +485,7 @@ def test_a_start_that_is_refused_leaves_earlier_values(settings, trainer_setting
         setattr(shapley, name, value)
     with pytest.raises(ValueError, match=message):
         make(tmp_path, callbacks=[shapley], **trainer_settings).train()
-    assert shapley.result.rows.equals(before) and ShapleyStore(tmp_path).read()[0].equals(before)
+    assert shapley.result.rows.equals(before) and DataShapleyResult.from_store(tmp_path).rows.equals(before)
 
 
 class PicksInputs(Trainer):
@@ -460,15 +493,53 @@ class PicksInputs(Trainer):
         return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
 
 
-def test_a_resumed_epoch_whose_rows_the_loss_keeps_to_itself_says_what_to_type(tmp_path):
+def test_an_epoch_resumed_in_its_middle_is_scored_whatever_the_loss_hands_the_model(tmp_path):
     settings = {"trainer_class": PicksInputs, "save_strategy": "steps", "save_steps": 2}
-    make(tmp_path, callbacks=[callback()], **settings).train()
-    checkpoint = str(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"_shapley_rows.*model\(\*\*inputs\).*ignore_data_skip=True"):
-        make(tmp_path, callbacks=[callback()], **settings).train(resume_from_checkpoint=checkpoint)
+    whole, resumed = callback(), callback()
+    make(tmp_path, callbacks=[whole], **settings).train()
+    make(tmp_path, callbacks=[resumed], **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.result.values().equals(whole.result.values())
+
+
+def test_a_fresh_run_leaves_the_values_of_an_earlier_one(tmp_path):
+    first, second = callback(), callback()
+    make(tmp_path, callbacks=[first]).train()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[second, Broken("on_step_begin")]).train()
+    assert second.result.rows["step"].tolist() == [1] * 4  # which are written now
+    runs = [DataShapleyResult.from_store(run).rows for run in (tmp_path / "shapley").iterdir()]
+    assert sorted(map(len, runs)) == [4, 12]
+    assert max(runs, key=len).equals(first.result.rows)
+    assert len(DataShapleyResult.from_store(tmp_path).rows) == 4  # the last
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_resumed_into_another_folder_is_the_whole_run(begun_anew, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole, resumed = callback(), callback()
+    make(tmp_path / "a", callbacks=[whole], **settings).train()
+    if begun_anew:  # in the first folder; its checkpoint stays
+        make(tmp_path / "a", callbacks=[callback()], rows=token_rows(12, 5), max_steps=1).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    make(tmp_path / "b", callbacks=[resumed], **settings).train(resume_from_checkpoint=checkpoint)
+    assert resumed.result.rows.equals(whole.result.rows)
+    assert DataShapleyResult.from_store(tmp_path / "b").rows.equals(whole.result.rows)
+    assert resumed.result.explained_ratio() == whole.result.explained_ratio()
+
+
+def test_values_outlive_their_folder(tmp_path):
     shapley = callback()
-    make(tmp_path, callbacks=[shapley], ignore_data_skip=True, **settings).train(resume_from_checkpoint=checkpoint)
-    assert len(shapley.result.rows) == 12
+    make(tmp_path / "gone", callbacks=[shapley]).train()
+    shutil.rmtree(tmp_path / "gone")
+    assert len(shapley.result.values()) == 12
+
+
+def test_an_empty_result_speaks_of_what_the_run_has(tmp_path):
+    shapley = callback(adam_warmup=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[Broken("on_step_begin", 0), shapley]).train()
+    with pytest.raises(ValueError, match="found none yet.$"):
+        shapley.result  # noqa: B018
 
 
 def test_a_loss_that_divides_by_the_number_of_labels_is_given_it(tmp_path):
@@ -509,7 +580,7 @@ def test_resuming_with_other_targets_is_refused(targets, tmp_path):
         make(tmp_path, callbacks=[callback(targets=others)], **settings).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )
-    assert ShapleyStore(tmp_path).read()[0].equals(before)
+    assert DataShapleyResult.from_store(tmp_path).rows.equals(before)
 
 
 def test_a_trainer_that_writes_its_own_rows_is_refused(word_tokenizer, tmp_path):

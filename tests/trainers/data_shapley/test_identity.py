@@ -5,17 +5,18 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.gradients.direction import pack_directions
-from hf_iclr.trainers.data_shapley.identity import RowWatch, content_id
+from hf_iclr.trainers.data_shapley.identity import RowKeys, content_id, take_rows, watched_loop
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import QUICK, tiny_llama, word_rows
 
 
+TOKENS = ["input_ids", "labels"]
 LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
 
@@ -30,16 +31,16 @@ def test_every_row_is_known_whoever_loads_it(workers, last, tmp_path):
     """Rows of one repeated token: which row was in a batch can be read off its tokens."""
     seen = []
 
-    class Seeing(InRunDataShapleyCallback):
-        def _before_forward(self, model, args, kwargs):
+    class Seeing(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
             if model.training:
-                seen.extend(kwargs["input_ids"][:, 0].tolist())
-            return super()._before_forward(model, args, kwargs)
+                seen.extend(inputs["input_ids"][:, 0].tolist())
+            return super().compute_loss(model, inputs, **kwargs)
 
     rows = Dataset.from_list([{"input_ids": [index + 1] * 6, "labels": [index + 1] * 6} for index in range(11)])
-    shapley = Seeing(token_rows(3), 1)
+    shapley = InRunDataShapleyCallback(token_rows(3), 1)
     settings = {"num_train_epochs": 2, "max_steps": -1, "dataloader_drop_last": last}
-    make(tmp_path, callbacks=[shapley], rows=rows, dataloader_num_workers=workers, **settings).train()
+    make(tmp_path, None, [shapley], rows, Seeing, dataloader_num_workers=workers, **settings).train()
     found = [index + 1 for index in shapley.result.rows["index"]]
     assert found == seen and len(found) == (16 if last else 22)
 
@@ -79,7 +80,7 @@ def test_a_direction_lies_in_memory_in_one_way_whatever_it_is_made_of():
     """Transposed, of one column with the strides of several, and beginning anywhere in a file."""
     transposed, column, amid = torch.randn(3, 16).T, torch.randn(3, 16).T[:, :1], torch.randn(49)[1:].view(16, 3)
     for tensor in (transposed, column, amid):
-        found = in_own_memory(tensor)
+        found = contiguous_clone(tensor)
         assert torch.equal(found, tensor) and found.data_ptr() % 64 == 0
         assert found.stride() == torch.empty(tensor.shape).stride()
 
@@ -133,18 +134,34 @@ def test_rows_of_a_stream_are_known_by_their_content(tmp_path):
 
 
 def test_ids_of_contents_do_not_depend_on_how_numbers_are_kept():
-    assert content_id([1, 2]) == content_id({"input_ids": torch.tensor([1, 2])}) != content_id([2, 1])
+    assert content_id([1, 2]) == content_id(torch.tensor([1, 2])) != content_id([2, 1])
+    assert content_id([[1, 2], [3, 4]]) == content_id(torch.tensor([[1, 2], [3, 4]])) != content_id([1, 2, 3, 4])
     assert content_id({"a": "x", "b": [1.5]}) == content_id({"b": torch.tensor([1.5]), "a": "x"})
 
 
-def test_a_watched_loader_of_tuples_yields_what_it_did():
-    loader = DataLoader(TensorDataset(torch.arange(5), torch.arange(5) * 2), batch_size=2, shuffle=True)
-    watch = RowWatch(loader)
-    for left, right in loader:
-        assert torch.equal(right, 2 * left) and watch.queue.popleft() == left.tolist()
-    watch.close()
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"input_ids": [1, 2], "labels": 0}, {"input_ids": [1, 2], "labels": 1}),
+        ({"a": "bc"}, {"ab": "c"}),
+        ([[1], [2, 3]], [[1, 2], [3]]),
+        ({"a": None}, {"a": "None "}),
+    ],
+)
+def test_all_of_a_row_counts(one, other):
+    assert content_id(one) != content_id(other)
+
+
+def test_a_watched_loop_over_tuples_sees_what_it_did():
+    loader, seen = DataLoader(TensorDataset(torch.arange(5), torch.arange(5) * 2), batch_size=2, shuffle=True), []
+    keys = RowKeys(loader)
+    with watched_loop(loader, seen.append):
+        for left, right in loader:
+            assert torch.equal(right, 2 * left) and seen[-1] == left.tolist()
+    assert all(take_rows(batch)[1] is not None for batch in loader)
+    keys.close()
     assert type(loader) is DataLoader and isinstance(loader.dataset, TensorDataset)
-    assert len(list(loader)) == 3 and not watch.queue
+    assert len(list(loader)) == 3 and len(seen) == 3 and all(take_rows(batch)[1] is None for batch in loader)
 
 
 def sft(folder, tokenizer, shapley, rows=None, model=None, peft=LORA, **settings):
@@ -193,7 +210,7 @@ def test_packed_rows_are_divided_into_their_sources(word_tokenizer, tmp_path):
         shapley, settings = raw_callback(), {"max_steps": 1, "per_device_train_batch_size": 12}
         trainer = sft(tmp_path / str(packing), word_tokenizer, shapley, packing=packing, max_length=24, **settings)
         if not packing:
-            sources = {content_id(row): index for index, row in enumerate(trainer.train_dataset)}
+            sources = {content_id(row, TOKENS): index for index, row in enumerate(trainer.train_dataset)}
         trainer.train()
         rows = shapley.result.rows
         keys = rows["id"].map(sources) if packing else rows["index"]
@@ -208,7 +225,7 @@ def test_values_of_packed_texts_join_the_texts_before_packing(word_tokenizer, tm
     texts = Dataset.from_list(texts).add_column("source", ["a", "b", "c"] * 4)
     settings = {"max_length": 9, "max_steps": -1, "num_train_epochs": 1}
     single = sft(tmp_path / "single", word_tokenizer, raw_callback(), texts, **settings).train_dataset
-    key = content_id(single[5])
+    key = content_id(single[5], TOKENS)
     shapley = raw_callback(token_values_for=[key])
     trainer = sft(tmp_path / "packed", word_tokenizer, shapley, texts, packing=True, **settings)
     trainer.train()
@@ -216,7 +233,7 @@ def test_values_of_packed_texts_join_the_texts_before_packing(word_tokenizer, tm
     known = result.values()
     assert len(known) == 12 > len(trainer.train_dataset)
     joined = result.to_dataset(single)
-    assert joined["shapley_value"][:] == [known[content_id(row)] for row in single]
+    assert joined["shapley_value"][:] == [known[content_id(row, TOKENS)] for row in single]
     kept = result.filter(single, within="source", keep=0.5)
     assert sorted(kept["source"][:]) == ["a"] * 2 + ["b"] * 2 + ["c"] * 2
     by_source = result.by_source("source", single).totals
@@ -228,9 +245,9 @@ def test_values_of_packed_texts_join_the_texts_before_packing(word_tokenizer, tm
         for rows in (packed, packed.to_iterable_dataset()):
             with pytest.raises(ValueError, match="before packing: `SFTTrainer.*packing=False"):
                 join(rows)
-        with pytest.raises(ValueError, match="rows with input_ids.*`SFTTrainer.*packing=False"):
+        with pytest.raises(ValueError, match="rows with input_ids, labels.*`SFTTrainer.*packing=False"):
             join(texts)
-    with pytest.raises(ValueError, match="rows with input_ids.*`SFTTrainer.*packing=False"):
+    with pytest.raises(ValueError, match="rows with input_ids, labels.*`SFTTrainer.*packing=False"):
         result.by_source("source", texts)
     with pytest.raises(ValueError, match="before packing: `SFTTrainer.*packing=False"):
         result.token_heatmap([key], word_tokenizer, packed)

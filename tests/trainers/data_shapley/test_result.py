@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard
 
 from hf_iclr.trainers.data_shapley.identity import content_id
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
-from hf_iclr.trainers.data_shapley.store import ShapleyStore
+from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
 
 SOURCES = ["a", "b", "a", "b", "a"]
@@ -18,7 +18,7 @@ TRAIN = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], 
 
 
 @pytest.fixture
-def result(tmp_path) -> DataShapleyResult:
+def result() -> DataShapleyResult:
     """
     Four steps of two rows; row 4 is never seen. Values for "validation":
 
@@ -31,30 +31,32 @@ def result(tmp_path) -> DataShapleyResult:
     Loss 5.0 before step 1 and 2.0 before step 3: a fall of 3 for a sum of +2 +2 = 4. For "safety" all is doubled and
     negative, and no loss was measured.
     """
-    store = ShapleyStore(tmp_path)
-    lengths = [len(ids) for ids in TRAIN["input_ids"]]
+    parts, lengths = [], [len(ids) for ids in TRAIN["input_ids"]]
     steps = [((0, 1), (3.0, -1.0)), ((0, 2), (0.5, 1.5)), ((1, 3), (0.2, -0.6)), ((0, 2), (-0.5, 0.5))]
     for step, (rows, values) in enumerate(steps, 1):
-        index = np.array(rows * 2)
-        both = np.array([*values, *(-2 * value for value in values)])
-        tokens = np.array([lengths[i] for i in index])
-        store.add(
-            step,
-            {
-                "index": index,
-                "target": np.array(["validation"] * 2 + ["safety"] * 2),
-                "value": both,
-                "tokens": tokens,
-                "token_values": [np.full(count, value / count) for count, value in zip(tokens, both, strict=True)],
-            },
-            {"lr": 0.1} | ({"loss_validation": {1: 5.0, 3: 2.0}[step]} if step % 2 else {}),
+        tokens = [lengths[row] for row in rows]
+        of_tokens = [np.full(count, value / count) for count, value in zip(tokens, values, strict=True)]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "step": step,
+                    "index": rows,
+                    "tokens": tokens,
+                    "value": values,
+                    "token_values": of_tokens,
+                    "value_safety": [-2 * value for value in values],
+                    "token_values_safety": [-2 * of_row for of_row in of_tokens],
+                }
+            )
         )
-    return DataShapleyResult.from_store(store)
+    steps = pd.DataFrame({"step": [1, 2, 3, 4], "lr": 0.1, "loss_validation": [5.0, None, 2.0, None]})
+    return DataShapleyResult(pd.concat(parts, ignore_index=True), steps)
 
 
 def by_id(result: DataShapleyResult, ids: list[str], id_column: str | None = None) -> DataShapleyResult:
     rows = result.rows.assign(id=result.rows["index"].map(dict(enumerate(ids)))).drop(columns="index")
-    return DataShapleyResult(rows, result.steps, id_column=id_column)
+    trained = TrainedRows(id_column, None if id_column else ["input_ids"])
+    return DataShapleyResult(rows, result.steps, trained=trained)
 
 
 def test_values_are_sums_over_steps(result):
@@ -175,7 +177,7 @@ def test_a_stream_of_rows_is_found_by_content(result):
 
 
 def test_other_datasets_are_refused(result):
-    with pytest.raises(ValueError, match="with row 3, got 2 rows. Give trainer.train_dataset"):
+    with pytest.raises(ValueError, match="the 4 rows that were trained on.*got 2 rows.*Give trainer.train_dataset"):
         result.to_dataset(TRAIN.select(range(2)))
     with pytest.raises(TypeError, match="Expected a datasets.Dataset, got list"):
         result.filter([{"input_ids": [1]}])
@@ -201,7 +203,7 @@ def test_values_by_source(result, tmp_path):
     assert (tmp_path / "sources.png").stat().st_size > 1000
     coarse = sources.plot(bins=2).axes[1].lines[0]
     assert list(coarse.get_ydata()) == pytest.approx([2.5, 0.0]) and list(coarse.get_xdata()) == [1.5, 3.5]
-    with pytest.raises(ValueError, match="up to row 3, got 2 labels"):
+    with pytest.raises(ValueError, match="each of the 4 trained rows, got 2 labels"):
         result.by_source(["a", "b"])
 
 
@@ -235,7 +237,7 @@ def test_saved_and_loaded_it_is_the_same(result, tmp_path):
         loaded = DataShapleyResult.from_pretrained(tmp_path / folder)
         pd.testing.assert_frame_equal(loaded.table("safety"), saved.table("safety"))
         pd.testing.assert_frame_equal(loaded.summary(), saved.summary())
-        assert loaded.id_column == saved.id_column and loaded.key == folder
+        assert loaded.trained.facts() == saved.trained.facts() and loaded.key == folder
 
 
 def test_pushed_to_the_hub_it_is_a_dataset_with_a_card(hub, result, tmp_path):

@@ -6,28 +6,36 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from hf_iclr.trainers.data_shapley.store import ShapleyStore
+from hf_iclr.trainers.data_shapley.store import ShapleyStore, read_run
+from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
+
+
+RUN = "run-20260101T000000-00000000"
+TRAINED = TrainedRows(length=50, digests={"input_ids": "ab"})
 
 
 def rows_of(step: int, size: int = 3) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(step)
     return {
         "index": draw.integers(0, 50, size),
-        "target": np.full(size, "validation"),
-        "value": draw.normal(size=size),
         "tokens": draw.integers(1, 9, size),
+        "value": draw.normal(size=size),
+        "value_safety": draw.normal(size=size),
     }
 
 
-def train(folder, first: int, last: int, flush_every: int = 4) -> ShapleyStore:
+def train(folder: Path, first: int, last: int, flush_every: int = 4, checkpoint: Path | None = None) -> ShapleyStore:
     """What a run does with its store; only step 1, 6, 11, ... measure the loss."""
-    store = ShapleyStore(folder)
-    store.truncate(first - 1)
+    store = ShapleyStore(folder, TRAINED)
+    store.run = RUN
+    if first > 1:
+        store.resume(first - 1, RUN, checkpoint or Path(folder, f"checkpoint-{first - 1}"))
     for step in range(first, last + 1):
         rows = rows_of(step)
         record = {"lr": 1 / step, "sum_validation": rows["value"].sum()}
@@ -37,43 +45,40 @@ def train(folder, first: int, last: int, flush_every: int = 4) -> ShapleyStore:
     return store
 
 
-def assert_equal(store: ShapleyStore, other: ShapleyStore) -> None:
-    for ours, theirs in zip(store.read(), other.read(), strict=True):
-        pd.testing.assert_frame_equal(ours, theirs)
+def assert_equal(ours: tuple, theirs: tuple) -> None:
+    for left, right in zip(ours[:2], theirs[:2], strict=True):
+        pd.testing.assert_frame_equal(left, right)
 
 
 # Ends at `kill` of the store's own life: before any flush, between flushes, or inside one.
 WRITER = """
     import os, signal, sys
-    from pathlib import Path
-
-    import numpy as np
 
     from hf_iclr.trainers.data_shapley import store as shapley_store
-    from tests.trainers.data_shapley.test_store import rows_of
+    from tests.trainers.data_shapley.test_store import RUN, TRAINED, rows_of
 
     folder, flushes, inside = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    store, replace, renamed = shapley_store.ShapleyStore(folder), os.replace, []
+    store, replace, renamed = shapley_store.ShapleyStore(folder, TRAINED), os.replace, []
+    store.run = RUN
 
     def killing_replace(source, target):
-        if inside != "between" and len(renamed) == 2 * flushes + (inside == "before steps"):
+        if inside == "inside" and len(renamed) == flushes:
             os.kill(os.getpid(), signal.SIGKILL)
         renamed.append(target)
         replace(source, target)
 
     os.replace = killing_replace
-    store.truncate(0)
     for step in range(1, 100):
         rows = rows_of(step)
         store.add(step, rows, {"sum_validation": float(rows["value"].sum())})
-        if inside == "between" and len(renamed) == 2 * flushes and step % 4 == 2:
+        if inside == "between" and len(renamed) == flushes and step % 4 == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if step % 4 == 0:
             store.flush()
 """
 
 
-@pytest.mark.parametrize("moment", ["between", "before rows", "before steps"])
+@pytest.mark.parametrize("moment", ["between", "inside"])
 @pytest.mark.parametrize("flushes", [0, 2])
 def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flushes):
     done = subprocess.run(
@@ -82,13 +87,12 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flus
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    store = ShapleyStore(tmp_path)
     if not flushes:
         with pytest.raises(FileNotFoundError, match="found none"):
-            store.read()
+            read_run(tmp_path)
         return
-    rows, steps = store.read()
-    assert steps["step"].tolist() == list(range(1, 9))
+    rows, steps, trained = read_run(tmp_path)
+    assert steps["step"].tolist() == list(range(1, 9)) and trained == TRAINED
     expected = pd.concat([pd.DataFrame({"step": step, **rows_of(step)}) for step in range(1, 9)], ignore_index=True)
     pd.testing.assert_frame_equal(rows, expected)
 
@@ -102,92 +106,105 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flus
 def test_killed_from_outside_the_store_is_a_beginning_of_the_run(tmp_path):
     busy = """
         import sys
+        from pathlib import Path
         from tests.trainers.data_shapley.test_store import train
 
-        train(sys.argv[1], 1, 10**6, flush_every=2)
+        train(Path(sys.argv[1]), 1, 10**6, flush_every=2)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(busy), str(tmp_path)])
-    while not (tmp_path / "shapley/steps/part-000000041.parquet").exists():
+    while not (tmp_path / f"shapley/{RUN}/part-000000041.parquet").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    last = ShapleyStore(tmp_path).read()[1]["step"].max()
+    found = read_run(tmp_path)
+    last = found[1]["step"].max()
     assert last >= 42 and last % 2 == 0
-    assert_equal(ShapleyStore(tmp_path), train(tmp_path / "whole", 1, last))
+    assert_equal(found, train(tmp_path / "whole", 1, last).read())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = train(tmp_path / "whole", 1, 30)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(elsewhere, tmp_path):
+    whole = train(tmp_path / "whole", 1, 30).read()
     train(tmp_path / "cut", 1, 23)
-    resumed = train(tmp_path / "cut", 18, 30)
-    assert_equal(resumed, whole)
+    folder = tmp_path / ("other" if elsewhere else "cut")
+    if elsewhere:  # which holds what an earlier attempt made
+        train(folder, 1, 12)
+    resumed = train(folder, 18, 30, checkpoint=tmp_path / "cut" / "checkpoint-17")
+    assert_equal(resumed.read(), whole)
     resumed.flush()
-    assert_equal(ShapleyStore(tmp_path / "cut"), whole)
+    assert_equal(read_run(folder), whole)
+    assert read_run(tmp_path / "cut")[1]["step"].max() == (20 if elsewhere else 30)
 
 
-def test_resuming_takes_what_the_checkpoint_holds(tmp_path):
-    whole = train(tmp_path / "whole", 1, 20)
-    (tmp_path / "cut" / "checkpoint-10").mkdir(parents=True)
-    train(tmp_path / "cut", 1, 10).snapshot(tmp_path / "cut" / "checkpoint-10")
-    # Another run began anew in the same folder; then the first one is resumed from its checkpoint.
-    other = ShapleyStore(tmp_path / "cut")
-    other.truncate(0)
-    other.add(1, rows_of(99), {})
-    other.flush()
-    assert_equal(train(tmp_path / "cut", 11, 20), whole)
+def test_a_run_whose_values_are_not_beside_the_checkpoint_says_so(tmp_path, caplog):
+    store = train(tmp_path / "new", 11, 20, checkpoint=tmp_path / "moved" / "checkpoint-10")
+    assert "steps up to 10 are not in" in caplog.text and str(tmp_path / "moved" / "shapley" / RUN) in caplog.text
+    assert store.read()[1]["step"].tolist() == list(range(11, 21))
 
 
 def test_a_run_that_had_ended_goes_on_after_its_last_step(tmp_path):
     ended = train(tmp_path / "ended", 1, 10)
     nothing = {name: values[:0] for name, values in rows_of(11).items()}
     ended.add(11, nothing, {"loss_validation": -6.0})  # measured at the end, before a step that isn't made
-    (tmp_path / "ended" / "checkpoint-10").mkdir()
-    ended.snapshot(tmp_path / "ended" / "checkpoint-10")
+    ended.flush()
     assert ended.read()[1]["loss_validation"].iloc[-1] == -6.0 and ended.read()[0]["step"].max() == 10
-    assert_equal(train(tmp_path / "ended", 11, 20), train(tmp_path / "whole", 1, 20))
+    assert_equal(train(tmp_path / "ended", 11, 20).read(), train(tmp_path / "whole", 1, 20).read())
 
 
-def test_a_snapshot_is_the_store_of_that_step(tmp_path):
-    store = train(tmp_path, 1, 6)
-    store.snapshot(tmp_path / "checkpoint-6")
-    store.add(7, rows_of(7), {})
-    store.flush()
-    assert_equal(ShapleyStore(tmp_path / "checkpoint-6"), train(tmp_path / "other", 1, 6))
-    store.snapshot(tmp_path / "checkpoint-6")  # saved again
-    assert ShapleyStore(tmp_path / "checkpoint-6").read()[1]["step"].max() == 7
+def test_runs_of_one_folder_do_not_meet(tmp_path):
+    """Two at once, even."""
+    stores = [ShapleyStore(tmp_path, TRAINED) for _ in range(2)]
+    for step in range(1, 5):
+        for number, store in enumerate(stores):
+            store.add(step, rows_of(10 * number + step), {})
+            store.flush()
+    for number, store in enumerate(stores):
+        found = read_run(tmp_path / "shapley" / store.run)
+        assert_equal(found, store.read())
+        assert found[0]["value"].iloc[0] == rows_of(10 * number + 1)["value"][0]
+    assert_equal(read_run(tmp_path), stores[1].read())  # the last one written
 
 
-def test_a_fresh_run_clears_the_store(tmp_path):
-    train(tmp_path, 1, 20)
-    store = train(tmp_path, 1, 3)
-    assert store.read()[1]["step"].tolist() == [1, 2, 3]
+def test_a_name_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"name of a run.*'\.\./mine'"):
+        ShapleyStore(tmp_path, TRAINED).resume(1, "../mine", tmp_path / "checkpoint-1")
 
 
 def test_values_and_their_tokens_come_back_as_they_were(tmp_path):
-    store = ShapleyStore(tmp_path)
+    store = ShapleyStore(tmp_path, TRAINED)
     rows = {
-        "id": np.array(["a", "b"]),
-        "target": np.array(["validation", "safety"]),
-        "value": np.array([0.1, -1e-300]),
+        "id": np.array(["a", "b"], dtype=object),
         "tokens": np.array([2, 3]),
-        "token_values": [np.array([0.05, 0.05]), np.array([1.0, -1.0, 0.0])],
+        "value": np.array([0.1, -1e-300]),
+        "token_values": [np.array([0.05, 0.05]), None],
+        "value_safety": np.array([1.0, np.nan]),
     }
-    store.add(3, rows, {"lr": 0.1})
+    store.add(3, rows, {"lr": 0.1, "loss_validation": 1 / 3})
     store.flush()
-    frame = ShapleyStore(tmp_path).read()[0]
-    assert frame["id"].tolist() == ["a", "b"] and frame["target"].tolist() == ["validation", "safety"]
-    assert frame["value"].tolist() == [0.1, -1e-300] and frame["tokens"].tolist() == [2, 3]
-    assert [list(values) for values in frame["token_values"]] == [[0.05, 0.05], [1.0, -1.0, 0.0]]
+    frame, steps, _ = read_run(tmp_path)
+    assert frame["id"].tolist() == ["a", "b"] and frame["tokens"].tolist() == [2, 3]
+    assert frame["value"].tolist() == [0.1, -1e-300] and frame["value_safety"][0] == 1.0
+    assert list(frame["token_values"][0]) == [0.05, 0.05] and frame["token_values"][1] is None
+    assert steps.to_dict("records") == [{"step": 3, "lr": 0.1, "loss_validation": 1 / 3}]
 
 
 def test_a_step_twice_is_refused(tmp_path):
     store = train(tmp_path, 1, 4)
-    with pytest.raises(ValueError, match="after 4, got 4.*truncate"):
+    with pytest.raises(ValueError, match="after 4, got 4"):
         store.add(4, rows_of(4), {})
 
 
 def test_reading_writes_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
-        ShapleyStore(tmp_path / "nowhere").read()
+        read_run(tmp_path / "nowhere")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_stored_grows_with_the_steps(tmp_path):
+    """Twice the steps are twice the bytes; nothing is written again."""
+    sizes = []
+    for last in (500, 1000):
+        train(tmp_path / str(last), 1, last, flush_every=50)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / str(last)).rglob("*") if path.is_file()))
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.02)

@@ -118,6 +118,6 @@ def test_a_system_prompt_is_a_turn_before_the_prompt(model, word_tokenizer, atta
             return rank_assisted_prefilling(model, tokenizer, prompts, judge, num_steps=2, **options)
         return gcg_attack(model, tokenizer, prompts, ["w20 w21", "w23"], num_steps=1, **options)
 
-    told = [[{"role": "system", "content": "w7"}, {"role": "user", "content": prompt}] for prompt in PROMPTS]
-    assert run(PROMPTS, system="w7") == run(told) != run(PROMPTS)
-    assert run(told) != run(told, chat_template_kwargs={"mark": "w42"})
+    with_system = [[{"role": "system", "content": "w7"}, {"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert run(PROMPTS, system="w7") == run(with_system) != run(PROMPTS)
+    assert run(with_system) != run(with_system, chat_template_kwargs={"mark": "w42"})

@@ -89,13 +89,13 @@ async def open_tab(url: str, folder: Path, size: tuple[int, int] = (1280, 800)):
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        told = folder / "DevToolsActivePort"
+        port_file = folder / "DevToolsActivePort"
         for _ in range(600):
-            if told.exists() and "\n" in told.read_text():
+            if port_file.exists() and "\n" in port_file.read_text():
                 break
             assert process.returncode is None, "Chromium ended at once"
             await asyncio.sleep(0.05)
-        port = told.read_text().split()[0]
+        port = port_file.read_text().split()[0]
         async with ClientSession() as client:
             async with client.get(f"http://127.0.0.1:{port}/json/list") as response:
                 (target,) = [page for page in json.loads(await response.text()) if page["type"] == "page"]

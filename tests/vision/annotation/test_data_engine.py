@@ -424,8 +424,8 @@ def test_processes_share_the_videos(tmp_path):
 
 def test_names_depend_on_the_video_alone(tmp_path):
     path = str(tmp_path / "a.mp4")
-    name, told = name_video(path)
-    assert name.startswith("a-") and told == path
+    name, got = name_video(path)
+    assert name.startswith("a-") and got == path
     assert name_video(tmp_path / "b" / ".." / "a.mp4")[0] == name
     assert name_video({"video": {"path": path, "bytes": None}}) == (name, path)
     assert name_video(tmp_path / "b" / "a.mp4")[0] != name
@@ -489,8 +489,8 @@ def test_statistics_by_hand(tmp_path):
             masklet.take(FrameSegments(frame, (48, 80), {obj: rle}, {obj: 1.0}, {obj: 1.0}), session)
         rows.append(to_row(masklet, "clip.mp4", "model", "abc"))
     store.write("clip", rows)
-    told = annotation_statistics(store.read([]), seconds_per_click=2.0, seconds_per_look=0.5)
-    assert told == {
+    got = annotation_statistics(store.read([]), seconds_per_click=2.0, seconds_per_look=0.5)
+    assert got == {
         "masklets": 2,
         "accepted": 0,
         "waiting": 2,

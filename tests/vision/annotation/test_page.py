@@ -154,7 +154,7 @@ def test_export_holds_every_mask(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "fields", "told"),
+    ("path", "fields", "words"),
     [
         ("/prompt", {**CLICK, "points": [[200, 20]]}, "Expected x in 0..80 and y in 0..48"),
         ("/prompt", {**CLICK, "frame": 8}, "Expected a frame in 0..7, got 8"),
@@ -169,10 +169,10 @@ def test_export_holds_every_mask(tmp_path):
         ("/open", {}, "takes no other"),
     ],
 )
-def test_bad_input_gets_a_sentence_and_the_page_stays_usable(path, fields, told):
+def test_bad_input_gets_a_sentence_and_the_page_stays_usable(path, fields, words):
     async def steps(client, page):
         status, answer = await post(client, path, **fields)
-        assert status == 400 and told in answer["error"]
+        assert status == 400 and words in answer["error"]
         assert (await client.get("/frames/99")).status == 400
         assert (await client.post("/prompt", data="no json")).status == 400
         status, state = await post(client, "/prompt", **CLICK)

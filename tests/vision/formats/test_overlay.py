@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_iclr.vision.formats.overlay import draw_overlay, write_overlay
 from hf_iclr.vision.formats.segment_files import PALETTE
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.formats.segments import SIZE, masks, video
 from tests.vision.tiny import clip, tiny_pipe
 

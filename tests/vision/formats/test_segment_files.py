@@ -2,16 +2,16 @@
 
 import pytest
 
-from hf_iclr.saving import whole_file
-from hf_iclr.vision.formats.segment_files import PALETTE, read_json, whole_folder, write_json
+from hf_iclr.saving import atomic_file
+from hf_iclr.vision.formats.segment_files import PALETTE, atomic_folder, read_json, write_json
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text("one")
         assert not path.exists()
-    with pytest.raises(RuntimeError), whole_file(path) as part:
+    with pytest.raises(RuntimeError), atomic_file(path) as part:
         part.write_text("tw")
         raise RuntimeError
     assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
@@ -19,15 +19,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
     path = tmp_path / "masks"
-    with pytest.raises(RuntimeError), whole_folder(path) as part:
+    with pytest.raises(RuntimeError), atomic_folder(path) as part:
         (part / "file").touch()
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     path.mkdir()
-    with whole_folder(path) as part:
+    with atomic_folder(path) as part:
         (part / "file").touch()
     assert [file.name for file in path.iterdir()] == ["file"]
-    with pytest.raises(ValueError, match="new or an empty folder"), whole_folder(path):
+    with pytest.raises(ValueError, match="new or an empty folder"), atomic_folder(path):
         pass
     assert [file.name for file in path.iterdir()] == ["file"]
 

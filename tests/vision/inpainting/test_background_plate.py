@@ -3,7 +3,7 @@
 import numpy as np
 
 from hf_iclr.vision.inpainting.background_plate import fill_smoothly, seen_background, soften, still_spans
-from hf_iclr.vision.session.frames import open_video
+from hf_iclr.vision.session.videos import open_video
 
 
 NONE = np.zeros((16, 16), np.float32)

@@ -25,8 +25,8 @@ from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 from hf_iclr.vision.formats.annotation_json import write_sav
 from hf_iclr.vision.formats.segment_files import given_segments
 from hf_iclr.vision.inpainting.inpainting import inpaint_video
-from hf_iclr.vision.session.frames import open_video
 from hf_iclr.vision.session.segments import VideoSegments
+from hf_iclr.vision.session.videos import open_video
 from tests.vision.tiny import tiny_pipe
 
 
@@ -294,7 +294,7 @@ VIDEO, MASK, _ = scene(frames=3)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"mode": "erase"}, "Expected mode to be one of remove, replace_background"),
         ({"dilation": -1}, "Expected dilation of at least 0"),
@@ -318,9 +318,9 @@ VIDEO, MASK, _ = scene(frames=3)
         ({"key_frames": [3]}, r"Expected key frames in 0\.\.2, got \[3\]"),
     ],
 )
-def test_bad_input_gets_a_sentence(change, told):
+def test_bad_input_gets_a_sentence(change, words):
     options = {"video": VIDEO, "segments": given({1: MASK}), **change}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=words):
         inpaint_video(**options)
 
 

@@ -112,10 +112,26 @@ def test_what_is_no_mapping_is_told():
         ({5: {1: {"points": [[1, 2]]}}}, r"0\.\.4, got a prompt on frame 5"),
         ({0: {1: {"points": [[7, 2]]}}}, r"x in 0\.\.6 and y in 0\.\.4"),
         ({0: {1: {"points": [[float("nan"), 2]]}}}, r"x in 0\.\.6"),
-        ({0: {1: {"box": [0, 0, 6, 5]}}}, r"y in 0\.\.4"),
+        ({0: {1: {"box": [0, 5, 6, 7]}}}, r"y in 0\.\.4"),
         ({0: {1: {"mask": MASK.T}}}, r"frame's size \(4, 6\), got \(6, 4\)"),
     ],
 )
 def test_what_does_not_fit_the_video_is_told(prompts, sentence):
     with pytest.raises(ValueError, match=sentence):
         VideoPrompts(prompts).check((4, 6), 5)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.full((4, 4), 7.5),
+        np.array([[np.nan, 1.0]]),
+        np.array([[-1, 3]]),
+        [np.zeros((3, 2)), np.zeros((4, 2))],
+        "mask",
+    ],
+    ids=["positive", "not a number", "below zero", "polygons", "text"],
+)
+def test_masks_that_may_mean_anything_are_refused(mask):
+    with pytest.raises(ValueError, match="Expected a mask"):
+        VideoPrompts({0: {1: {"mask": mask}}})

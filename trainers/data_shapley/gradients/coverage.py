@@ -8,15 +8,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .direction import Direction, inner, is_sharded, untouched, whole
+from .follow import leaves
 from .rows import RowLayout
 from .scores import TappedModule
 from .taps import Taps
 
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = "_torchdynamo_orig_callable"  # an attribute of functions that torch.compile has returned
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raises `ValueError` if `torch.compile` has been applied to a model or a module in it."""
+    for name, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), _COMPILED)
+        if compiled or is_compiled_module(module):
+            raise ValueError(
+                "Expected a model that is not compiled, for rows are scored by hooks of its modules, which compiled "
+                f"code doesn't call, got a compiled {name or type(module).__name__}. Type `torch_compile=False`, or "
+                "don't call torch.compile."
+            )
 
 
 @dataclass
@@ -31,18 +47,19 @@ class Group:
 def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Parameter]) -> list[Group]:
     """Divide tapped modules so that tied parameters fall into one group."""
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
-    owner: dict[int, Group] = {}
     groups: list[Group] = []
     for tapped in modules:
         mine = [position[id(parameter)] for parameter in tapped.parameters.values()]
-        group = next((owner[index] for index in mine if index in owner), None)
-        if group is None:
-            group = Group([], [], [])
-            groups.append(group)
-        group.modules.append(tapped.index)
-        group.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
-        group.parameters += [index for index in mine if index not in group.parameters]
-        owner |= dict.fromkeys(mine, group)
+        merged, alike = Group([], [], []), set(mine)
+        for group in [found for found in groups if not alike.isdisjoint(found.parameters)]:
+            groups.remove(group)
+            merged.modules += group.modules
+            merged.parameters += group.parameters
+            merged.names += group.names
+        merged.modules.append(tapped.index)
+        merged.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
+        merged.parameters += [index for index in mine if index not in merged.parameters]
+        groups.append(merged)
     return groups
 
 
@@ -113,7 +130,8 @@ def check_scores(
     parameters: Sequence[nn.Parameter],
     directions: Sequence[Direction],
     scale: float,
-) -> float:
+    all_groups: bool = True,
+) -> tuple[float, float | None]:
     """
     Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
 
@@ -124,9 +142,12 @@ def check_scores(
             What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
         scale (`float`):
             Of an fp16 scaler, else 1.
+        all_groups (`bool`, *optional*, defaults to `True`):
+            `False` for the clip factor alone, which a few small parameters tell.
 
     Returns:
-        `float`: the clip factor.
+        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups'
+        parts, `None` unless `all_groups`.
 
     Raises:
         ValueError: if nothing adds up.
@@ -138,25 +159,56 @@ def check_scores(
     sums = members @ torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()
     if world > 1:
         dist.all_reduce(sums)
-    zero = scores.new_zeros(())
-    products = [
-        zero if parameter.grad is None else inner(direction, whole(parameter.grad))
-        for direction, parameter in zip(directions, parameters, strict=True)
-    ]
-    gradients = [sum((products[index] for index in group.parameters), zero) for group in groups]
-    active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
-    found = torch.stack(gradients).double().cpu().numpy() * active
-    expected, sizes = (sums.cpu().numpy() / world / scale).T * active
-    ratio = clip_factor(found, expected)
-    coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
-    coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
-    gaps = find_gaps(found, expected, sizes, ratio, 0.05 if coarse else 1e-3)
-    if gaps:
-        _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
-    return applied_factor(ratio, scale)
+    expected, sizes = (sums.cpu().numpy() / world / scale).T
+
+    def measure(which: Sequence[int]) -> np.ndarray:
+        zero = scores.new_zeros(())
+        found = [
+            sum(
+                (
+                    inner(directions[index], whole(grad))
+                    for index in groups[group].parameters
+                    if (grad := parameters[index].grad) is not None
+                ),
+                zero,
+            )
+            for group in which
+        ]
+        return torch.stack(found).double().cpu().numpy()
+
+    share = None
+    if all_groups:
+        active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
+        gradient = measure(range(len(groups)))
+        ratio = clip_factor(gradient * active, expected * active)
+        coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+        coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
+        tolerance = 0.05 if coarse else 1e-3
+        gaps = find_gaps(gradient * active, expected * active, sizes * active, ratio, tolerance)
+        if gaps:
+            _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
+            active[gaps] = False
+        size = np.abs(gradient).sum()
+        share = float(np.abs(gradient[active]).sum() / size) if size else 1.0
+    few = _few(groups, taps.excluded, expected, parameters)
+    return applied_factor(clip_factor(measure(few), expected[few]), scale), share
 
 
-def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout) -> set[int] | None:
+def _few(
+    groups: Sequence[Group], excluded: set[int], expected: np.ndarray, parameters: Sequence[nn.Parameter]
+) -> list[int]:
+    """The smallest groups that hold a hundredth of what is scored, eight at least: clipping is alike for all."""
+    sizes = [sum(parameters[index].numel() for index in group.parameters) for group in groups]
+    known = [place for place, group in enumerate(groups) if expected[place] and not excluded.issuperset(group.modules)]
+    known.sort(key=lambda place: sizes[place])
+    held = np.cumsum([sizes[place] for place in known])
+    enough = int(np.searchsorted(held, held[-1] / 100)) + 1 if known else 0
+    return known[: max(enough, 8)] or [0]
+
+
+def find_unordered(
+    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layout: RowLayout
+) -> tuple[set[int], set[int]] | None:
     """
     Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
     doesn't move along when the rows of a batch are rotated.
@@ -170,44 +222,66 @@ def find_unordered(model: nn.Module, taps: Taps, inputs: Mapping[str, Any], layo
             Its rows.
 
     Returns:
-        `set[int]`: indices of the modules; `None` if this batch can't tell.
+        `(set[int], set[int])`: indices of those modules, and of those whose output stays as it is when the rows are
+        rotated, which rows have in common; `None` if this batch can't tell.
 
     Raises:
         ValueError: if that is every module.
     """
     if layout.segments is not None or is_sharded(model):
-        return set()
+        return set(), set()
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
     if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
         return None
+    if all(torch.equal(value, value.roll(1, 0)) for value in tensors.values()):
+        return None
     rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
     once, again, moved = (
-        _row_sums(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+        _outputs(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
     )
-    unordered = set()
-    for index, sums in once.items():
-        calls = [len(sums), len(again[index]), len(moved[index])]
-        if len(set(calls)) > 1 or any(not torch.equal(*pair) for pair in zip(sums, again[index], strict=True)):
+    unordered, common = set(), set()
+    for index, calls in once.items():
+        if len(calls) != len(again[index]) or len(calls) != len(moved[index]):
+            continue
+        if any(not torch.equal(one.print, two.print) for one, two in zip(calls, again[index], strict=True)):
             continue  # it is random
-        if not all(_alike(first.roll(1), then) for first, then in zip(sums, moved[index], strict=True)):
+        pairs = list(zip(calls, moved[index], strict=True))
+        if calls and all(torch.equal(one.print, then.print) for one, then in pairs):
+            common.add(index)
+        elif not all(_alike(one.rows.roll(1), then.rows) for one, then in pairs if one.rows is not None):
             unordered.add(index)
     if len(unordered) == len(taps.modules):
         raise ValueError(
             f"Expected outputs that begin with the {layout.batch} rows of the batch, got none: no module's output is "
-            "rotated when the rows are, so what each row contributes can't be told."
+            "rotated when the rows are, so what each row contributes can't be computed."
         )
-    return unordered
+    return unordered, common
 
 
-def _row_sums(
+@dataclass
+class _Output:
+    """What is kept of a module's output: sums of what would be each row's part, and a fingerprint of the whole."""
+
+    rows: torch.Tensor | None
+    print: torch.Tensor
+
+    @classmethod
+    def of(cls, output: torch.Tensor, batch: int) -> "_Output":
+        wide = output.detach().double().flatten()
+        weights = torch.linspace(1, 2, len(wide), dtype=torch.float64, device=wide.device)
+        rows = wide.view(batch, -1).sum(1) if output.dim() and len(output) % batch == 0 else None
+        return cls(rows, wide @ weights)
+
+
+def _outputs(
     model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int
-) -> dict[int, list[torch.Tensor]]:
-    """For each call of each module, sums of what would be each row's part of its output."""
-    found: dict[int, list[torch.Tensor]] = {tapped.index: [] for tapped in taps.modules}
+) -> dict[int, list[_Output]]:
+    """Of each call of each module, its tensors."""
+    found: dict[int, list[_Output]] = {tapped.index: [] for tapped in taps.modules}
 
     def keep(index: int, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() and len(output) % batch == 0:
-            found[index].append(output.detach().double().reshape(batch, -1).sum(1))
+        tensors = [value for value in leaves(output) if isinstance(value, torch.Tensor)]
+        found[index] += [_Output.of(value, batch) for value in tensors if value.is_floating_point()]
 
     handles = [
         tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))
@@ -237,7 +311,7 @@ def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> No
         why = [taps.misfits[index] for index in group.modules if index in taps.misfits]
         silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
         if not why and silent:
-            why = [f"{silent[0]} is used without being called, as by a fused output layer"]
+            why = [f"{silent[0]} is used without being called, as by a fused output layer or compiled code"]
         other = (
             "used outside of the module they belong to, or their gradient was changed by more than one factor for "
             "all, as clipping by value does"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from hf_iclr.saving import in_own_memory
+from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.measuring import forked_random
 
 
@@ -52,7 +52,7 @@ def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRa
     basis = _orthonormal(wide @ start)
     basis = _orthonormal(wide @ _orthonormal(wide.T @ basis))
     right = (basis.T @ wide).to(matrix.dtype)
-    return LowRank(in_own_memory(basis.to(matrix.dtype)), in_own_memory(right))
+    return LowRank(contiguous_clone(basis.to(matrix.dtype)), contiguous_clone(right))
 
 
 def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ def unpack_directions(
         unpacked.append([])
         for index, parameter in enumerate(parameters):
             found = [
-                in_own_memory(tensors[key].to(parameter.device))
+                contiguous_clone(tensors[key].to(parameter.device))
                 for part in range(2)
                 if (key := f"{which}.{index}.{part}") in tensors
             ]

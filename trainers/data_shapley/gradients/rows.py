@@ -49,12 +49,14 @@ class RowLayout:
         count = shape.numel()
         if self.segments is not None:
             return count == self.segments.numel()
+        if self.batch == 1:
+            return True
         if not shape:
             return False
         if shape[0] == self.batch and not (len(shape) == 1 and self.length not in (None, 1) and is_embedding):
             return True
         if len(shape) == 1 and self.length is not None:
-            return count == self.batch * self.length
+            return count == self.batch * self.length or not is_embedding and count % (self.batch * self.length) == 0
         return not is_embedding and len(shape) > 1 and shape[0] % self.batch == 0
 
     def sum_rows(self, scores: torch.Tensor) -> torch.Tensor:
@@ -120,7 +122,8 @@ def _segments(tensors: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
 
 def _count_tokens(layout: RowLayout, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
     labels = tensors.get("labels")
-    if labels is not None and labels.dim() == 2 and (layout.length is None or labels.shape[1] == layout.length):
+    # Those of an encoder-decoder have a width of their own; those of classes are floating point or have one dimension
+    if labels is not None and labels.dim() == 2 and len(labels) == layout.batch and not labels.is_floating_point():
         counted = (labels != -100).unsqueeze(-1)
     elif ids is None:
         return layout.tokens

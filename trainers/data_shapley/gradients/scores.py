@@ -1,17 +1,24 @@
 """The derivative of a loss along a direction of one module's parameters, by position, from its input and output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import Cache
 
 from hf_iclr.trainers.measuring import forked_random
 
+from . import follow
 from .direction import Direction, LowRank, wide
-from .rows import RowLayout
+
+
+_EXPERTS = "_experts_implementation"  # of a configuration of transformers
 
 
 @dataclass
@@ -22,15 +29,28 @@ class TappedModule:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     index: int
-    kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
+    kind: str  # "linear", "conv1d", "embedding", "norm", "scale" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    rows: torch.Tensor | None = None  # gradient of each row, (rows, parameters of the module), if they are kept
+    starts_at_zero: bool | None = None  # whether a scale's output is zero where its weight is, once it is known
+
+
+@dataclass
+class Call:
+    """
+    A module's call that is scored: with what arguments, which of its outputs, by their place, and what became of it
+    until rows met it.
+    """
+
+    args: Any
+    kwargs: Any
+    place: int | None = None
+    through: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def token_scores(
     tapped: TappedModule,
     directions: dict[str, Direction],
-    arguments: Any,
+    call: Call,
     b: torch.Tensor,
     product: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -42,8 +62,8 @@ def token_scores(
             The module.
         directions (`dict`):
             Direction of each of its parameters.
-        arguments (`tuple`):
-            Positional and named arguments of the call.
+        call ([`Call`]):
+            How it was called.
         b (`torch.Tensor` of shape `(batch, ..., channels)`):
             Gradient of the loss by the output.
         product (`torch.Tensor`, *optional*):
@@ -52,53 +72,43 @@ def token_scores(
     Returns:
         `torch.Tensor` of shape `(batch, ...)`: at least in float32.
     """
+    if call.through is not None:
+        moved = _derivative(tapped, directions, call)
+        through = call.through
+        moved = _push(lambda values: through(values["moved"]), {"moved": torch.zeros_like(moved)}, {"moved": moved})
+        return _sum_product(b, moved.to(b.dtype), max(b.dim() - 1, 1))
     u = directions.get("weight")
     if tapped.kind in ("linear", "conv1d"):
         scores = None
         if u is not None:
-            scores = _linear_scores(u, first_input(*arguments), b, tapped.kind == "linear", product)
+            scores = _linear_scores(u, first_input(call.args, call.kwargs), b, tapped.kind == "linear", product)
         if "bias" in directions:
             bias = (b @ _dense(directions["bias"]).to(b.dtype)).to(wide(b.dtype))
             scores = bias if scores is None else scores + bias
         assert scores is not None
         return scores
+    if tapped.kind == "embedding" and isinstance(u, LowRank):
+        x = first_input(call.args, call.kwargs)
+        scores = _sum_product(b @ u.right.T.to(b.dtype), F.embedding(x, u.left).to(b.dtype))
+        padding = tapped.module.padding_idx
+        return scores if padding is None else scores.masked_fill(x == padding, 0)
+    return _sum_product(b, _derivative(tapped, directions, call).to(b.dtype), count_leading(tapped, b))
+
+
+def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
+    """Of a module's output along a direction of its parameters."""
     if tapped.kind == "embedding":
-        assert u is not None
-        x = first_input(*arguments)
-        if isinstance(u, LowRank):
-            thin = b @ u.right.T.to(b.dtype)
-            scores = _sum_product(thin, F.embedding(x, u.left).to(b.dtype))
-        else:
-            scores = _sum_product(b, F.embedding(x, u).to(b.dtype))
+        moved = F.embedding(first_input(call.args, call.kwargs), _dense(directions["weight"]))
     elif tapped.kind == "norm":
-        output = _norm_output(tapped.module, first_input(*arguments), directions)
-        scores = _sum_product(b, output.to(b.dtype), count_leading(tapped, b))
+        moved = _norm_output(tapped.module, first_input(call.args, call.kwargs), directions)
+    elif tapped.kind == "scale":
+        moved = _scaled(tapped, directions, call)
     else:
-        scores = _sum_product(b, _jvp(tapped, directions, arguments).to(b.dtype), count_leading(tapped, b))
-    padding = getattr(tapped.module, "padding_idx", None)
-    if isinstance(tapped.module, nn.Embedding) and padding is not None:
-        scores = scores.masked_fill(first_input(*arguments) == padding, 0)  # whose weight gets no gradient
-    return scores
-
-
-def row_gradients(tapped: TappedModule, x: torch.Tensor, b: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-    """
-    (`torch.Tensor` of shape `(rows, weights)`): gradient of each row by the weight, and the bias, of a linear layer.
-    """
-    x = x.to(b.dtype)
-    if layout.segments is not None:
-        x, b = x.reshape(-1, x.shape[-1]), b.reshape(-1, b.shape[-1])
-        pieces = [(b[layout.segments == row], x[layout.segments == row]) for row in range(layout.rows)]
-        weight = torch.stack([left.T @ right for left, right in pieces])
-        bias = torch.stack([left.sum(0) for left, _ in pieces])
-    else:
-        x, b = x.reshape(layout.batch, -1, x.shape[-1]), b.reshape(layout.batch, -1, b.shape[-1])
-        weight = torch.einsum("bto,bti->boi", b, x).view(-1, layout.rows, b.shape[-1], x.shape[-1]).sum(0)
-        bias = b.sum(1).view(-1, layout.rows, b.shape[-1]).sum(0)
-    if tapped.kind == "conv1d":
-        weight = weight.transpose(1, 2)
-    found = {"weight": weight.flatten(1), "bias": bias}
-    return torch.cat([found[name].to(wide(b.dtype)) for name in tapped.parameters], dim=1)
+        moved = _jvp(tapped, directions, call)
+    if isinstance(tapped.module, nn.Embedding) and tapped.module.padding_idx is not None:
+        padding = first_input(call.args, call.kwargs) == tapped.module.padding_idx
+        moved = moved.masked_fill(padding.unsqueeze(-1), 0)  # whose weight gets no gradient
+    return moved
 
 
 def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -164,27 +174,87 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
     return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
 
 
+def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
+    """Of a normalisation that is affine in its weight, as all of transformers' are, from its output alone."""
+    (name, parameter), module = next(iter(tapped.parameters.items())), tapped.module
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {name: weight}, call.args, call.kwargs)
+
+    u = _dense(directions[name]).to(parameter.dtype)
+    if tapped.starts_at_zero:
+        return run(u)
+    at_zero = run(torch.zeros_like(parameter))
+    if tapped.starts_at_zero is None:
+        tapped.starts_at_zero = not bool(at_zero.any())
+        if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
+            tapped.kind = "other"
+            return _jvp(tapped, directions, call)
+    return run(u) - at_zero
+
+
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
     return None if parameter is None else torch.zeros_like(parameter, dtype=x.dtype)
 
 
-def _jvp(tapped: TappedModule, directions: dict[str, Direction], arguments: Any) -> torch.Tensor:
-    module, (args, kwargs) = tapped.module, arguments
+def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
+    module = tapped.module
     if any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in module.modules()):
         raise NotImplementedError("it draws dropout masks")
+    # A cache is that of generation, and empty in training
+    args, kwargs = follow.replace((call.args, call.kwargs), lambda value: None if isinstance(value, Cache) else value)
+    # The other parameters as copies of their own, for parametrisations set them in place
+    frozen = {name: nn.Parameter(parameter.data, requires_grad=False) for name, parameter in module.named_parameters()}
     primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
     tangents = {name: _dense(directions[name]).to(primals[name].dtype) for name in primals}
 
     def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
-        return torch.func.functional_call(module, values, tuple(args), kwargs, tie_weights=False)
+        output = torch.func.functional_call(module, {**frozen, **values}, args, kwargs, tie_weights=False)
+        return output if call.place is None else list(follow.leaves(output))[call.place]
 
     device = next(iter(primals.values())).device
-    with forked_random(device):
+    with forked_random(device), _plain_experts(module):
         state = _random_state(device)
-        derivative = torch.func.jvp(run, (primals,), (tangents,))[1]
+        moved = _push(run, primals, tangents)
         if not torch.equal(_random_state(device), state):
             raise NotImplementedError("it draws random numbers")
-        return derivative
+        return moved
+
+
+def _push(
+    run: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    primals: dict[str, torch.Tensor],
+    tangents: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """The derivative of a function along tensors: forward or, where an operation lacks that, twice backward."""
+    with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative of either kind
+        try:
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(
+                    run({name: forward_ad.make_dual(primals[name], tangents[name]) for name in primals})
+                )
+                return torch.zeros_like(found.primal) if found.tangent is None else found.tangent
+        except NotImplementedError:
+            with torch.enable_grad():
+                values = {name: primal.requires_grad_() for name, primal in primals.items()}
+                output = run(values)
+                b = torch.zeros_like(output, requires_grad=True)
+                pulled = torch.autograd.grad(output, list(values.values()), b, create_graph=True)
+                return torch.autograd.grad(pulled, b, list(tangents.values()))[0]
+
+
+@contextmanager
+def _plain_experts(module: nn.Module) -> Iterator[None]:
+    """Experts one after the other, for grouped products have no forward derivative."""
+    configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None))}
+    kept = [(found, found._experts_implementation) for found in configs.values() if hasattr(found, _EXPERTS)]
+    try:
+        for config, _ in kept:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, was in kept:
+            config._experts_implementation = was
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Taps on modules' outputs that score, in the ordinary backward pass, what each row contributes to the gradient."""
 
+import functools
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import follow
 from .direction import wide
 from .rows import RowLayout
-from .scores import TappedModule, count_leading, first_input, row_gradients, thin_rows, token_scores
+from .scores import Call, TappedModule, count_leading, first_input, thin_rows, token_scores
 
 
 class Taps:
@@ -34,17 +39,23 @@ class Taps:
         tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
         fired (`set` of `int`): modules that scored something since it was cleared.
         misfits (`dict`): why a module could not be scored, by its index.
+        heard (`set` of `int`): modules that were called since the one around them was.
+        around (list): modules that score those in them whose parameters they use without calling them.
         unordered (`set` of `int`): modules whose output isn't laid out by rows.
+        common (`set` of `int`): modules whose output rows have in common.
         low_precision (`bool`): whether some gradients are in half precision, as under autocast.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.keep_rows, self.low_precision = False, False, False
+        self.on, self.low_precision = False, False
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
         self.unordered: set[int] = set()
+        self.common: set[int] = set()
+        self.heard: set[int] = set()
+        self.around = _find_around(self, model)
         self.layout: RowLayout | None = None
         self.scores = torch.empty(0)
         self.tokens: torch.Tensor | None = None
@@ -54,11 +65,14 @@ class Taps:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Hook all modules that are not excluded."""
+        """Hook all modules that are not excluded, and those around them that may have to stand in for them."""
         for tapped in self.modules:
             if tapped.index not in self.excluded:
                 hook = _Hook(self, tapped)
                 self._handles.append(tapped.module.register_forward_hook(hook, with_kwargs=True))
+        for around in self.around:
+            self._handles.append(around.module.register_forward_pre_hook(around.before))
+            self._handles.append(around.module.register_forward_hook(around.after, with_kwargs=True))
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -66,6 +80,10 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def hears(self) -> bool:
+        """Whether this forward pass is tapped."""
+        return self.on and self.layout is not None and self.model.training and torch.is_grad_enabled()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -98,22 +116,17 @@ class Taps:
 
     @torch.no_grad()
     def score(
-        self, tapped: TappedModule, layout: RowLayout, arguments: Any, b: torch.Tensor, shared: "_SharedInput | None"
+        self, tapped: TappedModule, layout: RowLayout, call: Call, b: torch.Tensor, shared: "_SharedInput | None"
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
-        if self.keep_rows:
-            rows = row_gradients(tapped, first_input(*arguments), b, layout)
-            tapped.rows = rows if tapped.rows is None else tapped.rows + rows
-            self.fired.add(tapped.index)
-            return
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
-                products = shared.products(tapped, first_input(*arguments), b.dtype)
+                products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
             with self.paused():
                 by_target = [
-                    token_scores(tapped, which, arguments, b, product)
+                    token_scores(tapped, which, call, b, product)
                     for which, product in zip(tapped.directions, products, strict=True)
                 ]
         except (NotImplementedError, RuntimeError) as error:
@@ -173,25 +186,77 @@ class _Hook:
         self.taps, self.tapped = taps, tapped
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        taps, tapped = self.taps, self.tapped
-        if not (taps.on and taps.layout is not None and taps.model.training and torch.is_grad_enabled()):
+        self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
+        if not self.taps.hears():
             return None
-        if not isinstance(output, torch.Tensor):
-            taps.misfits[tapped.index] = f"its output is {type(output).__name__}, not one tensor"
+        call = follow.replace((args, kwargs), follow.plain)
+        if isinstance(output, torch.Tensor):
+            return self._behind(output, Call(*call))
+        if not isinstance(output, (tuple, list, dict)):
+            self.taps.misfits[self.tapped.index] = f"its output is {type(output).__name__}, not tensors"
             return None
+        places = itertools.count()
+
+        def tap(value: Any) -> Any:
+            place = next(places)
+            return self._behind(value, Call(*call, place)) if isinstance(value, torch.Tensor) else value
+
+        return follow.replace(output, tap)
+
+    def _behind(self, output: torch.Tensor, call: Call) -> torch.Tensor:
+        taps, tapped, layout = self.taps, self.tapped, self.taps.layout
+        assert layout is not None
         if not output.requires_grad:
-            return None
-        layout, spread = taps.layout, False
+            return output
         shape = output.shape[: count_leading(tapped, output)]
-        is_embedding = isinstance(module, nn.Embedding)
-        if layout.segments is None and len(shape) > 1 and shape[0] == 1 < layout.batch and is_embedding:
-            spread = True  # one row for all, like position embeddings: keep rows apart
-        elif tapped.index in taps.unordered or not layout.fits(shape, is_embedding):
+        alone = layout.segments is None and layout.batch > 1 and output.dim() > 1 and output.shape[0] == 1
+        if alone or tapped.index in taps.common or isinstance(output, follow.InCommon):
+            source = follow.Shared(
+                functools.partial(self._join, call), output.shape, {"dtype": output.dtype, "device": output.device}
+            )
+            return follow.begin(output, source, layout.batch)
+        if tapped.index in taps.unordered or not layout.fits(shape, isinstance(tapped.module, nn.Embedding)):
             taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
+            return output
+        shared = None
+        if tapped.kind in ("linear", "conv1d"):
+            shared = taps.read(tapped, first_input(call.args, call.kwargs))
+        return self._tap(output, call, shared)
+
+    def _join(self, call: Call, source: follow.Shared, step: follow.Step, output: torch.Tensor) -> torch.Tensor:
+        return self._tap(output, replace(call, through=functools.partial(step.replay, source)), None)
+
+    def _tap(self, output: torch.Tensor, call: Call, shared: "_SharedInput | None") -> torch.Tensor:
+        tensors = [value for value in follow.leaves((call.args, call.kwargs)) if isinstance(value, torch.Tensor)]
+        return _Tap.apply(output, self, self.taps.layout, shared, call, *tensors)
+
+
+class _Around:
+    """Hooks of a module that may use parameters of those in it without calling them: then it is tapped for them."""
+
+    def __init__(self, taps: Taps, module: nn.Module, name: str) -> None:
+        self.taps, self.module, self.name = taps, module, name
+        self.stands_in = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.taps.heard -= {tapped.index for tapped in self._inside()}
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.taps.hears():
             return None
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        shared = taps.read(tapped, first_input(args, kwargs)) if tapped.kind in ("linear", "conv1d") else None
-        return _Tap.apply(output, self, layout, spread, shared, (args, kwargs), *tensors)
+        for tapped in self._inside():
+            if tapped.index not in self.taps.heard | self.taps.excluded:
+                self.stands_in = True
+                path = tapped.name.removeprefix(f"{self.name}.")
+                longer = [{f"{path}.{name}": u for name, u in found.items()} for found in tapped.directions]
+                parameters = {f"{path}.{name}": parameter for name, parameter in tapped.parameters.items()}
+                mine = replace(tapped, module=module, parameters=parameters, kind="other", directions=longer)
+                tapped_output = _Hook(self.taps, mine)(module, args, kwargs, output)
+                output = output if tapped_output is None else tapped_output
+        return output
+
+    def _inside(self) -> list[TappedModule]:
+        return [tapped for tapped in self.taps.modules if tapped.name.startswith(f"{self.name}.")]
 
 
 class _Tap(torch.autograd.Function):
@@ -203,18 +268,14 @@ class _Tap(torch.autograd.Function):
         output: torch.Tensor,
         hook: _Hook,
         layout: RowLayout,
-        spread: bool,
         shared: _SharedInput | None,
-        call: Any,
+        call: Call,
         *tensors: Any,
     ):
-        ctx.hook, ctx.layout, ctx.spread, ctx.shared = hook, layout, spread, shared
-        args, kwargs = call
+        ctx.hook, ctx.layout, ctx.shared = hook, layout, shared
         hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
-        ctx.call = [hole(value) for value in args], {name: hole(value) for name, value in kwargs.items()}
+        ctx.call = replace(call, args=follow.replace(call.args, hole), kwargs=follow.replace(call.kwargs, hole))
         ctx.save_for_backward(*tensors)
-        if spread:
-            return output.expand(layout.batch, *output.shape[1:])
         # Not a view, which could not be changed in place. What a module needs of its output again can't be changed in
         # place without us either, so the memory may be shared.
         return output.data
@@ -222,13 +283,12 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
         saved = iter(ctx.saved_tensors)
-        args, kwargs = ctx.call
-        args = [next(saved).detach() if value is _Hole else value for value in args]
-        kwargs = {name: next(saved).detach() if value is _Hole else value for name, value in kwargs.items()}
+        fill = lambda value: next(saved).detach() if value is _Hole else value  # noqa: E731
         if ctx.hook.taps.on:
-            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, (args, kwargs), b, ctx.shared)
-        needed = b.sum(0, keepdim=True) if ctx.spread else b
-        return (needed, *[None] * (len(ctx.needs_input_grad) - 1))
+            call = replace(ctx.call, args=follow.replace(ctx.call.args, fill))
+            call = replace(call, kwargs=follow.replace(ctx.call.kwargs, fill))
+            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared)
+        return (b, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 class _Hole:
@@ -236,7 +296,7 @@ class _Hole:
 
 
 def find_tapped(model: nn.Module) -> list[TappedModule]:
-    """Modules that own trainable parameters; those of parameter lists and dicts belong to the module around them."""
+    """Modules that own trainable parameters; those of lists, dicts and parametrisations are their parent's."""
     found: dict[str, dict[str, nn.Parameter]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: set[tuple[int, str]] = set()
@@ -244,15 +304,38 @@ def find_tapped(model: nn.Module) -> list[TappedModule]:
         if not parameter.requires_grad:
             continue
         owner, _, local = name.rpartition(".")
-        while isinstance(modules[owner], (nn.ParameterDict, nn.ParameterList)):
+        while isinstance(modules[owner], (nn.ParameterDict, nn.ParameterList, ParametrizationList)):
             owner, _, last = owner.rpartition(".")
             local = f"{last}.{local}"
+            if isinstance(modules[owner], nn.ModuleDict):  # of parametrisations
+                owner, _, last = owner.rpartition(".")
+                local = f"{last}.{local}"
         if (id(modules[owner]), local) not in seen:
             seen.add((id(modules[owner]), local))
             found.setdefault(owner, {})[local] = parameter
     return [
         TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
         for index, (name, parameters) in enumerate(found.items())
+    ]
+
+
+def _find_around(taps: Taps, model: nn.Module) -> list[_Around]:
+    """
+    Modules around others that are tapped, without whole models: to run one again would cost too much. Of nested
+    wrappers the outermost, in which alone all of them are active.
+    """
+    names = {
+        ".".join(parts[:count])
+        for parts in (t.name.split(".") for t in taps.modules)
+        for count in range(1, len(parts))
+    }
+    modules = dict(model.named_modules())
+    return [
+        _Around(taps, modules[name], name)
+        for name in modules
+        if name in names
+        and type(modules[name.rpartition(".")[0]]) is not type(modules[name])
+        and not any(isinstance(child, PreTrainedModel) for child in modules[name].modules())
     ]
 
 
@@ -289,4 +372,6 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
         return "embedding"
     if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
+    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and module.weight.dim() == 1:
+        return "scale"
     return "other"

@@ -1,0 +1,1 @@
+"""Model cards of edits: begin with edits.py."""

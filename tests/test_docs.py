@@ -1,0 +1,68 @@
+"""What README, CONTRIBUTING and docs/ point to exists: relative links, files, and names of modules and classes."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ANYWHERE = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as GitHub names them in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page):
+    """`folder/file.py` from the root; beside them stand `Owner/name` of the Hub, which have no such ending."""
+    named = re.findall(rf"(?<![\w/.])(?:{ANYWHERE})/[\w/.-]*\w\.(?:pyi?|md|toml|json|html)\b", page.read_text("utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_exist(page):
+    """`hf_iclr.x.y`, up to what is no attribute of a module or class but of an object."""
+    missing = []
+    for name in set(re.findall(r"(?<![\w/.\[])hf_iclr(?:\.\w+)+", page.read_text(encoding="utf-8"))):
+        found = importlib.import_module("hf_iclr")
+        for end, part in enumerate(parts := name.split("."), 1):
+            if end == 1:
+                continue
+            try:
+                found = getattr(found, part, None) or importlib.import_module(".".join(parts[:end]))
+            except ImportError:
+                missing.append(name)
+                break
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_stand_in_the_file_that_a_page_says(page):
+    """`Name` in `folder/file.py`."""
+    said = re.findall(r"`(\w+)` in `([\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [pair for pair in said if not re.search(rf"\b{pair[0]}\b", (ROOT / pair[1]).read_text("utf-8"))] == []
+
+
+def test_what_is_looked_for_is_found():
+    """The patterns above see what they are for."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert len(re.findall(r"\]\((?!http)[^)\s]+\)", text)) > 10 and "hf_iclr/upstream.py" in text
