@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from .alpha_edit.closed_form import check_null_space_rule
+from .alpha_edit.closed_form import null_space_rule
 from .alpha_edit.statistics import KeyStatistics
 
 
@@ -76,14 +76,14 @@ class NullSpaceCallback(TrainerCallback):
         layers (`list[int]`, *optional*):
             Layers to project; left out, all of the statistics.
         nullspace_threshold (`float`, *optional*):
-            Preserve the directions whose second moment is at least this; the paper has 2e-2.
+            Preserve the directions whose second moment is at least this; the paper's 2e-2 when no rule is given.
         nullspace_energy (`float`, *optional*):
             Preserve the fewest directions with this share of the second moment's trace.
         nullspace_rank (`int`, *optional*):
-            Preserve so many directions. Exactly one of the three rules is given; 0 directions change nothing.
+            Preserve so many directions; 0 directions change nothing.
 
     Raises:
-        ValueError: when not exactly one rule is given or a layer has no statistics. When training begins: when the
+        ValueError: when several rules are given or a layer has no statistics. When training begins: when the
             statistics are of another model, no chosen weight is trained, an adapter is not a plain LoRA or already
             moves preserved outputs, or the weights are sharded (FSDP, DeepSpeed).
 
@@ -92,7 +92,7 @@ class NullSpaceCallback(TrainerCallback):
     ```python
     >>> statistics = KeyStatistics.from_dataset(model, tokenizer, general_text)
     >>> trainer = SFTTrainer(
-    ...     model, args, train_dataset=rows, callbacks=[NullSpaceCallback(statistics, nullspace_threshold=2e-2)]
+    ...     model, args, train_dataset=rows, callbacks=[NullSpaceCallback(statistics)]
     ... )
     ```
     """
@@ -106,12 +106,11 @@ class NullSpaceCallback(TrainerCallback):
         nullspace_energy: float | None = None,
         nullspace_rank: int | None = None,
     ):
-        check_null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank)
+        self.rule = null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank)
         self.statistics = statistics
         self.layers = statistics.layers if layers is None else sorted(set(layers))
         if not self.layers or set(self.layers) - set(statistics.layers):
             raise ValueError(f"Expected layers among {statistics.layers}, those of the statistics, got {layers}.")
-        self.rule = (nullspace_threshold, nullspace_energy, nullspace_rank)
         self._targets: list[_Target] = []
 
     def on_train_begin(
@@ -122,10 +121,10 @@ class NullSpaceCallback(TrainerCallback):
                 "Expected weights that each process holds whole, got DeepSpeed, which keeps and writes back copies of "
                 "its own. Train with DDP."
             )
+        if isinstance(model, PeftModel) or state.global_step == 0:
+            self.statistics.check_model(model)
         if isinstance(model, PeftModel):
             model = model.get_base_model()
-        elif state.global_step == 0:
-            self.statistics.check_model(model)
         self._targets = [target for layer in self.layers for target in self._find_targets(model, layer)]
         if not self._targets:
             names = [self.statistics.module_names[layer] for layer in self.layers]

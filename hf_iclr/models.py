@@ -286,15 +286,15 @@ def answer_logits(
 
 def hash_weights(model: torch.nn.Module, *, exact: bool = False) -> str:
     """
-    A name for a model's weights: sha256 of up to 1,024 numbers of every parameter, rounded to bfloat16 so that the
-    same checkpoint has one name in float32 and in bfloat16.
+    A name for a model's weights: sha256 of the sums of every parameter's rows and columns, over the bits of its
+    numbers rounded to bfloat16, so that the same checkpoint has one name in float32 and in bfloat16, on any device.
 
     Args:
         model (`torch.nn.Module`):
-            The model, with its adapters.
+            The model. A [`~peft.PeftModel`] has the name of its base model.
         exact (`bool`, *optional*, defaults to `False`):
-            Hash every number of parameters and buffers as it is stored, and its type, for what another rounding
-            changes.
+            Hash every number of parameters and buffers as it is stored, adapters among them, and its type, for what
+            another rounding changes.
 
     Returns:
         `str`: 16 hexadecimal digits, 64 of the exact hash.
@@ -305,13 +305,26 @@ def hash_weights(model: torch.nn.Module, *, exact: bool = False) -> str:
             digest.update(str(tensor.dtype).encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
+    for name, parameter in sorted(_base_parameters(model)):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        matrix = parameter.detach().flatten(1) if parameter.ndim > 1 else parameter.detach().reshape(1, -1)
+        columns = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
+        for rows in matrix.split(max(1, 2**24 // max(1, matrix.shape[1]))):
+            bits = rows.to(torch.bfloat16).view(torch.int16) if rows.is_floating_point() else rows
+            digest.update(bits.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
+            columns += bits.sum(0, dtype=torch.int64)
+        digest.update(columns.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters of a model, of one with adapters those it had without them."""
+    if not isinstance(model, PeftModel):
+        yield from model.named_parameters()
+        return
+    for name, parameter in model.get_base_model().named_parameters():
+        if "modules_to_save." not in name and getattr(model.base_model, "prefix", "prompt_") not in name:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 class FusedOutputsProxy:

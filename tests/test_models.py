@@ -7,6 +7,7 @@ import copy
 import hashlib
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -39,6 +40,7 @@ from hf_iclr.models import (
     to_prompt_ids,
 )
 from hf_iclr.prefill import generate_after_prefixes, generate_answers
+from tests.architectures import tiny
 
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
@@ -359,11 +361,32 @@ def test_a_name_for_weights_in_every_type():
     digest = hashlib.sha256()
     for key in ("bias", "weight"):
         numbers = model.get_parameter(key).detach()
-        digest.update(f"{key}{tuple(numbers.shape)}".encode() + numbers.view(torch.int16).numpy().tobytes())
+        bits = numbers.view(torch.int16).numpy().astype(np.int64).reshape(-1, 3 if key == "weight" else 2)
+        digest.update(f"{key}{tuple(numbers.shape)}".encode() + bits.sum(1).tobytes() + bits.sum(0).tobytes())
     assert name == digest.hexdigest()[:16]
+
+
+def test_a_name_for_weights_changes_with_any_number_of_any_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(65, 70), torch.nn.Linear(70, 33))
+    names = {hash_weights(model)}
+    for changed in range(12):
+        weight = model[changed % 2].weight
+        with torch.no_grad():
+            weight[changed * 5 % len(weight), changed * 7 % 65] += 0.1
+        names.add(hash_weights(model))
     with torch.no_grad():
-        model.weight[0, 0] += 1
-    assert hash_weights(model) != name
+        model[0].weight[:] = model[0].weight.flip(0).clone()
+    assert len(names | {hash_weights(model)}) == 14
+
+
+def test_a_model_with_adapters_has_the_name_of_its_base():
+    model = tiny("llama", 0)
+    name = hash_weights(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"], modules_to_save=["lm_head"]))
+    assert hash_weights(adapted) == name
+    with torch.no_grad():
+        adapted.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight[3, 4] += 1
+    assert hash_weights(adapted) != name
 
 
 def test_an_exact_hash_of_weights_sees_each_bit_and_type():

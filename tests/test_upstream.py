@@ -50,7 +50,10 @@ PRIVATE_ATTRIBUTES = {
     "_DropoutNd": "torch: the class that all its dropouts share",
     "_atm_translator": "transformers: maps drafts of another vocabulary, and only the generator has it",
     "_attn_implementation": "transformers: what `set_attn_implementation` sets; nothing public reads it",
+    "_compiled_call_impl": "torch: what `Module.compile` sets; nothing public reads it",
     "_execution_device": "diffusers: `device` is that of the offloaded weights",
+    "_experts_implementation": "transformers: what `set_experts_implementation` sets; nothing public reads it",
+    "_fields": "python: by which a named tuple is known",
     "_fingerprint": "datasets: shown in its guide to the cache, without a public name",
     "_formatting_func": "trl: an argument of the constructor that is kept nowhere else",
     "_forward_hooks": "torch: tells whether two shallow copies share their hooks",
@@ -64,6 +67,7 @@ PRIVATE_ATTRIBUTES = {
     "_preprocess_params": "transformers: as `_forward_params`",
     "_registered_impl": "transformers: makes a saved pipeline ask for remote code it does not need",
     "_signature_columns": "transformers: set by `_set_signature_columns_if_needed`, a seam",
+    "_torchdynamo_orig_callable": "torch: marks what torch.compile returned; nothing public tells",
     "_tokenizer": "trl: the tokenizer within the processor the trainer was given",
 }
 ROOT = Path(__file__).parent.parent

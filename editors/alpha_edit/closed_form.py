@@ -108,6 +108,16 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 
+def null_space_rule(
+    threshold: float | None, energy: float | None, rank: int | None
+) -> tuple[float | None, float | None, int | None]:
+    """The rule that is given, or the paper's where none is; raises as [`check_null_space_rule`]."""
+    if (threshold, energy, rank) == (None, None, None):
+        threshold = 2e-2
+    check_null_space_rule(threshold, energy, rank)
+    return threshold, energy, rank
+
+
 def count_preserved(
     values: torch.Tensor, threshold: float | None = None, energy: float | None = None, rank: int | None = None
 ) -> int:

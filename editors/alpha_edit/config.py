@@ -12,7 +12,7 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import atomic_file
 from hf_iclr.untrusted import as_written_by, inside, read_json
 
-from .closed_form import check_null_space_rule
+from .closed_form import null_space_rule
 
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
@@ -120,9 +120,7 @@ class AlphaEditConfig:
         if self.post_processing not in POST_PROCESSING:
             raise ValueError(f"Expected post_processing None or 'rect', got {self.post_processing!r}.")
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
-        if rule == (None, None, None):
-            self.nullspace_threshold = 2e-2
-        check_null_space_rule(self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
+        self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
         for name, least in (
             *((n, 0.0) for n in ("l2", "loss_threshold", "weight_decay", "kl_factor", "num_contexts")),
             *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size", "chunk_length")),

@@ -172,7 +172,7 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
         ValueError: for encoder-decoders, models without a dense MLP, weights that are not all here (offloaded, or
             sharded by FSDP or DeepSpeed), and when the check fails.
     """
-    _check_weights(model)
+    check_weights(model)
     prefix, stack = decoder_layers(model)
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
     dense = [
@@ -215,9 +215,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def caches_by_token(model: PreTrainedModel) -> bool:
-    """Whether what a model keeps of earlier tokens is keys and values of each: not so with recurrent layers."""
-    _, stack = decoder_layers(model)
-    return cache_argument(model) is not None and not any(isinstance(module, nn.Conv1d) for module in stack.modules())
+    """Whether what a model keeps of earlier tokens is keys and values of each: not so where layers are recurrent."""
+    recurrent = any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
+    return cache_argument(model) is not None and not recurrent
 
 
 def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]) -> list[DownProjection]:
@@ -248,7 +248,7 @@ def _ranges(numbers: list[int]) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raises `ValueError` unless every weight is here and whole."""
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     for name, parameter in model.named_parameters():
@@ -299,7 +299,7 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
 def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
     """Three tokens that a model reads something at: the padding token's embedding is zero in one made from scratch."""
     norms = model.get_input_embeddings().weight[:1024].float().norm(dim=1)
-    tokens = (norms > 0.5 * norms.median()).nonzero()[:3, 0]
+    tokens = (norms > 0.5 * norms.nanmedian()).nonzero()[:3, 0]
     if not len(tokens):
         raise ValueError(
             f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights."

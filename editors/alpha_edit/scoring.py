@@ -16,6 +16,7 @@ from hf_iclr.cache_argument import cache_inputs, find_cache, forward_parameters
 from hf_iclr.models import check_decoder, check_prompts, evaluation_mode, generate_rows, pad_rows
 
 from .config import AlphaEditConfig
+from .projections import caches_by_token
 from .requests import EditRequest
 from .rows import chat_context, encode_in_contexts, split_answer
 
@@ -158,10 +159,15 @@ def _answer_scores(
     model: Any, pairs: set[tuple[tuple[int, ...], tuple[int, ...]]], batch_tokens: int, progress: bool
 ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]]:
     """Negative log-likelihood per token, and share of most likely tokens, of answers after prompts."""
+    parts: dict[Any, list] = {}
+    if not caches_by_token(model):  # then a prompt's reading cannot be shared: every token is asked for by itself
+        parts = {pair: [(pair[0] + pair[1][:k], pair[1][k : k + 1]) for k in range(len(pair[1]))] for pair in pairs}
+        pairs = {part for each in parts.values() for part in each}
     answers: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, answer in sorted(pairs):
         answers.setdefault(prompt, []).append(answer)
-    device, last_only = _device(model), _last_only(model)
+    device = model.get_input_embeddings().weight.device
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
     scores = {}
     with evaluation_mode(model), tqdm(total=len(answers), desc="Prompts", disable=not progress) as bar:
         for prompts in _equal_lengths(list(answers), batch_tokens):
@@ -190,7 +196,7 @@ def _answer_scores(
             for (row, answer), (n, h) in totals.items():
                 scores[prompts[row], answer] = (n / len(answer), h / len(answer))
             bar.update(len(prompts))
-    return scores
+    return scores | {pair: tuple(np.mean([scores[part] for part in each], 0)) for pair, each in parts.items()}
 
 
 def _equal_lengths(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
@@ -202,14 +208,6 @@ def _equal_lengths(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[l
         size = max(1, batch_tokens // length)
         for start in range(0, len(by_length[length]), size):
             yield by_length[length][start : start + size]
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def _last_only(model: Any) -> dict[str, int]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
 
 
 def perplexity(
@@ -243,7 +241,7 @@ def perplexity(
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     if not ids:
         raise ValueError("Expected a text of at least two tokens, got none.")
-    device, total, count = _device(model), 0.0, 0
+    device, total, count = model.get_input_embeddings().weight.device, 0.0, 0
     with evaluation_mode(model), tqdm(total=len(ids), desc="Texts", disable=not progress) as bar:
         while ids:
             size = max(1, batch_tokens // len(ids[-1]))
@@ -291,7 +289,7 @@ def continue_texts(
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in check_prompts(prompts)]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    device = _device(model)
+    device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         new = generate_rows(
@@ -391,7 +389,7 @@ def ngram_entropy(text: str) -> float:
 
 def fluency(texts: Sequence[str]) -> float:
     """The mean [`ngram_entropy`] of texts."""
-    return float(np.mean([ngram_entropy(text) for text in texts]))
+    return float(np.mean([*map(ngram_entropy, texts)]))
 
 
 def _entropy_bits(words: list[str], n: int) -> float:

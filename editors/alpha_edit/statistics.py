@@ -1,9 +1,10 @@
 """Second moments of what the down-projections of a model read: what an edit must leave alone."""
 
+import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
 from .closed_form import check_null_space_rule, count_preserved
-from .projections import DownProjection, capture, choose_layers, find_down_projections, run_until
+from .projections import DownProjection, capture, check_weights, choose_layers, find_down_projections, run_until
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class KeyStatistics(HubMixin):
         weights_hash (`str`):
             [`~hf_iclr.models.hash_weights`] of the model: statistics of another model are refused.
         datasets (`list[str]`):
-            Fingerprints of the texts.
+            Fingerprints of the texts read, and how they were read.
     """
 
     sums: dict[int, torch.Tensor]
@@ -115,13 +116,18 @@ class KeyStatistics(HubMixin):
             [`KeyStatistics`]
 
         Raises:
-            ValueError: when the dataset has no such column or no text, a layer does not exist, or a key is not finite.
+            ValueError: when the dataset has no such column or no text, a layer does not exist, a key is not finite,
+                or the checkpoint is of another model, text or settings.
+            TypeError: when a row's text is none.
         """
         projections = choose_layers(find_down_projections(model), layers)
         state = PartialState(cpu=model.device.type == "cpu")
         share = -(-max_tokens // state.num_processes)
         folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
-        text = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
+        settings = " ".join(map(str, (text_column, max_tokens, max_length, skip_first_token)))
+        read = (
+            hashlib.sha256()
+        )  # of every text in its turn: what a data set calls itself may be another one's name too
         made = cls(
             sums={
                 p.index: torch.zeros(p.in_features, p.in_features, dtype=torch.float64, device=model.device)
@@ -133,12 +139,15 @@ class KeyStatistics(HubMixin):
             model_name=model.config.name_or_path,
             model_revision=cached_revision(model.config.name_or_path),
             weights_hash=hash_weights(model),
-            datasets=[" ".join(map(str, (text, text_column, max_tokens, max_length, skip_first_token)))],
+            datasets=[],
         )
+        own = itertools.islice(dataset, state.process_index, None, state.num_processes)
         if folder is not None and (folder / FILE_NAME).exists():
             kept = cls.from_pretrained(folder)
             kept.check_model(model)
-            if (kept.datasets, kept.layers) != (made.datasets, made.layers):
+            for row in itertools.islice(own, kept.rows):
+                read.update(_text_of(row, text_column).encode() + b"\0")
+            if (kept.datasets, kept.layers) != ([_fingerprint(read, settings)], made.layers):
                 raise ValueError(
                     f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other "
                     "text or settings. Pass another checkpoint folder or remove this one."
@@ -146,16 +155,13 @@ class KeyStatistics(HubMixin):
             made.tokens, made.rows = kept.tokens, kept.rows
             made.sums = {layer: kept.sums[layer].to(made.sums[layer]) for layer in made.layers}
 
-        first, processes = state.process_index + made.rows * state.num_processes, state.num_processes
-        own = itertools.islice(dataset, first, None, processes)
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
         with evaluation_mode(model), bar:
             for number, rows in enumerate(iter(lambda: list(itertools.islice(own, batch_size)), []), start=1):
-                if missing := [row for row in rows if text_column not in row]:
-                    raise ValueError(
-                        f"Expected a column {text_column!r} with text, got {sorted(missing[0])}. Pass text_column=..."
-                    )
-                ids = tokenizer([row[text_column] for row in rows], truncation=True, max_length=max_length)
+                texts = [_text_of(row, text_column) for row in rows]
+                read.update(b"".join(text.encode() + b"\0" for text in texts))
+                made.datasets = [_fingerprint(read, settings)]
+                ids = tokenizer(texts, truncation=True, max_length=max_length)
                 batch, before = pad_rows(ids["input_ids"], device=model.device), made.tokens
                 made._add(model, projections, batch, share, skip_first_token)
                 bar.update(made.tokens - before)
@@ -164,9 +170,11 @@ class KeyStatistics(HubMixin):
                 if folder is not None and number % 50 == 0:
                     made.save_pretrained(folder)
         if state.num_processes > 1:
-            made.tokens, made.rows = reduce(
-                torch.tensor([made.tokens, made.rows], device=state.device), "sum"
+            part = int(read.hexdigest()[:12], 16)
+            made.tokens, made.rows, whole = reduce(
+                torch.tensor([made.tokens, made.rows, part], device=state.device), "sum"
             ).tolist()
+            made.datasets = [f"{whole:x} {settings}"]
             made.sums = {
                 layer: reduce(value.to(state.device), "sum").to(value.device) for layer, value in made.sums.items()
             }
@@ -264,12 +272,13 @@ class KeyStatistics(HubMixin):
         Make sure that the statistics are those of a model.
 
         Args:
-            model (`~transformers.PreTrainedModel`):
-                The unedited model.
+            model (`~transformers.PreTrainedModel` or `~peft.PeftModel`):
+                The unedited model, maybe with adapters on it.
 
         Raises:
-            ValueError: when its weights are others.
+            ValueError: when its weights are others, or not all here.
         """
+        check_weights(model)
         if hash_weights(model) != self.weights_hash:
             raise ValueError(
                 f"Expected statistics of this model, got those of {self.model_name!r} (revision "
@@ -368,3 +377,18 @@ print(statistics.layers, statistics.tokens)
             library_name="hf_iclr",
             tags=["knowledge-editing", "alphaedit", "key-statistics"],
         )
+
+
+def _text_of(row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise ValueError(f"Expected a column {column!r} with text, got {sorted(row)}. Pass text_column=...")
+    if not isinstance(row[column], str):
+        raise TypeError(
+            f"Expected text in column {column!r}, got {row[column]!r}. Leave such rows out: "
+            f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
+        )
+    return row[column]
+
+
+def _fingerprint(read: Any, settings: str) -> str:
+    return f"{read.hexdigest()[:16]} {settings}"

@@ -179,6 +179,15 @@ def test_an_adapter_moves_no_preserved_output(tmp_path):
     assert equal(state(empty), state(train(lora(make_model()), tmp_path))) and losses(again)
 
 
+def test_statistics_of_another_model_are_refused_under_an_adapter_too(tmp_path):
+    statistics = make_statistics(make_model())
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="statistics of this model"):
+        train(lora(other), tmp_path, NullSpaceCallback(statistics))
+
+
 def test_saved_adapter_keeps_the_promise(tmp_path):
     statistics = make_statistics(make_model())
     trainer = train(lora(make_model()), tmp_path, NullSpaceCallback(statistics, nullspace_rank=6))
@@ -223,7 +232,6 @@ def test_two_processes_equal_one(trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "exactly one of nullspace_threshold"),
         ({"nullspace_rank": 2, "nullspace_energy": 0.5}, "exactly one of"),
         ({"nullspace_rank": 2, "layers": [0, 7]}, r"layers among \[0, 1\].*got \[0, 7\]"),
         ({"nullspace_rank": 2, "layers": []}, r"layers among \[0, 1\]"),

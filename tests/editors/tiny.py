@@ -19,6 +19,23 @@ EDITABLE = {
 }
 NORMED = ("gemma2", "gemma3_text", "olmo2")  # a norm stands between the down-projection and the residual
 
+_LINEAR = {
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+# Layers that keep a state of all earlier tokens, and layers with experts, which are not edited.
+HYBRIDS = {
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR | {
+        "mlp_only_layers": [1, 2], "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+}  # fmt: skip
+
 CONTEXTS = ["{}", "w7 w8. {}", "w9 {}"]
 REQUESTS = [
     EditRequest("w1 {} w2", "w3 w4", "w5"),
@@ -38,7 +55,7 @@ ENDING = [
 def tiny_model(model_type: str, **kwargs: Any) -> PreTrainedModel:
     """Four layers and weights large enough that edits matter."""
     depth = {} if model_type == "gptj" else {"n_layer": 4} if model_type == "gpt2" else {"num_hidden_layers": 4}
-    settings = EDITABLE[model_type] | depth
+    settings = (EDITABLE | HYBRIDS)[model_type] | depth
     if model_type == "gemma3_text":
         settings["layer_types"] = ["sliding_attention", "full_attention"] * 2
     if model_type == "gptj":

@@ -40,6 +40,7 @@ class EngineSettings:
     exact: bool = False
     rank: int | None = None
     adam_warmup: int = 20
+    min_scored_share: float = 0.8
     token_values_for: frozenset[int | str] = frozenset()
     seed: int = 0
 
@@ -49,6 +50,8 @@ class EngineSettings:
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
                 f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
             )
+        if not 0 <= self.min_scored_share <= 1:
+            raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
 

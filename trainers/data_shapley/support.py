@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from .gradients.coverage import check_uncompiled
 from .gradients.direction import is_sharded, untouched
 
 
@@ -39,6 +40,7 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
             "sets with one: `InRunDataShapleyCallback(val_dataset, targets={'name': other})`."
         )
     args, model = trainer.args, trainer.model
+    check_uncompiled(trainer.model_wrapped)
     if hasattr(trainer, "reward_funcs"):
         raise _refuse(f"{type(trainer).__name__}, which writes its rows as it trains", "SFTTrainer or DPOTrainer")
     if getattr(args, "packing", False) and args.packing_strategy == "wrapped":

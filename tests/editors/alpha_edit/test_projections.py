@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_iclr.editors.alpha_edit.editor import AlphaEditor
-from hf_iclr.editors.alpha_edit.projections import capture, find_down_projections, run_until
+from hf_iclr.editors.alpha_edit.projections import capture, choose_layers, find_down_projections, run_until
 from tests.architectures import tiny
 from tests.editors.alpha_edit.test_editor import IDS, logits, make_editor, weights_of
 from tests.editors.tiny import EDITABLE, NORMED, REQUESTS, quick_config, tiny_model, tiny_statistics
@@ -55,11 +57,46 @@ def test_a_layer_that_is_not_the_last_of_its_mlp_is_found_out():
         find_down_projections(model)
 
 
-def test_padding_whose_states_are_all_zero_says_nothing_against_a_projection():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_padding_whose_states_are_all_zero_says_nothing_about_a_projection(model_type):
+    model = tiny_model(model_type)
     with torch.no_grad():
-        model.get_input_embeddings().weight[0] = 0
-    assert len(find_down_projections(model)) == 4
+        model.get_input_embeddings().weight[:20] = 0
+    assert all(p.adds_to_residual == (model_type == "llama") for p in find_down_projections(model))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    with pytest.raises(ValueError, match="embeddings that are not all zero"):
+        find_down_projections(model)
+
+
+def test_of_a_hybrid_the_layers_with_a_dense_mlp_are_found():
+    found = find_down_projections(tiny_model("qwen3_next"))
+    assert [p.index for p in found] == [1, 2] and found[0].name == "model.layers.1.mlp.down_proj"
+    assert [p.index for p in choose_layers(found, [2])] == [2]
+    with pytest.raises(ValueError, match=r"layers among 1, 2, those with a dense MLP, .* got \[0\]"):
+        choose_layers(found, [0])
+    assert [p.name[15:] for p in find_down_projections(tiny_model("lfm2"))] == ["feed_forward.w2"] * 4
+
+
+def test_models_without_an_mlp_or_a_head_are_refused():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="an MLP that ends .* of MambaForCausalLM, got none"):
+        find_down_projections(mamba)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8))
+    with pytest.raises(ValueError, match="a decoder with a language model's head, got T5ForConditionalGeneration"):
+        find_down_projections(t5)
+    with pytest.raises(ValueError, match="a decoder with a language model's head, got LlamaModel"):
+        find_down_projections(tiny_model("llama").model)
+
+
+def test_weights_that_are_not_here_are_refused():
+    offloaded = cpu_offload(tiny_model("llama"))
+    with pytest.raises(ValueError, match="weights in memory, got model.embed_tokens.weight .* offloaded"):
+        find_down_projections(offloaded)
+    sharded = tiny_model("llama")
+    sharded.lm_head.weight.ds_id = 0  # what DeepSpeed's third stage marks its shards with
+    with pytest.raises(ValueError, match="holds whole, got lm_head.weight sharded"):
+        find_down_projections(sharded)
 
 
 def test_mixtures_of_experts_are_refused_with_the_reason():

@@ -220,3 +220,45 @@ def test_bad_input_gets_a_sentence(model, word_tokenizer, caplog):
         made.preserved(0, rank=1)
     with pytest.raises(ValueError, match="whose weights differ"):
         made.check_model(tiny_model("gpt2"))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _kept_part(model, tokenizer, rows, folder, **settings):
+    """A checkpoint of the first 50 rows."""
+
+    def interrupted():
+        yield from rows[:50]
+        raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        KeyStatistics.from_dataset(
+            model, tokenizer, interrupted(), batch_size=1, checkpoint=folder, progress=False, **settings
+        )
+
+
+def test_a_checkpoint_goes_on_with_its_own_text_only(word_tokenizer, tmp_path):
+    """Lists and streams have no name of their own: what was read must be what would be read again."""
+    model, rows = tiny_model("llama"), list(text_rows(60))
+    _kept_part(model, word_tokenizer, rows, tmp_path)
+    with pytest.raises(ValueError, match="other text or settings"):
+        KeyStatistics.from_dataset(
+            model, word_tokenizer, list(text_rows(60, seed=1)), checkpoint=tmp_path, progress=False
+        )
+    with pytest.raises(ValueError, match="other text or settings"):
+        KeyStatistics.from_dataset(model, word_tokenizer, iter(rows[1:]), checkpoint=tmp_path, progress=False)
+    whole = KeyStatistics.from_dataset(model, word_tokenizer, rows, progress=False)
+    resumed = KeyStatistics.from_dataset(model, word_tokenizer, iter(rows), checkpoint=tmp_path, progress=False)
+    assert (resumed.tokens, resumed.datasets) == (whole.tokens, whole.datasets)
+    for layer in whole.layers:
+        torch.testing.assert_close(resumed.sums[layer], whole.sums[layer], rtol=1e-4, atol=1e-3)
+    other = KeyStatistics.from_dataset(model, word_tokenizer, text_rows(60, seed=1), progress=False)
+    assert other.datasets != whole.datasets
+
+
+def test_a_row_without_text_gets_a_sentence(word_tokenizer):
+    rows = [*text_rows(2), {"text": None}]
+    with pytest.raises(TypeError, match=r"Expected text in column 'text', got None. .*dataset.filter"):
+        KeyStatistics.from_dataset(tiny_model("llama"), word_tokenizer, rows, progress=False)

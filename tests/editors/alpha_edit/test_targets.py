@@ -7,7 +7,7 @@ from hf_iclr.editors.alpha_edit.projections import find_down_projections
 from hf_iclr.editors.alpha_edit.requests import EditRequest
 from hf_iclr.editors.alpha_edit.rows import encode_request
 from hf_iclr.editors.alpha_edit.targets import find_target_states
-from tests.editors.tiny import EDITABLE, REQUESTS, quick_config, tiny_model
+from tests.editors.tiny import EDITABLE, HYBRIDS, REQUESTS, quick_config, tiny_model
 
 
 def reference_state(model, tokenizer, projection, request, config):
@@ -58,10 +58,10 @@ def reference_state(model, tokenizer, projection, request, config):
     return initial + delta.detach(), loss.detach()
 
 
-@pytest.mark.parametrize("model_type", EDITABLE)
+@pytest.mark.parametrize("model_type", [*EDITABLE, *HYBRIDS])
 def test_many_at_once_equal_one_at_a_time(model_type, word_tokenizer):
     model = tiny_model(model_type, attn_implementation="eager")
-    projections = find_down_projections(model)[:3]
+    projections = [p for p in find_down_projections(model) if p.index < 3]
     config = quick_config(kl_factor=0.5, num_steps=5)
     found = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
     for request, state, loss in zip(REQUESTS, found.states, found.losses, strict=True):
