@@ -58,6 +58,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     |---|---|
     | `shapley/explained_ratio` | sum of values over the fall of the validation loss, so far |
     | `shapley/harmful_share` | share of rows with a negative value since the last time |
+    | `shapley/scored_share` | share of what a step gains that values cover, see `min_scored_share` |
     | `shapley/energy` | share of the direction's squared norm that its sketch keeps |
     | `shapley/loss_<target>` | mean loss of the target's rows, in nats |
 
@@ -77,6 +78,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         adam_warmup (`int`, *optional*, defaults to 20):
             Steps of Adam before the first values.
+        min_scored_share (`float`, *optional*, defaults to 0.8):
+            What the first scored step must cover of the product of its gradient with the validation gradient, by the
+            absolute values of its parts. Parameters whose rows can't be told apart are left out, by name in a warning.
         batch_size (`int`, *optional*):
             Validation rows in one pass. Defaults to `per_device_eval_batch_size`.
         compute_loss (`Callable`, *optional*):
@@ -110,14 +114,22 @@ class InRunDataShapleyCallback(TrainerCallback):
         id_column: str | None = None,
         *,
         adam_warmup: int = 20,
+        min_scored_share: float = 0.8,
         batch_size: int | None = None,
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
     ) -> None:
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
+        if isinstance(token_values_for, int | str):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
+                f"`token_values_for=[{token_values_for!r}]`."
+            )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
-        self.settings = EngineSettings(refresh_every, exact, rank, adam_warmup, frozenset(token_values_for))
+        self.settings = EngineSettings(
+            refresh_every, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+        )
         self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
         self._warmup = 0  # steps of this run that have no values
         self._restore: Callable[[], Any] = lambda: None
@@ -329,6 +341,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         step: int = 0,
         checkpoint: Path | None = None,
     ) -> None:
+        support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
         for name, found in batches.items():

@@ -145,8 +145,10 @@ class DataShapleyResult(HubMixin):
             `pandas.DataFrame` by `target`: `rows` with a value, `value` (nats, the sum), `harmful` (share of rows with
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
             [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
-            kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
-            earlier steps and thus no row's; negative if momentum took back part of what their rows gained).
+            kept), `scored_share` (mean share of what a step gains that values cover, see `min_scored_share` of
+            [`InRunDataShapleyCallback`]) and `unattributed` (share of what the measured steps gained, to first order,
+            that is momentum of earlier steps and thus no row's; negative if momentum took back part of what their rows
+            gained).
         """
         lines = []
         for target in self.targets:
@@ -164,6 +166,7 @@ class DataShapleyResult(HubMixin):
                     "loss_last": losses.iloc[-1] if len(losses) else math.nan,
                     "explained": self.explained_ratio(target),
                     "energy": self._record("energy", target).mean(),
+                    "scored_share": self.steps.get("scored_share", pd.Series(dtype=float)).mean(),
                     "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
                 }
             )
