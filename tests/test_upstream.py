@@ -59,6 +59,7 @@ PRIVATE_ATTRIBUTES = {
     "_forward_hooks": "torch: tells whether two shallow copies share their hooks",
     "_forward_params": "transformers: options a pipeline was made with; `stream` is a call of ours beside `__call__`",
     "_from_auto": "transformers: an argument that auto classes add to `from_pretrained`",
+    "_hf_hook": "accelerate: the hook that it puts on `forward`, where a model's parts are called instead",
     "_hf_peft_config_loaded": "transformers: a mark that `unload` of PEFT leaves on the model",
     "_is_stateful": "transformers: whether a cache can be rolled back; nothing public says so",
     "_is_vision_dataset": "trl: what the trainer decided about the rows",

@@ -121,6 +121,11 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> None:
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
+        if isinstance(token_values_for, int | str):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
+                f"`token_values_for=[{token_values_for!r}]`."
+            )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
             refresh_every, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
@@ -336,6 +341,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         step: int = 0,
         checkpoint: Path | None = None,
     ) -> None:
+        support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
         for name, found in batches.items():
