@@ -45,6 +45,10 @@ class EngineSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("refresh_every", "adam_warmup", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
         if self.refresh_every < 1 or self.adam_warmup < 0:
             raise ValueError(
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "

@@ -264,7 +264,7 @@ class DataShapleyResult(HubMixin):
         target: str = VALIDATION,
     ) -> "SourceValues":
         """
-        Values summed by where rows come from.
+        Values summed by where rows come from, with `totals`, a `timeline` and `plot()`.
 
         Args:
             source (`str` or `Sequence`):
@@ -274,9 +274,6 @@ class DataShapleyResult(HubMixin):
                 does not read, so the callback may not have seen it.
             target (`str`, *optional*, defaults to `"validation"`):
                 Whose loss.
-
-        Returns:
-            `SourceValues`: `totals`, `timeline` and `plot()`.
 
         Raises:
             ValueError: if nothing says where rows come from.
@@ -294,7 +291,7 @@ class DataShapleyResult(HubMixin):
         path: str | Path | None = None,
     ) -> str:
         """
-        Shows what each token of some rows was worth, as HTML. Needs a callback that stored the values of tokens.
+        Shows on a page of HTML what each token of some rows was worth. The callback has to store the values of tokens.
 
         Args:
             rows (`int`, `str` or `Iterable`):
@@ -307,9 +304,6 @@ class DataShapleyResult(HubMixin):
                 Whose loss.
             path (`str` or `Path`, *optional*):
                 Where to write the page.
-
-        Returns:
-            `str`: a page that stands alone.
 
         Raises:
             ValueError: if the values or the ids of tokens are not known.
