@@ -279,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
         )
         report["corrected stream"] = row = corrected_stream(pipe, args.stream)
         print(
-            f"corrected every 10 frames: {row['kept early'] / 1e6:.2f} MB and {1000 * row['seconds early']:.1f} ms a frame "
+            f"corrected: {row['kept early'] / 1e6:.2f} MB and {1000 * row['seconds early']:.1f} ms a frame "
             f"in its second tenth, {row['kept late'] / 1e6:.2f} MB and {1000 * row['seconds late']:.1f} ms in its last"
         )
     print(f"{torch.get_num_threads()} thread, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
