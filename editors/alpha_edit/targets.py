@@ -181,8 +181,8 @@ class _Search:
             nll = torch.zeros(len(active), device=device).index_add(0, batch.owner, -token_log_probs * batch.weight)
             loss = nll
             if step:
-                decay = (move.norm(dim=2) / size[active] ** 2).masked_fill(size[active] == 0, 0).sum(1)
-                loss = nll + config.weight_decay * decay
+                # Sizes are zero beyond a request's last place, where nothing is moved.
+                loss = nll + config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
             if kl_log_probs is not None:
                 if before is None:
                     before = kl_log_probs.detach()
