@@ -9,7 +9,7 @@ from pycocotools import mask as coco
 
 from ..session.prompts import encode_rle
 from ..session.segments import VideoSegments
-from .segment_files import given_segments, read_json, rle_of, write_json
+from .segment_files import given_segments, read_json, write_json
 
 
 SAV_STRIDE = 4  # SA-V annotates every fourth frame
@@ -35,7 +35,7 @@ def write_sav(segments: VideoSegments, path: str | Path, about: Mapping[str, Any
         raise ValueError("Expected masks of at least one object, got none.")
     objects, size = segments.objects, next(iter(segments)).size
     empty = encode_rle(np.zeros(size, bool))
-    masklet = [[rle_of(frame, obj) if obj in frame.masks else empty for obj in objects] for frame in segments]
+    masklet = [[frame.rle(obj) if obj in frame.masks else empty for obj in objects] for frame in segments]
     areas = np.array([[int(coco.area(rle)) for rle in frame] for frame in masklet]).T
     sizes = [float(area[area > 0].mean()) if area.any() else 0.0 for area in areas]
     visible = [np.flatnonzero(area) for area in areas]
@@ -109,7 +109,7 @@ def write_coco(videos: Videos, path: str | Path, categories: Mapping[int, str] |
             image = {"id": len(images) + 1, "file_name": f"{name}/{frame.frame:05}.jpg", "height": height}
             images.append({**image, "width": width, "video": name, "frame": frame.frame})
             for obj in frame.objects:
-                rle = rle_of(frame, obj)
+                rle = frame.rle(obj)
                 if coco.area(rle):
                     annotation = {"id": len(annotations) + 1, "image_id": len(images), "category_id": numbers(obj)}
                     annotation |= {"segmentation": rle, "area": int(coco.area(rle)), "iscrowd": 0}
@@ -163,7 +163,7 @@ def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] 
         records.append({**video, "file_names": files})
         for obj in segments.objects:
             shown = [frame.areas.get(obj, 0) > 0 for frame in segments]
-            masks = [rle_of(frame, obj) if seen else None for frame, seen in zip(segments, shown, strict=True)]
+            masks = [frame.rle(obj) if seen else None for frame, seen in zip(segments, shown, strict=True)]
             scores = [frame.scores[obj] for frame in segments if obj in frame.scores]
             annotation = {"id": len(annotations) + 1, "video_id": len(records), "category_id": numbers(obj)}
             annotation |= {"object": obj, "iscrowd": 0, "width": width, "height": height}

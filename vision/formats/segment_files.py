@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 from hf_iclr.saving import atomic_file
 from hf_iclr.untrusted import parse_json
 
-from ..session.prompts import check_rle, encode_rle
+from ..session.prompts import check_rle
 from ..session.segments import FrameSegments
 
 
@@ -61,12 +61,6 @@ def read_json(path: str | Path, keys: tuple[str, ...]) -> dict[str, Any]:
             f"Expected {', '.join(keys)} in {path}, got {list(record) if isinstance(record, dict) else type(record)}."
         )
     return record
-
-
-def rle_of(frame: FrameSegments, obj: int) -> dict[str, Any]:
-    """The COCO RLE of an object on a frame, whatever form its mask has."""
-    mask = frame.masks[obj]
-    return dict(mask) if isinstance(mask, Mapping) else encode_rle(frame.binary(obj))
 
 
 def given_segments(

@@ -1,6 +1,6 @@
 """What is shown: the masks of all objects on a frame, and of a video."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,20 +15,96 @@ from .prompts import decode_rle, encode_rle
 OUTPUTS = ("mask", "logits", "rle", "polygon")
 
 
-def encode_mask(logits: np.ndarray, output: str) -> Any:
+@dataclass(frozen=True)
+class KeptMask:
     """
-    Mask logits in the form a user asked for.
+    A mask as results keep it, a hundredth of its pixels, with the form in which it is shown.
+
+    Args:
+        kept (`dict` or `np.ndarray`):
+            COCO RLE; of logits, they themselves.
+        output (`str`):
+            "mask" (boolean array), "logits", "rle" or "polygon" (list of `(n, 2)` arrays of x, y).
+    """
+
+    kept: Any
+    output: str
+
+    @classmethod
+    def of(cls, mask: Any, size: tuple[int, int]) -> "KeptMask":
+        """Any form that is shown, of a frame of `size` (height, width), to be shown in that form."""
+        if isinstance(mask, cls):
+            return mask
+        if isinstance(mask, Mapping):
+            return cls(encode_rle(decode_rle(mask)) if isinstance(mask.get("counts"), list) else dict(mask), "rle")
+        if isinstance(mask, np.ndarray):
+            return cls(encode_rle(mask), "mask") if mask.dtype == bool else cls(mask, "logits")
+        filled = np.zeros(size, dtype=bool)
+        for polygon in mask:
+            filled ^= fill_polygon(polygon, size)
+        return cls(encode_rle(filled), "polygon")
+
+    def binary(self) -> np.ndarray:
+        """The boolean mask."""
+        return self.kept > 0 if self.output == "logits" else decode_rle(self.kept)
+
+    def shown(self) -> Any:
+        """The mask in the form that was asked for."""
+        if self.output in ("rle", "logits"):
+            return self.kept
+        return to_polygons(self.binary()) if self.output == "polygon" else self.binary()
+
+
+class MaskViews(MutableMapping[int, Any]):
+    """Masks by object, decoded when they are asked for."""
+
+    def __init__(self, masks: Mapping[int, Any], size: tuple[int, int]):
+        known = masks.kept if isinstance(masks, MaskViews) else masks
+        self.size = size
+        self.kept = {obj: KeptMask.of(mask, size) for obj, mask in known.items()}
+
+    def __getitem__(self, obj: int) -> Any:
+        return self.kept[obj].shown()
+
+    def __setitem__(self, obj: int, mask: Any) -> None:
+        self.kept[obj] = KeptMask.of(mask, self.size)
+
+    def __delitem__(self, obj: int) -> None:
+        del self.kept[obj]
+
+    def __contains__(self, obj: object) -> bool:
+        return obj in self.kept
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __repr__(self) -> str:
+        return f"MaskViews({self.kept})"
+
+
+def encode_mask(logits: np.ndarray, output: str) -> KeptMask:
+    """
+    Mask logits as results keep them, to be shown in the form a user asked for.
 
     Args:
         logits (`np.ndarray` of shape `(height, width)`): Positive on the object.
-        output (`str`): "mask" (boolean array), "logits", "rle" (COCO) or "polygon" (list of `(n, 2)` arrays of x, y).
+        output (`str`): One of `OUTPUTS`.
     """
-    if output == "logits":
-        return logits
-    mask = logits > 0
-    if output == "rle":
-        return encode_rle(mask)
-    return to_polygons(mask) if output == "polygon" else mask
+    return KeptMask(logits if output == "logits" else encode_rle(logits > 0), output)
+
+
+def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """
+    The boolean mask of any form in which masks are shown.
+
+    Args:
+        mask (`np.ndarray`, `dict` or `list`): Mask or logits, COCO RLE, polygons.
+        size (`tuple[int, int]`): Height and width.
+    """
+    return KeptMask.of(mask, size).binary()
 
 
 def to_polygons(mask: np.ndarray) -> list[np.ndarray]:
@@ -39,24 +115,6 @@ def to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     padded = np.pad(mask.astype(float), 1)
     lines: Any = contour_generator(z=padded).lines(0.5)
     return [line[:-1] - 1 for line in lines]
-
-
-def decode_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """
-    The boolean mask of any form of `encode_mask`.
-
-    Args:
-        mask (`np.ndarray`, `dict` or `list`): Mask or logits, COCO RLE, polygons.
-        size (`tuple[int, int]`): Height and width.
-    """
-    if isinstance(mask, Mapping):
-        return decode_rle(mask)
-    if isinstance(mask, np.ndarray):
-        return mask if mask.dtype == bool else mask > 0
-    filled = np.zeros(size, dtype=bool)
-    for polygon in mask:
-        filled ^= fill_polygon(polygon, size)
-    return filled
 
 
 def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -89,8 +147,9 @@ class FrameSegments:
             Number of the frame, from 0.
         size (`tuple[int, int]`):
             Height and width of the frame in pixels.
-        masks (`dict[int, Any]`):
-            In the form asked for: boolean array or logits of shape `(height, width)`, COCO RLE, or polygons.
+        masks (`MutableMapping[int, Any]`):
+            In the form asked for: boolean array or logits of shape `(height, width)`, COCO RLE, or polygons. All but
+            logits are kept as COCO RLE and decoded each time one is asked for.
         scores (`dict[int, float]`):
             The IoU with the true mask that the model expects, in 0..1; 1 for a mask that was given.
         object_scores (`dict[int, float]`):
@@ -103,11 +162,14 @@ class FrameSegments:
 
     frame: int
     size: tuple[int, int]
-    masks: dict[int, Any] = field(repr=False)
+    masks: MutableMapping[int, Any] = field(repr=False)
     scores: dict[int, float]
     object_scores: dict[int, float]
     prompted: frozenset[int] = frozenset()
     corrected: frozenset[int] = frozenset()
+
+    def __post_init__(self):
+        self.masks = MaskViews(self.masks, self.size)
 
     @property
     def objects(self) -> list[int]:
@@ -121,23 +183,26 @@ class FrameSegments:
 
     def binary(self, obj: int) -> np.ndarray:
         """The boolean mask of an object, whatever form `masks` has."""
-        return decode_mask(self.masks[obj], self.size)
+        return self._kept(obj).binary()
+
+    def rle(self, obj: int) -> dict[str, Any]:
+        """The COCO RLE of an object, whatever form `masks` has."""
+        mask = self._kept(obj)
+        return encode_rle(mask.binary()) if mask.output == "logits" else dict(mask.kept)
 
     @cached_property
     def areas(self) -> dict[int, int]:
         """Pixels of each mask."""
-        return {
-            obj: int(coco.area(mask)) if isinstance(mask, Mapping) else int(self.binary(obj).sum())
-            for obj, mask in self.masks.items()
-        }
+        return {obj: int(coco.area(self.rle(obj))) for obj in self.objects}
 
     @cached_property
     def boxes(self) -> dict[int, list[float]]:
         """`[x0, y0, x1, y1]` around each mask, the last pixel within; zeros for an empty one."""
-        return {
-            obj: _xyxy(coco.toBbox(mask)) if isinstance(mask, Mapping) else box_around(self.binary(obj))
-            for obj, mask in self.masks.items()
-        }
+        return {obj: _xyxy(coco.toBbox(self.rle(obj))) for obj in self.objects}
+
+    def _kept(self, obj: int) -> KeptMask:
+        masks = self.masks  # users may have put a plain dictionary here
+        return masks.kept[obj] if isinstance(masks, MaskViews) else KeptMask.of(masks[obj], self.size)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One record an object, as pipelines return them."""

@@ -347,7 +347,7 @@ class VideoSession:
             if begin is None:
                 begin = self._latest + 1 if self.streaming else min(self._first().values())
             yield from self._pass(begin, False, max_frames, both)
-        if direction != "forward":
+        if direction != "forward" and self._memories:  # the last object may have been removed on the way
             if both:
                 origins = {obj: frame - 1 for obj, frame in self._first().items()}
             else:

@@ -1,8 +1,11 @@
 """Masks in every form, and what is derived from them."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from hf_iclr.vision.session.prompts import decode_rle, encode_rle
 from hf_iclr.vision.session.segments import (
     FrameSegments,
     VideoSegments,
@@ -29,6 +32,37 @@ def test_every_form_holds_the_mask(output):
     frame = segments(0, output)
     assert np.array_equal(frame.binary(1), MASK)
     assert frame.areas == {1: 7 * 9 - 2 * 3} and frame.boxes == {1: [4.0, 2.0, 13.0, 9.0]}
+
+
+def test_masks_are_shown_in_the_form_asked_for():
+    shown = {output: segments(0, output).masks[1] for output in ("mask", "logits", "rle", "polygon")}
+    assert shown["mask"].dtype == bool and np.array_equal(shown["mask"], MASK)
+    assert shown["logits"] is LOGITS and shown["rle"] == encode_rle(MASK)
+    assert [len(polygon) for polygon in shown["polygon"]] == [len(polygon) for polygon in to_polygons(MASK)]
+    for form in shown.values():  # a result made of any of these shows it again
+        frame = FrameSegments(0, MASK.shape, {1: form}, {1: 1.0}, {1: 1.0})
+        assert type(frame.masks[1]) is type(form) and np.array_equal(frame.binary(1), MASK)
+        assert np.array_equal(decode_rle(frame.rle(1)), MASK)
+
+
+@pytest.mark.parametrize("output", ["mask", "rle", "polygon"])
+def test_results_keep_no_pixels(output):
+    yy, xx = np.mgrid[:270, :480]
+    tracemalloc.start()
+    try:
+        frames = []
+        for number in range(60):
+            disc = 60.0**2 - (yy - 135) ** 2 - (xx - 100 - 4 * number) ** 2
+            masks = {obj: encode_mask(disc, output) for obj in range(5)}
+            frames.append(
+                FrameSegments(number, disc.shape, masks, dict.fromkeys(masks, 1.0), dict.fromkeys(masks, 1.0))
+            )
+        video = VideoSegments(frames)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 0.05 * 60 * 5 * disc.size  # of the bytes that booleans would take
+    assert video[7].areas[4] == video[7].binary(4).sum() > 10_000
 
 
 def test_polygons_are_outlines_with_holes():
@@ -73,7 +107,7 @@ def test_records_have_the_pipelines_usual_form():
     assert first == {
         "frame": 3,
         "object": 1,
-        "mask": encode_mask(LOGITS, "rle"),
+        "mask": encode_rle(MASK),
         "box": [4.0, 2.0, 13.0, 9.0],
         "area": 57,
         "score": 0.8,
