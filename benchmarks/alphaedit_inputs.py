@@ -23,9 +23,9 @@ from common.arguments import make_parser, parse, write_json
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own text")
-    parser.add_argument("--edits", type=int, default=8)
+    parser.add_argument("--edits", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=20_000, help="of text for the statistics")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[28, 14, 8, 4])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[28, 8, 4])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     return parse(parser, edits=2, tokens=2000, chunks=[28, 8])
 
@@ -91,17 +91,20 @@ class Lab:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         sentences = load_edit_data(args.data).sentences
-        self.texts, general = sentences[:40], Dataset.from_dict({"text": sentences[40:]})
-        self.statistics = KeyStatistics.from_dataset(
-            self.model, self.tokenizer, general, max_tokens=args.tokens, max_length=96, batch_size=32
-        )
+        self.texts, general = sentences[:24], Dataset.from_dict({"text": sentences[24:]})
+        path = args.out / "statistics"
+        if not path.exists():
+            KeyStatistics.from_dataset(
+                self.model, self.tokenizer, general, max_tokens=args.tokens, max_length=96, batch_size=32
+            ).save_pretrained(path)
+        self.statistics = KeyStatistics.from_pretrained(path)
         self.before = self.perplexity()
 
     def perplexity(self) -> float:
         return perplexity(self.model, self.tokenizer, self.texts, max_length=96, progress=False)
 
     def editor(self, **settings: Any) -> AlphaEditor:
-        config = AlphaEditConfig(**{"num_contexts": 2, "kl_factor": 0.0} | settings)
+        config = AlphaEditConfig(**{"num_contexts": 1, "kl_factor": 0.0} | settings)
         return AlphaEditor(self.model, self.tokenizer, config, self.statistics)
 
     def measure(self, facts: list[EditRequest], chat: bool = False, **settings: Any) -> dict[str, Any]:
