@@ -1,7 +1,7 @@
 """Requests as rows of tokens: where subject and target stand in them, the contexts around, and what cannot be done."""
 
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -210,11 +210,12 @@ def reasons_against(
     tokenizer: PreTrainedTokenizerBase,
     config: AlphaEditConfig,
     max_length: int | None,
-    made: Collection[str],
+    made: Mapping[str, EditRequest],
 ) -> dict[int, str]:
     """
     For each request that cannot be made, or not together with an earlier one, its index and the reason. `max_length`
-    is the number of tokens that the model takes, `made` the ids of edits in force.
+    is the number of tokens that the model takes, `made` the edits in force by
+    their ids.
     """
     seen: dict[tuple[str, str | None], int] = {}
     names: dict[str, int] = {}
@@ -222,7 +223,10 @@ def reasons_against(
     for index, request in enumerate(requests):
         other = seen.setdefault((request.prompt, request.subject), index)
         named = names.setdefault(request.id, index)
-        if request.id in made:
+        force = made.get(request.id, request)
+        if (force.prompt, force.subject) != (request.prompt, request.subject):
+            reasons[index] = f"an edit of {force.text!r} with its id {request.id} is in force"
+        elif request.id in made and force.target_new == request.target_new:
             reasons[index] = "this edit is in force already"
         elif other != index and requests[other].target_new.strip() == request.target_new.strip():
             reasons[index] = f"the same edit as request {other}"

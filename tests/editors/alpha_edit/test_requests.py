@@ -206,7 +206,7 @@ def test_conflicts_within_a_batch_have_their_reasons(word_tokenizer):
     again = EditRequest("w1 {} w2", "w3", "w4", id="again")
     other = EditRequest("w1 {} w2", "w3", "w5")
     named = EditRequest("w1 {} w2", "w9", "w5", id=first.id)
-    reasons = reasons_against([first, again, other, named], word_tokenizer, AlphaEditConfig(), None, ())
+    reasons = reasons_against([first, again, other, named], word_tokenizer, AlphaEditConfig(), None, {})
     assert reasons == {
         1: "the same edit as request 0",
         2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",

@@ -122,4 +122,4 @@ def test_a_subject_that_ends_at_the_first_token_needs_no_prefix(word_tokenizer):
     requests = [EditRequest("{} w2", "w3", "w4"), EditRequest("{} w6 w7", "w8", "w9")]
     config = quick_config(context_templates=["{}"], kl_factor=0.0)
     found = find_target_states(model, word_tokenizer, projections, requests, config, progress=False)
-    assert found.states.isfinite().all() and found.log_probs.lt(0).all()
+    assert found.states.isfinite().all()
