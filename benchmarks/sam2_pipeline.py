@@ -8,7 +8,7 @@ DAVIS is a folder with JPEGImages and Annotations (https://davischallenge.org); 
 Printed is J&F by prompt on the first frame, and J of the true first mask held still; `--out` gets an overlay of each
 sequence. The small model knows drawn blobs of 128 pixels, so it is expected to be weak here. What else the pipeline
 claims is measured by sam2_pipeline_speed.py (equality, time, memory), tiny_sam2.py (drawn clips), sam2_interactive.py
-(corrections), sam2_memory_policies.py and sam2_image_claim.py.
+(corrections) and sam2_image_claim.py.
 """
 
 import argparse

@@ -28,7 +28,6 @@ class Seam:
 _GENERATION = "transformers.generation.utils:GenerationMixin."
 _CANDIDATES = "transformers.generation.candidate_generator:AssistedCandidateGenerator."
 _SAM2 = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoModel."
-_SAM2_CACHE = "transformers.models.sam2_video.modeling_sam2_video:Sam2VideoInferenceCache."
 
 # Where each stands, as "module:qualified.name". Tested with transformers 5.22 to 5.24 and trl 1.16.
 SEAMS = {
@@ -112,11 +111,6 @@ SEAMS = {
         "called like that of SFT",
         "(script_args, training_args, model_args, dataset_args)",
     ),
-    f"{_SAM2_CACHE}cache_vision_features": Seam(
-        "replaced by a cache with a limit in bytes; a session takes a number of frames",
-        "(self, frame_idx, features)",
-    ),
-    f"{_SAM2_CACHE}get_vision_features": Seam("replaced with it", "(self, frame_idx)"),
     f"{_SAM2}get_image_features": Seam(
         "called to train on, and replaced where a proposal's features serve the tracker; `forward` gives none",
         "(self, pixel_values, **kwargs)",
@@ -129,9 +123,15 @@ SEAMS = {
         "called with it",
         "(self, input_points=None, input_labels=None, input_boxes=None, input_masks=None)",
     ),
-    f"{_SAM2}get_image_wide_positional_embeddings": Seam("called with it, and kept from frame to frame", "(self)"),
+    f"{_SAM2}get_image_wide_positional_embeddings": Seam("called with it", "(self)"),
+    f"{_SAM2}_get_object_pointers": Seam(
+        "called to track many objects at once; `forward` takes them one by one, and hides scores and last logits",
+        "(self, inference_session, obj_idx, frame_idx, num_total_frames, device, track_in_reverse_time=False, "
+        "streaming=False)",
+    ),
+    f"{_SAM2}_use_mask_as_output": Seam("called with it", "(self, backbone_features, high_res_features, mask_inputs)"),
     f"{_SAM2}_encode_new_memory": Seam(
-        "called in the differentiable step; `forward` runs without gradient and one clip at a time",
+        "called with it and in the differentiable step; `forward` runs without gradient and one clip at a time",
         "(self, current_vision_feats, pred_masks_high_res, object_score_logits, is_mask_from_pts)",
     ),
     f"{_SAM2}_process_object_pointers": Seam(

@@ -17,7 +17,7 @@ from hf_iclr.trainers.measuring import log_beside
 from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
-from .identity import RowKeys, check_loader, take_rows, watched_loop
+from .identity import RowKeys, check_loader, watched_loop
 from .records import RunRecords
 from .result import DataShapleyResult
 from .store import VALIDATION
@@ -58,6 +58,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     |---|---|
     | `shapley/explained_ratio` | sum of values over the fall of the validation loss, so far |
     | `shapley/harmful_share` | share of rows with a negative value since the last time |
+    | `shapley/scored_share` | share of what a step gains that values cover, see `min_scored_share` |
     | `shapley/energy` | share of the direction's squared norm that its sketch keeps |
     | `shapley/loss_<target>` | mean loss of the target's rows, in nats |
 
@@ -77,6 +78,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         adam_warmup (`int`, *optional*, defaults to 20):
             Steps of Adam before the first values.
+        min_scored_share (`float`, *optional*, defaults to 0.8):
+            What the first scored step must cover of the product of its gradient with the validation gradient, by the
+            absolute values of its parts. Parameters whose rows can't be told apart are left out, by name in a warning.
         batch_size (`int`, *optional*):
             Validation rows in one pass. Defaults to `per_device_eval_batch_size`.
         compute_loss (`Callable`, *optional*):
@@ -110,14 +114,22 @@ class InRunDataShapleyCallback(TrainerCallback):
         id_column: str | None = None,
         *,
         adam_warmup: int = 20,
+        min_scored_share: float = 0.8,
         batch_size: int | None = None,
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
     ) -> None:
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
+        if isinstance(token_values_for, int | str):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
+                f"`token_values_for=[{token_values_for!r}]`."
+            )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
-        self.settings = EngineSettings(refresh_every, exact, rank, adam_warmup, frozenset(token_values_for))
+        self.settings = EngineSettings(
+            refresh_every, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+        )
         self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
         self._warmup = 0  # steps of this run that have no values
         self._restore: Callable[[], Any] = lambda: None
@@ -175,7 +187,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._start(
             model, kwargs["optimizer"], batches, compute_loss, records, args.seed, state.global_step, checkpoint
         )
-        self._watch(trainer, RowKeys(loader, self.id_column))
+        keys, score = RowKeys(loader, self.id_column), weakref.WeakMethod(self._scoring)
+        self._restore = weakref.finalize(self, support.wrap_training_step(trainer, keys, score))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -329,6 +342,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         step: int = 0,
         checkpoint: Path | None = None,
     ) -> None:
+        support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
         for name, found in batches.items():
@@ -339,25 +353,6 @@ class InRunDataShapleyCallback(TrainerCallback):
                 engine.taps.excluded = engine.targets.unpack(tensors)
         # Only now that nothing is refused any more, for this lets go of an earlier run's values
         self._engine, self._records = engine, records
-
-    def _watch(self, trainer: Any, keys: RowKeys) -> None:
-        """
-        The trainer's `training_step` takes the rows off its batch and scores them. No hook is on the model outside of
-        it, so that none survives an interruption whose traceback keeps all of this alive.
-        """
-        training_step, me = trainer.training_step, weakref.ref(self)
-
-        def scored_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            inputs, rows = take_rows(inputs)
-            callback = me()
-            if rows is None or callback is None or callback not in trainer.callback_handler.callbacks:
-                return training_step(model, inputs, *args, **kwargs)
-            with callback._scoring(rows):
-                return training_step(model, inputs, *args, **kwargs)
-
-        scored_step.replaced = vars(trainer).get("training_step")  # type: ignore[attr-defined]
-        trainer.training_step = scored_step
-        self._restore = weakref.finalize(self, _restore, weakref.ref(trainer), weakref.ref(scored_step), keys)
 
     @contextlib.contextmanager
     def _scoring(self, rows: list[int] | list[str]) -> Iterator[None]:
@@ -380,12 +375,3 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.close_step()
             self._engine = None
-
-
-def _restore(trainer: weakref.ref, scored_step: weakref.ref, keys: RowKeys) -> None:
-    keys.close()
-    found, step = trainer(), scored_step()
-    if found is not None and step is not None and vars(found).get("training_step") is step:
-        del found.training_step
-        if step.replaced is not None:
-            found.training_step = step.replaced

@@ -40,15 +40,22 @@ class EngineSettings:
     exact: bool = False
     rank: int | None = None
     adam_warmup: int = 20
+    min_scored_share: float = 0.8
     token_values_for: frozenset[int | str] = frozenset()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("refresh_every", "adam_warmup", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
         if self.refresh_every < 1 or self.adam_warmup < 0:
             raise ValueError(
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
                 f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
             )
+        if not 0 <= self.min_scored_share <= 1:
+            raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
 

@@ -1,6 +1,7 @@
 """Scores the rows of each optimizer step, whatever loop makes it."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .directions import EngineSettings, TargetDirections
-from .gradients.coverage import check_scores, find_unordered, group_modules
+from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
@@ -20,6 +21,8 @@ from .records import StepValues
 
 
 logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 10  # steps between two comparisons of all scores with the gradient
 
 
 @dataclass
@@ -55,6 +58,7 @@ class ShapleyEngine:
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
         settings: EngineSettings,
     ) -> None:
+        check_uncompiled(model)
         self.model, self.optimizer, self.settings = model, optimizer, settings
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
@@ -70,7 +74,7 @@ class ShapleyEngine:
             model, optimizer, batches, compute_loss, settings, self.parameters, self.param_groups, self.taps.modules
         )
         self.names = self.targets.names
-        self._rows_are_known = self._rule_is_known = False
+        self._rows_are_known = self._rule_is_known = self._is_checked = False
         self.micro: list[_MicroBatch] = []  # of this step
         self._fresh = False  # whether directions are those of the present weights
         self.step = 0
@@ -163,7 +167,8 @@ class ShapleyEngine:
         if not micro:
             raise ValueError(
                 "No row was scored: no forward pass of the model in training mode belongs to a batch of the data "
-                "loader. Give `attach` the model and the data loader of the loop."
+                "loader. Give `attach` the model and the data loader of the loop, and call the model outside of "
+                "functions that torch.compile has compiled."
             )
         if any(parameter.grad is None for parameter in self.parameters) and all(
             p.grad is None for p in self.parameters
@@ -171,7 +176,12 @@ class ShapleyEngine:
             raise ValueError("Expected gradients before the optimizer's step, got none: values can't be checked.")
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
         scale = 1.0 if scaler is None else scaler.get_scale()
-        clip = check_scores(scores[..., 0], self.groups, self.taps, self.parameters, self.targets.found[0], scale)
+        thorough = not self._is_checked or self.step % CHECK_EVERY == 0
+        clip, share = check_scores(
+            scores[..., 0], self.groups, self.taps, self.parameters, self.targets.found[0], scale, thorough
+        )
+        if share is not None:
+            self._judge(share)
         if clip < 0:
             logger.warning(
                 "Step %d has no values: the rows' scores add up to the opposite of the gradient, which is not theirs.",
@@ -188,6 +198,8 @@ class ShapleyEngine:
         rows = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
         values = rows[:, : len(self.names)]
         record = {"lr": float(self.param_groups[0]["lr"]), "clip_factor": clip}
+        if share is not None:
+            record["scored_share"] = share
         if self._fresh:
             for which, name in enumerate(self.names):
                 record |= {f"loss_{name}": self.targets.losses[name], f"energy_{name}": self.targets.energy[which]}
@@ -226,6 +238,26 @@ class ShapleyEngine:
     def drop(self) -> None:
         """The optimizer has skipped its step."""
         self.pending = None
+
+    def _judge(self, share: float) -> None:
+        """Refuse values of too little at the first scored step; later, when a run would be lost, say so."""
+        wanted, first = self.settings.min_scored_share, not self._is_checked
+        self._is_checked = True
+        if first:
+            self.taps.around = [around for around in self.taps.around if around.stands_in]
+        if share >= wanted:
+            return
+        left = [self.taps.modules[index].name for index in sorted(self.taps.excluded)]
+        what = (
+            f"{share:.0%} of the product of its gradient with the validation gradient, for the rows of {len(left)} "
+            f"modules can't be told apart: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+        )
+        if first:
+            raise ValueError(
+                f"Expected values of at least {wanted:.0%} of what a step gains, got {what}. Freeze them, or take "
+                f"values without them: `min_scored_share={math.floor(share * 10) / 10}`."
+            )
+        logger.warning("Values of step %d are of %s.", self.step, what)
 
     def _is_warming_up(self) -> bool:
         if not any("betas" in group for group in self.param_groups):

@@ -63,6 +63,7 @@ class RunRecords:
         self.sums = dict.fromkeys(targets, 0.0)
         self._measured: dict[str, tuple[float, float]] = {}  # last loss, and the sum of values before it
         self._last: dict[str, float] = {}
+        self._scored: float | None = None
         self._text_ids = self.ended = False
         self._rows = self._harmful = 0
 
@@ -79,6 +80,7 @@ class RunRecords:
                 self._measured[name] = loss, self.sums[name]
                 self._last = found.record
             self.sums[name] += found.record.get(f"sum_{name}", 0.0)
+        self._scored = found.record.get("scored_share", self._scored)
         self._rows += len(found.values)
         self._harmful += int((found.values[:, 0] < 0).sum())
 
@@ -116,6 +118,8 @@ class RunRecords:
         for key in ("energy", "unattributed"):
             if f"{key}_{VALIDATION}" in self._last:
                 logs[f"shapley/{key}"] = self._last[f"{key}_{VALIDATION}"]
+        if self._scored is not None:
+            logs["shapley/scored_share"] = self._scored
         self._rows = self._harmful = 0
         return logs
 

@@ -145,8 +145,10 @@ class DataShapleyResult(HubMixin):
             `pandas.DataFrame` by `target`: `rows` with a value, `value` (nats, the sum), `harmful` (share of rows with
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
             [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
-            kept) and `unattributed` (share of what the measured steps gained, to first order, that is momentum of
-            earlier steps and thus no row's; negative if momentum took back part of what their rows gained).
+            kept), `scored_share` (mean share of what a step gains that values cover, see `min_scored_share` of
+            [`InRunDataShapleyCallback`]) and `unattributed` (share of what the measured steps gained, to first order,
+            that is momentum of earlier steps and thus no row's; negative if momentum took back part of what their rows
+            gained).
         """
         lines = []
         for target in self.targets:
@@ -164,6 +166,7 @@ class DataShapleyResult(HubMixin):
                     "loss_last": losses.iloc[-1] if len(losses) else math.nan,
                     "explained": self.explained_ratio(target),
                     "energy": self._record("energy", target).mean(),
+                    "scored_share": self.steps.get("scored_share", pd.Series(dtype=float)).mean(),
                     "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
                 }
             )
@@ -261,7 +264,7 @@ class DataShapleyResult(HubMixin):
         target: str = VALIDATION,
     ) -> "SourceValues":
         """
-        Values summed by where rows come from.
+        Values summed by where rows come from, with `totals`, a `timeline` and `plot()`.
 
         Args:
             source (`str` or `Sequence`):
@@ -271,9 +274,6 @@ class DataShapleyResult(HubMixin):
                 does not read, so the callback may not have seen it.
             target (`str`, *optional*, defaults to `"validation"`):
                 Whose loss.
-
-        Returns:
-            `SourceValues`: `totals`, `timeline` and `plot()`.
 
         Raises:
             ValueError: if nothing says where rows come from.
@@ -291,7 +291,7 @@ class DataShapleyResult(HubMixin):
         path: str | Path | None = None,
     ) -> str:
         """
-        Shows what each token of some rows was worth, as HTML. Needs a callback that stored the values of tokens.
+        Shows on a page of HTML what each token of some rows was worth. The callback has to store the values of tokens.
 
         Args:
             rows (`int`, `str` or `Iterable`):
@@ -304,9 +304,6 @@ class DataShapleyResult(HubMixin):
                 Whose loss.
             path (`str` or `Path`, *optional*):
                 Where to write the page.
-
-        Returns:
-            `str`: a page that stands alone.
 
         Raises:
             ValueError: if the values or the ids of tokens are not known.

@@ -251,15 +251,12 @@ def _encoded_once(session: VideoSession, frame: int) -> Iterator[None]:
         if not whole:
             return compute(pixel_values, **kwargs)
         whole = False
-        known = session.features.get_vision_features(frame)
+        known = session.features.get(frame)
         if known is None:
             outputs = compute(pixel_values, **kwargs)
-            maps, positions = outputs.fpn_hidden_states, outputs.fpn_position_encoding
-            session.features.cache_vision_features(frame, {"vision_feats": maps, "vision_pos_embeds": positions})
-            known = session.features.get_vision_features(frame)
-        return SimpleNamespace(
-            fpn_hidden_states=list(known["vision_feats"]), fpn_position_encoding=known["vision_pos_embeds"]
-        )
+            known = list(outputs.fpn_hidden_states), outputs.fpn_position_encoding[-1]
+            session.features.put(frame, *known)
+        return SimpleNamespace(fpn_hidden_states=list(known[0]), fpn_position_encoding=[known[1]])
 
     model.get_image_features = get_image_features
     try:

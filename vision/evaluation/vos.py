@@ -95,7 +95,7 @@ def evaluate_vos(
             Whether the first frame, which is the prompted one, and the last do not count: the rule of DAVIS 2017 and
             of SA-V. An object with fewer than three frames is left out then.
         options:
-            Fields of `VideoSessionConfig`, such as `memory="motion_gated"`.
+            Fields of `VideoSessionConfig`, such as `smoothing=0.5`.
 
     Returns:
         [`VosResult`]

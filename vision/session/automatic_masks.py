@@ -12,6 +12,7 @@ from torchvision.ops import masks_to_boxes, nms
 
 from .mask_postprocessing import small_regions
 from .segments import box_around
+from .tracking import using
 
 
 _EDGE = 20.0  # pixels: a mask this near to the border of a crop is another crop's, as in the reference
@@ -90,7 +91,6 @@ class AutomaticMaskConfig:
         return np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
 
 
-@torch.no_grad()
 def generate_masks(model, processor, image: np.ndarray, config: AutomaticMaskConfig | None = None) -> list[dict]:
     """
     Everything in an image.
@@ -108,7 +108,8 @@ def generate_masks(model, processor, image: np.ndarray, config: AutomaticMaskCon
     config = config or AutomaticMaskConfig()
     records = []
     for layer, crop in crop_boxes(image.shape[:2], config.crop_n_layers, config.crop_overlap_ratio):
-        found = list(_masks_of_crop(model, processor, image, layer, crop, config))
+        with using(model):
+            found = list(_masks_of_crop(model, processor, image, layer, crop, config))
         records += _without_duplicates(found, [record["predicted_iou"] for record in found], config.box_nms_thresh)
     if config.crop_n_layers:
         smallness = [1 / (record["crop_box"][2] * record["crop_box"][3]) for record in records]

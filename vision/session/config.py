@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .memory import MEMORY_POLICIES, MemoryPolicy
+from .memory import MemoryPolicy
 from .segments import OUTPUTS
 
 
@@ -17,8 +17,12 @@ class VideoSessionConfig:
         output (`str`, *optional*, defaults to `"mask"`):
             "mask" (boolean array), "logits", "rle" (COCO) or "polygon".
         memory (`str` or `MemoryPolicy`, *optional*, defaults to `"exact"`):
-            Which tracked frames the model attends to: "exact" (its own rule), "motion_gated", "long_term_diverse", or
-            a function of a list of `Remembered` and a number of slots.
+            Which tracked frames the model attends to: "exact" (its own rule), or a function of a list of `Remembered`
+            and a number of slots.
+        max_cond_frames (`int`, *optional*):
+            How many prompted and corrected frames the model attends to at most, those nearest in time, like the
+            reference's `max_cond_frames_in_attn`; -1 for all. Defaults to the model's own number in a video, and in a
+            stream, whose corrections have no end, to 8 if that is all. A stream forgets those it will not attend to.
         keep (`str`, *optional*, defaults to `"all"`):
             "all" keeps what corrections of any frame need (about 0.8 MB an object and frame at 1024 pixels), "window"
             only what the next frame needs. A stream keeps a window whatever is said.
@@ -45,6 +49,7 @@ class VideoSessionConfig:
 
     output: str = "mask"
     memory: str | MemoryPolicy = "exact"
+    max_cond_frames: int | None = None
     keep: str = "all"
     offload: bool = False
     feature_cache_bytes: int = 2**28
@@ -58,12 +63,14 @@ class VideoSessionConfig:
     def __post_init__(self):
         choices = {"output": OUTPUTS, "keep": ("all", "window")}
         if not callable(self.memory):
-            choices["memory"] = tuple(MEMORY_POLICIES)
+            choices["memory"] = ("exact",)
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"Expected {name} to be one of {', '.join(values)}, got {getattr(self, name)!r}.")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"Expected smoothing in 0..1 (1 excluded), got {self.smoothing}.")
+        if self.max_cond_frames is not None and self.max_cond_frames < 1 and self.max_cond_frames != -1:
+            raise ValueError(f"Expected max_cond_frames of at least 1, or -1 for all, got {self.max_cond_frames}.")
         for name in ("feature_cache_bytes", "max_hole_area", "max_sprinkle_area", "undo_levels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Expected {name} of at least 0, got {getattr(self, name)}.")

@@ -94,6 +94,10 @@ class StreamedFrames(VideoFrames):
             self.position += 1
         return self._latest
 
+    def resume(self, position: int, latest: Any) -> None:
+        """Counts on from a frame that was taken before; the iterator gives the next one."""
+        self.position, self._latest = position, latest
+
 
 class PixelValues:
     """Frames by number as a model takes them, `(3, side, side)`; of a video, the next ones of a pass come along."""

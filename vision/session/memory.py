@@ -1,10 +1,8 @@
 """What a tracker remembers: the past of an object, as far as the model can look back, and features of frames."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from transformers import Sam2VideoInferenceSession
@@ -40,39 +38,6 @@ def exact(past: list[Remembered], slots: int) -> list[int]:
     return [seen.frame for seen in past[-slots:]]
 
 
-def motion_gated(past: list[Remembered], slots: int) -> list[int]:
-    """
-    The most recent frames whose mask is trusted, whose object is visible and whose motion is plausible, after an idea
-    of SAMURAI (https://huggingface.co/papers/2411.11922); thresholds and constant velocity, where it has a Kalman
-    filter, are ours.
-    """
-    return [seen.frame for seen in past if seen.mask_score > 0.5 and seen.object_score > 0 and seen.motion_score > 0][
-        -slots:
-    ]
-
-
-def long_term_diverse(past: list[Remembered], slots: int) -> list[int]:
-    """
-    Half of the slots for the most recent frames; the others for older frames with a visible object, each time the one
-    whose pointer is least similar (cosine) to those chosen.
-    """
-    recent = past[-(slots - slots // 2) :]
-    older = [seen for seen in past[: -len(recent)] if seen.object_score > 0]
-    chosen = list(recent)
-    while older and len(chosen) < slots:
-        pointers = torch.nn.functional.normalize(torch.stack([seen.pointer.float() for seen in chosen]), dim=1)
-        similarity = [(pointers @ torch.nn.functional.normalize(seen.pointer.float(), dim=0)).max() for seen in older]
-        chosen.append(older.pop(int(torch.stack(similarity).argmin())))
-    return sorted(seen.frame for seen in chosen)
-
-
-MEMORY_POLICIES: dict[str, MemoryPolicy] = {
-    "exact": exact,
-    "motion_gated": motion_gated,
-    "long_term_diverse": long_term_diverse,
-}
-
-
 class FeatureCache:
     """
     Vision features of frames, so that a second pass over a video need not encode them again. The latest frame is
@@ -96,15 +61,16 @@ class FeatureCache:
         self._latest: tuple[int, list[torch.Tensor]] | None = None
         self._kept: dict[int, list[torch.Tensor]] = {}
         self._positions: list[torch.Tensor] = []
-        self._constants: dict[tuple, Any] = {}
         self.kept_bytes = 0  # of what is kept beside the latest frame and the position encodings
-        self.memory_positions: torch.Tensor | None = None  # of the memory encoder, the same for all frames too
+        # Position encodings of the memory encoder and of the mask decoder, the same for all frames too.
+        self.memory_positions: torch.Tensor | None = None
+        self.decoder_positions: torch.Tensor | None = None
 
     def __contains__(self, frame: int) -> bool:
         return frame in self._kept or (self._latest is not None and self._latest[0] == frame)
 
-    def get_vision_features(self, frame: int) -> dict[str, list[torch.Tensor]] | None:
-        """Features of a frame as the model computed them; called by the model."""
+    def get(self, frame: int) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+        """Features of a frame as the model computed them, `None` if they are not here."""
         if self._latest is not None and self._latest[0] == frame:
             features = self._latest[1]
         elif frame in self._kept:
@@ -113,53 +79,25 @@ class FeatureCache:
             self._latest = (frame, features)
         else:
             return None
-        return {"vision_feats": features, "vision_pos_embeds": self._positions}
+        return features, self._positions[0]
 
-    def cache_vision_features(self, frame: int, features: dict[str, Any]) -> None:
-        """Takes the features of a frame; called by the model."""
-        levels = list(features["vision_feats"])
-        self._positions = [features["vision_pos_embeds"][-1]]  # the model reads no other level
+    def put(self, frame: int, levels: list[torch.Tensor], positions: torch.Tensor) -> None:
+        """Takes the features of a frame."""
+        self._positions = [positions]
         self._latest = (frame, levels)
         size = sum(level.numel() * (self.dtype or level.dtype).itemsize for level in levels)
         if frame not in self._kept and self.kept_bytes + size <= self.limit_bytes:
             self.kept_bytes += size
             self._kept[frame] = [level.to(self.device or level.device, self.dtype or level.dtype) for level in levels]
 
-    @contextmanager
-    def constants_of(self, model) -> Iterator[None]:
-        """
-        While it lasts, `model` computes its position encodings once rather than for every frame and object: they
-        depend on shapes and weights alone.
-        """
-        methods = (
-            (model.vision_encoder.neck.position_encoding, "forward"),
-            (model.memory_attention.rotary_emb, "forward"),
-            (model, "get_image_wide_positional_embeddings"),
-        )
-        for owner, name in methods:
-            setattr(owner, name, partial(self._constant, id(owner), getattr(owner, name)))
-        try:
-            yield
-        finally:
-            for owner, name in methods:
-                delattr(owner, name)
-
-    def _constant(self, owner: int, compute: Callable[..., Any], *args) -> Any:
-        # Of features only the kind counts; whole numbers are positions, which tensor of the model it is.
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        key = (owner, *(arg for arg in args if not isinstance(arg, torch.Tensor)))
-        for tensor in tensors:
-            position = 0 if tensor.is_floating_point() else tensor.data_ptr()
-            key = (*key, tensor.shape, tensor.dtype, tensor.device, position)
-        if key not in self._constants:
-            self._constants[key] = compute(*args)
-        return self._constants[key]
-
 
 class ObjectMemory(Sam2VideoInferenceSession):
     """
     [`~transformers.Sam2VideoInferenceSession`] of a single object that takes frames from elsewhere and can forget what
     the model no longer attends to: its masks are those of an unbounded session and depend on no other object.
+
+    As in the reference predictor, an answer to a prompt waits until the next pass: further clicks on its frame are
+    answered from the memory that the first one found.
 
     Args:
         obj (`int`):
@@ -172,19 +110,24 @@ class ObjectMemory(Sam2VideoInferenceSession):
             Shared by all objects of a video.
         reach (`tuple[int, int]`):
             How many frames back the model attends to masks, and to object pointers.
+        max_cond_frames (`int`):
+            How many frames with a prompt it attends to at most; -1 for all.
         policy (`MemoryPolicy`):
             Which tracked frames are attended to.
     """
 
-    def __init__(self, obj, pixel_values, num_frames, features, reach, policy: MemoryPolicy = exact, **kwargs):
+    def __init__(self, obj, pixel_values, num_frames, features, reach, max_cond_frames, policy=exact, **kwargs):
         super().__init__(**kwargs)
         self.obj_id_to_idx(obj)
         self.cache = features
         self.reach = reach
-        self.policy = policy
+        self.max_cond_frames = max_cond_frames
+        self.policy: MemoryPolicy = policy
+        self.waiting: dict[int, dict[str, torch.Tensor]] = {}  # answers that no pass has seen yet, by frame
         self._pixel_values = pixel_values
         self._num_frames = num_frames
         self._chosen: list[int] = []
+        self._answers = 0  # how many were given; an output says how many had been, so that what follows from one goes
 
     @property
     def num_frames(self) -> int | None:
@@ -193,71 +136,46 @@ class ObjectMemory(Sam2VideoInferenceSession):
     def get_frame(self, frame_idx: int) -> torch.Tensor:
         return self._pixel_values(frame_idx).to(self.inference_device, self.dtype)
 
-    def add_new_frame(self, pixel_values: torch.Tensor, frame_idx: int | None = None) -> int | None:
-        return frame_idx  # frames are never stored here
-
     @property
     def conditioning(self) -> dict[int, dict[str, torch.Tensor]]:
         """What is known of the frames with prompts, by frame."""
-        return self.output_dict_per_obj[0]["cond_frame_outputs"]
+        return {**self.output_dict_per_obj[0]["cond_frame_outputs"], **self.waiting}
 
     @property
     def tracked(self) -> dict[int, dict[str, torch.Tensor]]:
         """What is known of the other frames, by frame."""
         return self.output_dict_per_obj[0]["non_cond_frame_outputs"]
 
-    @tracked.setter
-    def tracked(self, outputs: dict[int, dict[str, torch.Tensor]]) -> None:
-        self.output_dict_per_obj[0]["non_cond_frame_outputs"] = outputs
+    @property
+    def ways(self) -> dict[int, dict[str, bool]]:
+        """The frames that a pass has seen, and whether it ran backwards."""
+        return self.frames_tracked_per_obj[0]
 
     def output(self, frame: int) -> dict[str, torch.Tensor] | None:
         """What is known of a frame, `None` if nothing."""
         return self.conditioning.get(frame) or self.tracked.get(frame)
 
-    def run(self, model, frame: int, reverse: bool = False, previous_logits: torch.Tensor | None = None) -> None:
-        """
-        Runs `model` on one frame, with the new inputs of this object if it has any, which makes it a conditioning
-        frame: one that all later passes attend to and none overwrites.
+    def answer(self, frame: int, output: dict[str, torch.Tensor]) -> None:
+        """Takes the answer to a prompt; `settle` makes it one that later frames attend to."""
+        known = self.conditioning.get(frame, {})
+        self._answers += 1
+        output["answers"] = known.get("answers", torch.tensor(self._answers))
+        self.waiting[frame] = self._kept(output)
 
-        Args:
-            previous_logits (`torch.Tensor` of shape `(1, 1, height, width)`, *optional*):
-                Mask logits fed to the prompt encoder with new clicks.
-        """
-        prompted = bool(self.obj_with_new_inputs)
-        scores: list[torch.Tensor] = []
-        hooks = [model.mask_decoder.register_forward_hook(lambda module, args, output: scores.append(output[1]))]
-        if previous_logits is not None:
-            hooks.append(
-                model.prompt_encoder.register_forward_pre_hook(
-                    lambda module, args, kwargs: (args, {**kwargs, "input_masks": previous_logits}), with_kwargs=True
-                )
-            )
-        tracked = self.tracked
-        self.tracked = self._attended(frame, reverse)
-        streamed = {} if self._num_frames is not None else {"frame": torch.empty(0)}
-        try:
-            with self.cache.constants_of(model):
-                model(self, frame_idx=frame, reverse=reverse, **streamed)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if self.tracked is not tracked:
-                if frame in self.tracked:
-                    tracked[frame] = self.tracked[frame]
-                self.tracked = tracked
-        if prompted:
-            # The model files the answer to a prompt on a tracked frame as an ordinary output, but its memory with an
-            # older conditioning output; a frame with a prompt is a conditioning frame here.
-            self.conditioning[frame] = {**self.conditioning.get(frame, {}), **self.tracked.pop(frame, {})}
-        from_mask = prompted and frame in self.mask_inputs_per_obj[0]  # the model's own score of a given mask is 1
-        self._settle(frame, torch.ones(1) if from_mask else scores[-1].max().reshape(1))
+    def track(self, frame: int, output: dict[str, torch.Tensor]) -> None:
+        """Takes what a pass found on a frame without a prompt."""
+        output["answers"] = torch.tensor(self._answers)
+        self.tracked[frame] = self._kept(output)
 
-    def _settle(self, frame: int, mask_score: torch.Tensor) -> None:
-        """Keeps of a new output what may be read again, where it belongs."""
-        output = self.output(frame)
-        assert output is not None
-        output.pop("high_res_masks", None)  # read by the memory encoder, which has run
-        output["mask_score"] = mask_score.float().cpu()
+    def settle(self) -> None:
+        """Makes the frames of waiting answers conditioning frames: all passes attend to them and none overwrites."""
+        for frame, output in self.waiting.items():
+            self.output_dict_per_obj[0]["cond_frame_outputs"][frame] = output
+            self.tracked.pop(frame, None)
+        self.waiting.clear()
+
+    def _kept(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What may be read again of a new output, where it belongs."""
         shared = self.cache.memory_positions
         if shared is None or not torch.equal(shared.to(output["maskmem_pos_enc"]), output["maskmem_pos_enc"]):
             self.cache.memory_positions = output["maskmem_pos_enc"].to(self.inference_state_device)
@@ -266,24 +184,34 @@ class ObjectMemory(Sam2VideoInferenceSession):
             output[key] = output[key].to(self.inference_state_device)
         if self.policy is not exact:
             output["box"] = torch.tensor(box_around((output["pred_masks"][0, 0] > 0).cpu().numpy()))
+        return output
 
-    def demote(self, frame: int) -> None:
-        """Makes a conditioning frame whose prompts are gone an ordinary one."""
-        if frame in self.conditioning:
-            self.tracked[frame] = self.conditioning.pop(frame)
-        self.frames_tracked_per_obj[0].pop(frame, None)
+    def retract(self, frame: int) -> None:
+        """Takes an answer back, and the masks of frames that were tracked with it."""
+        output = self.conditioning[frame]
+        self.waiting.pop(frame, None)
+        self.output_dict_per_obj[0]["cond_frame_outputs"].pop(frame, None)
+        self.ways.pop(frame, None)
+        self.tracked.pop(frame, None)
+        for later in [f for f, known in self.tracked.items() if known["answers"] >= output["answers"]]:
+            del self.tracked[later]
+            self.ways.pop(later, None)
 
     def snapshot(self) -> tuple:
         """What `restore` takes; tensors are shared, for none is ever changed."""
-        outputs = ({f: dict(output) for f, output in kind.items()} for kind in (self.conditioning, self.tracked))
-        return (*outputs, dict(self.frames_tracked_per_obj[0]))
+        kinds = (*self.output_dict_per_obj[0].values(), self.waiting)
+        return (*({f: dict(output) for f, output in kind.items()} for kind in kinds), dict(self.ways))
 
     def restore(self, state: tuple) -> None:
         """Goes back to a snapshot."""
-        conditioning, tracked, directions = state
+        conditioning, tracked, self.waiting, ways = state
         self.output_dict_per_obj[0] = {"cond_frame_outputs": conditioning, "non_cond_frame_outputs": tracked}
-        self.frames_tracked_per_obj[0] = directions
-        self.obj_with_new_inputs.clear()
+        self.frames_tracked_per_obj[0] = ways
+
+    def resume(self) -> None:
+        """Counts on from what a file had."""
+        kinds = (*self.output_dict_per_obj[0].values(), self.waiting)
+        self._answers = max((int(output["answers"]) for kind in kinds for output in kind.values()), default=0)
 
     def forget(self, frame: int, reverse: bool, anchors: Iterable[tuple[int, bool]] = (), keep_masks=False) -> None:
         """
@@ -310,15 +238,39 @@ class ObjectMemory(Sam2VideoInferenceSession):
                 self.tracked[past].pop(key, None)
             if distance > self.reach[1] and not keep_masks:
                 del self.tracked[past]
-                self.frames_tracked_per_obj[0].pop(past, None)
+                self.ways.pop(past, None)
 
-    def _attended(self, frame: int, reverse: bool) -> dict[int, dict[str, torch.Tensor]]:
-        """The tracked frames as the model shall see them: those that the policy chose in the places of the latest."""
-        step = -1 if reverse else 1
+    def forget_prompts(self, frame: int) -> list[int]:
+        """The prompted frames that no later frame of a stream attends to after `frame`, which are dropped."""
+        known = self.output_dict_per_obj[0]["cond_frame_outputs"]
+        latest = closest_frames(frame + 1, list(known), self.max_cond_frames)
+        past = [f for f in known if f not in latest and frame - f > max(self.reach)]
+        for old in past:
+            del known[old]
+            self.ways.pop(old, None)
+        return past
+
+    def attended(self, frame: int, reverse: bool) -> "ObjectMemory":
+        """
+        The memory as the model shall see it from a frame: with the prompted frames nearest to it, other ones as if
+        they were tracked, as the reference takes them, and those tracked ones that the policy chose in the places of
+        the latest.
+        """
+        known, step = self.output_dict_per_obj[0]["cond_frame_outputs"], -1 if reverse else 1
+        chosen = closest_frames(frame, list(known), self.max_cond_frames)
+        others = {f: output for f, output in known.items() if f not in chosen}
         if self.policy is exact:
             near = (frame - place * step for place in range(1, self.reach[0] + 1))
             forgotten = {f for f in near if f in self.tracked and "maskmem_features" not in self.tracked[f]}
-            return {f: o for f, o in self.tracked.items() if f not in forgotten} if forgotten else self.tracked
+            tracked = {f: output for f, output in self.tracked.items() if f not in forgotten}
+        else:
+            tracked = self._chosen_by_policy(frame, step)
+        seen = copy.copy(self)
+        outputs = {"cond_frame_outputs": {f: known[f] for f in chosen}, "non_cond_frame_outputs": others | tracked}
+        seen.output_dict_per_obj, seen.waiting = {0: outputs}, {}
+        return seen
+
+    def _chosen_by_policy(self, frame: int, step: int) -> dict[int, dict[str, torch.Tensor]]:
         past = sorted(
             (f for f, output in self.tracked.items() if (frame - f) * step > 0 and "box" in output),
             key=lambda f: f * step,
@@ -341,6 +293,24 @@ class ObjectMemory(Sam2VideoInferenceSession):
             pointer = self.tracked.get(there, self.tracked[chosen])["object_pointer"]
             view[there] = {**self.tracked[chosen], "object_pointer": pointer}
         return view
+
+
+def closest_frames(frame: int, prompted: list[int], limit: int) -> list[int]:
+    """
+    Which prompted frames a frame attends to: the last before it, the first from it on, then by distance.
+
+    Args:
+        frame (`int`): The frame.
+        prompted (`list[int]`): All of them.
+        limit (`int`): At most so many; -1 for all.
+    """
+    if limit == -1 or len(prompted) <= limit:
+        return prompted
+    before = max((t for t in prompted if t < frame), default=None)
+    after = min((t for t in prompted if t >= frame), default=None)
+    sides = [t for t in (before, after) if t is not None]
+    others = sorted((t for t in prompted if t not in sides), key=lambda t: abs(t - frame))
+    return sides + others[: limit - len(sides)]
 
 
 def _motion_score(boxes: list[torch.Tensor]) -> float:

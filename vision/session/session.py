@@ -10,16 +10,18 @@ import numpy as np
 import torch
 
 from .config import VideoSessionConfig
-from .frames import EndOfVideo, PixelValues, StreamedFrames
+from .frames import PixelValues, StreamedFrames
 from .mask_postprocessing import clean_logits, smooth_logits
-from .memory import MEMORY_POLICIES, FeatureCache, ObjectMemory
+from .memory import FeatureCache, ObjectMemory, exact
 from .prompts import ObjectPrompt, VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session_file import read_session, write_session
+from .tracking import answer_prompt, walk
 from .videos import open_video
 
 
 DIRECTIONS = ("forward", "backward", "both")
+_STREAM_COND_FRAMES = 8  # as many frames as the paper's annotator corrects
 
 
 class VideoSession:
@@ -60,7 +62,7 @@ class VideoSession:
         self.frames = open_video(video)
         self.config = config or VideoSessionConfig()
         self.streaming = isinstance(self.frames, StreamedFrames)
-        self.policy = self.config.memory if callable(self.config.memory) else MEMORY_POLICIES[self.config.memory]
+        self.policy = self.config.memory if callable(self.config.memory) else exact
         self._state_device = torch.device("cpu") if self.config.offload else model.device
         self.features = FeatureCache(
             0 if self.streaming else self.config.feature_cache_bytes,
@@ -102,7 +104,8 @@ class VideoSession:
 
     def add(self, frame: int, obj: int, points=None, labels=None, box=None, mask=None) -> FrameSegments | None:
         """
-        Prompts an object, old or new, on a frame; an earlier prompt of the object on this frame is replaced.
+        Shows an object, old or new, on a frame: the mask follows from this prompt alone, whatever was there. An
+        earlier prompt of the object on this frame is replaced.
 
         Args:
             frame (`int`): Number of the frame.
@@ -118,31 +121,34 @@ class VideoSession:
         ((frame, prompts),) = VideoPrompts({frame: {obj: ObjectPrompt(points, labels, box, mask)}}).items()
         ((obj, prompt),) = prompts.items()
         if isinstance(self.frames, StreamedFrames) and frame > max(self.frames.position, 0):
-            self._queue.setdefault(frame, {})[obj] = prompt
+            prompt.check(self.size)
+            with self._edit():
+                self._queue.setdefault(frame, {})[obj] = prompt
             return None
         self._check(frame, prompt)
         with self._edit():
-            self._run_prompt(frame, obj, prompt)
-            self._corrected.discard((frame, obj))
+            self._show(frame, obj, prompt)
         return self.segments(frame)
 
-    def correct(self, frame: int, obj: int, points, labels=None) -> FrameSegments:
+    def correct(self, frame: int, obj: int, points=None, labels=None, box=None) -> FrameSegments:
         """
-        Corrects an object's mask by clicks, which join the earlier ones on this frame. The mask as it was is fed to
-        the model with them, and the frame becomes a conditioning frame, as in the reference predictor with
-        `add_all_frames_to_correct_as_cond=True`.
+        Corrects an object's mask by clicks, which join the earlier ones on this frame, or by a box, which takes their
+        place. The mask as it was and the object's past are given to the model with them, and from the next tracked
+        frame on this one is a conditioning frame, as in the reference predictor with
+        `add_all_frames_to_correct_as_cond=True`. Where the mask is of something else, show the object anew by `add`.
 
         Args:
             frame (`int`): Number of a frame on which the object has a mask.
             obj (`int`): Number of the object.
-            points (`list[list[float]]`): Clicks as `[x, y]` in pixels of the frame.
+            points (`list[list[float]]`, *optional*): Clicks as `[x, y]` in pixels of the frame.
             labels (`list[int]`, *optional*, defaults to all 1): 1 on the object, 0 beside it.
+            box (`list[float]`, *optional*): `[x0, y0, x1, y1]`.
 
         Returns:
             [`FrameSegments`] of the frame.
         """
         memory = self._memory(obj)
-        prompt = ObjectPrompt(points, labels)
+        prompt = ObjectPrompt(points, labels, box)
         self._check(frame, prompt)
         output = memory.output(frame)
         if output is None or "pred_masks" not in output:
@@ -153,33 +159,39 @@ class VideoSession:
                 'Open the session with keep="all" to correct any frame.'
             )
         earlier = self._prompts.get(frame, {}).get(obj)
-        if earlier is not None:
+        if earlier is not None and box is None:
             prompt = ObjectPrompt(earlier.points + prompt.points, earlier.labels + prompt.labels, earlier.box)
         with self._edit():
-            self._run_prompt(frame, obj, prompt, output["pred_masks"].to(self.model.device).clamp(-32, 32))
+            logits = output["pred_masks"].to(self.model.device).clamp(-32, 32)
+            self._run_prompt(memory, frame, prompt, frame not in memory.ways, logits)
             self._corrected.add((frame, obj))
         return self.segments(frame)
 
     def remove_object(self, obj: int) -> None:
-        """Forgets an object; the others keep their masks."""
-        self._memory(obj)
+        """Forgets an object and its prompts, those that wait included; the others keep their masks."""
+        if not any(obj in prompts for prompts in self._queue.values()):
+            self._memory(obj)
         with self._edit():
             self._remove(obj)
 
     def clear(self, frame: int, obj: int) -> None:
-        """Takes back an object's prompts on a frame, which later passes track again; without any, the object goes."""
+        """
+        Takes back an object's prompts on a frame, and the masks that were tracked with them; later passes track these
+        frames again. An object without any prompt goes.
+        """
+        if obj in self._queue.get(frame, {}):
+            with self._edit():
+                return self._drop_waiting(frame, obj)
         self._memory(obj)
         if obj not in self._prompts.get(frame, {}):
-            known = [f"frame {number}" for number, prompts in self._prompts.items() if obj in prompts]
-            raise ValueError(
-                f"Object {obj} has no prompt on frame {frame}. Its prompts: {', '.join(known) or 'none'}."
-            )
+            known = ", ".join(f"frame {number}" for number, prompts in self.prompts.items() if obj in prompts)
+            raise ValueError(f"Object {obj} has no prompt on frame {frame}. Its prompts: {known or 'none'}.")
         with self._edit():
             del self._prompts[frame][obj]
             self._corrected.discard((frame, obj))
-            self._memories[obj].demote(frame)
+            self._memories[obj].retract(frame)
             if not self._memories[obj].conditioning:
-                self._remove(obj)
+                del self._memories[obj]
 
     def undo(self) -> None:
         """Goes back to before the last add, correct, clear or remove_object, with the masks of that time."""
@@ -209,6 +221,10 @@ class VideoSession:
 
         Yields:
             [`FrameSegments`] of each frame, all objects that have a mask there included.
+
+        Raises:
+            ValueError, TypeError: for a frame of a stream that is of another size or no image. A new call goes on with
+                the frame after it, for which prompts of the bad one wait.
         """
         if direction not in DIRECTIONS:
             raise ValueError(f"Expected direction to be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
@@ -249,8 +265,8 @@ class VideoSession:
 
     def save(self, path: str | Path) -> None:
         """
-        Writes prompts, masks and memories to a safetensors file. Frames are not written: a video that is no file must
-        be given again to `load`.
+        Writes prompts, masks and memories to a safetensors file. Frames are not written, but for the latest one of a
+        stream: a video that is no file must be given again to `load`, a stream where it goes on.
         """
         write_session(self, path)
 
@@ -262,7 +278,11 @@ class VideoSession:
         Args:
             pipe (`Sam2VideoPipeline`): With the model that the session was saved with.
             path (`str` or `Path`): The safetensors file.
-            video (`Any`, *optional*): The video; needed if it was no file.
+            video (`Any`, *optional*): The video; needed if it was no file. Of a stream, an iterator that goes on after
+                the last frame that the session took.
+
+        Raises:
+            ValueError: if the file is none that `save` wrote, or the weights or the video are others.
         """
         return read_session(cls, pipe, path, video)
 
@@ -283,13 +303,17 @@ class VideoSession:
         return self._memories[obj]
 
     def _new_memory(self, obj: int) -> ObjectMemory:
-        config, size = self.model.config, self.size
+        config, size, most = self.model.config, self.size, self.config.max_cond_frames
+        if most is None:
+            most = config.max_cond_frame_num
+            most = _STREAM_COND_FRAMES if most == -1 and self.streaming else most
         return ObjectMemory(
             obj,
             self._pixels,
             self.num_frames,
             self.features,
             (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
+            most,
             self.policy,
             video_height=size[0],
             video_width=size[1],
@@ -298,8 +322,17 @@ class VideoSession:
             dtype=self.model.dtype,
         )
 
-    def _run_prompt(self, frame: int, obj: int, prompt: ObjectPrompt, logits: torch.Tensor | None = None) -> None:
+    def _show(self, frame: int, obj: int, prompt: ObjectPrompt) -> None:
+        """Answers a prompt that says all, as in a session without a past."""
         memory = self._memories.setdefault(obj, self._new_memory(obj))
+        memory.ways.pop(frame, None)
+        self._run_prompt(memory, frame, prompt, alone=True)
+        self._corrected.discard((frame, obj))
+
+    def _run_prompt(
+        self, memory: ObjectMemory, frame: int, prompt: ObjectPrompt, alone: bool, logits: torch.Tensor | None = None
+    ) -> None:
+        (obj,) = memory.obj_ids
         self.processor.add_inputs_to_inference_session(
             memory,
             frame,
@@ -309,20 +342,27 @@ class VideoSession:
             input_boxes=None if prompt.box is None else [[prompt.clipped_box(self.size)]],
             input_masks=None if prompt.mask is None else [prompt.mask],
         )
-        tracked = memory.frames_tracked_per_obj[0].get(frame, {"reverse": False})
-        memory.run(self.model, frame, tracked["reverse"], logits)
+        answer_prompt(self.model, memory, frame, alone, logits)
         self._prompts.setdefault(frame, {})[obj] = prompt
 
     def _remove(self, obj: int) -> None:
-        del self._memories[obj]
+        self._memories.pop(obj, None)
         self._prompts = {f: {o: p for o, p in prompts.items() if o != obj} for f, prompts in self._prompts.items()}
         self._corrected = {(frame, o) for frame, o in self._corrected if o != obj}
+        for frame in [f for f, prompts in self._queue.items() if obj in prompts]:
+            self._drop_waiting(frame, obj)
+
+    def _drop_waiting(self, frame: int, obj: int) -> None:
+        del self._queue[frame][obj]
+        if not self._queue[frame]:
+            del self._queue[frame]
 
     @contextmanager
-    def _edit(self):
-        """Keeps what was for `undo`, and returns to it if the edit fails."""
+    def _edit(self, undoable: bool = True):
+        """Returns to what was if the edit fails, and keeps it for `undo`."""
         before = (
             {frame: dict(prompts) for frame, prompts in self._prompts.items()},
+            {frame: dict(prompts) for frame, prompts in self._queue.items()},
             set(self._corrected),
             {obj: (memory, memory.snapshot()) for obj, memory in self._memories.items()},
         )
@@ -331,10 +371,11 @@ class VideoSession:
         except BaseException:
             self._restore(before)
             raise
-        self._undo.append(before)
+        if undoable:
+            self._undo.append(before)
 
     def _restore(self, state: tuple) -> None:
-        self._prompts, self._corrected, memories = state
+        self._prompts, self._queue, self._corrected, memories = state
         self._memories = {}
         for obj, (memory, snapshot) in memories.items():
             memory.restore(snapshot)
@@ -346,48 +387,14 @@ class VideoSession:
             begin = start
             if begin is None:
                 begin = self._latest + 1 if self.streaming else min(self._first().values())
-            yield from self._pass(begin, False, max_frames, both)
+            yield from walk(self, begin, False, max_frames, both)
         if direction != "forward" and self._memories:  # the last object may have been removed on the way
             if both:
                 origins = {obj: frame - 1 for obj, frame in self._first().items()}
             else:
                 origins = {obj: max(memory.conditioning) for obj, memory in self._memories.items()}
             begin = start if start is not None and not both else max(origins.values())
-            yield from self._pass(begin, True, max_frames, both, origins)
+            yield from walk(self, begin, True, max_frames, both, origins)
 
     def _first(self) -> dict[int, int]:
         return {obj: min(memory.conditioning) for obj, memory in self._memories.items()}
-
-    def _pass(
-        self, begin: int, reverse: bool, max_frames: int | None, both: bool, origins: dict[int, int] | None = None
-    ) -> Iterator[FrameSegments]:
-        """One way over the video; an object joins at its origin, or at its first prompt if there are no origins."""
-        smoothed: dict[int, torch.Tensor] = {}
-        frame = begin
-        self._pixels.step = -1 if reverse else 1
-        while frame >= 0 and (max_frames is None or abs(frame - begin) < max_frames):
-            if self.num_frames is not None and frame >= self.num_frames:
-                return
-            try:
-                if self.streaming:
-                    self.frames[frame]  # the stream ends here, or the frame is bad
-                    for obj, prompt in self._queue.pop(frame, {}).items():
-                        self._check(frame, prompt)
-                        with self._edit():
-                            self._run_prompt(frame, obj, prompt)
-                for obj, memory in self._memories.items():
-                    if min(memory.conditioning) <= frame if origins is None else frame <= origins.get(obj, -1):
-                        if frame not in memory.conditioning:
-                            memory.run(self.model, frame, reverse)
-                        memory.frames_tracked_per_obj[0][frame] = {"reverse": reverse}
-            except EndOfVideo:
-                return
-            self._latest = frame
-            segments = self.segments(frame, smoothed)
-            if self._windowed:
-                for memory in self._memories.values():
-                    # The way back starts at the first prompt and shows masks of the way there again.
-                    ahead = [(min(memory.conditioning) - 1, True)] if both else []
-                    memory.forget(frame, reverse, ahead, keep_masks=both)
-            yield segments
-            frame += -1 if reverse else 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam2VideoModel
 
+from ..session.memory import closest_frames
 from .prompts import PromptPlan, corrective_click, first_points
 
 
@@ -227,24 +228,6 @@ class _Tracks:
             num_object_pointer_tokens=pointers,
         )
         return attended[0].transpose(1, 2).unflatten(2, tuple(self.model.backbone_feature_sizes[-1]))
-
-
-def closest_frames(frame: int, prompted: list[int], limit: int) -> list[int]:
-    """
-    Which prompted frames a frame attends to: the last before it, the first from it on, then by distance.
-
-    Args:
-        frame (`int`): The frame.
-        prompted (`list[int]`): All of them.
-        limit (`int`): At most so many; -1 for all.
-    """
-    if limit == -1 or len(prompted) <= limit:
-        return prompted
-    before = max((t for t in prompted if t < frame), default=None)
-    after = min((t for t in prompted if t >= frame), default=None)
-    sides = [t for t in (before, after) if t is not None]
-    others = sorted((t for t in prompted if t not in sides), key=lambda t: abs(t - frame))
-    return sides + others[: limit - len(sides)]
 
 
 def _best(choices: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -49,12 +49,12 @@ def test_equal_to_the_pipeline_by_hand():
     video = clip(5)
     masks = {1: np.zeros((5, 48, 80), bool), 2: np.zeros((5, 48, 80), bool)}
     masks[1][:, 12:30, 8:28] = masks[2][:, 20:40, 40:70] = True
-    result = evaluate_vos(tiny_pipe(), [(video, masks)], ["mask", "box"], memory="motion_gated")
+    result = evaluate_vos(tiny_pipe(), [(video, masks)], ["mask", "box"], smoothing=0.5)
     for kind, prompts in (
         ("mask", {obj: {"mask": masks[obj][0]} for obj in masks}),
         ("box", {1: {"box": [8, 12, 28, 30]}, 2: {"box": [40, 20, 70, 40]}}),
     ):
-        segments = tiny_pipe()(video, prompts=prompts, memory="motion_gated")
+        segments = tiny_pipe()(video, prompts=prompts, smoothing=0.5)
         for obj, true in masks.items():
             expected = j_and_f([np.stack([frame.masks[obj] for frame in segments])], [true], True)
             row = result.table.query(f"object == {obj} and prompt == '{kind}'").iloc[0]

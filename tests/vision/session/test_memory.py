@@ -6,12 +6,10 @@ import torch
 
 from hf_iclr.vision.session.memory import (
     FeatureCache,
-    Remembered,
     exact,
-    long_term_diverse,
-    motion_gated,
 )
 from hf_iclr.vision.session.session import VideoSession
+from hf_iclr.vision.session.tracking import track_frame
 from tests.vision.session.direct import direct_masks, direct_stream
 from tests.vision.tiny import clip, near_pipe, tiny_pipe
 
@@ -128,25 +126,7 @@ def test_prompts_of_a_stream_wait_for_their_frame():
     late = pipe.session(iter(LONG[5:8]), output="logits")
     late.add(0, 2, box=[40, 5, 70, 40])
     # The same object in a stream that begins with it: what came before leaves no trace.
-    assert all(np.array_equal(a.masks[2], b.masks[2]) for a, b in zip(frames[5:], late.iterate(), strict=True))
-
-
-def test_a_streams_bad_frames_and_moments_are_told():
-    session = near_pipe().session(iter([LONG[0], LONG[1], LONG[2, :20], LONG[3]]))
-    session.add(0, 1, **CLICK)
-    session.add(1, 2, points=[[500, 3]])
-    frames = session.iterate()
-    next(frames)
-    with pytest.raises(ValueError, match=r"x in 0\.\.80"):
-        next(frames)
-    frames = session.iterate()  # goes on where it was; the bad prompt is gone
-    assert next(frames).objects == [1]
-    with pytest.raises(ValueError, match="20 x 80 on frame 2"):
-        next(frames)
-    with pytest.raises(ValueError, match="A stream goes forward"):
-        session.propagate("both")
-    with pytest.raises(ValueError, match=r"frame in 0\.\.2, got 0|can't go back"):
-        session.add(0, 3, **CLICK)
+    assert all(np.abs(a.masks[2] - b.masks[2]).max() < 1e-4 for a, b in zip(frames[5:], late.iterate(), strict=True))
 
 
 def test_offloading_moves_every_large_tensor():
@@ -156,7 +136,8 @@ def test_offloading_moves_every_large_tensor():
     assert memory.inference_state_device.type == "cpu"
     memory.inference_state_device = torch.device("meta")  # the only other device of every machine
     memory.cache.device = torch.device("meta")
-    memory.run(session.model, 1)
+    memory.settle()
+    track_frame(session.model, [memory], 1, reverse=False)
     output = memory.tracked[1]
     assert {key for key, tensor in output.items() if tensor.device.type == "meta"} >= {
         "maskmem_features",
@@ -180,62 +161,32 @@ def test_the_position_encoding_is_kept_once_and_high_resolution_masks_never():
     assert len({output["maskmem_pos_enc"].data_ptr() for output in outputs}) == 1
 
 
-def features(value: float) -> dict:
-    return {
-        "vision_feats": [torch.full((16, 1, 4), value), torch.full((4, 1, 4), value)],
-        "vision_pos_embeds": [torch.zeros(16, 1, 4), torch.zeros(4, 1, 4)],
-    }
+def features(value: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+    return [torch.full((16, 1, 4), value), torch.full((4, 1, 4), value)], torch.zeros(4, 1, 4)
 
 
 def test_the_feature_cache_holds_features_only_up_to_its_limit():
     cache = FeatureCache(limit_bytes=2 * 80 * 4)
     for frame in range(5):
-        cache.cache_vision_features(frame, features(float(frame)))
+        cache.put(frame, *features(float(frame)))
     assert [frame for frame in range(6) if frame in cache] == [0, 1, 4]  # first come, and the latest
     assert cache.kept_bytes == 2 * 80 * 4 and [tuple(x.shape) for x in cache._positions] == [(4, 1, 4)]
-    assert torch.equal(cache.get_vision_features(1)["vision_feats"][1], torch.ones(4, 1, 4))
-    assert cache.get_vision_features(3) is None
+    assert torch.equal(cache.get(1)[0][1], torch.ones(4, 1, 4))
+    assert cache.get(3) is None
 
 
 def test_features_in_bfloat16_take_half_and_serve_later_passes_only():
     cache = FeatureCache(limit_bytes=80 * 2, dtype=torch.bfloat16)
-    cache.cache_vision_features(0, features(1.001))
-    assert float(cache.get_vision_features(0)["vision_feats"][0][0, 0, 0]) == pytest.approx(1.001)  # all objects alike
-    cache.cache_vision_features(1, features(2.0))
-    again = cache.get_vision_features(0)["vision_feats"][0]
+    cache.put(0, *features(1.001))
+    assert float(cache.get(0)[0][0][0, 0, 0]) == pytest.approx(1.001)  # all objects alike
+    cache.put(1, *features(2.0))
+    again = cache.get(0)[0][0]
     assert again.dtype == torch.float32 and float(again[0, 0, 0]) == 1.0 and cache.kept_bytes == 160
     session = near_pipe().session(LONG[:6], feature_cache_dtype=torch.bfloat16, output="logits")
     session.add(0, 1, **CLICK)
     first, second = session.propagate(), session.propagate()
     difference = [np.abs(a.masks[1] - b.masks[1]).mean() for a, b in zip(first, second, strict=True)][1:]
     assert 0 < max(difference) < 0.05 * np.abs(first[3].masks[1]).mean()
-
-
-def past(count: int, **changes) -> list[Remembered]:
-    """Frames 0 .. count - 1 with pointers that turn by 10 degrees a frame; `changes` are lists of fields by frame."""
-    frames = []
-    for number in range(count):
-        angle = np.radians(10 * number)
-        fields = {"mask_score": 0.9, "object_score": 1.0, "motion_score": 1.0}
-        fields |= {name: values[number] for name, values in changes.items() if number in values}
-        frames.append(Remembered(number, pointer=torch.tensor([np.cos(angle), np.sin(angle)]), **fields))
-    return frames
-
-
-def test_the_exact_policy_takes_the_latest():
-    assert exact(past(9), 4) == [5, 6, 7, 8] and exact(past(2), 4) == [0, 1]
-
-
-def test_the_gated_policy_passes_over_doubtful_frames():
-    doubtful = past(9, mask_score={8: 0.4}, object_score={6: -1.0}, motion_score={5: 0.0})
-    assert motion_gated(doubtful, 4) == [2, 3, 4, 7]
-
-
-def test_the_diverse_policy_keeps_what_differs_most():
-    # Frames 8 and 7 are recent; frame 0 (80 degrees from 8) differs most, then 3 (30 from 0, 40 from 7; 4 is 40, 30).
-    assert long_term_diverse(past(9), 4) in ([0, 3, 7, 8], [0, 4, 7, 8])
-    assert 0 not in long_term_diverse(past(9, object_score={0: -1.0}), 4)
-    assert long_term_diverse(past(2), 4) == [0, 1]
 
 
 @pytest.mark.parametrize("keep", ["all", "window"])
@@ -249,8 +200,6 @@ def test_a_policy_decides_what_is_attended_to(keep):
 
     own = run("exact")
     assert all(np.array_equal(a, b) for a, b in zip(own, run(lambda past, slots: exact(past, slots)), strict=True))
-    for name in ("motion_gated", "long_term_diverse"):
-        assert all(np.array_equal(a, b) for a, b in zip(own[:4], run(name)[:4], strict=True))
     earliest = run(lambda past, slots: [seen.frame for seen in past[:slots]])
     same = [np.array_equal(a, b) for a, b in zip(own, earliest, strict=True)]
     assert same == [True] * 4 + [False] * 6  # from frame 4 on, more is past than two slots hold

@@ -72,7 +72,10 @@ def test_every_family_equals_its_own_loop(family, tmp_path):
     expected = direct_masks(pipe.model, pipe.processor, VIDEO, 2, ways=(False, True), **inputs)
     result = pipe(VIDEO, prompts={2: {1: CLICK, 7: {"box": [40, 5, 70, 40]}}}, direction="both", output="logits")
     assert result.frames == list(expected) == list(range(5))
-    assert all(np.array_equal(result[frame].masks[1], expected[frame]) for frame in expected)
+    # Two objects go through the model together, which rounds otherwise; one alone has its masks bit for bit.
+    assert all(np.abs(result[frame].masks[1] - expected[frame]).max() < 1e-4 for frame in expected)
+    alone = pipe(VIDEO, prompts={2: {1: CLICK}}, direction="both", output="logits")
+    assert all(np.array_equal(alone[frame].masks[1], expected[frame]) for frame in expected)
     session = pipe.session(VIDEO)
     session.add(2, 1, **CLICK)
     session.propagate()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_iclr.vision.session.pipeline import Sam2VideoPipeline
 from hf_iclr.vision.session.session import VideoSession
 from tests.vision.session.direct import corrected_masks, direct_masks
 from tests.vision.session.test_frames import smooth, write_video
@@ -26,6 +27,14 @@ def logits(segments, obj=1) -> dict[int, np.ndarray]:
 
 def same(left, right) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[frame], right[frame]) for frame in left)
+
+
+def near(left, right) -> bool:
+    """
+    As `same`, but for objects tracked together: products of many rows round otherwise, and where that moves a memory's
+    last bit in bfloat16, logits of -.5 to .5 move by up to 3e-5.
+    """
+    return left.keys() == right.keys() and all(np.abs(left[frame] - right[frame]).max() < 1e-4 for frame in left)
 
 
 def test_fixed_use(tmp_path):
@@ -96,14 +105,27 @@ def test_a_correction_changes_later_frames_and_survives_both_directions():
         assert np.array_equal(logits(s.propagate(direction))[4], preview.masks[1])
 
 
-def test_the_previous_mask_is_fed_with_the_click():
-    corrected, replaced = session(), session()
-    for s in (corrected, replaced):
+@pytest.mark.parametrize("prompt", [{"points": [[60, 30]]}, {"box": [40, 5, 70, 40]}])
+def test_a_prompt_on_a_tracked_frame_shows_the_object_anew_and_a_correction_goes_on(prompt):
+    fresh, corrected, shown = session(), session(), session()
+    for s in (corrected, shown):
         s.add(0, 1, **CLICK)
         s.propagate()
-    left = corrected.correct(4, 1, points=[[60, 30]])
-    right = replaced.add(4, 1, points=[[60, 30]])  # a new prompt knows nothing of the old mask
-    assert not np.array_equal(left.masks[1], right.masks[1]) and not right.corrected
+    expected = fresh.add(4, 1, **prompt).masks[1]
+    left, right = corrected.correct(4, 1, **prompt), shown.add(4, 1, **prompt)
+    assert np.array_equal(right.masks[1], expected) and not right.corrected
+    assert not np.array_equal(left.masks[1], expected) and left.corrected == {1}
+    assert np.array_equal(shown.propagate()[4].masks[1], expected)
+
+
+def test_a_box_takes_the_place_of_the_clicks():
+    s = session()
+    s.add(0, 1, **CLICK)
+    s.correct(0, 1, points=[[60, 30]], labels=[0])
+    s.correct(0, 1, box=[8, 12, 40, 30])
+    assert s.prompts.describe() == "frame 0: object 1 by a box"
+    s.correct(0, 1, points=[[10, 20]])
+    assert s.prompts.describe() == "frame 0: object 1 by 1 point and a box"
 
 
 def test_a_correction_of_the_first_prompt_joins_its_clicks():
@@ -128,12 +150,12 @@ def test_objects_on_other_frames_leave_the_others_alone():
     together.add(0, 2, box=[40, 5, 70, 40])
     together.add(3, 3, mask=VIDEO[3, :, :, 1] > 100)
     expected = logits(alone.propagate("both"))
-    assert same(logits(together.propagate("both")), expected)
+    assert near(logits(together.propagate("both")), expected)
     together.add(5, 4, points=[[70, 40]])  # after tracking has begun
     together.correct(6, 2, points=[[50, 30]], labels=[0])
-    assert same(logits(together.propagate("both")), expected)
+    assert near(logits(together.propagate("both")), expected)
     together.remove_object(2)
-    assert same(logits(together.propagate("both")), expected) and together.objects == [1, 3, 4]
+    assert near(logits(together.propagate("both")), expected) and together.objects == [1, 3, 4]
 
 
 def test_prompts_queue_and_the_order_of_adding_does_not_matter():
@@ -208,6 +230,33 @@ def test_clear_takes_a_prompt_back_and_the_last_one_the_object():
     assert s.objects == []
 
 
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("right", [{"points": [[60, 30]]}, {"mask": VIDEO[0, :, :, 0] > 200}], ids=["click", "mask"])
+def test_a_cleared_prompt_leaves_nothing_behind(right, passes):
+    fresh, edited = session(), session()
+    fresh.add(5, 1, **CLICK)
+    expected = [fresh.add(0, 1, **right).masks[1], *logits(fresh.propagate()).values()]
+    edited.add(5, 1, **CLICK)
+    edited.add(0, 1, points=[[10, 40]])
+    if passes:
+        edited.propagate("both")
+    edited.clear(0, 1)
+    assert edited.segments(5).objects == [1] and not any(edited.segments(f).objects for f in range(8) if f != 5)
+    found = [edited.add(0, 1, **right).masks[1], *logits(edited.propagate()).values()]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_frames_tracked_before_a_cleared_correction_stay():
+    s = session()
+    s.add(0, 1, **CLICK)
+    before = logits(s.propagate())
+    s.correct(4, 1, points=[[60, 30]])
+    s.propagate(start=4)
+    s.clear(4, 1)
+    assert all(np.array_equal(s.segments(f).masks[1], before[f]) for f in range(4))
+    assert not any(s.segments(f).objects for f in range(4, 8))
+
+
 def test_undo_goes_back_edit_by_edit_with_the_masks_of_that_time():
     s = session(undo_levels=3)
     s.add(0, 1, **CLICK)
@@ -240,7 +289,7 @@ def test_a_saved_session_goes_on_as_if_it_had_not_been(tmp_path):
     assert again.config == s.config and again.prompts == s.prompts and again.objects == s.objects
     assert same({f: again.segments(f).masks[1] for f in range(8)}, {f: s.segments(f).masks[1] for f in range(8)})
     left, right = again.propagate("both"), s.propagate("both")
-    assert same(logits(left, 1), logits(right, 1)) and same(logits(left, 2), logits(right, 2))
+    assert near(logits(left, 1), logits(right, 1)) and near(logits(left, 2), logits(right, 2))
     assert left[5].corrected == {1} and left[0].prompted == {2}
 
 
@@ -357,8 +406,45 @@ def test_a_saved_session_wants_its_own_video_and_model(tmp_path):
         VideoSession.load(tiny_pipe(), tmp_path / "state", video=VIDEO[:3])
     with pytest.raises(ValueError, match="of a sam2_video model, got a sam3_tracker_video model"):
         VideoSession.load(tiny_pipe("sam3_tracker_video"), tmp_path / "state", video=VIDEO)
-    with pytest.raises(ValueError, match="policy with a name"):
+    with pytest.raises(ValueError, match="policy of its own"):
         session(memory=lambda past, slots: []).save(tmp_path / "other")
+
+
+def test_other_weights_and_another_video_of_the_same_shape_are_told(tmp_path):
+    path, pipe = tmp_path / "state", tiny_pipe()
+    s = session()
+    s.add(0, 1, **CLICK)
+    s.propagate(max_frames=4)
+    s.save(path)
+    other = copy.deepcopy(pipe.model)
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match="made with other weights"):
+        VideoSession.load(Sam2VideoPipeline(model=other, processor=pipe.processor, device="cpu"), path, video=VIDEO)
+    half = Sam2VideoPipeline(
+        model=copy.deepcopy(pipe.model).to(torch.bfloat16), processor=pipe.processor, device="cpu"
+    )
+    assert VideoSession.load(half, path, video=VIDEO).objects == [1]  # the same weights
+    late = VIDEO.copy()
+    late[3] = 255 - late[3]
+    for video, frame in ((clip(8, seed=1), 0), (late, 3)):
+        with pytest.raises(ValueError, match=f"frame {frame} looks different"):
+            VideoSession.load(pipe, path, video=video)
+    with pytest.raises(ValueError, match="Expected a video as the session had"):
+        VideoSession.load(pipe, path, video=iter(VIDEO))
+    coded = np.clip(VIDEO.astype(int) + np.random.default_rng(0).integers(-9, 10, VIDEO.shape), 0, 255)
+    assert VideoSession.load(pipe, path, video=coded.astype(np.uint8)).objects == [1]  # the same video, in a codec
+
+
+def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    s = session()
+    s.add(0, 1, **CLICK)
+    s.save(tmp_path / "state")
+    before = (tmp_path / "state").read_bytes()
+    monkeypatch.setattr("hf_iclr.saving.save_file", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        s.save(tmp_path / "state")
+    assert (tmp_path / "state").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -366,6 +452,8 @@ def test_a_saved_session_wants_its_own_video_and_model(tmp_path):
     [
         ({"output": "png"}, "output to be one of mask, logits, rle, polygon"),
         ({"memory": "best"}, "memory to be one of exact"),
+        ({"memory": "motion_gated"}, "memory to be one of exact"),
+        ({"max_cond_frames": 0}, "max_cond_frames of at least 1, or -1"),
         ({"keep": "some"}, "keep to be one of"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"undo_levels": -1}, "undo_levels of at least 0"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .direction import Direction, inner, is_sharded, untouched, whole
@@ -18,6 +19,20 @@ from .taps import Taps
 
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = "_torchdynamo_orig_callable"  # an attribute of functions that torch.compile has returned
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raises `ValueError` if `torch.compile` has been applied to a model or a module in it."""
+    for name, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), _COMPILED)
+        if compiled or is_compiled_module(module):
+            raise ValueError(
+                "Expected a model that is not compiled, for rows are scored by hooks of its modules, which compiled "
+                f"code doesn't call, got a compiled {name or type(module).__name__}. Type `torch_compile=False`, or "
+                "don't call torch.compile."
+            )
 
 
 @dataclass
@@ -115,7 +130,8 @@ def check_scores(
     parameters: Sequence[nn.Parameter],
     directions: Sequence[Direction],
     scale: float,
-) -> float:
+    all_groups: bool = True,
+) -> tuple[float, float | None]:
     """
     Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
 
@@ -126,9 +142,12 @@ def check_scores(
             What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
         scale (`float`):
             Of an fp16 scaler, else 1.
+        all_groups (`bool`, *optional*, defaults to `True`):
+            `False` for the clip factor alone, which a few small parameters tell.
 
     Returns:
-        `float`: the clip factor.
+        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups'
+        parts, `None` unless `all_groups`.
 
     Raises:
         ValueError: if nothing adds up.
@@ -140,22 +159,51 @@ def check_scores(
     sums = members @ torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()
     if world > 1:
         dist.all_reduce(sums)
-    zero = scores.new_zeros(())
-    products = [
-        zero if parameter.grad is None else inner(direction, whole(parameter.grad))
-        for direction, parameter in zip(directions, parameters, strict=True)
-    ]
-    gradients = [sum((products[index] for index in group.parameters), zero) for group in groups]
-    active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
-    found = torch.stack(gradients).double().cpu().numpy() * active
-    expected, sizes = (sums.cpu().numpy() / world / scale).T * active
-    ratio = clip_factor(found, expected)
-    coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
-    coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
-    gaps = find_gaps(found, expected, sizes, ratio, 0.05 if coarse else 1e-3)
-    if gaps:
-        _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
-    return applied_factor(ratio, scale)
+    expected, sizes = (sums.cpu().numpy() / world / scale).T
+
+    def measure(which: Sequence[int]) -> np.ndarray:
+        zero = scores.new_zeros(())
+        found = [
+            sum(
+                (
+                    inner(directions[index], whole(grad))
+                    for index in groups[group].parameters
+                    if (grad := parameters[index].grad) is not None
+                ),
+                zero,
+            )
+            for group in which
+        ]
+        return torch.stack(found).double().cpu().numpy()
+
+    share = None
+    if all_groups:
+        active = np.array([not taps.excluded.issuperset(group.modules) for group in groups])
+        gradient = measure(range(len(groups)))
+        ratio = clip_factor(gradient * active, expected * active)
+        coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+        coarse = coarse or torch.is_autocast_enabled(scores.device.type) or scale > 1 or taps.low_precision
+        tolerance = 0.05 if coarse else 1e-3
+        gaps = find_gaps(gradient * active, expected * active, sizes * active, ratio, tolerance)
+        if gaps:
+            _leave_out([groups[gap] for gap in gaps], len(groups), int(active.sum()), taps)
+            active[gaps] = False
+        size = np.abs(gradient).sum()
+        share = float(np.abs(gradient[active]).sum() / size) if size else 1.0
+    few = _few(groups, taps.excluded, expected, parameters)
+    return applied_factor(clip_factor(measure(few), expected[few]), scale), share
+
+
+def _few(
+    groups: Sequence[Group], excluded: set[int], expected: np.ndarray, parameters: Sequence[nn.Parameter]
+) -> list[int]:
+    """The smallest groups that hold a hundredth of what is scored, eight at least: clipping is alike for all."""
+    sizes = [sum(parameters[index].numel() for index in group.parameters) for group in groups]
+    known = [place for place, group in enumerate(groups) if expected[place] and not excluded.issuperset(group.modules)]
+    known.sort(key=lambda place: sizes[place])
+    held = np.cumsum([sizes[place] for place in known])
+    enough = int(np.searchsorted(held, held[-1] / 100)) + 1 if known else 0
+    return known[: max(enough, 8)] or [0]
 
 
 def find_unordered(
@@ -263,7 +311,7 @@ def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> No
         why = [taps.misfits[index] for index in group.modules if index in taps.misfits]
         silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
         if not why and silent:
-            why = [f"{silent[0]} is used without being called, as by a fused output layer"]
+            why = [f"{silent[0]} is used without being called, as by a fused output layer or compiled code"]
         other = (
             "used outside of the module they belong to, or their gradient was changed by more than one factor for "
             "all, as clipping by value does"

@@ -29,8 +29,9 @@ class TappedModule:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     index: int
-    kind: str  # "linear", "conv1d", "embedding", "norm" or "other"
+    kind: str  # "linear", "conv1d", "embedding", "norm", "scale" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
+    starts_at_zero: bool | None = None  # whether a scale's output is zero where its weight is, once it is known
 
 
 @dataclass
@@ -100,6 +101,8 @@ def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Ca
         moved = F.embedding(first_input(call.args, call.kwargs), _dense(directions["weight"]))
     elif tapped.kind == "norm":
         moved = _norm_output(tapped.module, first_input(call.args, call.kwargs), directions)
+    elif tapped.kind == "scale":
+        moved = _scaled(tapped, directions, call)
     else:
         moved = _jvp(tapped, directions, call)
     if isinstance(tapped.module, nn.Embedding) and tapped.module.padding_idx is not None:
@@ -169,6 +172,25 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
         return F.rms_norm(x, module.normalized_shape, weight, module.eps)
     running = (None, None) if module.training else (module.running_mean, module.running_var)
     return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
+
+
+def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
+    """Of a normalisation that is affine in its weight, as all of transformers' are, from its output alone."""
+    (name, parameter), module = next(iter(tapped.parameters.items())), tapped.module
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {name: weight}, call.args, call.kwargs)
+
+    u = _dense(directions[name]).to(parameter.dtype)
+    if tapped.starts_at_zero:
+        return run(u)
+    at_zero = run(torch.zeros_like(parameter))
+    if tapped.starts_at_zero is None:
+        tapped.starts_at_zero = not bool(at_zero.any())
+        if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
+            tapped.kind = "other"
+            return _jvp(tapped, directions, call)
+    return run(u) - at_zero
 
 
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -372,4 +372,6 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
         return "embedding"
     if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
+    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and module.weight.dim() == 1:
+        return "scale"
     return "other"
