@@ -113,7 +113,7 @@ class Scored(Plain):
         self.count += 1
         self.engine.begin_step(self.count)
         self.engine.begin_micro_batch(range(len(self.batch["input_ids"])))
-        self.engine.see_inputs(self.batch)
+        self.engine.attach()
         self.model.train()
         language_loss(self.model, self.batch).backward()
         self.engine.finish_step()

@@ -207,8 +207,16 @@ def pretrained_folder(name_or_path: str | Path, allow_patterns: list[str] | None
 
     Returns:
         `Path`: the folder, or the repository's in the local cache.
+
+    Raises:
+        FileNotFoundError: when it can only be a folder, and there is none.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
+    if folder.is_absolute() or len(folder.parts) > 2 or str(name_or_path).startswith((".", "~")):
+        raise FileNotFoundError(
+            f"Expected a folder {name_or_path}, or a repository such as 'me/name', found no such folder. Give the one "
+            "that `save_pretrained` was given."
+        )
     return Path(snapshot_download(str(name_or_path), allow_patterns=allow_patterns, **kwargs))

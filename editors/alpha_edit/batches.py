@@ -157,12 +157,10 @@ class EditBatch:
     def load(cls, folder: Path, record: dict[str, Any]) -> "EditBatch":
         """The batch of a record in the journal, and of its file."""
         path = inside(folder, f"{BATCHES}/{record['name']}.safetensors")
-        if not re.fullmatch(r"\w+", record["name"]):
-            raise ValueError(
-                f"Expected a batch's name of letters, digits and '_' in {folder}, got {record['name']!r}."
-            )
         if not path.exists():
             raise ValueError(f"Expected {path}, of which the journal speaks, got no such file.")
+        if not re.fullmatch(r"\w+", record["name"]):
+            raise ValueError(f"Expected a batch's name of letters, digits and '_', got {record['name']!r}.")
         tensors, _ = read_safetensors(path)
         with as_written_by("AlphaEditor", path):
             batch = cls(

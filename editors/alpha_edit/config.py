@@ -17,6 +17,7 @@ from .closed_form import null_space_rule
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
 POST_PROCESSING = (None, "rect")
+OPTIMIZATION_DTYPES = ("auto", "bfloat16", "float32")
 CONFIG_NAME = "alpha_edit_config.json"
 
 
@@ -54,6 +55,9 @@ class AlphaEditConfig:
             Steps at most.
         loss_threshold (`float`, *optional*, defaults to 0.05):
             A request is done when its loss (nats per target token) is below this.
+        nll_threshold (`float`, *optional*, defaults to 0.05):
+            It is done as well when its loss without weight decay and KL is below this. The paper goes on, 0 here: it
+            mostly takes all its steps, as these two terms keep the loss up.
         clamp_factor (`float`, *optional*, defaults to 0.75):
             Largest move, in norms of the original state.
         weight_decay (`float`, *optional*, defaults to 0.5):
@@ -75,6 +79,10 @@ class AlphaEditConfig:
             part, at the token before it.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
+        optimization_dtype (`str`, *optional*, defaults to `"auto"`):
+            `"bfloat16"` or `"float32"`, in which the layers above the edited ones of a float32 model are run to find
+            target states; `"auto"` is bfloat16 for large matrices where the device has instructions for it. Only
+            matrix products are: states, norms, attention and logits stay in float32.
         seed (`int`, *optional*, defaults to 0):
             Seed of the contexts.
         base_model_name_or_path (`str`, *optional*):
@@ -100,6 +108,7 @@ class AlphaEditConfig:
     learning_rate: float = 0.5
     num_steps: int = 25
     loss_threshold: float = 0.05
+    nll_threshold: float = 0.05
     clamp_factor: float = 0.75
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
@@ -109,6 +118,7 @@ class AlphaEditConfig:
     chat_template: bool = False
     chunk_length: int = 8
     optimization_batch_size: int = 25
+    optimization_dtype: str = "auto"
     seed: int = 0
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -119,10 +129,15 @@ class AlphaEditConfig:
             raise ValueError(f"Expected a solver among {', '.join(SOLVERS)}, got {self.solver!r}.")
         if self.post_processing not in POST_PROCESSING:
             raise ValueError(f"Expected post_processing None or 'rect', got {self.post_processing!r}.")
+        if self.optimization_dtype not in OPTIMIZATION_DTYPES:
+            raise ValueError(
+                f"Expected optimization_dtype among {', '.join(OPTIMIZATION_DTYPES)}, got {self.optimization_dtype!r}."
+            )
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
         self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
         for name, least in (
-            *((n, 0.0) for n in ("l2", "loss_threshold", "weight_decay", "kl_factor", "num_contexts")),
+            *((n, 0.0) for n in ("l2", "loss_threshold", "nll_threshold", "weight_decay")),
+            *((n, 0.0) for n in ("kl_factor", "num_contexts")),
             *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size", "chunk_length")),
         ):
             if not getattr(self, name) >= least:

@@ -14,10 +14,11 @@ from hf_iclr.saving import contiguous_clone
 from .batches import EditBatch
 from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out
 from .config import AlphaEditConfig
-from .projections import DownProjection, EditedWeight, capture, run_until
+from .projections import DownProjection, EditedWeight, capture, decoder_layers, run_until
 from .requests import EditRequest
 from .rows import EditRow, encode_in_contexts
 from .statistics import KeyStatistics
+from .targets import replaced_layers
 
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,11 @@ class EditSolver:
         rows = [self._rows_to_edit(request) for request in requests]
         places = [len(request[0].places) for request in rows]
         wanted = torch.cat([own.view(-1, own.shape[-1])[:n] for own, n in zip(states, places, strict=True)])
+        plain = _Rows(self.model, [row[0] for row in rows])
+        contexts = _Rows(self.model, [row for request in rows for row in request[1:]])
         for number, projection in enumerate(self.projections):
             layer, weight = projection.index, self._weights[projection.index]
-            keys, reached = self._read(rows, projection)
+            keys, reached = self._read(plain, contexts, projection)
             residuals = ((wanted.to(reached) - reached) / (len(self.projections) - number)).double().T
             keys = keys.double().T.cpu()
             factor = self._factor(layer, keys, before, batch)
@@ -185,39 +188,51 @@ class EditSolver:
         rows = encode_in_contexts(self.tokenizer, request, self.config)
         return [replace(row, ids=row.ids[: row.places[-1] + 1]) for row in rows]
 
-    def _read(self, rows: list[list[EditRow]], projection: DownProjection) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Keys of one layer, (n, d), at each edited token of each request: half of each is the plain prompt's, half the
         mean over contexts; and the last edited layer's present output on the plain prompts, (n, hidden_size).
         """
-        last = self.projections[-1]
-        wanted = {"key": (projection.module, "input"), "out": (last.target, "output")}
-        plain = self._read_rows([row[0] for row in rows], last.layer, wanted)
-        keys, reached = (torch.cat(plain[name]) for name in ("key", "out"))
-        if len(rows[0]) == 1:
+        last, key = self.projections[-1], {"key": (projection.module, "input")}
+        found = plain.read(projection, last.layer, key | {"out": (last.target, "output")})
+        keys, reached = (torch.cat(found[name]) for name in ("key", "out"))
+        each = len(contexts.rows) // len(plain.rows)
+        if not each:
             return keys, reached
-        others = [row for request in rows for row in request[1:]]
-        contexts = self._read_rows(others, projection.layer, {"key": (projection.module, "input")})["key"]
-        each = len(rows[0]) - 1
-        means = [torch.stack(contexts[i * each : (i + 1) * each]).mean(0) for i in range(len(rows))]
+        others = contexts.read(projection, projection.layer, key)["key"]
+        means = [torch.stack(others[i : i + each]).mean(0) for i in range(0, len(others), each)]
         return (keys + torch.cat(means)) / 2, reached
 
+
+class _Rows:
+    """Rows that are read at one layer after another, upwards: each time from where the last time ended."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[EditRow]) -> None:
+        self.model, self.rows = model, rows
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        self.batches = [order[first : first + _ROWS_READ] for first in range(0, len(order), _ROWS_READ)]
+        self.below: list[torch.nn.Module] = []  # layers done with
+        self.entering: list[torch.Tensor | None] = [None] * len(self.batches)  # states that the next layer receives
+
     @torch.no_grad()
-    def _read_rows(
-        self, rows: list[EditRow], until: torch.nn.Module, wanted: dict[str, Any]
+    def read(
+        self, projection: DownProjection, until: torch.nn.Module, wanted: dict[str, Any]
     ) -> dict[str, list[torch.Tensor]]:
         """For each row what modules take or give at its edited tokens, (places, size)."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in wanted}
-        for first in range(0, len(order), _ROWS_READ):
-            chosen = order[first : first + _ROWS_READ]
-            batch = pad_rows([rows[i].ids for i in chosen], device=self.model.device)
-            with capture(wanted) as seen:
+        found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(self.rows) for name in wanted}
+        for number, chosen in enumerate(self.batches):
+            batch = pad_rows([self.rows[i].ids for i in chosen], device=self.model.device)
+            outputs = dict.fromkeys(self.below, self.entering[number])
+            with replaced_layers(outputs, projection), capture(wanted | {"in": (projection.layer, "input")}) as seen:
                 run_until(self.model, until, **batch)
+            self.entering[number] = seen.pop("in")
             for name, value in seen.items():
                 shaped = value.reshape(*batch["input_ids"].shape, -1)
                 for line, i in enumerate(chosen):
-                    found[name][i] = shaped[line, list(rows[i].places)].float()
+                    found[name][i] = shaped[line, list(self.rows[i].places)].float()
+        self.below = list(decoder_layers(self.model)[1][: projection.index])
         return found
 
 

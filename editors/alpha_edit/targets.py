@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from hf_iclr.cache_argument import cache_inputs
 from hf_iclr.models import pad_around
@@ -21,6 +22,10 @@ from .config import AlphaEditConfig
 from .projections import DownProjection, caches_by_token, capture, decoder_layers, run_until
 from .requests import EditRequest
 from .rows import EditRow, encode_in_contexts, encode_request
+
+
+_WIDER = 1.25  # times as wide as the narrowest row of a batch
+_WORTH_HALVING = 2**16  # entries of a matrix
 
 
 @dataclass
@@ -58,12 +63,12 @@ def find_target_states(
     requests.
     """
     rows = [_rows_of(tokenizer, request, config) for request in requests]
-    # Requests of like length share a batch: columns are as many as the longest needs.
-    order = sorted(range(len(requests)), key=lambda i: max(len(row.ids) - row.subject for row in rows[i]))
     parts: dict[int, tuple[torch.Tensor, ...]] = {}
-    with tqdm(total=len(order), unit="edit", desc="target states", disable=not progress) as bar:
-        for first in range(0, len(order), config.optimization_batch_size):
-            chosen = order[first : first + config.optimization_batch_size]
+    with (
+        _linear_in_bfloat16(model, projections[-1], config),
+        tqdm(total=len(requests), unit="edit", desc="target states", disable=not progress) as bar,
+    ):
+        for chosen in _of_like_width(rows, config.optimization_batch_size, model.device):
             kl_factors = [config.kl_factor * (requests[i].subject is not None) for i in chosen]
             result = _Search(model, projections, [rows[i] for i in chosen], kl_factors, config).run(bar)
             parts |= {i: tuple(value[k] for value in result) for k, i in enumerate(chosen)}
@@ -78,6 +83,63 @@ def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: A
         # Without a subject there is no such row: the prompt stands for it and counts nothing.
         rows.append(encode_request(tokenizer, "{} is a", request.subject or request.prompt))
     return rows
+
+
+def _of_like_width(rows: list[list[EditRow]], most: int, device: torch.device) -> Iterator[list[int]]:
+    """
+    Indices of requests that share a batch: rows are padded to the widest, so on a CPU none is much wider than others.
+    Elsewhere few large batches are faster than many.
+    """
+    wider = _WIDER if device.type == "cpu" else float("inf")
+    widths = [max(len(row.ids) - row.subject for row in request) for request in rows]
+    group: list[int] = []
+    for i in sorted(range(len(rows)), key=widths.__getitem__):
+        if group and (len(group) == most or widths[i] > wider * widths[group[0]]):
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 by instructions of its own; emulated it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # from torch 2.10 on
+    return any(bool(there) for name, there in capabilities.items() if name.endswith("bf16"))
+
+
+@contextmanager
+def _linear_in_bfloat16(model: PreTrainedModel, projection: DownProjection, config: AlphaEditConfig) -> Iterator[None]:
+    """
+    In a `with` block the linear layers above the edited one multiply in bfloat16, where steps are run in it. All else,
+    attention too, stays in float32: its gradient in bfloat16 is slow on CPUs, and rounded logits are further from the
+    right ones than the losses at which a request is done.
+    """
+    chosen = config.optimization_dtype
+    halved = chosen == "bfloat16" or (chosen == "auto" and _has_fast_bfloat16(model.device))
+    replaced = [
+        module
+        for layer in (decoder_layers(model)[1][projection.index + 1 :] if halved else [])
+        for module in layer.modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and module.weight.dtype == torch.float32
+        and (chosen != "auto" or module.weight.numel() >= _WORTH_HALVING)
+        and "forward" not in vars(module)  # accelerate's, which loads the weight
+    ]
+    for module in replaced:
+        weight = module.weight.detach().to(torch.bfloat16)
+        vars(module)["forward"] = partial(_linear, weight.T if isinstance(module, Conv1D) else weight, module.bias)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    output = nn.functional.linear(states.to(weight.dtype), weight).to(states.dtype)
+    return output if bias is None else output + bias
 
 
 class _Search:
@@ -193,7 +255,7 @@ class _Search:
                 own = (token_log_probs.detach() * batch.weight)[plain]
                 log_probs.index_add_(0, batch.owner[plain], own * self.num_texts)
             losses[active] = loss.detach()
-            done = (loss < config.loss_threshold) | ~loss.isfinite()
+            done = (loss < config.loss_threshold) | (nll < config.nll_threshold) | ~loss.isfinite()
             if step == config.num_steps - 1 or done.all():
                 bar.update(len(active))
                 break
@@ -266,29 +328,39 @@ def _replay(
 ) -> Iterator[None]:
     """In a `with` block the edited module puts out `moved` and what stands before it is not computed."""
 
+    # A stack of layers passes on what the last replaced one returns; those before it may return anything.
+    outputs = dict.fromkeys(below, entering)
+    hook = None
+    if projection.adds_to_residual:
+        outputs[projection.layer] = moved
+    else:
+        hook = projection.module.register_forward_hook(lambda _, __, output: moved.reshape(output.shape))
+    try:
+        with replaced_layers(outputs, projection):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def replaced_layers(outputs: dict[nn.Module, torch.Tensor], projection: DownProjection) -> Iterator[None]:
+    """In a `with` block these decoder layers compute nothing and return these states, in the way of `projection`'s."""
+
     def returning(states: torch.Tensor) -> Callable:
         return lambda *_, **__: (states, None) if projection.layer_returns_tuple else states
 
-    # A stack of layers passes on what the last replaced one returns; those before it may return anything.
-    replaced = {module: returning(entering) for module in below}
-    hook = None
-    if projection.adds_to_residual:
-        replaced[projection.layer] = returning(moved)
-    else:
-        hook = projection.module.register_forward_hook(lambda _, __, output: moved.reshape(output.shape))
-    before = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        vars(module)["forward"] = forward
+    before = {layer: vars(layer).get("forward") for layer in outputs}
+    for layer, states in outputs.items():
+        vars(layer)["forward"] = returning(states)
     try:
         yield
     finally:
-        for module, earlier in before.items():
+        for layer, earlier in before.items():
             if earlier is None:
-                del module.forward
+                del layer.forward
             else:
-                vars(module)["forward"] = earlier  # what accelerate put there
-        if hook is not None:
-            hook.remove()
+                vars(layer)["forward"] = earlier  # what accelerate put there
 
 
 @contextmanager

@@ -7,8 +7,13 @@ from huggingface_hub import ModelCard
 from hf_iclr.hub import model_card, repository_name, table_cell
 
 
-def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
-    """A card that lists which concept reads as which, of what `concept_edits.json` holds."""
+def concept_card(about: dict[str, Any], repo_id: str, loads_lora: bool = True) -> ModelCard:
+    """
+    A card that lists which concept reads as which, of what `concept_edits.json` holds; whether its pipeline loads
+    LoRAs.
+    """
+    lora = f'pipeline.load_lora_weights("{repo_id}")  # with the edits\n' if loads_lora else ""
+    unload = "pipeline.unload_lora_weights()\n" if loads_lora else ""
     base = repository_name(about["base_model"])
     rows = "\n".join(
         f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |"
@@ -27,12 +32,10 @@ def concept_card(about: dict[str, Any], repo_id: str) -> ModelCard:
         f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base or "user/base-pipeline"}")
-pipeline.load_lora_weights("{repo_id}")  # with the edits
-
+{lora}
 from hf_iclr import ConceptEditor
 
-pipeline.unload_lora_weights()
-editor = ConceptEditor.from_pretrained("{repo_id}", pipeline)
+{unload}editor = ConceptEditor.from_pretrained("{repo_id}", pipeline)
 editor.undo()  # without the last ones""",
         [base],
         library_name="diffusers",

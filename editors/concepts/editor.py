@@ -13,12 +13,20 @@ from huggingface_hub import ModelCard
 
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import atomic_file, contiguous_clone
+from hf_iclr.saving import atomic_file, contiguous_clone, write_safetensors
 from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
+from ..alpha_edit.projections import DownProjection, EditedWeight
 from ..cards.concepts import concept_card
-from .pipelines import ROUNDING, denoiser_name, encode_prompts, find_text_layers, preserved_directions
+from .pipelines import (
+    ROUNDING,
+    denoiser_name,
+    encode_prompts,
+    find_text_layers,
+    guidance_options,
+    preserved_directions,
+)
 
 
 if TYPE_CHECKING:
@@ -121,8 +129,8 @@ class ConceptEditor(HubMixin):
         self.retain = list(dict.fromkeys(retain))
         self.layers = find_text_layers(self.denoiser, modules)
         self.base_hash = hash_weights(self.denoiser)
-        self._originals = {
-            name: layer.weight.detach().cpu().clone()
+        self._weights = {
+            name: EditedWeight(DownProjection(0, name, layer, layer, True, False))
             for layers in self.layers.values()
             for name, layer in layers.items()
         }
@@ -196,8 +204,7 @@ class ConceptEditor(HubMixin):
                 100 * (1 - row.editable),
                 row.concept,
             )
-        self._batches.append(batch)
-        self._write()
+        self._write([*self._batches, batch])
         return table
 
     def undo(self, batches: int = 1) -> None:
@@ -209,53 +216,44 @@ class ConceptEditor(HubMixin):
                 How many.
 
         Raises:
-            ValueError: when fewer were made.
+            ValueError: when fewer were made, or a weight was changed by somebody else since.
         """
         if not 0 < batches <= len(self._batches):
             raise ValueError(f"Expected between 1 and {len(self._batches)} batches to undo, got {batches}.")
-        del self._batches[-batches:]
-        self._write()
+        self._write(self._batches[:-batches])
 
     def lora_state_dict(self) -> dict[str, torch.Tensor]:
         """
         All edits as a LoRA of the denoiser, with rank and alpha equal.
 
         Returns:
-            `dict[str, torch.Tensor]`: `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, float32.
-
-        Raises:
-            ValueError: when nothing was edited.
+            `dict[str, torch.Tensor]`: `{layer}.lora_A.weight` and `{layer}.lora_B.weight`, float32; zeros without
+            edits.
         """
-        if not self._batches:
-            raise ValueError("Expected at least one edit to save, got none. Call `editor.edit({...})` first.")
         state = {}
         for kind, layers in self.layers.items():
-            for name in layers:
-                factors = [batch.factors[kind] for batch in self._batches]
-                state[f"{name}.lora_A.weight"] = torch.cat(factors).contiguous()
-                residuals = [batch.residuals[name] for batch in self._batches]
-                state[f"{name}.lora_B.weight"] = torch.cat(residuals, 1).contiguous()
+            for name, layer in layers.items():
+                zeros = [torch.zeros(0 if self._batches else 1, size) for size in reversed(layer.weight.shape)]
+                factors = [zeros[0], *(batch.factors[kind] for batch in self._batches)]
+                residuals = [zeros[1].T, *(batch.residuals[name] for batch in self._batches)]
+                state[f"{name}.lora_A.weight"] = torch.cat(factors)
+                state[f"{name}.lora_B.weight"] = torch.cat(residuals, 1)
         return state
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Write the edits as a LoRA that `pipeline.load_lora_weights` takes, what is needed to undo them, and a card.
+        Write the edits as a LoRA that `pipeline.load_lora_weights` takes, where the pipeline has that, what is needed
+        to undo them, and a card.
 
         Args:
             save_directory (`str` or `Path`):
                 Folder, made if need be.
-
-        Raises:
-            ValueError: when nothing was edited.
         """
         folder = check_links(save_directory)
-        state = self.lora_state_dict()
-        folder.mkdir(parents=True, exist_ok=True)
-        type(self.pipeline).save_lora_weights(
-            folder, weight_name=WEIGHTS_NAME, **{f"{self.component}_lora_layers": state}
-        )
-        with atomic_file(folder / EDITS_NAME) as part:
+        with atomic_file(inside(folder, EDITS_NAME)) as part:
             part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
+        state = {f"{self.component}.{name}": value for name, value in self.lora_state_dict().items()}
+        write_safetensors(state, inside(folder, WEIGHTS_NAME), {"format": "pt"})
         self.save_card(folder)
 
     def _about(self) -> dict[str, Any]:
@@ -319,7 +317,7 @@ class ConceptEditor(HubMixin):
             starts = dict.fromkeys(editor.layers, 0)
             for entry in about["batches"]:
                 editor._batches.append(editor._read_batch(entry, state, starts))
-        editor._write()
+        editor._write(editor._batches)
         return editor
 
     def _read_batch(self, entry: dict[str, Any], state: dict[str, torch.Tensor], starts: dict[str, int]) -> "_Batch":
@@ -340,16 +338,18 @@ class ConceptEditor(HubMixin):
         return batch
 
     def _card(self, repo_id: str) -> ModelCard:
-        return concept_card(self._about(), repo_id)
+        return concept_card(self._about(), repo_id, hasattr(self.pipeline, "load_lora_weights"))
 
-    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return encode_prompts(self.pipeline, prompts, self.settings["encode_options"], self.layers)
+    def _encode(self, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        return encode_prompts(self.pipeline, prompts, self.settings["encode_options"] | options, self.layers)
 
     def _preserved_directions(self) -> dict[str, torch.Tensor]:
         rule = [self.settings[f"nullspace_{name}"] for name in ("threshold", "energy", "rank")]
-        empty, preserved = self._encode([""]), {}
+        # The empty prompt as it is drawn and as guidance has it, which is another in Sana.
+        empty = [self._encode([""], **options) for options in ({}, guidance_options(self.pipeline))]
+        preserved = {}
         for kind in self.layers:
-            fixed = empty[kind].flatten(0, 1).T
+            fixed = torch.cat([states[kind].flatten(0, 1).T for states in empty], 1)
             retained = self._retained[kind].flatten(0, 1).T if self._retained else fixed[:, :0]
             preserved[kind] = preserved_directions(retained, fixed, *rule)
             dimension, count = preserved[kind].shape
@@ -376,15 +376,13 @@ class ConceptEditor(HubMixin):
                 raise ValueError(f"Expected {concept!r} either edited or retained, got both. Take it out of `retain`.")
         return dict(concepts)
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        """Every weight: the original plus the batches in their order, rounded once."""
-        for kind, layers in self.layers.items():
-            for name, layer in layers.items():
-                total = self._originals[name].double()
-                for batch in self._batches:
-                    total = total + batch.residuals[name].double() @ batch.factors[kind].double()
-                layer.weight.copy_(total)
+    def _write(self, batches: list[_Batch]) -> None:
+        """Put these batches into the weights; they are then the ones in force."""
+        for act in (EditedWeight.check, EditedWeight.set):
+            for kind, layers in self.layers.items():
+                for name in layers:
+                    act(self._weights[name], [(batch.residuals[name], batch.factors[kind]) for batch in batches])
+        self._batches = batches
 
 
 def _norms(columns: torch.Tensor, parts: int) -> torch.Tensor:

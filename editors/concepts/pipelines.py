@@ -25,6 +25,8 @@ TEXT_LAYERS = {
     "PixArtTransformer2DModel": (r"caption_projection\.linear_1", r"$^"),
     "SanaTransformer2DModel": (r"caption_projection\.linear_1", r"$^"),
 }
+# What a call passes on to `encode_prompt`, whose own defaults are others in Sana and PixArt.
+CALL_OPTIONS = ("clean_caption", "clip_skip", "complex_human_instruction", "max_sequence_length")
 BATCH_SIZE = 16
 ROUNDING = 1e-6  # of float32 text encoders: singular values that are smaller, relative to the largest, are noise
 
@@ -108,21 +110,24 @@ def encode_prompts(
 ) -> dict[str, torch.Tensor]:
     """
     What a denoiser is given for prompts, float64 on the CPU: `"states"` of shape `(prompts, tokens, d)` and, where
-    there is one, `"pooled"` of shape `(prompts, 1, p)`. `options` are further arguments of `encode_prompt`, `layers`
-    what reads it, see [`find_text_layers`].
+    there is one, `"pooled"` of shape `(prompts, 1, p)`. `options` are further arguments of `encode_prompt`; the others
+    are those that calling the pipeline gives it by default, such as Sana's instruction. `layers` are what reads it,
+    see [`find_text_layers`].
 
     Raises:
         ValueError: when a layer reads another number of inputs, or a state is not finite.
     """
     parameters = inspect.signature(pipeline.encode_prompt).parameters
-    known = {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    call = inspect.signature(pipeline.__call__).parameters
+    known = {name: call[name].default for name in CALL_OPTIONS if name in call}
+    known |= {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     known = {name: value for name, value in known.items() if name in parameters}
     for name, parameter in parameters.items():  # the second and third encoders' prompts
         if parameter.default is inspect.Parameter.empty and re.fullmatch(r"prompt_\d", name):
             known[name] = None
     parts: dict[str, list[torch.Tensor]] = {"states": [], "pooled": []}
     for start in range(0, len(prompts), BATCH_SIZE):
-        outputs = pipeline.encode_prompt(prompt=list(prompts[start : start + BATCH_SIZE]), **known, **options)
+        outputs = pipeline.encode_prompt(prompt=list(prompts[start : start + BATCH_SIZE]), **{**known, **options})
         tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
         for name, ndim in (("states", 3), ("pooled", 2)):
             first = next((tensor for tensor in tensors if tensor.ndim == ndim), None)
@@ -143,6 +148,12 @@ def encode_prompts(
                     "float32."
                 )
     return encoded
+
+
+def guidance_options(pipeline: "DiffusionPipeline") -> dict[str, Any]:
+    """Arguments of `encode_prompt` that differ for the prompt which guidance leads away from."""
+    name = "complex_human_instruction"
+    return {name: None} if name in inspect.signature(pipeline.encode_prompt).parameters else {}
 
 
 def preserved_directions(

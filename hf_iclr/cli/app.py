@@ -82,8 +82,8 @@ def doctor(
 
 
 _COMMANDS: list[Callable[..., None]] = [
-    generation.cascade, trainers.audit, editors.edit, vision.segment, vision.annotate, vision.annotate_ui,
-    vision.inpaint,
+    generation.cascade, trainers.audit, editors.edit, vision.segment, vision.vos, vision.annotate,
+    vision.annotate_ui, vision.inpaint,
 ]  # fmt: skip
 _PARSERS: list[Callable[..., None]] = [trainers.sft, trainers.dpo, vision.train_sam2]  # which read their arguments
 _UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -1,4 +1,4 @@
-"""`hf-iclr segment`, `annotate`, `annotate-ui`, `inpaint` and `train-sam2`."""
+"""`hf-iclr segment`, `vos`, `annotate`, `annotate-ui`, `inpaint` and `train-sam2`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +37,42 @@ def segment(
     if result.damage:
         console.print(f"[yellow]{result.damage}[/]")
     console.print(f"Saved to {out}: overlay.mp4, masks/, masks.json (COCO) and prompts.json.")
+
+
+def vos(
+    dataset: Annotated[Path, typer.Argument(help="Folder in the layout of DAVIS, YouTube-VOS or SA-V val and test.")],
+    out: Annotated[Path, typer.Option(help="Folder for masks and table.csv; what is there is not done again.")],
+    model: Annotated[
+        str, typer.Option(help="SAM 2 video model: repository or folder.")
+    ] = "facebook/sam2.1-hiera-tiny",
+    split: Annotated[str, typer.Option(help="Which of the dataset's lists of videos to keep to.")] = "val",
+    non_overlap: Annotated[bool, typer.Option("--non-overlap", help="Each pixel belongs to one object only.")] = False,
+) -> None:
+    """Follow every object of a dataset from its first mask, with J&F; `accelerate launch` shares videos out."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import pipeline
+
+    from hf_iclr.vision.evaluation.vos_inference import processes, segment_dataset
+
+    if not dataset.is_dir():
+        raise ValueError(f"There is no folder {dataset}. Give that of a dataset, such as DAVIS.")
+    state = processes()
+    pipe = pipeline("promptable-video-segmentation", model=model, device=state.device)
+    scores = segment_dataset(pipe, dataset, out, split, non_overlap=non_overlap)
+    if not state.is_main_process:
+        return
+    console = Console()
+    if scores is None:
+        console.print("No frame but those that show an object first has masks, so there is nothing to score.")
+    else:
+        table = Table("video", "objects", "J", "F", "J&F", title=str(dataset), title_justify="left")
+        columns = ["j", "f", "j_and_f"]
+        for name, rows in scores.groupby("video"):
+            table.add_row(str(name), str(len(rows)), *(f"{value:.3f}" for value in rows[columns].mean()))
+        table.add_row("all objects", str(len(scores)), *(f"{value:.3f}" for value in scores[columns].mean()))
+        console.print(table)
+    console.print(f"Saved to {out}: masks/, scores/ and, if there are any, table.csv.", markup=False)
 
 
 def annotate(

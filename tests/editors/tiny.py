@@ -85,4 +85,5 @@ def tiny_statistics(model: PreTrainedModel, tokenizer: Any, **kwargs: Any) -> Ke
 def quick_config(**kwargs: Any) -> AlphaEditConfig:
     """Few steps, fixed contexts, half of the directions preserved."""
     settings = {"context_templates": CONTEXTS, "num_steps": 8, "nullspace_rank": 8, "l2": 0.1, "layers": [1, 2]}
+    settings |= {"nll_threshold": 0.0}  # as the paper
     return AlphaEditConfig(**settings | kwargs)

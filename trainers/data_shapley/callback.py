@@ -17,7 +17,7 @@ from hf_iclr.trainers.measuring import log_beside
 from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
-from .identity import RowKeys, check_loader, take_rows, watched_loop
+from .identity import RowKeys, check_loader, watched_loop
 from .records import RunRecords
 from .result import DataShapleyResult
 from .store import VALIDATION
@@ -122,6 +122,11 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> None:
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
+        if isinstance(token_values_for, int | str):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
+                f"`token_values_for=[{token_values_for!r}]`."
+            )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
             refresh_every, cost, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
@@ -183,7 +188,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         run = {"seed": args.seed, "steps": state.max_steps, "rows_per_step": rows_per_step}
         self._start(model, kwargs["optimizer"], batches, compute_loss, records, state.global_step, checkpoint, **run)
-        self._watch(trainer, RowKeys(loader, self.id_column))
+        keys, score = RowKeys(loader, self.id_column), weakref.WeakMethod(self._scoring)
+        self._restore = weakref.finalize(self, support.wrap_training_step(trainer, keys, score))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -338,6 +344,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         checkpoint: Path | None = None,
         **run: int,
     ) -> None:
+        support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, **run))
         for name, found in batches.items():
@@ -348,25 +355,6 @@ class InRunDataShapleyCallback(TrainerCallback):
                 engine.taps.excluded = engine.targets.unpack(tensors)
         # Only now that nothing is refused any more, for this lets go of an earlier run's values
         self._engine, self._records = engine, records
-
-    def _watch(self, trainer: Any, keys: RowKeys) -> None:
-        """
-        The trainer's `training_step` takes the rows off its batch and scores them. No hook is on the model outside of
-        it, so that none survives an interruption whose traceback keeps all of this alive.
-        """
-        training_step, me = trainer.training_step, weakref.ref(self)
-
-        def scored_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            inputs, rows = take_rows(inputs)
-            callback = me()
-            if rows is None or callback is None or callback not in trainer.callback_handler.callbacks:
-                return training_step(model, inputs, *args, **kwargs)
-            with callback._scoring(rows):
-                return training_step(model, inputs, *args, **kwargs)
-
-        scored_step.replaced = vars(trainer).get("training_step")  # type: ignore[attr-defined]
-        trainer.training_step = scored_step
-        self._restore = weakref.finalize(self, _restore, weakref.ref(trainer), weakref.ref(scored_step), keys)
 
     @contextlib.contextmanager
     def _scoring(self, rows: list[int] | list[str]) -> Iterator[None]:
@@ -389,12 +377,3 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.close_step()
             self._engine = None
-
-
-def _restore(trainer: weakref.ref, scored_step: weakref.ref, keys: RowKeys) -> None:
-    keys.close()
-    found, step = trainer(), scored_step()
-    if found is not None and step is not None and vars(found).get("training_step") is step:
-        del found.training_step
-        if step.replaced is not None:
-            found.training_step = step.replaced

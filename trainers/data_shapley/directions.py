@@ -50,7 +50,11 @@ class EngineSettings:
     rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
-        if not 0 < self.cost <= 1:
+        for name in ("refresh_every", "adam_warmup", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
+        if isinstance(self.cost, bool) or not isinstance(self.cost, int | float) or not 0 < self.cost <= 1:
             raise ValueError(f"Expected a cost above 0 and up to 1, as a share of the training's, got {self.cost!r}.")
         if (self.refresh_every is not None and self.refresh_every < 1) or self.adam_warmup < 0:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -15,10 +17,13 @@ from transformers import Trainer
 
 from .gradients.coverage import check_uncompiled
 from .gradients.direction import is_sharded, untouched
+from .identity import RowKeys, take_rows
 
+
+logger = logging.getLogger(__name__)
 
 # Columns of a training set that its rows need but a validation row doesn't
-_ONLY_TRAINING = {"seq_lengths", "ref_chosen_logps", "ref_rejected_logps"}
+_ONLY_TRAINING = {"seq_lengths", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "constrain"}
 
 Batches = list[tuple[Any, int]]
 
@@ -61,7 +66,11 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse("FSDP other than version 2 with only LoRA layers trained", "FSDP2 and LoRA, or DDP")
     if args.use_liger_kernel and full:
         raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
-    if any("lora_magnitude_vector" in name for name in trained):
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a `ValueError` with the reason if the rows of a model's batches could not be scored."""
+    if any("lora_magnitude_vector" in name for name, p in model.named_parameters() if p.requires_grad):
         raise _refuse("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
 
 
@@ -77,6 +86,37 @@ def calling_trainer() -> tuple[Trainer, str | None]:
             return owner, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back  # type: ignore[assignment]
     raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
+
+
+def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -> Callable[[], None]:
+    """
+    The trainer's `training_step` takes the rows off its batch and trains within `score(rows)`, as long as the callback
+    whose method this is lives and belongs to the trainer. No hook is on the model outside of it, so that none survives
+    an interruption whose traceback keeps all of this alive. Returns what gives back the trainer and the loader.
+    """
+    training_step = trainer.training_step
+
+    def scored_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs, rows = take_rows(inputs)
+        scoring = score()
+        if rows is None or scoring is None or scoring.__self__ not in trainer.callback_handler.callbacks:
+            return training_step(model, inputs, *args, **kwargs)
+        with scoring(rows):
+            return training_step(model, inputs, *args, **kwargs)
+
+    scored_step.before = vars(trainer).get("training_step")  # type: ignore[attr-defined]
+    trainer.training_step = scored_step
+    of, mine = weakref.ref(trainer), weakref.ref(scored_step)  # what is returned must not keep the callback alive
+
+    def restore() -> None:
+        keys.close()
+        found, step = of(), mine()
+        if found is not None and step is not None and vars(found).get("training_step") is step:
+            del found.training_step
+            if step.before is not None:
+                found.training_step = step.before
+
+    return restore
 
 
 def trainer_batches(
@@ -102,7 +142,7 @@ def trainer_batches(
     Raises:
         ValueError: if the set is empty or its columns aren't the training set's.
     """
-    _check_length(name, dataset)
+    dataset = _as_dataset(name, dataset)
     base = getattr(loader, "base_dataloader", loader)
     if isinstance(dataset, datasets.Dataset):
         if hasattr(trainer, "_prepare_dataset"):
@@ -120,28 +160,30 @@ def trainer_batches(
                 )
             dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
     with untouched(trainer.model, trainer.args.device, trainer.args.seed):
-        batches = _collate(dataset, base.collate_fn, batch_size)
-    _check_vocabulary(name, batches, trainer.model)
-    return batches
+        batches = _collate(name, dataset, base.collate_fn, batch_size)
+    return _check_batches(name, batches, trainer.model)
 
 
 def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batches:
     """
-    Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset, collated
-    as the training loader does.
+    Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset or list of
+    rows, collated as the training loader does.
     """
-    made = isinstance(dataset, (DataLoader, list, tuple)) or hasattr(dataset, "base_dataloader")
+    listed = isinstance(dataset, list | tuple)
+    made = (
+        isinstance(dataset, DataLoader)
+        or hasattr(dataset, "base_dataloader")
+        or (listed and all(_is_batch(item) for item in dataset))
+    )
     if not made:
-        _check_length(name, dataset)
+        dataset = dataset if listed else _as_dataset(name, dataset)
     with untouched(model, next(model.parameters()).device, seed=0):
         if made:
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
             base = getattr(loader, "base_dataloader", loader)
-            batches = _collate(dataset, base.collate_fn, base.batch_size or 8)
-    _check_length(name, batches)
-    _check_vocabulary(name, batches, model)
-    return batches
+            batches = _collate(name, dataset, base.collate_fn, base.batch_size or 8)
+    return _check_batches(name, batches, model)
 
 
 def check_mean(
@@ -161,6 +203,11 @@ def check_mean(
             raise ValueError(
                 f"Expected the loss of {name!r} to be a tensor with one number, the mean over rows, got "
                 f"{tuple(once.shape) if isinstance(once, torch.Tensor) else once!r}. Give a `compute_loss`."
+            )
+        if not torch.isfinite(once):
+            raise ValueError(
+                f"Expected a finite loss of the validation set {name!r}, got {float(once)} for its first batch. Look "
+                "at its rows, and at the model's weights."
             )
         if twice is None:
             return
@@ -187,45 +234,88 @@ def _prepare(trainer: Any, name: str, dataset: datasets.Dataset) -> datasets.Dat
         ) from error
 
 
-def _collate(dataset: Any, collate: Callable[[list[Any]], Any], batch_size: int) -> Batches:
+def _as_dataset(name: str, dataset: Any) -> Any:
+    """A dataset with a length, of a dataset or a list of rows; anything else is refused."""
+    if isinstance(dataset, list | tuple) and dataset and all(isinstance(row, Mapping) for row in dataset):
+        return datasets.Dataset.from_list([dict(row) for row in dataset])
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        instead = f"one of its splits, {', '.join(dataset)}: `val_dataset=found[{next(iter(dataset), 'test')!r}]`"
+    elif isinstance(dataset, str | bytes | Mapping | int | float):
+        instead = "`load_dataset(...)` or `Dataset.from_list(rows)`"
+    elif not hasattr(dataset, "__len__"):
+        instead = "a stream as a dataset: `Dataset.from_list(list(stream.take(200)))`"
+    elif len(dataset) == 0:
+        raise ValueError(f"Expected rows in the validation set {name!r}, got none. A few hundred give stable values.")
+    else:
+        return dataset
+    raise ValueError(
+        f"Expected a dataset with a length as the validation set {name!r}, got {type(dataset).__name__} "
+        f"{dataset!r:.60}. Give {instead}."
+    )
+
+
+def _collate(name: str, dataset: Any, collate: Callable[[list[Any]], Any], batch_size: int) -> Batches:
     batches = []
     for start in range(0, len(dataset), batch_size):
-        rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        batches.append((collate(rows), len(rows)))
+        rows: list[Any] = []
+        try:
+            rows.extend(dataset[index] for index in range(start, min(start + batch_size, len(dataset))))
+            batches.append((collate(rows), len(rows)))
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            what = f"{type(dataset).__name__} with {type(rows[0]).__name__ if rows else 'no'} rows"
+            raise ValueError(
+                f"Expected rows like those of the training set in the validation set {name!r}, for its collator, got "
+                f"{what} ({type(error).__name__}: {error}). Give a dataset with the columns of the training set."
+            ) from error
     return batches
 
 
-def _check_length(name: str, dataset: Any) -> None:
-    if dataset is None or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"Expected a validation set {name!r} with a length, got {type(dataset).__name__}. Turn a stream into a "
-            "dataset: `Dataset.from_list(list(stream.take(200)))`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"Expected rows in the validation set {name!r}, got none. A few hundred give stable values.")
-
-
-def _check_vocabulary(name: str, batches: Batches, model: nn.Module) -> None:
+def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
+    """Those in which there is something to predict."""
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    try:
-        embeddings = find()
-    except (NotImplementedError, AttributeError):  # as of models of images and audio
-        return
-    size = getattr(embeddings, "num_embeddings", None)
-    for batch, _ in batches:
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    size = getattr(find(), "num_embeddings", None)
+    kept = []
+    for batch, rows in batches:
+        entries = batch if isinstance(batch, Mapping) else {}
+        ids, labels = entries.get("input_ids"), entries.get("labels")
         if size is not None and ids is not None and int(ids.max()) >= size:
             raise ValueError(
                 f"Expected token ids below {size}, the model's vocabulary, in the validation set {name!r}, got "
                 f"{int(ids.max())}. Tokenise it with the model's own tokenizer."
             )
+        floats = (value for value in _tensors(batch) if value.is_floating_point())
+        if any(value.isnan().any() for value in floats):
+            raise ValueError(f"Expected numbers in the validation set {name!r}, got NaN in some rows. Leave them out.")
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ne(-100).any():
+            kept.append((batch, rows))
+    if len(kept) < len(batches):
+        logger.warning(
+            "%d of %d batches of the validation set %r have no label but -100 and are left out.",
+            len(batches) - len(kept), len(batches), name,
+        )  # fmt: skip
+    if not kept:
+        raise ValueError(
+            f"Expected rows with labels in the validation set {name!r}, got none: no token of it is to be predicted. "
+            "A few hundred give stable values."
+        )
+    return kept
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether an entry of a list is a batch rather than a row, which has numbers or lists in it."""
+    count = 1 if isinstance(item, torch.Tensor) else len(item) if isinstance(item, Mapping | list | tuple) else 0
+    return 0 < count == len(_tensors(item))
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    """Those that begin with the rows of a batch."""
+    values: Any = batch.values() if isinstance(batch, Mapping) else batch
+    values = values if isinstance(batch, Mapping | list | tuple) else [batch]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
 
 
 def _count_rows(batch: Any) -> int:
-    values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim()), 1)
+    return next((len(value) for value in _tensors(batch)), 1)
 
 
 def _repeat(batch: Any, rows: int) -> Any:

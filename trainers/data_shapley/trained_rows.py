@@ -1,6 +1,7 @@
 """Finds the rows that were trained on in a dataset that may not be the trainer's own, or refuses it."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .identity import LENGTHS, content_id
 logger = logging.getLogger(__name__)
 
 _SAMPLED = 256  # rows whose contents are remembered with stored values
-_BEGINNING = 32  # characters of a text that are, for trainers add a token at its end
+_BEGINNING = re.compile(r"\[:(\d+)\]$")
 _TOKENISE = "`SFTTrainer(model, SFTConfig(..., packing=False), train_dataset=texts).train_dataset`"
 
 
@@ -34,7 +35,8 @@ class TrainedRows:
         length (`int`, *optional*):
             Rows of `trainer.train_dataset`.
         digests (`dict[str, str]`):
-            By column, a hash of some of its values.
+            By column, a hash of some of its values, and by `"column[:n]"` of the first n characters of its texts, to
+            whose ends trainers add a token.
         dataset ([`~datasets.Dataset`], *optional*):
             `trainer.train_dataset` itself, while it is in memory.
     """
@@ -58,6 +60,7 @@ class TrainedRows:
             id_column (`str`, *optional*):
                 Column of ids.
         """
+        dataset = getattr(dataset, "utility", dataset)  # of DeepSafetySFTTrainer: its recovery rows come last
         names = getattr(loaded, "column_names", None)
         columns = sorted(set(names) - {LENGTHS}) if names else None
         if isinstance(dataset, Dataset):
@@ -156,22 +159,33 @@ class TrainedRows:
         )
 
     def _looks_the_same(self, dataset: Dataset) -> bool:
-        found = _digests(dataset)
-        common = self.digests.keys() & found
-        other = [name for name in common if self.digests[name] != found[name]]
-        # A column of texts to which the trainer has added a token doesn't show it; another has to
-        texts = all(dataset.features[name].dtype == "string" for name in other)
-        return not common or (texts and len(other) < len(common))
+        """Whether every column that both have agrees, texts perhaps but for their ends."""
+        known: dict[str, list[str]] = {}
+        for name in self.digests:
+            known.setdefault(_BEGINNING.sub("", name), []).append(name)
+        common = [names for column, names in known.items() if column in dataset.column_names]
+        return all(any(_digest(dataset, name) == self.digests[name] for name in names) for names in common)
 
 
 def _digests(dataset: Dataset) -> dict[str, str]:
-    """By column, a hash of some of its values."""
-    places = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int)) if len(dataset) else []
-    sample = dataset.select(places)
-    return {
-        name: content_id([value[:_BEGINNING] if isinstance(value, str) else value for value in _values(sample, name)])
-        for name in dataset.column_names
-    }
+    names = []
+    for name in dataset.column_names:
+        names.append(name)
+        if getattr(dataset.features[name], "dtype", "") == "string" and len(dataset):
+            shortest = min(len(value or "") for value in _values(_sample(dataset), name))
+            names += [f"{name}[:{min(32, shortest // 2)}]"] * (shortest >= 8)
+    return {name: _digest(dataset, name) for name in names}
+
+
+def _digest(dataset: Dataset, name: str) -> str:
+    """Hash of some of a column's values, or of the beginnings of its texts, `"column[:n]"`."""
+    found = _BEGINNING.search(name)
+    values = _values(_sample(dataset), _BEGINNING.sub("", name))
+    return content_id([value if found is None else str(value)[: int(found[1])] for value in values])
+
+
+def _sample(dataset: Dataset) -> Dataset:
+    return dataset.select(np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int)) if len(dataset) else [])
 
 
 def _values(dataset: Dataset, name: str) -> Iterator[Any]:

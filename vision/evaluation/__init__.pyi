@@ -3,6 +3,7 @@ from .j_and_f import contour_accuracy, region_similarity
 from .procedural_clips import Clip, procedural_clip
 from .simulated_prompts import correct_object, first_prompt, middle_click, next_click, prompt_object
 from .vos import VosResult, evaluate_vos
+from .vos_inference import segment_dataset
 
 __all__ = [
     "Clip",
@@ -18,4 +19,5 @@ __all__ = [
     "procedural_clip",
     "prompt_object",
     "region_similarity",
+    "segment_dataset",
 ]

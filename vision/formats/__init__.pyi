@@ -1,4 +1,12 @@
-from .annotated_videos import AnnotatedVideo, read_png_videos, read_rows, read_sav_videos, read_videos, to_annotated
+from .annotated_videos import (
+    AnnotatedVideo,
+    read_object_png_videos,
+    read_png_videos,
+    read_rows,
+    read_sav_videos,
+    read_videos,
+    to_annotated,
+)
 from .annotation_json import read_coco, read_sav, read_ytvis, write_coco, write_sav, write_ytvis
 from .mask_folders import (
     read_davis,
@@ -20,6 +28,7 @@ __all__ = [
     "read_coco",
     "read_davis",
     "read_object_folders",
+    "read_object_png_videos",
     "read_png_videos",
     "read_rows",
     "read_sav",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import load_dataset
+from PIL import Image
 
 from hf_iclr.untrusted import check_links
 
@@ -215,6 +216,36 @@ def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVide
     return videos
 
 
+def read_object_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVideo]:
+    """
+    The videos of the validation and test sets of SA-V: for each video a folder of images, and one with a folder of
+    PNGs for each object, whose pixels are the object's where they aren't 0.
+
+    Args:
+        frames (`str` or `Path`): Folder of folders of images, such as `JPEGImages_24fps`.
+        masks (`str` or `Path`): Folder of folders such as `Annotations_6fps`, with `video/000/00000.png` in it.
+
+    Raises:
+        ValueError: if no folder of masks has images of its name.
+    """
+    videos = []
+    for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
+        images = [file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES]
+        places = {file.stem: place for place, file in enumerate(sorted(images))}
+        files: dict[int, dict[int, Path]] = {}
+        for file in sorted(folder.glob("[0-9]*/*.png")):
+            if file.stem in places:
+                files.setdefault(places[file.stem], {})[int(file.parent.name)] = file
+        if files:
+            videos.append(AnnotatedVideo(sorted(images), sorted(files), partial(_object_masks, files), folder.name))
+    if not videos:
+        raise ValueError(
+            f"Expected folders of the same names with images in {frames} and a folder of PNGs an object in {masks}, "
+            "got none."
+        )
+    return videos
+
+
 def read_sav_videos(folder: str | Path, kind: str = "manual") -> list[AnnotatedVideo]:
     """
     The videos of SA-V: `sav_000001.mp4` beside `sav_000001_manual.json`, at any depth of a folder.
@@ -267,3 +298,7 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnnotatedVideo]:
 def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:
     labels = read_labels(files[frame])
     return {int(number): labels == number for number in np.unique(labels) if number}
+
+
+def _object_masks(files: Mapping[int, Mapping[int, Path]], frame: int) -> dict[int, np.ndarray]:
+    return {obj: np.asarray(Image.open(file)) != 0 for obj, file in files[frame].items()}

@@ -10,14 +10,14 @@ import signal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_iclr import saving
 from hf_iclr.editors.alpha_edit import EditRequest, journal
 from hf_iclr.editors.alpha_edit.editor import AlphaEditor
 from hf_iclr.editors.alpha_edit.journal import batches_of, read_events
-from tests.editors.alpha_edit.test_editor import logits, make_editor
+from tests.editors.alpha_edit.test_editor import Int8Linear, logits, make_editor
 from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
 
 
@@ -243,6 +243,38 @@ def test_a_null_space_of_another_form_is_refused(way, word_tokenizer, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="null_space.safetensors"):
         AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama"))
+
+
+def test_a_folder_is_written_after_it_was_loaded_and_undone(word_tokenizer, tmp_path):
+    make_editor(word_tokenizer, folder=tmp_path).edit(REQUESTS[:1], progress=False)
+    loaded = AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama"))
+    loaded.edit(REQUESTS[1:2], progress=False)
+    adapted = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(adapted), logits(loaded.model), rtol=1e-4, atol=1e-4)
+    assert REQUESTS[1].id in (tmp_path / "README.md").read_text()
+    loaded.undo(2)
+    adapted = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.equal(logits(adapted), logits(tiny_model("llama")))
+
+
+def test_neighbours_as_pairs_are_the_same_in_memory_and_on_the_disk(word_tokenizer, tmp_path):
+    asked = EditRequest("w1 {}", "w3", "w5", neighborhood=(("w7 w8", "w9"), "w10"))
+    editor = make_editor(word_tokenizer, folder=tmp_path)
+    editor.edit([asked], progress=False)
+    editor.save_pretrained(tmp_path)
+    assert AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama")).edits == editor.edits == [asked]
+
+
+def test_a_quantised_base_is_saved_again_and_again(word_tokenizer, tmp_path):
+    """The change relative to integer weights is no number, and not even equal to itself."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+    editor = make_editor(word_tokenizer, model=model, folder=tmp_path)
+    for request in REQUESTS[:2]:
+        editor.edit([request], progress=False)
+        editor.save_pretrained(tmp_path)
+    assert editor.batches[0].layers[0]["change"] != editor.batches[0].layers[0]["change"]
 
 
 SETUP = """

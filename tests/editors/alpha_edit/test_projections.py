@@ -6,9 +6,11 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from hf_iclr.editors.alpha_edit.editor import AlphaEditor
 from hf_iclr.editors.alpha_edit.projections import capture, choose_layers, find_down_projections, run_until
 from tests.architectures import tiny
-from tests.editors.tiny import EDITABLE, NORMED, tiny_model
+from tests.editors.alpha_edit.test_editor import IDS, logits, make_editor, weights_of
+from tests.editors.tiny import EDITABLE, NORMED, REQUESTS, quick_config, tiny_model, tiny_statistics
 
 
 @pytest.mark.parametrize("model_type", EDITABLE)
@@ -121,3 +123,53 @@ def test_a_run_stops_where_it_is_told_and_leaves_no_hook():
     assert not any(
         module._forward_hooks for module in model.model.layers[1].modules() if isinstance(module, nn.Module)
     )
+
+
+def train_a_bit(model):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+
+
+def test_training_in_between_stays(word_tokenizer):
+    editor = make_editor(word_tokenizer)
+    editor.edit(REQUESTS[:1], progress=False)
+    train_a_bit(editor.model)
+    trained, weights = logits(editor.model), weights_of(editor)
+    for act in (editor.undo, editor.to_peft, lambda: editor.remove(REQUESTS[0].id)):
+        with pytest.raises(
+            ValueError, match="as this editor left it, to take edits out of it, got one that was trained"
+        ):
+            act()
+        assert torch.equal(logits(editor.model), trained) and len(editor.edits) == 1
+    editor.edit(REQUESTS[1:2], progress=False)
+    for layer, weight in weights_of(editor).items():
+        batch = editor.batches[1]
+        assert torch.equal(weight, weights[layer] + batch.residuals[layer] @ batch.factors[layer])
+    editor.undo()
+    assert torch.equal(logits(editor.model), trained)
+
+
+def test_two_editors_of_one_model_leave_each_others_edits(word_tokenizer):
+    model = tiny_model("llama")
+    statistics = tiny_statistics(model, word_tokenizer, layers=[1, 2])
+    first, second = (AlphaEditor(model, word_tokenizer, quick_config(), statistics) for _ in range(2))
+    states = [logits(model)]
+    for editor, request in ((first, REQUESTS[0]), (second, REQUESTS[1]), (first, REQUESTS[2])):
+        editor.edit([request], progress=False)
+        states.append(logits(model))
+    total = weights_of(first)
+    plain = {p.index: p.module.weight.detach() for p in find_down_projections(tiny_model("llama"))}
+    for layer, weight in total.items():
+        batches = [*first.batches, *second.batches]
+        updates = sum(batch.residuals[layer] @ batch.factors[layer] for batch in batches)
+        torch.testing.assert_close(weight - plain[layer], updates, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="last things first"):
+        second.undo()
+    for editor in (first, second, first):  # the last one first, each exactly
+        states.pop()
+        editor.undo()
+        assert torch.equal(logits(model), states[-1])

@@ -96,11 +96,12 @@ def test_only_layers_above_and_tokens_from_the_subject_on_are_run(word_tokenizer
     model.lm_head.register_forward_hook(lambda _, inputs, __: heads.append(inputs[0].shape))
     config = quick_config(kl_factor=0.0, num_steps=4, loss_threshold=0.0)
     find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
-    assert len(seen[0]) == 2  # tokens before the subjects' ends, and the others once
-    assert len(seen[3]) == 1 + 4
-    assert all(shape[1] <= 4 for shape in seen[3][1:])
+    # Two batches of two requests, whose rows are as wide. Of each the tokens before the subjects' ends and the others
+    # once, above the others once a step.
+    assert [shape[1] for shape in seen[0]] == [4, 2, 4, 3]
+    assert [shape[1] for shape in seen[3]] == [4, *[2] * 4, 4, *[3] * 4]
     # Three contexts of three requests with one target token and one with two.
-    assert heads == [(1, 3 * 5, 16)] * 4
+    assert heads == [(1, 3 * 2, 16)] * 4 + [(1, 3 * 3, 16)] * 4
 
 
 def test_the_model_is_left_as_it_was(word_tokenizer):
@@ -123,3 +124,48 @@ def test_a_subject_that_ends_at_the_first_token_needs_no_prefix(word_tokenizer):
     config = quick_config(context_templates=["{}"], kl_factor=0.0)
     found = find_target_states(model, word_tokenizer, projections, requests, config, progress=False)
     assert found.states.isfinite().all() and found.log_probs.lt(0).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
+def test_in_bfloat16_only_products_above_the_edited_layer_are_rounded(model_type, word_tokenizer):
+    model = tiny_model(model_type)
+    projections = find_down_projections(model)[:2]
+    configs = {dtype: quick_config(optimization_dtype=dtype) for dtype in ("float32", "bfloat16", "auto")}
+    found = {
+        dtype: find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+        for dtype, config in configs.items()
+    }
+    exact, rounded = found["float32"].states, found["bfloat16"].states
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert ((exact - rounded).norm(dim=1) < 0.1 * exact.norm(dim=1)).all()
+    torch.testing.assert_close(found["float32"].log_probs, found["bfloat16"].log_probs, rtol=0.05, atol=0.02)
+    assert torch.equal(exact, found["auto"].states)  # so small matrices do not gain
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_likely_target_is_done_whatever_the_penalties(word_tokenizer):
+    model = tiny_model("llama")
+    projections = find_down_projections(model)[:3]
+    settings = {"num_steps": 20, "clamp_factor": 4.0, "kl_factor": 1.0, "weight_decay": 0.0, "learning_rate": 0.3}
+    config = quick_config(**settings, loss_threshold=0.0)
+    whole = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    assert (whole.steps == 19).all()
+    config.nll_threshold = 3.25  # one gets there
+    found = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    assert (found.steps < 19).tolist() == [False, False, True, False]
+    assert found.losses[2] > 3.25  # with KL
+    config.num_steps, config.nll_threshold = int(found.steps[2]) + 1, 0.0
+    same = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
+    torch.testing.assert_close(same.states[2], found.states[2], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_much_wider_than_others_are_in_another_batch(word_tokenizer):
+    model = tiny_model("llama")
+    projections = find_down_projections(model)[:3]
+    shapes = []
+    model.model.layers[3].mlp.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    long = EditRequest("{} w1 w2 w3 w4 w5 w6 w7", "w8", "w9")
+    config = quick_config(kl_factor=0.0, num_steps=1, context_templates=["{}"])
+    short = EditRequest("w9 {} w1", "w8", "w9")
+    find_target_states(model, word_tokenizer, projections, [long, short], config, progress=False)
+    assert (1, 2, 16) in shapes and (1, 8, 16) in shapes and not any(shape[0] == 2 for shape in shapes)

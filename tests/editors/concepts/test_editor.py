@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+)
 
 from hf_iclr.editors.concepts.editor import EDITS_NAME, WEIGHTS_NAME, ConceptEditor
 from hf_iclr.editors.concepts.pipelines import find_text_layers
@@ -122,6 +129,94 @@ def test_the_saved_lora_draws_what_the_edited_pipeline_draws(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_saving_after_the_last_undo_leaves_no_edit(kind, tmp_path):
+    edited, other = build_demo_pipeline(kind), build_demo_pipeline(kind)
+    start = draw(other, "a cat")
+    editor = make_editor(edited)
+    editor.edit({"a cat": "a owl"})
+    editor.save_pretrained(tmp_path)
+    editor.undo()
+    editor.save_pretrained(tmp_path)
+    other.load_lora_weights(tmp_path, weight_name=WEIGHTS_NAME)
+    assert distance(draw(other, "a cat"), start) == 0
+    assert ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline(kind)).concepts == {}
+
+
+def pixart():
+    words = build_demo_pipeline("transformer")
+    torch.manual_seed(0)
+    size = {"attention_head_dim": 8, "num_attention_heads": 3, "caption_channels": 64, "cross_attention_dim": 24}
+    return PixArtAlphaPipeline(
+        tokenizer=words.tokenizer_2,
+        text_encoder=words.text_encoder_2,
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval(),
+        transformer=PixArtTransformer2DModel(
+            sample_size=8, num_layers=1, in_channels=4, out_channels=8, **size
+        ).eval(),
+        scheduler=DDIMScheduler(),
+    )
+
+
+def test_a_pipeline_that_loads_no_lora_is_saved_too(tmp_path):
+    pipeline, fresh = pixart(), pixart()
+    start = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    editor = ConceptEditor(pipeline, ["a dog"], encode_options={"max_sequence_length": 8}, **EXACT)
+    assert editor.edit({"a cat": "a owl"}).residual.item() < 0.5
+    editor.save_pretrained(tmp_path)
+    loaded = ConceptEditor.from_pretrained(tmp_path, fresh)
+    assert same(fresh.transformer.state_dict(), pipeline.transformer.state_dict())
+    assert "load_lora" not in (tmp_path / "README.md").read_text()
+    loaded.undo()
+    assert same(fresh.transformer.state_dict(), start)
+
+
+class Instructed(StableDiffusionPipeline):
+    """As Sana: a call puts an instruction before the prompt unless told otherwise, `encode_prompt` does not."""
+
+    def __call__(self, prompt, complex_human_instruction=("the", "sky"), **kwargs):
+        self.instruction = complex_human_instruction
+        return super().__call__(prompt, **kwargs)
+
+    def encode_prompt(
+        self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt=None,
+        complex_human_instruction=None, **kwargs,
+    ):  # fmt: skip
+        words = " ".join(complex_human_instruction or getattr(self, "instruction", None) or ())
+        prompts = [f"{words} {one}" for one in ([prompt] if isinstance(prompt, str) else prompt)]
+        return super().encode_prompt(prompts, device, num_images_per_prompt, do_classifier_free_guidance, **kwargs)
+
+
+def test_the_prompt_is_edited_as_a_call_reads_it():
+    pipeline = Instructed(**build_demo_pipeline().components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    before = {prompt: draw(pipeline, prompt) for prompt in ["a cat", "a owl", "a dog", ""]}
+    del pipeline.instruction
+    editor = make_editor(pipeline)
+    report = editor.edit({"a cat": "a owl"})
+    assert report.loc[0, "residual"] < 1e-2
+    assert distance(before["a cat"], before["a owl"]) > 1e-2 > 10 * distance(draw(pipeline, "a cat"), before["a owl"])
+    for prompt in ("a dog", ""):
+        assert distance(draw(pipeline, prompt), before[prompt]) < 1e-5
+
+
+def test_what_others_did_to_a_weight_stays():
+    pipeline = build_demo_pipeline()
+    start = weights(pipeline)
+    first, second = make_editor(pipeline), make_editor(pipeline)
+    first.edit({"a cat": "a owl"})
+    alone = weights(pipeline)
+    second.edit({"a jug": "a cup"})
+    both = weights(pipeline)
+    with pytest.raises(ValueError, match="as this editor left it, to take edits out of it"):
+        first.undo()
+    assert same(weights(pipeline), both) and first.concepts == {"a cat": "a owl"}
+    second.undo()
+    assert same(weights(pipeline), alone)
+    first.undo()
+    assert same(weights(pipeline), start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_editor_goes_on_where_the_saved_one_stopped(kind, tmp_path):
     pipeline, other = build_demo_pipeline(kind), build_demo_pipeline(kind)
     editor = make_editor(pipeline)
@@ -226,9 +321,6 @@ def test_bad_pipelines_and_settings_get_a_sentence(tmp_path):
         find_text_layers(pipeline.vae)
     with pytest.raises(ValueError, match="between 1 and 0 batches"):
         make_editor(pipeline).undo()
-    with pytest.raises(ValueError, match="at least one edit to save"):
-        make_editor(pipeline).save_pretrained(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match=f"repository with {EDITS_NAME}"):
         ConceptEditor.from_pretrained(tmp_path, pipeline)
     with torch.no_grad():

@@ -122,7 +122,8 @@ def _segments(tensors: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
 
 def _count_tokens(layout: RowLayout, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
     labels = tensors.get("labels")
-    if labels is not None and labels.dim() == 2 and (layout.length is None or labels.shape[1] == layout.length):
+    # Those of an encoder-decoder have a width of their own; those of classes are floating point or have one dimension
+    if labels is not None and labels.dim() == 2 and len(labels) == layout.batch and not labels.is_floating_point():
         counted = (labels != -100).unsqueeze(-1)
     elif ids is None:
         return layout.tokens

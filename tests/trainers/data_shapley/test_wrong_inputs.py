@@ -1,0 +1,130 @@
+"""What people give by mistake works, or is a sentence that names the argument before any step."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley.result import DataShapleyResult
+from tests.trainers.data_shapley.test_attach import attached
+from tests.trainers.data_shapley.test_callback import leftovers, lora, make, token_rows
+from tests.trainers.data_shapley.test_identity import raw_callback, sft
+from tests.trainers.tiny import tiny_llama, word_rows
+
+
+BLANK = {"input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "labels": [-100] * 8}
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ("rows.json", "validation set 'validation', got str .*load_dataset"),
+        (DatasetDict(test=token_rows(2)), "one of its splits, test: `val_dataset=found..test..`"),
+        ({"a": 1}, "validation set 'validation', got dict"),
+        (3, "validation set 'validation', got int"),
+        (TensorDataset(torch.ones(3, 8)), "validation set 'validation', for its collator, got TensorDataset"),
+        (DataLoader(token_rows(3)), "validation set 'validation', for its collator, got DataLoader"),
+        (["a", "b"], "validation set 'validation', for its collator, got list"),
+        (Dataset.from_list([BLANK]), "rows with labels in the validation set 'validation', got none"),
+    ],
+)
+def test_a_validation_set_of_another_kind_is_a_sentence(validation, message, tmp_path):
+    trainer = make(tmp_path, callbacks=[InRunDataShapleyCallback(validation, 1)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not leftovers(trainer.model)
+
+
+def test_a_list_of_rows_is_a_validation_set(word_tokenizer, tmp_path):
+    values = []
+    for rows in (word_rows(5, seed=3), word_rows(5, seed=3).to_list()):
+        shapley = InRunDataShapleyCallback(rows, 1)
+        sft(tmp_path / str(len(values)), word_tokenizer, shapley).train()
+        values.append(shapley.result.values())
+    assert values[0].equals(values[1])
+
+
+def test_validation_rows_without_a_label_are_left_out(tmp_path, caplog):
+    values = []
+    for rows in (token_rows(2, seed=5), Dataset.from_list([BLANK, *token_rows(2, seed=5)])):
+        shapley = InRunDataShapleyCallback(rows, 1, batch_size=1)
+        make(tmp_path / str(len(values)), callbacks=[shapley]).train()
+        values.append(shapley.result.values())
+    assert values[0].equals(values[1]) and "1 of 3 batches of the validation set 'validation'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refresh_every": "20"}, "refresh_every, such as 20, got '20'"),
+        ({"refresh_every": 2.5}, "refresh_every, such as 20, got 2.5"),
+        ({"adam_warmup": True}, "adam_warmup.*got True"),
+        ({"rank": "8"}, "rank.*got '8'"),
+        ({"token_values_for": 3}, r"`token_values_for=\[3\]`"),
+        ({"token_values_for": "abc"}, r"`token_values_for=\['abc'\]`"),
+    ],
+)
+def test_options_of_another_kind_are_a_sentence(settings, message):
+    with pytest.raises(TypeError, match=message):
+        InRunDataShapleyCallback(token_rows(2), **settings)
+
+
+def square(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches():
+    rows = [(torch.randn(3, generator=torch.Generator().manual_seed(row)), float(row)) for row in range(6)]
+    found = []
+    for validation in (rows[:4], [next(iter(DataLoader(rows[:4], batch_size=4)))]):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(rows, batch_size=4)
+        with InRunDataShapleyCallback.attach(
+            model, optimizer, loader, validation, compute_loss=square, exact=True
+        ) as shapley:
+            for batch in loader:
+                square(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(shapley.result.values().tolist())
+    assert found[0] == pytest.approx(found[1]) and len(found[0]) == 6
+
+
+def test_a_loop_with_nan_or_dora_is_refused():
+    model = nn.Linear(3, 1)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(torch.randn(4, 3), batch_size=2)
+    with pytest.raises(ValueError, match="numbers in the validation set 'validation', got NaN"):
+        attached(model, optimizer, loader, torch.full((2, 3), torch.nan), compute_loss=lambda m, b: m(b).mean())
+    with pytest.raises(ValueError, match="finite loss of the validation set 'validation', got nan"):
+        attached(model, optimizer, loader, torch.ones(2, 3), compute_loss=lambda m, b: m(b).mean() * torch.nan)
+    model = lora(tiny_llama(), use_dora=True)
+    loader = DataLoader(token_rows(4).with_format("torch"), batch_size=2)
+    with pytest.raises(ValueError, match="DoRA, whose magnitudes"):
+        attached(model, torch.optim.SGD(model.parameters(), lr=0.01), loader, loader)
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"a folder {tmp_path}/nothing.*no such folder"):
+        DataShapleyResult.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=f"values of a run in {tmp_path}/nothing, found none"):
+        DataShapleyResult.from_store(tmp_path / "nothing")
+
+
+def test_a_stored_result_remembers_the_id_column(tmp_path):
+    rows = token_rows(12).add_column("uid", [f"row {index}" for index in range(12)])
+    shapley = InRunDataShapleyCallback(token_rows(5, seed=9), 1, id_column="uid")
+    make(tmp_path, callbacks=[shapley], rows=rows, remove_unused_columns=False).train()
+    stored = DataShapleyResult.from_store(str(tmp_path))
+    expected = shapley.result.to_dataset(rows)["shapley_value"][:]
+    assert stored.to_dataset(rows.select(range(11, -1, -1)))["shapley_value"][:] == expected[::-1]
+
+
+def test_raw_rows_are_not_needed_twice(word_tokenizer, tmp_path):
+    """The callback is used again, with the same validation set."""
+    shapley = raw_callback()
+    for run in range(2):
+        sft(tmp_path / str(run), word_tokenizer, shapley).train()
+        assert len(shapley.result.values()) == 12
