@@ -59,7 +59,7 @@ from transformers import AutoModelForCausalLM
 from hf_iclr import enable_cascade
 from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.assisted_cascade import ForwardMeter
-from hf_iclr.generation.cascade_statistics import CascadeStatistics
+from hf_iclr.generation.cascade_call import CascadeStatistics
 from hf_iclr.tour.demo.draft import docstrings, load_demo_draft
 from hf_iclr.tour.demo.language_model import load_demo_model
 

@@ -164,6 +164,28 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def corrected_stream(pipe, frames: int, every: int = 10) -> dict[str, float]:
+    """What a stream keeps and takes that is corrected every few frames: after a tenth of it, and at its end."""
+    video = make_video(180)
+    session = pipe.session(video[number % len(video)] for number in range(frames))
+    session.add(0, 1, points=[CLICK])
+    kept, seconds, start = [], [], time.process_time()
+    for segments in tqdm(session.iterate(), total=frames, leave=False):
+        if segments.frame % every == every - 1:
+            session.correct(segments.frame, 1, points=[[60 + segments.frame % 180, 50]])
+        features = [*session.features._latest[1], *session.features._positions]
+        kept.append(kept_bytes(iter([*session_tensors(session._memories[1]), *features])))
+        seconds.append(time.process_time() - start)
+        start = time.process_time()
+    tenth = frames // 10
+    return {
+        "kept early": max(kept[tenth : 2 * tenth]),
+        "kept late": max(kept[-tenth:]),
+        "seconds early": statistics.mean(seconds[tenth : 2 * tenth]),
+        "seconds late": statistics.mean(seconds[-tenth:]),
+    }
+
+
 def stream_memory(pipe, frames: int, direct_frames: int) -> dict[str, float]:
     """Bytes that a streamed object keeps after each frame: ours must be flat; how the direct session's grow."""
     video = make_video(180)
@@ -235,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
             },
             args.repeats,
         )
-        for objects in (1, 2)
+        for objects in (1, 4, 16)
     }
     times["round of correction"] = compare_rounds(pipe, video, args.repeats)
     for name, row in times.items():
@@ -254,6 +276,11 @@ def main(args: argparse.Namespace) -> None:
             f"by {row['kept grows per 1000 frames'] / 1e6:.2f} MB, the process by "
             f"{row['resident grows per 1000 frames'] / 1e6:.1f} MB, the direct session by "
             f"{row['direct grows per 1000 frames'] / 1e6:.0f} MB"
+        )
+        report["corrected stream"] = row = corrected_stream(pipe, args.stream)
+        print(
+            f"corrected: {row['kept early'] / 1e6:.2f} MB and {1000 * row['seconds early']:.1f} ms a frame "
+            f"in its second tenth, {row['kept late'] / 1e6:.2f} MB and {1000 * row['seconds late']:.1f} ms in its last"
         )
     print(f"{torch.get_num_threads()} thread, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     write_json(args.out / "sam2_pipeline_speed.json", report)

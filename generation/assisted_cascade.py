@@ -1,63 +1,119 @@
 """A cascade inside the assisted-generation loop of transformers: its target logits are replaced by log π."""
 
+import copy
 import time
 
 import torch
-from transformers import LogitsProcessor
-from transformers.generation import logits_process
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
-from .cascade_statistics import CascadeStatistics
+from .cached_decoder import align_vocabulary, vocabulary_size
+from .cascade_call import CascadeStatistics
 from .deferral_rules import DEFERRAL_RULES, cascade_target, one_hot_of_largest, total_variation
+from .row_processors import WARPERS, Rewindable, process, rewindable, unscaled_probs
 
 
-_WARPERS = tuple(cls for name, cls in vars(logits_process).items() if name.endswith("LogitsWarper"))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+class AssistedCall:
+    """
+    One `generate` call in the loop of transformers. What it needs lives here and on copies of the models that share
+    their weights, so that other calls on the same models see none of it.
+    """
+
+    def __init__(
+        self, model, assistant_model, options, processors, input_ids, do_sample: bool, other_vocabulary: bool
+    ):
+        self.options, self.do_sample, self.other_vocabulary = options, do_sample, other_vocabulary
+        self.statistics = CascadeStatistics.for_rows("assisted", options.rule, options.alpha, 1)
+        self.prompt_length = input_ids.shape[-1]
+        self.processors = rewindable(processors, self.prompt_length)
+        self.model = _own_copy(model)
+        self.model._cascade_call = self
+        # an early exit makes one model play both parts
+        self.assistant = _early_exit_copy(model) if assistant_model is None else _own_copy(assistant_model)
+        self.large_meter, self.small_meter = ForwardMeter(self.model), ForwardMeter(self.assistant)
+        self.scores: list[torch.Tensor] = []  # the large model's, of each new token
+        self.begin = time.perf_counter()
+
+    def finish(self) -> None:
+        """Fills in what is known at the end."""
+        stats, large, small = self.statistics, self.large_meter, self.small_meter
+        stats.large_forwards, stats.large_tokens, stats.verify_seconds = large.forwards, large.tokens, large.seconds
+        stats.small_forwards, stats.small_tokens, stats.draft_seconds = small.forwards, small.tokens, small.seconds
+        stats.total_seconds = time.perf_counter() - self.begin
+
+    def drafters_processors(self) -> LogitsProcessorList:
+        """
+        The processors the drafter must be given. Its own `generate` appends temperature, top-k and the like again:
+        with the whole list drafts would be sampled at the square of the temperature. What keeps a state reads the
+        large model's vocabulary only.
+        """
+        left_out = (*WARPERS, Rewindable) if self.other_vocabulary else WARPERS
+        return LogitsProcessorList(p for p in self.processors if not isinstance(p, left_out))
+
+    def stopping_criteria(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+        """The criteria, given the scores that the call returns."""
+        return StoppingCriteriaList([_WithScores(criteria, self.scores)])
+
+
+class _WithScores(StoppingCriteria):
+    def __init__(self, criteria: StoppingCriteriaList, scores: list[torch.Tensor]):
+        self.criteria, self.scores = criteria, scores
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.criteria(input_ids, scores and tuple(self.scores), **kwargs)
+
+
+def _own_copy(model):
+    """A shallow copy of a model: it shares all weights, and neither hooks nor defaults of generation."""
+    own = copy.copy(model)
+    for name in _HOOKS:
+        setattr(own, name, copy.copy(getattr(model, name)))
+    own.generation_config = copy.deepcopy(model.generation_config)
+    return own
+
+
+def _early_exit_copy(model):
+    """A copy whose number of layers can be changed for it alone."""
+    own = _own_copy(model)
+    own._modules = dict(model._modules)
+    body = copy.copy(getattr(model, model.base_model_prefix))
+    own.config = body.config = copy.deepcopy(body.config)
+    setattr(own, model.base_model_prefix, body)
+    return own
 
 
 class ForwardMeter:
-    """Counts forwards, tokens and seconds of both models by hooks while the block runs."""
+    """Counts forwards, tokens and seconds of a model by hooks."""
 
-    def __init__(self, large, small, statistics: CascadeStatistics):
-        # a shallow copy shares its hooks with the original, and must not be counted twice
-        self.models = {id(model._forward_hooks): model for model in (large, small)}.values()
-        self.statistics = statistics
-        self.drafting = False  # tells the two apart when an early exit makes one model play both parts
-
-    def __enter__(self):
-        self.begin = time.perf_counter()
-        self.handles = [model.register_forward_pre_hook(self._before) for model in self.models]
-        self.handles += [model.register_forward_hook(self._after, with_kwargs=True) for model in self.models]
-        return self
-
-    def __exit__(self, *exception):
-        for handle in self.handles:
-            handle.remove()
-        self.statistics.total_seconds = time.perf_counter() - self.begin
+    def __init__(self, model):
+        self.forwards, self.tokens, self.seconds = 0, 0, 0.0
+        model.register_forward_pre_hook(self._before)
+        model.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, model, args):
         self.start = time.perf_counter()
 
     def _after(self, model, args, kwargs, output):
-        seconds = time.perf_counter() - self.start
-        tokens = output.logits.shape[0] * output.logits.shape[1]
+        self.forwards, self.seconds = self.forwards + 1, self.seconds + time.perf_counter() - self.start
+        tokens = output.logits
         for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
-                tokens = kwargs[name].shape[0] * kwargs[name].shape[1]
+                tokens = kwargs[name]
                 break
-        stats = self.statistics
-        if self.drafting:
-            stats.small_forwards, stats.small_tokens = stats.small_forwards + 1, stats.small_tokens + tokens
-            stats.draft_seconds += seconds
-        else:
-            stats.large_forwards, stats.large_tokens = stats.large_forwards + 1, stats.large_tokens + tokens
-            stats.verify_seconds += seconds
+        self.tokens += tokens.shape[0] * tokens.shape[1]
 
 
 class RecordedDrafter:
-    """The small model as a candidate generator of transformers sees it: `generate` keeps the drafts' raw logits."""
+    """
+    The small model as a candidate generator of transformers sees it: `generate` keeps the drafts' raw logits, and
+    where the embeddings of one tokenizer are padded to two sizes, its ids and scores are of the large model's.
+    """
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, vocab_size: int):
+        self.model, self.vocab_size, self.own_size = model, vocab_size, vocabulary_size(model)
         self.raw_logits: torch.Tensor | None = None
 
     def __getattr__(self, name):
@@ -67,103 +123,114 @@ class RecordedDrafter:
         # Generation arguments go into the config: beside one, transformers calls them deprecated.
         generation_config.update(min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens, use_cache=True)
         inputs.pop("use_cache", None)
+        ids = inputs.get("input_ids")
+        if self.own_size != self.vocab_size:
+            processors = LogitsProcessorList(inputs["logits_processor"])
+            inputs["logits_processor"] = LogitsProcessorList([_InAnotherSize(processors, self.vocab_size)])
+            inputs["input_ids"] = ids.clamp(max=self.own_size - 1)
         output = self.model.generate(generation_config=generation_config, **inputs)
         self.raw_logits = torch.stack(output.logits, dim=1)
+        if self.own_size != self.vocab_size:
+            self.raw_logits = align_vocabulary(self.raw_logits, self.vocab_size)
+            output.scores = tuple(align_vocabulary(scores, self.vocab_size) for scores in output.scores)
+            output.sequences = torch.cat([ids, output.sequences[:, ids.shape[1] :]], 1)
         return output
+
+
+class _InAnotherSize(LogitsProcessor):
+    """Runs processors on scores of another width; ids beyond either width are none."""
+
+    def __init__(self, processors: LogitsProcessorList, size: int):
+        self.processors, self.size = processors, size
+
+    def __call__(self, input_ids, scores):
+        return align_vocabulary(self.processors(input_ids, align_vocabulary(scores, self.size)), scores.shape[-1])
 
 
 class DraftRecorder:
     """
-    Mixin for a candidate generator of transformers: it keeps the raw logits of the drafts, and counts what is
-    accepted. Mixed in by [`record_drafts`], which also mends what would change q (see there).
-    """
-
-    def get_candidates(self, input_ids, **kwargs):
-        self.prompt_and_accepted = input_ids.shape[-1]
-        self.assistant_model.raw_logits = None
-        self.meter.drafting = True
-        candidate_ids, candidate_scores = super().get_candidates(input_ids, **kwargs)
-        self.meter.drafting = False
-        self.candidate_ids, self.candidate_scores = candidate_ids, candidate_scores
-        self.raw_logits = self.assistant_model.raw_logits
-        if self.raw_logits is not None and isinstance(self, UniversalSpeculativeDecodingGenerator):
-            self.raw_logits = self._atm_translator.get_target_logits(self.raw_logits)
-        self.positions = []
-        return candidate_ids, candidate_scores
-
-    def update_candidate_strategy(self, input_ids, scores, num_matches):
-        deferred, drift = (torch.tensor(values) for values in zip(*self.positions[: num_matches + 1], strict=True))
-        drafted = self.candidate_ids.shape[-1] - self.prompt_and_accepted
-        self.statistics.record(0, drafted, int(num_matches), deferred, drift)
-        super().update_candidate_strategy(input_ids, scores, num_matches)
-
-
-def record_drafts(generator, options, statistics: CascadeStatistics, meter: ForwardMeter):
-    """
-    Turns a candidate generator of transformers into one that records q, and makes its q the small model's own:
+    A candidate generator of transformers that keeps the raw logits of the drafts and counts what is accepted. It also
+    makes q the small model's own:
 
     - stop strings are left to the main loop (the drafter has no tokenizer to check them with);
     - the attention mask is explicit (transformers would infer one from pad tokens, which may be generated ones);
     - draft length, schedule and confidence threshold are the cascade's, not the drafter's defaults.
     """
-    generator.__class__ = type(type(generator).__name__, (DraftRecorder, type(generator)), {})
-    generator.statistics, generator.meter = statistics, meter
-    generator.assistant_model = RecordedDrafter(generator.assistant_model)
-    generator.generation_config.output_logits = True
-    generator.generation_config.stop_strings = None
-    generator.num_assistant_tokens = options.num_assistant_tokens
-    for config in (generator.generation_config, generator.assistant_generation_config):
-        config.assistant_confidence_threshold = options.confidence_threshold
-        config.num_assistant_tokens_schedule = options.schedule
-    return generator
 
+    def __init__(self, generator, call: AssistedCall):
+        self.generator, self.call = generator, call
+        size = vocabulary_size(call.assistant) if call.other_vocabulary else vocabulary_size(call.model)
+        generator.assistant_model = RecordedDrafter(call.assistant, size)
+        generator.generation_config.output_logits = True
+        generator.generation_config.stop_strings = None
+        generator.num_assistant_tokens = call.options.num_assistant_tokens
+        for config in (generator.generation_config, generator.assistant_generation_config):
+            config.assistant_confidence_threshold = call.options.confidence_threshold
+            config.num_assistant_tokens_schedule = call.options.schedule
 
-class RawScores(LogitsProcessor):
-    """First in the list: keeps the large model's raw logits."""
+    def __getattr__(self, name):
+        return getattr(self.generator, name)
 
-    def __call__(self, input_ids, scores):
-        self.scores = scores.clone()
-        return scores
+    def get_candidates(self, input_ids, **kwargs):
+        self.prompt_and_accepted = input_ids.shape[-1]
+        drafter = self.generator.assistant_model
+        drafter.raw_logits = None
+        candidate_ids, candidate_scores = self.generator.get_candidates(input_ids, **kwargs)
+        self.candidate_ids, self.candidate_scores, self.raw_logits = (
+            candidate_ids,
+            candidate_scores,
+            drafter.raw_logits,
+        )
+        if self.raw_logits is not None and isinstance(self.generator, UniversalSpeculativeDecodingGenerator):
+            self.raw_logits = self.generator._atm_translator.get_target_logits(self.raw_logits)
+        self.positions, self.scores = [], []
+        return candidate_ids, candidate_scores
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        kept = slice(int(num_matches) + 1)
+        deferred, drift = (torch.tensor(values) for values in zip(*self.positions[kept], strict=True))
+        drafted = self.candidate_ids.shape[-1] - self.prompt_and_accepted
+        self.call.statistics.record(0, drafted, int(num_matches), deferred, drift)
+        self.call.scores += self.scores[kept]
+        for processor in self.call.processors:
+            if isinstance(processor, Rewindable):
+                processor.accept(input_ids.shape[-1])
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 class CascadeScores(LogitsProcessor):
     """
-    Last in the list: replaces the large model's processed logits at a drafted position by log π. The position after
-    the last draft has no q here and stays the large model's, as in transformers.
+    Stands for the whole list of processors: runs them, and turns the large model's scores at a drafted position into
+    log π. The position after the last draft has no q here and stays the large model's, as in transformers.
     """
 
-    def __init__(self, generator, raw: RawScores, options, do_sample: bool, prompt_length: int):
-        self.generator, self.raw, self.options, self.do_sample = generator, raw, options, do_sample
-        self.prompt_length = prompt_length
+    def __init__(self, generator: DraftRecorder, call: AssistedCall):
+        self.generator, self.call = generator, call
 
     def __call__(self, input_ids, scores):
-        index = input_ids.shape[-1] - self.generator.prompt_and_accepted
-        drafted = self.generator.candidate_ids.shape[-1] - self.generator.prompt_and_accepted
-        if index >= drafted or input_ids.shape[-1] - self.prompt_length < self.options.strict_prefix:
-            self.generator.positions.append((1.0, 0.0))
+        call, generator = self.call, self.generator
+        raw = scores
+        scores, banned = process(call.processors, input_ids, raw.clone())
+        generator.scores.append(scores)
+        index = input_ids.shape[-1] - generator.prompt_and_accepted
+        drafted = generator.candidate_ids.shape[-1] - generator.prompt_and_accepted
+        if index >= drafted or input_ids.shape[-1] - call.prompt_length < call.options.strict_prefix:
+            generator.positions.append((1.0, 0.0))
             return scores
-        p_unscaled = self.raw.scores.softmax(-1)
-        p = scores.softmax(-1) if self.do_sample else one_hot_of_largest(scores)
-        if self.generator.candidate_scores is None:  # drafted greedily in another vocabulary: a token and no q
-            drafted = self.generator.candidate_ids[:, self.generator.prompt_and_accepted + index]
-            q = q_unscaled = torch.nn.functional.one_hot(drafted, scores.shape[-1]).float()
+        p_unscaled = unscaled_probs(raw, banned)
+        p = scores.softmax(-1) if call.do_sample else one_hot_of_largest(scores)
+        if generator.candidate_scores is None:  # drafted greedily in another vocabulary: a token and no q
+            draft = generator.candidate_ids[:, generator.prompt_and_accepted + index]
+            q = q_unscaled = torch.nn.functional.one_hot(draft, scores.shape[-1]).float()
         else:
-            q_scores = self.generator.candidate_scores[:, index].to(scores)
-            q = q_scores.softmax(-1) if self.do_sample else one_hot_of_largest(q_scores)
-            q_unscaled = self.generator.raw_logits[:, index].to(scores).softmax(-1)
-        if not self.do_sample and self.options.rule == "ensemble":
+            q_scores = generator.candidate_scores[:, index].to(scores)
+            q = q_scores.softmax(-1) if call.do_sample else one_hot_of_largest(q_scores)
+            q_unscaled = unscaled_probs(generator.raw_logits[:, index].to(scores), banned)
+        if not call.do_sample and call.options.rule == "ensemble":
             q, p = q_scores.softmax(-1), scores.softmax(-1)
-        pi, deferred = cascade_target(self.options.rule, self.options.alpha, q, p, q_unscaled, p_unscaled)
-        self.generator.positions.append((float(deferred), float(total_variation(pi, p))))
+        pi, deferred = cascade_target(call.options.rule, call.options.alpha, q, p, q_unscaled, p_unscaled)
+        generator.positions.append((float(deferred), float(total_variation(pi, p))))
         return pi.log()
-
-
-def without_warpers(processors):
-    """
-    The processors the drafter must be given. Its own `generate` appends temperature, top-k and the like again: with
-    the whole list drafts would be sampled at the square of the temperature.
-    """
-    return type(processors)(p for p in processors if not isinstance(p, _WARPERS))
 
 
 def check_rule_needs_no_q(rule: str) -> None:

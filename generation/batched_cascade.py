@@ -5,33 +5,22 @@ from typing import NamedTuple
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .cached_decoder import CachedDecoder
-from .cascade_statistics import CascadeStatistics
-from .deferral_rules import cascade_target, one_hot_of_largest, total_variation
-from .row_processors import RowProcessors
+from .cache_argument import UPSTREAM_NAME
+from .cached_decoder import CachedDecoder, align_vocabulary, vocabulary_size
+from .cascade_call import CascadeStatistics, end_tokens, padding_token
+from .deferral_rules import cascade_target, one_hot_of_largest, sample, total_variation
+from .row_processors import RowCriteria, RowProcessors, unscaled_probs
 
 
 _MAX_HOLE_SHARE = 0.25
-
-
-class CascadeOptions(NamedTuple):
-    """What a cascade needs beyond a generation config; `num_assistant_tokens` is the draft length γ."""
-
-    rule: str
-    alpha: float
-    strict_prefix: int
-    num_assistant_tokens: int
-    schedule: str
-    confidence_threshold: float
 
 
 class _Distributions(NamedTuple):
     """Next-token probabilities of shape `(batch, length, vocab)`."""
 
     probs: torch.Tensor  # processed; one-hot in greedy decoding
-    unscaled: torch.Tensor  # at temperature 1, unprocessed
+    unscaled: torch.Tensor  # at temperature 1, without banned tokens
 
     @classmethod
     def cat(cls, parts: list["_Distributions"]) -> "_Distributions":
@@ -39,25 +28,6 @@ class _Distributions(NamedTuple):
         if all(part.unscaled is part.probs for part in parts):
             return cls(probs, probs)
         return cls(probs, torch.cat([part.unscaled for part in parts], 1))
-
-
-def sample(probs: torch.Tensor) -> torch.Tensor:
-    """Draws token ids of shape `(...)` from probabilities of shape `(..., vocab)` by inverting the cumulative sum."""
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    draw = torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total
-    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last token
-    return torch.searchsorted(cumulative, draw, right=True)[..., 0]
-
-
-def end_tokens(config) -> list[int]:
-    """The tokens that end a text; none where the config ([`~transformers.GenerationConfig`]) names none."""
-    return [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
-
-
-def padding_token(config) -> int | None:
-    """What finished rows are filled with: the padding token, else the first that ends a text, as in `generate`."""
-    return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
 class BatchedCascade:
@@ -71,22 +41,18 @@ class BatchedCascade:
     """
 
     def __init__(
-        self, model, assistant, input_ids, attention_mask, logits_processor, stopping_criteria, config, options
-    ):
+        self, model, assistant, input_ids, positions, logits_processor, stopping_criteria, config, options,
+        cache=None, token_type_ids=None,
+    ):  # fmt: skip
         batch_size, prompt_length = input_ids.shape
-        device = model.device
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        device, input_ids = model.device, input_ids.to(model.device)
         self.config, self.options = config, options
         self.greedy = not config.do_sample
-        self.processors = RowProcessors(logits_processor, batch_size)
-        self.criteria = [c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        self.processors = RowProcessors(logits_processor, batch_size, prompt_length)
+        self.criteria = RowCriteria(stopping_criteria, batch_size)
         self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=device)
-        self.large, self.small = CachedDecoder(model, batch_size), CachedDecoder(assistant, batch_size)
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
-        self.vocab_size, self.small_vocab_size = (
-            half.config.get_text_config(decoder=True).vocab_size for half in (model, assistant)
-        )
+        self.vocab_size, self.small_vocab_size = vocabulary_size(model), vocabulary_size(assistant)
         self.gamma = options.num_assistant_tokens
 
         self.pad = padding_token(config) or 0
@@ -95,17 +61,24 @@ class BatchedCascade:
         self.prompt_length = prompt_length
         self.budget = config.max_length - prompt_length
         self.produced = torch.zeros(batch_size, dtype=torch.long, device=device)  # new tokens of each row
-        # rounds, drafted, accepted, new tokens, deferred, drift of each row
-        self.totals = torch.zeros(6, batch_size, dtype=torch.float64, device=device)
+        # rounds, drafted, accepted, deferred, drift of each row
+        self.totals = torch.zeros(5, batch_size, dtype=torch.float64, device=device)
         self.outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch_size)]
         self.keep_outputs = config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
-        positions = attention_mask.to(device).long().cumsum(1) - 1
-        positions = positions.masked_fill(attention_mask.to(device) == 0, -1)
         self.rows = torch.arange(batch_size, device=device)  # unfinished rows, as indices of the call's rows
         self.last_position = positions[:, -1]  # position of the newest token
         # What each model has yet to read, newest token last: token ids and positions of shape (active rows, width).
-        self.large_pending = self.small_pending = (input_ids.to(device), positions)
+        self.small_pending = (input_ids, positions)
+        cached = 0 if cache is None else cache.get_seq_length()
+        self.large_pending = (input_ids[:, cached:], positions[:, cached:])
+        types = None if token_type_ids is None else token_type_ids.to(device)
+        self.large = CachedDecoder(
+            model, input_ids[:, :cached], positions[:, :cached], cache if cached else None,
+            types if types is None else types[:, cached:],
+        )  # fmt: skip
+        self.small = CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
+        self.prompt_positions, self.types = positions, types
 
     @torch.no_grad()
     def run(self, streamer=None) -> torch.Tensor:
@@ -118,9 +91,9 @@ class BatchedCascade:
         if streamer is not None:
             streamer.end()
         stats = self.statistics
-        counts = self.totals[:4].long().tolist()
-        stats.rounds, stats.drafted, stats.accepted, stats.new_tokens = counts
-        stats.deferred, stats.drift = self.totals[4:].tolist()
+        stats.rounds, stats.drafted, stats.accepted = self.totals[:3].long().tolist()
+        stats.new_tokens = self.produced.tolist()
+        stats.deferred, stats.drift = self.totals[3:].tolist()
         stats.large_forwards, stats.large_tokens = self.large.forwards, self.large.tokens
         stats.small_forwards, stats.small_tokens = self.small.forwards, self.small.tokens
         stats.verify_seconds, stats.draft_seconds = self.large.seconds, self.small.seconds
@@ -130,19 +103,42 @@ class BatchedCascade:
     def output(self) -> GenerateDecoderOnlyOutput:
         """What `generate` returns with `return_dict_in_generate`; scores of a finished row are 0."""
         length = int(self.produced.max())
-        outputs = {}
-        for name, which in (("scores", 0), ("logits", 1)):
-            if getattr(self.config, f"output_{name}"):
-                empty = torch.zeros_like(self.outputs[0][0][which])
-                outputs[name] = tuple(
-                    torch.stack([row[step][which] if step < len(row) else empty for row in self.outputs])
-                    for step in range(length)
-                )
-        return GenerateDecoderOnlyOutput(sequences=self.sequences[:, : self.prompt_length + length], **outputs)
+        sequences = self.sequences[:, : self.prompt_length + length]
+        outputs = {"scores": self._kept("scores", length), "logits": self._kept("logits", length)}
+        return GenerateDecoderOnlyOutput(sequences=sequences, **outputs, **{UPSTREAM_NAME: self._cache(sequences)})
+
+    def _kept(self, name: str, length: int) -> tuple[torch.Tensor, ...] | None:
+        """The scores or logits of the first `length` new tokens, `(batch, vocab_size)` each, if they are wanted."""
+        if not (self.keep_outputs and getattr(self.config, f"output_{name}")):
+            return None
+        which, empty = int(name == "logits"), torch.zeros(self.vocab_size, device=self.sequences.device)
+        return tuple(
+            torch.stack([row[step][which] if step < len(row) else empty for row in self.outputs])
+            for step in range(length)
+        )
+
+    def _cache(self, sequences: torch.Tensor):
+        """The large model's cache of all columns of `sequences` but the last, as plain `generate` returns it."""
+        rows = torch.arange(len(sequences), device=sequences.device)
+        if len(rows) == 1 and bool((self.prompt_positions >= 0).all()):
+            self.large.positions.masked_fill_(self.large.positions >= sequences.shape[1] - 1, -1)
+            self.large.compact(rows)
+            return self.large.cache
+        # Rows left the cache as they ended: their texts are read once more, at their places.
+        produced = torch.arange(sequences.shape[1] - self.prompt_length, device=sequences.device)
+        after = self.prompt_positions[:, -1:] + 1 + produced
+        after = torch.where(produced < self.produced[:, None], after, -1)
+        positions = torch.cat([self.prompt_positions, after], 1)[:, :-1]
+        decoder = CachedDecoder(self.large.model, sequences[:, :0], positions[:, :0], token_type_ids=self.types)
+        decoder(sequences[:, :-1], positions, logits_to_keep=1)
+        return decoder.cache
 
     def _round(self) -> None:
         remaining = self.budget - self.produced[self.rows]
         gamma = min(int(self.gamma), int(remaining.max()) - 1)
+        if self.large.switch is not None:
+            same_rotation = self.large.switch.drafts(int(self.last_position.max()) + 1)
+            gamma = gamma if same_rotation is None else min(gamma, same_rotation)
 
         # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
         drafts, q, draft_lengths = self._draft(gamma, (remaining - 1).clamp(max=gamma))
@@ -160,8 +156,8 @@ class BatchedCascade:
                 f"The large model gave NaN logits after {int(self.produced.max())} new tokens. Expected finite "
                 "numbers: check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
             )
-        scores = self._process(logits, drafts, first=0)
-        p = self._distributions(logits, scores)
+        in_use = torch.arange(gamma + 1, device=drafts.device) <= draft_lengths[:, None]
+        scores, p = self._distributions(logits, drafts, in_use, first=0)
 
         # 3. Accept drafts from the left.
         accepted, pi, deferred, drift = self._accept(drafts, q, p, draft_lengths)
@@ -172,7 +168,8 @@ class BatchedCascade:
         if q is not None and gamma and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
             # π at the position after the last draft needs q there; the small model must read that draft anyway.
             position = torch.where(bonus & (draft_lengths == gamma), draft_positions[:, -1], -1)
-            q = _Distributions.cat([q, self._small_step(drafts[:, -1:], position[:, None], drafts, first=gamma)])
+            step = self._small_step(drafts[:, -1:], position[:, None], drafts, position >= 0, first=gamma)
+            q = _Distributions.cat([q, step])
             used_last_draft = True
         next_token = self._next_token(accepted, bonus, q, p, pi, deferred, drift)
 
@@ -182,8 +179,7 @@ class BatchedCascade:
         self._compact(unfinished)
         if self.options.schedule != "constant":
             # as transformers does: two tokens more after a round without rejection, else one fewer
-            all_kept = bool(bonus.all())
-            self.gamma = self.gamma + 2 if all_kept else max(1, self.gamma - 1)
+            self.gamma = self.gamma + 2 if bool(bonus.all()) else max(1, self.gamma - 1)
 
     def _draft(self, gamma: int, lengths: torch.Tensor) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
         ids, positions = self.small_pending
@@ -192,13 +188,15 @@ class BatchedCascade:
             # a last token: only a rule that reads q needs the small model
             if self.options.rule == "spec":
                 return drafts, None, lengths
-            return drafts, self._small_step(ids, positions, drafts, first=0), lengths
+            return drafts, self._small_step(ids, positions, drafts, lengths >= 0, first=0), lengths
         parts = []
         for step in range(gamma):
-            parts.append(self._small_step(ids, positions, drafts, first=step))
+            parts.append(self._small_step(ids, positions, drafts, step < lengths, first=step))
             probs = parts[-1].probs[:, 0]
             token = probs.argmax(-1) if self.greedy else sample(probs)
             drafts = torch.cat([drafts, token[:, None]], 1)
+            if len(self.eos):  # nothing follows the end of a text
+                lengths = torch.where(torch.isin(token, self.eos), lengths.clamp(max=step + 1), lengths)
             if self.options.confidence_threshold > 0:
                 # The token that lowers the confidence is still verified; only later ones are not drafted, so whether a
                 # position has a draft depends on accepted tokens alone and the law stays exact.
@@ -210,32 +208,28 @@ class BatchedCascade:
             positions = torch.where(step < lengths, self.last_position + 1 + step, -1)[:, None]
         return drafts, _Distributions.cat(parts), lengths
 
-    def _small_step(self, ids, positions, drafts, first: int) -> _Distributions:
-        # Where one tokenizer's embeddings are padded to two sizes, ids beyond the smaller are no tokens.
+    def _small_step(self, ids, positions, drafts, in_use, first: int) -> _Distributions:
         logits = self.small(ids.clamp(max=self.small_vocab_size - 1), positions, logits_to_keep=1)
-        vocab_size = self.vocab_size
-        if logits.shape[-1] > vocab_size:
-            logits = logits[..., :vocab_size]
-        elif logits.shape[-1] < vocab_size:
-            missing = logits.new_full((*logits.shape[:-1], vocab_size - logits.shape[-1]), -torch.inf)
-            logits = torch.cat([logits, missing], -1)
-        return self._distributions(logits, self._process(logits, drafts, first))
+        return self._distributions(align_vocabulary(logits, self.vocab_size), drafts, in_use[:, None], first)[1]
 
-    def _distributions(self, logits: torch.Tensor, scores: torch.Tensor) -> _Distributions:
-        unscaled = logits.softmax(-1)
-        if self.greedy and self.options.rule != "ensemble":  # an ensemble takes the argmax of the mixture instead
-            return _Distributions(one_hot_of_largest(scores), unscaled)
-        return _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
-
-    def _process(self, logits: torch.Tensor, drafts: torch.Tensor, first: int) -> torch.Tensor:
-        """Runs the logits processors on logits that stand after `first`, `first + 1`, ... drafted tokens."""
+    def _distributions(
+        self, logits: torch.Tensor, drafts: torch.Tensor, in_use: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, _Distributions]:
+        """
+        Processed scores and what they mean, for logits that stand after `first`, `first + 1`, ... drafted tokens;
+        `in_use` says which of them count.
+        """
 
         def context(index: int, step: int) -> torch.Tensor:
             row = self.rows[index]
             produced = self.sequences[row, : self.prompt_length + self.produced[row]]
             return torch.cat([produced, drafts[index, : first + step]])[None]
 
-        return self.processors(logits, self.rows, context)
+        scores, banned = self.processors(logits, self.rows, in_use, context)
+        unscaled = unscaled_probs(logits, banned)
+        if self.greedy and self.options.rule != "ensemble":  # an ensemble takes the argmax of the mixture instead
+            return scores, _Distributions(one_hot_of_largest(scores), unscaled)
+        return scores, _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
 
     def _target(self, q: _Distributions, p: _Distributions, start: int, stop: int):
         """π, deferred mass and TV(π, p) of the positions `start` to `stop` after the round's first token."""
@@ -308,8 +302,11 @@ class BatchedCascade:
         written = columns < counts[:, None]
         slots = begin[:, None] + columns
         self.sequences[self.rows[:, None].expand_as(slots)[written], slots[written]] = tokens[written]
-        if self.criteria:
-            counts, finished = self._stop_early(begin, counts, finished)
+        if self.keep_outputs:
+            for index, (row, count) in enumerate(zip(self.rows.tolist(), counts.tolist(), strict=True)):
+                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(count)]
+        if self.criteria.of_a_row:
+            counts, finished = self._stop_rows(begin, counts, finished)
             written = columns < counts[:, None]
 
         values = (written * part.double() for part in (deferred, drift))
@@ -318,29 +315,53 @@ class BatchedCascade:
                 torch.ones_like(counts),
                 draft_lengths,
                 torch.minimum(accepted, counts),
-                counts,
                 *(value.sum(1) for value in values),
             ]
         ).double()
-        if self.keep_outputs:
-            for index, (row, count) in enumerate(zip(self.rows.tolist(), counts.tolist(), strict=True)):
-                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(count)]
         self.emitted = tokens[0, : int(counts[0])]
         self.produced[self.rows] += counts
-        return ~finished & (self.produced[self.rows] < self.budget)
+        unfinished = ~finished & (self.produced[self.rows] < self.budget)
+        if self.criteria.of_the_batch:
+            unfinished = self._stop_together(unfinished)
+        if self.processors.rewinds:
+            for row in self.rows[unfinished].tolist():
+                self.processors.accept(row, self.prompt_length + int(self.produced[row]))
+        return unfinished
 
-    def _stop_early(self, begin, counts, finished):
-        """Checks stop strings, time and other criteria after every single token, as plain `generate` does."""
+    def _stop_rows(self, begin, counts, finished):
+        """Checks stop strings, time and, for one row, other criteria after every token, as plain `generate` does."""
         counts = counts.clone()
         for index, row in enumerate(self.rows.tolist()):
             first, total = int(begin[index]), int(counts[index])
             for count in range(1, total + 1):
                 so_far = self.sequences[row : row + 1, : first + count]
-                if any(bool(torch.as_tensor(criterion(so_far, None)).any()) for criterion in self.criteria):
+                # only a single row comes with its scores: stop strings and time read none
+                alone = len(self.outputs) == 1
+                scores = self._kept("scores", first + count - self.prompt_length) if alone else None
+                if self.criteria.ask(self.criteria.of_a_row, so_far, scores)[0]:
                     self.sequences[row, first + count : first + total] = self.pad
                     counts[index], finished[index] = count, True
+                    del self.outputs[row][first + count - self.prompt_length :]
                     break
         return counts, finished
+
+    def _stop_together(self, unfinished: torch.Tensor) -> torch.Tensor:
+        """Asks the other criteria about all tokens that every row has which goes on; says which rows still do."""
+        stopped = torch.zeros(len(self.sequences), dtype=torch.bool, device=self.sequences.device)
+        while True:
+            going = self.rows[unfinished & ~stopped[self.rows]]
+            common = int(self.produced[going].min()) if len(going) else int(self.produced.max())
+            if self.criteria.asked >= common:
+                return unfinished & ~stopped[self.rows]
+            self.criteria.asked += 1
+            width = self.prompt_length + self.criteria.asked
+            scores = self._kept("scores", self.criteria.asked)
+            done = self.criteria.ask(self.criteria.of_the_batch, self.sequences[:, :width], scores)
+            stopped |= done
+            self.sequences[done, width:] = self.pad
+            self.produced[done] = self.produced[done].clamp(max=self.criteria.asked)
+            for row in done.nonzero()[:, 0].tolist():
+                del self.outputs[row][self.criteria.asked :]
 
     def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool) -> None:
         gamma = drafts.shape[1]

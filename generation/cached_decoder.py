@@ -2,15 +2,19 @@
 
 import time
 import weakref
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 
-from .cache_argument import cache_inputs
+from .cache_argument import cache_inputs, forward_parameters
 
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_checked_models: "weakref.WeakKeyDictionary[torch.nn.Module, str | None]" = weakref.WeakKeyDictionary()
+# What was found out of each model as it then was (attention, dtype), and of pairs of models and of tokenizers.
+_checked_models: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+_checked_pairs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
 
 
 class CachedDecoder:
@@ -20,12 +24,22 @@ class CachedDecoder:
     sliding windows see true distances.
     """
 
-    def __init__(self, model, batch_size: int):
+    def __init__(self, model, input_ids: torch.Tensor, positions: torch.Tensor, cache=None, token_type_ids=None):
+        """
+        `input_ids` and `positions`, of shape `(batch, slots)`, are what `cache` holds; without one they have no slots.
+        `token_type_ids`, of shape `(batch, length)`, belong to the first tokens that are read; later ones are of the
+        type of their row's last.
+        """
         self.model = model
-        self.cache = DynamicCache()  # built without a config: every layer keeps all slots, the mask applies windows
-        self.cache_inputs = cache_inputs(model, self.cache)
-        self.positions = torch.empty(batch_size, 0, dtype=torch.long, device=model.device)  # (batch, slots), -1 = hole
+        self.ids, self.positions = input_ids, positions  # -1 is a hole
+        # built without a config: every layer keeps all slots, the mask applies windows
+        self.cache = DynamicCache() if cache is None else cache
         self.layer_types, self.window = _attention_pattern(model.config.get_text_config(decoder=True))
+        self.switch = RotarySwitch.of(model)
+        self.is_long = (
+            self.switch is not None and positions.shape[1] > 0 and bool(positions.max() >= self.switch.length)
+        )
+        self.token_types = token_type_ids if "token_type_ids" in forward_parameters(model) else None
         self.forwards = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -46,14 +60,27 @@ class CachedDecoder:
             `torch.Tensor` of shape `(batch, logits_to_keep, vocab_size)`, float32.
         """
         start = time.perf_counter()
-        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.ids, self.positions = torch.cat([self.ids, input_ids], 1), torch.cat([self.positions, positions], 1)
+        if self.switch is not None and self.switch.rebuilds:
+            is_long = bool(positions.max() >= self.switch.length)
+            if is_long != self.is_long and self.cache.get_seq_length():
+                # as in plain `generate` of these models: all is read again with the other rotation
+                self.cache, input_ids, positions = DynamicCache(), self.ids, self.positions
+            self.is_long = is_long
+        inputs = {}
+        if self.token_types is not None:
+            newest = self.token_types[:, -1:]
+            missing = input_ids.shape[1] - self.token_types.shape[1]
+            inputs["token_type_ids"] = torch.cat([self.token_types, newest.expand(-1, missing)], 1)
+            self.token_types = newest
         logits = self.model(
             input_ids=input_ids,
             position_ids=positions.clamp(min=0),
             attention_mask=self._attention_mask(positions),
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            **self.cache_inputs,
+            **inputs,
+            **cache_inputs(self.model, self.cache),
         ).logits[:, -logits_to_keep:]
         self.forwards += 1
         self.tokens += input_ids.numel()
@@ -90,7 +117,7 @@ class CachedDecoder:
         unused = width - int((kept.any(0) * torch.arange(1, width + 1, device=kept.device)).max())
         if unused:
             self.cache.crop(-unused)
-            self.positions = self.positions[:, :-unused]
+            self.ids, self.positions = self.ids[:, :-unused], self.positions[:, :-unused]
 
     def hole_share(self) -> float:
         """Share of slots that no token uses, beyond what the longest row needs."""
@@ -102,7 +129,9 @@ class CachedDecoder:
         positions = self.positions[rows]
         used = positions >= 0
         order = used.to(torch.int8).argsort(dim=1, stable=True)[:, -max(1, int(used.sum(1).max())) :]
-        self.positions = positions.gather(1, order)
+        self.ids, self.positions = self.ids[rows].gather(1, order), positions.gather(1, order)
+        if self.token_types is not None:
+            self.token_types = self.token_types[rows]
         for layer in self.cache.layers:
             if not layer.is_initialized:  # shares another layer's states
                 continue
@@ -126,15 +155,141 @@ def _attention_pattern(config) -> tuple[list[str], int | None]:
     return distinct, window if "sliding_attention" in distinct else None
 
 
+class RotarySwitch(NamedTuple):
+    """
+    A rotary embedding whose rotation depends on the length of the text, beyond `length` tokens.
+
+    "longrope" has two rotations; "dynamic" has another for every length. A forward takes that of its last position.
+    """
+
+    length: int
+    dynamic: bool
+    rebuilds: bool  # plain `generate` reads the whole text again at the switch (the Phi family)
+
+    @classmethod
+    def of(cls, model) -> "RotarySwitch | None":
+        config = model.config.get_text_config(decoder=True)
+        parameters = getattr(config, "rope_parameters", None) or {}
+        entries = (
+            [parameters] if "rope_type" in parameters else [e for e in parameters.values() if isinstance(e, dict)]
+        )
+        for entry in entries:
+            kind = entry.get("rope_type", "default")
+            if kind == "longrope":
+                length = entry.get("original_max_position_embeddings") or config.original_max_position_embeddings
+                own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+                return cls(length, False, own)
+            if "dynamic" in kind:
+                return cls(config.max_position_embeddings, True, False)
+        return None
+
+    def drafts(self, length: int) -> int | None:
+        """How many drafts after a text of `length` tokens share its rotation; `None`: any number."""
+        if length > self.length:
+            return 0 if self.dynamic else None
+        return self.length - length
+
+    def why_not(self, lengths: torch.Tensor, new_tokens: int, rows: int) -> str | None:
+        """Why texts of these lengths that grow by `new_tokens` can't go on by `rows` at a time: one clause."""
+        same = int(lengths.max()) + new_tokens <= self.length or (
+            int(lengths.min()) > self.length and not self.dynamic
+        )
+        if same or rows == 1:
+            return None
+        return f"its rotary embedding changes at {self.length} tokens, which rows reach at different times"
+
+
+def vocabulary_size(model) -> int:
+    """How many token ids a model reads, which is also the width of its logits."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def align_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits `(..., size)`: where embeddings of one tokenizer are padded to two sizes, ids beyond either are none."""
+    missing = size - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+
+
+def same_vocabulary(large, small, tokenizers: tuple = (None, None), **kwargs) -> bool:
+    """
+    Whether token ids mean the same to both models: the sizes agree, or only the padding of the embeddings differs and
+    both tokenizers hold the same words. Tokenizers that are not given are looked for beside the models.
+
+    Args:
+        large, small ([`~transformers.PreTrainedModel`]):
+            The models.
+        tokenizers (`tuple`, *optional*):
+            Those of the large and of the small model.
+        kwargs (*optional*):
+            Passed to `AutoTokenizer.from_pretrained`.
+    """
+    if vocabulary_size(large) == vocabulary_size(small):
+        return True
+    if getattr(large, "_one_vocabulary", False) and large.cascade_pair[1] is small:
+        return True  # the halves of a composite, compared when it was made
+    known = _checked_pairs.setdefault(large, weakref.WeakKeyDictionary())
+    if None not in tokenizers:
+        return _same_words(*tokenizers)
+    if small not in known:
+        from transformers import AutoTokenizer  # at import it would load the registries, which load us
+
+        try:
+            tokenizers = tuple(AutoTokenizer.from_pretrained(m.name_or_path, **kwargs) for m in (large, small))
+        except (OSError, ValueError, KeyError):  # neither has to come with one
+            return False
+        known[small] = _same_words(*tokenizers)
+    return known[small]
+
+
+def _same_words(one, other) -> bool:
+    if one is other:
+        return True
+    known = _checked_pairs.setdefault(one, weakref.WeakKeyDictionary())
+    lengths = len(one), len(other)
+    if other not in known or known[other][0] != lengths:
+        known[other] = lengths, one.get_vocab() == other.get_vocab()
+    return known[other][1]
+
+
+def position_limit(model) -> int | None:
+    """How many tokens a model with a table of learned positions can read; `None` for others."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    if model.config.is_encoder_decoder or limit is None or getattr(config, "rope_parameters", None):
+        return None
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    # some keep two rows more than they have positions
+    learned = any(0 <= t.num_embeddings - limit <= 2 for t in tables if t is not model.get_input_embeddings())
+    return limit if learned else None
+
+
+def why_not_resumed(cache, tokens: int) -> str | None:
+    """Why [`CachedDecoder`] can't go on from a key-value cache with a text of `tokens` tokens: one clause."""
+    if cache.get_seq_length() >= tokens:
+        return f"the cache given holds {cache.get_seq_length()} tokens and the ids only {tokens}: pass all of them"
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return "it goes on from the cache that it returned itself, not from one that forgets what leaves a window"
+    return None
+
+
 def why_not_batched(model) -> str | None:
     """
-    Why [`CachedDecoder`] can't serve a model: one clause, or `None` if it can. The structure is read first; then six
-    tokens are run with a hole in the cache and compared with a plain forward, once for each model object.
+    Why [`CachedDecoder`] can't serve a model: one clause, or `None` if it can. The structure is read first; then, once
+    for each model, attention and dtype, six tokens are run with a hole in the cache and compared with a plain forward.
     """
-    if model in _checked_models:
-        return _checked_models[model]
-    _checked_models[model] = reason = _structural_reason(model) or _numerical_reason(model)
-    return reason
+    reason = _structural_reason(model)
+    if reason is not None:
+        return reason
+    known = _checked_models.setdefault(model, {})
+    setting = model.config.get_text_config(decoder=True)._attn_implementation, model.dtype
+    if setting not in known:
+        reason = _numerical_reason(model)
+        if reason is not None and any(module.training for module in model.modules()):
+            return (
+                f"{type(model).__name__} is in train mode, so its dropout is on: type `model.eval()`"  # not for ever
+            )
+        known[setting] = reason
+    return known[setting]
 
 
 def _structural_reason(model) -> str | None:
@@ -154,17 +309,18 @@ def _structural_reason(model) -> str | None:
 @torch.no_grad()
 def _numerical_reason(model) -> str | None:
     # Six tokens, the middle two drafted, rejected and masked: the last two must then see only the first two.
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    ids = (vocab_size * torch.arange(1, 7, device=model.device) // 7)[None]
+    ids = (vocabulary_size(model) * torch.arange(1, 7, device=model.device) // 7)[None]
     try:
         expected = model(input_ids=ids[:, [0, 1, 4, 5]]).logits[:, -2:].float()
         unmasked = model(input_ids=ids).logits[:, -2:].float()
-        decoder = CachedDecoder(model, 1)
+        decoder = CachedDecoder(model, ids[:, :0], ids[:, :0])
         positions = torch.arange(4, device=model.device)[None]
         decoder(ids[:, :2], positions[:, :2], 1)
         decoder(ids[:, 2:4], positions[:, 2:], 1)
         decoder.positions[:, 2:] = -1
         actual = decoder(ids[:, 4:], positions[:, 2:], 2)
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"{type(model).__name__} can't run with explicit positions and a 4-D mask ({error})"
     difference = (actual - expected).abs().mean()

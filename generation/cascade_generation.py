@@ -2,39 +2,30 @@
 
 import copy
 import inspect
+import threading
+import weakref
 
 import torch
 from transformers import GenerationMixin
 
-from .assisted_cascade import (
-    CascadeScores,
-    ForwardMeter,
-    RawScores,
-    check_rule_needs_no_q,
-    record_drafts,
-    without_warpers,
-)
-from .batched_cascade import BatchedCascade, CascadeOptions
+from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, check_rule_needs_no_q
+from .batched_cascade import BatchedCascade
 from .cache_argument import NAMES, find_cache
-from .cached_decoder import why_not_batched
-from .cascade_statistics import CascadeStatistics
-from .deferral_rules import check_rule
-from .row_processors import STATEFUL_PROCESSORS
+from .cached_decoder import RotarySwitch, same_vocabulary, why_not_batched, why_not_resumed
+from .cascade_call import (
+    CASCADE_DEFAULTS,
+    CascadeOptions,
+    CascadeStatistics,
+    check_assistant,
+    check_call,
+    check_options,
+    check_positions,
+    under_adapters,
+)
+from .row_processors import why_not_rewindable
 
 
-# `generate` arguments that a cascade adds, or whose default differs from transformers' (20 drafts, cut at confidence
-# 0.4).
-CASCADE_DEFAULTS = {
-    "cascade_rule": "token_v3",
-    "cascade_alpha": 0.3,
-    "strict_prefix": 0,
-    "cascade_backend": "auto",
-    "num_assistant_tokens": 4,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.0,
-}
-_BACKENDS = ("auto", "batched", "assisted")
-_SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+_calls = threading.local()  # .statistics: of each model, those of this thread's newest call
 # What a decoder-only `generate` prepares for any model; other inputs (images, audio) only the assisted loop passes on.
 _PLAIN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "token_type_ids", *NAMES}
 
@@ -49,8 +40,21 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
     After a call `self.cascade_statistics` holds a [`CascadeStatistics`].
     """
 
-    cascade_statistics: CascadeStatistics | None = None
     _own_assistant: tuple = ()  # (small model,); in a tuple, so that it is no submodule and isn't saved with self
+    _newest_statistics: CascadeStatistics | None = None
+    _cascade_call: AssistedCall | None = None  # on the copy that a call in the loop of transformers makes of the model
+
+    @property
+    def cascade_statistics(self) -> CascadeStatistics | None:
+        """Of the newest call that this thread made; in a thread that made none, of the newest call."""
+        own = getattr(_calls, "statistics", {})
+        return own.get(self, self._newest_statistics)
+
+    @cascade_statistics.setter
+    def cascade_statistics(self, statistics: CascadeStatistics | None) -> None:
+        if not hasattr(_calls, "statistics"):
+            _calls.statistics = weakref.WeakKeyDictionary()
+        _calls.statistics[self] = self._newest_statistics = statistics
 
     @property
     def cascade_pair(self) -> tuple:
@@ -83,6 +87,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 token after a fully accepted draft follows the large model. `"auto"` takes the first that can serve.
             tokenizer, assistant_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
                 Both, when the two models have different vocabularies.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
+                One that keeps a state needs a method `clone()` that returns an independent copy in its present state:
+                rejected drafts are taken back, and each row gets a copy of its own.
+
+        With `return_dict_in_generate`, `scores` are the large model's processed scores of the tokens written, whatever
+        the rule, `logits` its raw ones, and the cache holds all tokens but the last, so that a chat can go on from it.
 
         Raises:
             ValueError: before anything is generated, if a rule, its alpha, the draft length, a cache or the pair of
@@ -95,8 +105,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
         if assistant_model is None:
             _, assistant_model = self.cascade_pair
-
-        _check_assistant(assistant_model)
+        assistant_model = under_adapters(assistant_model)
+        check_assistant(assistant_model)
 
         sources = [generation_config, self.generation_config, self.config]
         if assistant_model is not None:
@@ -119,63 +129,26 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
 
         options = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in CASCADE_DEFAULTS}
-        _check_options(options)
-        self._check_call(inputs, assistant_model, setting, kwargs)
-        if assistant_model is not None and _vocab_size(assistant_model) == _vocab_size(self):
+        check_options(options)
+        check_call(self, assistant_model, inputs, setting, kwargs)
+        tokenizers = kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer")
+        if assistant_model is not None and same_vocabulary(self, assistant_model, tokenizers):
             kwargs.pop("assistant_tokenizer", None)  # transformers refuses it where it isn't needed
         self.cascade_statistics = None
         return super().generate(inputs, generation_config, assistant_model=assistant_model, **kwargs)
-
-    def _check_call(self, inputs, assistant_model, setting, kwargs) -> None:
-        """Raises `ValueError` for a call that can't be served, before any work is done."""
-        if assistant_model is None and setting("assistant_early_exit") is None:
-            raise ValueError(
-                "A cascade needs a small model, got none. Pass `assistant_model=small`, or build the model with "
-                "`enable_cascade(large, small)`."
-            )
-        if setting("num_beams") not in (None, 1):
-            raise ValueError(
-                f"A cascade samples or decodes greedily, got num_beams={setting('num_beams')}. Pass `num_beams=1`."
-            )
-        if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(
-                f"A cascade rolls its cache back after rejected drafts, a {setting('cache_implementation')!r} one "
-                "can't. Leave `cache_implementation` out."
-            )
-        if setting("use_cache") is False:
-            raise ValueError("A cascade needs the key-value cache, got use_cache=False. Leave it out.")
-        for input_ids in (inputs, kwargs.get("input_ids")):
-            if input_ids is not None and input_ids.shape[-1] == 0:
-                raise ValueError("Expected a prompt of at least one token, got an empty one.")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not self.config.is_encoder_decoder and not mask.any(1).all():
-            raise ValueError(
-                f"Row {int((~mask.bool().any(1)).nonzero()[0])} of `attention_mask` is all zero: expected a prompt of "
-                "at least one token in each row."
-            )
-        if assistant_model is None:
-            return
-        if assistant_model.device != self.device:
-            raise ValueError(
-                f"Both models must be on one device, got {self.device} (large) and {assistant_model.device} (small). "
-                f"Type `assistant_model.to({str(self.device)!r})`."
-            )
-        if assistant_model._is_stateful:
-            raise ValueError(
-                f"{type(assistant_model).__name__} keeps a recurrent state that can't be rolled back to an earlier "
-                "token, so it can't draft. Choose a small model with attention layers."
-            )
-        tokenizers = kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer")
-        if _vocab_size(self) != _vocab_size(assistant_model) and None in tokenizers:
-            raise ValueError(
-                f"The vocabularies differ: {_vocab_size(self)} entries (large) and {_vocab_size(assistant_model)} "
-                "(small). Pass `tokenizer=` and `assistant_tokenizer=` to bridge them."
-            )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         # Rows are independent in the batched loop, so several sequences for a prompt are no obstacle.
         sequences = generation_config.num_return_sequences
         generation_config.num_return_sequences = 1
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if (
+            assistant is not None
+            and not self.config.is_encoder_decoder
+            and "assistant_tokenizer" not in (generation_mode_kwargs)
+        ):
+            # One tokenizer serves both, whatever their embeddings are padded to.
+            generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": None}
         try:
             super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         finally:
@@ -195,23 +168,24 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         tokenizer=None,
         **model_kwargs,
     ):
-        options = CascadeOptions(
-            rule=generation_config.cascade_rule,
-            alpha=generation_config.cascade_alpha,
-            strict_prefix=generation_config.strict_prefix,
-            num_assistant_tokens=generation_config.num_assistant_tokens,
-            schedule=generation_config.num_assistant_tokens_schedule,
-            confidence_threshold=generation_config.assistant_confidence_threshold,
-        )
+        options = CascadeOptions(*(getattr(generation_config, name) for name in CASCADE_DEFAULTS))
+        reason = why_not_rewindable(logits_processor)
+        if reason is not None:
+            raise ValueError(reason)
+        pair, batch_size = (self.cascade_pair[0], assistant_model), input_ids.shape[0]
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        positions = None
+        if not self.config.is_encoder_decoder:
+            positions = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1).to(self.device)
+            check_positions(
+                assistant_model, int(positions.max()) + 1, generation_config.max_length - input_ids.shape[1]
+            )
+        one_vocabulary = assistant_model is None or assistant_tokenizer is None
         obstacle = self._batched_obstacle(
-            assistant_model,
-            (tokenizer, assistant_tokenizer),
-            logits_processor,
-            generation_config,
-            synced_gpus,
-            model_kwargs,
+            pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
         )
-        backend, batch_size = generation_config.cascade_backend, input_ids.shape[0]
+        backend = options.backend
         if obstacle is not None and (backend == "batched" or batch_size > 1):
             raise ValueError(
                 f"A batch of {batch_size} can't be served by the batched cascade: {obstacle}. Pass one prompt at a "
@@ -226,36 +200,50 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             if streamer is not None and batch_size > 1:
                 raise ValueError(f"A streamer follows one sequence, got a batch of {batch_size}.")
             loop = BatchedCascade(
-                self.cascade_pair[0], assistant_model, input_ids, model_kwargs.get("attention_mask"), logits_processor,
-                stopping_criteria, generation_config, options,
+                *pair, input_ids, positions, logits_processor, stopping_criteria, generation_config, options,
+                find_cache(model_kwargs), model_kwargs.get("token_type_ids"),
             )  # fmt: skip
             self.cascade_statistics = loop.statistics
             sequences = loop.run(streamer)
             return loop.output() if generation_config.return_dict_in_generate else sequences
 
-        statistics = CascadeStatistics.for_rows("assisted", options.rule, options.alpha, 1)
-        self.cascade_statistics = statistics
-        with ForwardMeter(self, assistant_model if assistant_model is not None else self, statistics) as meter:
-            self._cascade_call = (options, statistics, meter)
-            try:
-                return super()._assisted_decoding(
-                    input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-                    inputs_tensor, assistant_model, assistant_tokenizer, tokenizer, **model_kwargs,
-                )  # fmt: skip
-            finally:
-                del self._cascade_call
+        for model in pair:
+            switch = RotarySwitch.of(model) if model is not None and positions is not None else None
+            why = switch and switch.why_not(positions[:, -1] + 1, generation_config.max_length - input_ids.shape[1], 0)
+            if why:
+                raise ValueError(
+                    f"{type(model).__name__} can't be cascaded in the loop of transformers: {why}. Leave "
+                    "`cascade_backend` out, or lower `max_new_tokens`."
+                )
+        call = AssistedCall(
+            self,
+            assistant_model,
+            options,
+            logits_processor,
+            input_ids,
+            generation_config.do_sample,
+            not one_vocabulary,
+        )
+        self.cascade_statistics = call.statistics
+        output = super(SpeculativeCascadeGenerationMixin, call.model)._assisted_decoding(
+            input_ids, logits_processor, call.stopping_criteria(stopping_criteria), generation_config, synced_gpus,
+            streamer, inputs_tensor, None if assistant_model is None else call.assistant, assistant_tokenizer,
+            tokenizer, **model_kwargs,
+        )  # fmt: skip
+        call.finish()
+        if generation_config.return_dict_in_generate and generation_config.output_scores:
+            output.scores = tuple(call.scores)
+        return output
 
     def _batched_obstacle(
-        self, assistant_model, tokenizers, logits_processor, generation_config, synced_gpus, model_kwargs
+        self, pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
     ) -> str | None:
         """Why the batched loop can't serve a call, as one clause; `None` if it can."""
-        if assistant_model is None:
+        if pair[1] is None:
             return "an early exit has no small model of its own"
-        if _vocab_size(self) != _vocab_size(assistant_model):
-            target, assistant = (tokenizer.get_vocab() for tokenizer in tokenizers)
-            if target != assistant:
-                return "the two tokenizers have different vocabularies"
-        reason = why_not_batched(self.cascade_pair[0]) or why_not_batched(assistant_model)
+        if not one_vocabulary:
+            return "the two tokenizers have different vocabularies"
+        reason = why_not_batched(pair[0]) or why_not_batched(pair[1])
         if reason is not None:
             return reason
         if synced_gpus:
@@ -265,16 +253,23 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         )
         if others:
             return f"it passes on token ids only, not {', '.join(others)}"
+        given = model_kwargs.get("position_ids")
+        if given is not None and given.dim() == 2:
+            ours = positions[:, positions.shape[1] - given.shape[1] :]
+            if not torch.equal(torch.where(ours < 0, ours, given.to(ours)), ours):
+                return "it counts positions from 0 in each row, unlike the `position_ids` given"
         cache = find_cache(model_kwargs)
         if cache is not None and cache.get_seq_length() > 0:
-            return "it starts from an empty cache, not from the key-value cache given"
+            reason = why_not_resumed(cache, input_ids.shape[1])
+            if reason is not None:
+                return reason
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it keeps no attentions or hidden states"
-        stateful = [
-            type(processor).__name__ for processor in logits_processor if isinstance(processor, STATEFUL_PROCESSORS)
-        ]
-        if stateful:
-            return f"{stateful[0]} keeps a state that can't follow rows which roll back"
+        for model in pair:
+            switch, new_tokens = RotarySwitch.of(model), generation_config.max_length - input_ids.shape[1]
+            reason = switch and switch.why_not(positions[:, -1] + 1, new_tokens, len(input_ids))
+            if reason:
+                return reason
         return None
 
     def _get_candidate_generator(
@@ -288,10 +283,10 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         target_tokenizer=None,
         assistant_tokenizer=None,
     ):
-        options, statistics, meter = self._cascade_call
+        call = self._cascade_call
         if assistant_model is not None:
             if assistant_tokenizer is not None and not generation_config.do_sample:
-                check_rule_needs_no_q(options.rule)
+                check_rule_needs_no_q(call.options.rule)
             accepted = set(inspect.signature(assistant_model.forward).parameters)
             model_kwargs = {
                 key: value
@@ -301,47 +296,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             if not self.config.is_encoder_decoder and model_kwargs.get("attention_mask") is None:
                 model_kwargs["attention_mask"] = torch.ones_like(input_ids)
         generator = super()._get_candidate_generator(
-            generation_config, input_ids, inputs_tensor, without_warpers(logits_processor), model_kwargs,
+            generation_config, input_ids, inputs_tensor, call.drafters_processors(), model_kwargs,
             assistant_model, target_tokenizer, assistant_tokenizer,
         )  # fmt: skip
-        generator = record_drafts(generator, options, statistics, meter)
-        raw = RawScores()
-        logits_processor.insert(0, raw)
-        logits_processor.append(
-            CascadeScores(generator, raw, options, generation_config.do_sample, prompt_length=input_ids.shape[-1])
-        )
+        generator = DraftRecorder(generator, call)
+        logits_processor[:] = [CascadeScores(generator, call)]
         return generator
-
-
-def _check_options(options: dict) -> None:
-    check_rule(options["cascade_rule"], options["cascade_alpha"])
-    gamma, prefix = options["num_assistant_tokens"], options["strict_prefix"]
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or gamma != int(gamma) or gamma < 1:
-        raise ValueError(f"num_assistant_tokens must be a whole number of at least 1, got {gamma!r}.")
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
-        raise ValueError(f"strict_prefix must be a whole number of at least 0, got {prefix!r}.")
-    if options["cascade_backend"] not in _BACKENDS:
-        raise ValueError(f"cascade_backend must be one of {', '.join(_BACKENDS)}, got {options['cascade_backend']!r}.")
-    if options["num_assistant_tokens_schedule"] not in _SCHEDULES:
-        raise ValueError(
-            f"num_assistant_tokens_schedule must be one of {', '.join(_SCHEDULES)}, "
-            f"got {options['num_assistant_tokens_schedule']!r}."
-        )
-    threshold = options["assistant_confidence_threshold"]
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise ValueError(f"assistant_confidence_threshold is a probability in [0, 1], got {threshold!r}.")
-
-
-def _check_assistant(assistant_model) -> None:
-    if assistant_model is not None and not hasattr(assistant_model, "generate"):  # a PEFT model has it, too
-        raise TypeError(
-            f"Expected a small model that can `generate`, got {assistant_model!r}. Load it first: "
-            '`AutoModelForCausalLM.from_pretrained("small")`.'
-        )
-
-
-def _vocab_size(model) -> int:
-    return model.config.get_text_config().vocab_size
 
 
 def enable_cascade(model, assistant_model=None, **defaults):
@@ -353,8 +313,8 @@ def enable_cascade(model, assistant_model=None, **defaults):
     of [`SpeculativeCascadeGenerationMixin`] and the class of `model`; `save_pretrained` saves the large model alone.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The large model. Of one with adapters, `save_pretrained` saves these.
         assistant_model ([`~transformers.PreTrainedModel`], *optional*):
             The small model. Without it, each `generate` call must bring one.
         defaults (*optional*):
@@ -375,6 +335,7 @@ def enable_cascade(model, assistant_model=None, **defaults):
     >>> model.generate(**inputs, cascade_rule="opt", cascade_alpha=0.2)
     ```
     """
+    given, model, assistant_model = model, under_adapters(model), under_adapters(assistant_model)
     if not isinstance(model, GenerationMixin):
         raise TypeError(
             f"Expected a model with `generate`, got {type(model).__name__}. Load it with AutoModelForCausalLM."
@@ -382,12 +343,15 @@ def enable_cascade(model, assistant_model=None, **defaults):
     unknown = sorted(set(defaults) - set(CASCADE_DEFAULTS))
     if unknown:
         raise TypeError(f"Unknown defaults {unknown}. Choose from {', '.join(CASCADE_DEFAULTS)}.")
-    _check_options({**CASCADE_DEFAULTS, **defaults})
-    _check_assistant(assistant_model)
-    cascade = copy.copy(model)
+    check_options({**CASCADE_DEFAULTS, **defaults})
+    check_assistant(assistant_model)
+    cls = type(model)
     if not isinstance(model, SpeculativeCascadeGenerationMixin):
-        cascade.__class__ = type(type(model).__name__, (SpeculativeCascadeGenerationMixin, type(model)), {})
-        cascade.__class__.__module__ = type(model).__module__
+        cls = type(cls.__name__, (SpeculativeCascadeGenerationMixin, cls), {"__module__": cls.__module__})
+    cascade = cls.__new__(cls)
+    vars(cascade).update(vars(model))
+    if given is not model:
+        cascade.save_pretrained = given.save_pretrained
     cascade.generation_config = copy.deepcopy(model.generation_config)
     for name, value in defaults.items():
         setattr(cascade.generation_config, name, value)

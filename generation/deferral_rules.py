@@ -18,7 +18,7 @@ class DeferralRule(NamedTuple):
 
 
 # q and p are the next-token probabilities of the small and the large model; q0 and p0 the same at temperature 1 and
-# before any logits processor; H is entropy in nats; TV is the total variation distance of the processed q and p.
+# without banned tokens; H is entropy in nats; TV is the total variation distance of the processed q and p.
 DEFERRAL_RULES: dict[str, DeferralRule] = {
     "spec": DeferralRule(
         "nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False
@@ -65,7 +65,7 @@ def target_distribution(
 
     With deferral indicator r, `π(v) = q(v) (1 - r(v)) + p(v) Σ_u r(u) q(u)` (equation 12 of the paper); a rule that
     looks at no single token gives `π = (1 - r) q + r p`. Rules read the probabilities at temperature 1, the mixture is
-    made of the processed ones, as in the authors' code.
+    made of the processed ones, as in the authors' code; banned tokens have no part in either.
 
     | rule | keeps of the draft | paper |
     |---|---|---|
@@ -91,7 +91,7 @@ def target_distribution(
         p (`torch.Tensor` of shape `(..., vocab_size)`):
             The same of the large model.
         q_unscaled (`torch.Tensor` of shape `(..., vocab_size)`, *optional*, defaults to `q`):
-            Probabilities of the small model at temperature 1, unprocessed.
+            Probabilities of the small model at temperature 1, without banned tokens.
         p_unscaled (`torch.Tensor` of shape `(..., vocab_size)`, *optional*, defaults to `p`):
             The same of the large model.
 
@@ -159,6 +159,15 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
     """The distribution, of shape `(..., vocab_size)`, that greedy decoding draws from."""
     return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+
+def sample(probs: torch.Tensor) -> torch.Tensor:
+    """Draws token ids of shape `(...)` from probabilities of shape `(..., vocab)` by inverting the cumulative sum."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    draw = torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total
+    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last token
+    return torch.searchsorted(cumulative, draw, right=True)[..., 0]
 
 
 def _top(probs: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import re
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .cache_argument import cache_inputs
+from .cached_decoder import same_vocabulary, vocabulary_size
 from .cascade_generation import SpeculativeCascadeGenerationMixin
 from .configuration_draft import DraftConfig
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
@@ -39,6 +40,7 @@ class SpeculativeCascadeForCausalLM(
     config_class = SpeculativeCascadeConfig
     base_model_prefix = "large"
     supports_gradient_checkpointing = True
+    _one_vocabulary = True  # made of two models of one tokenizer, whatever their embeddings are padded to
     _auto_class = "AutoModelForCausalLM"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -76,7 +78,8 @@ class SpeculativeCascadeForCausalLM(
 
         Args:
             large, small (`str` or [`~transformers.PreTrainedModel`]):
-                Repository, folder or model. Both must have the same vocabulary size.
+                Repository, folder or model. Both must have one tokenizer; where their embeddings are padded to two
+                sizes, it is looked for beside both.
             cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
                 Default rule of `generate`.
             cascade_alpha (`float`, *optional*, defaults to 0.3):
@@ -114,11 +117,12 @@ class SpeculativeCascadeForCausalLM(
             else half
             for half, revision in ((large, large_revision), (small, small_revision))
         ]
-        sizes = [half.config.get_text_config(decoder=True).vocab_size for half in halves]
-        if sizes[0] != sizes[1]:
+        options = {name: kwargs[name] for name in ("cache_dir", "token", "trust_remote_code") if name in kwargs}
+        if not same_vocabulary(*halves, **options):
             raise ValueError(
-                f"A composite model needs one vocabulary, got {sizes[0]} entries (large) and {sizes[1]} (small). Use "
-                "`enable_cascade(large, small)` and pass both tokenizers to `generate`."
+                f"A composite model needs one vocabulary, got {vocabulary_size(halves[0])} entries (large) and "
+                f"{vocabulary_size(halves[1])} (small), and no tokenizer beside both that says they differ by padding "
+                "only. Use `enable_cascade(large, small)` and pass both tokenizers to `generate`."
             )
         if any(half.config.is_encoder_decoder for half in halves):
             raise ValueError(

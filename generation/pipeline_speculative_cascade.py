@@ -79,6 +79,8 @@ large one's is written. Made with `hf_iclr`; {self.model.num_parameters():,} par
         pass
 
     def preprocess(self, prompt_text, *args, **kwargs):
+        if prompt_text is None or prompt_text == []:
+            raise ValueError(f"Expected a prompt (a string, or a chat of messages), got {prompt_text!r}.")
         if isinstance(prompt_text, list):  # a chat among plain prompts; the parent takes lists of one kind only
             prompt_text = Chat(prompt_text)
         inputs = super().preprocess(prompt_text, *args, **kwargs)

@@ -1,12 +1,19 @@
-"""Logits processors for rows of different lengths."""
+"""Logits processors and stopping criteria for rows of different lengths, some of which go back to an earlier token."""
 
 import copy
 from collections.abc import Callable
 
 import torch
 from transformers.generation import LogitsProcessorList, logits_process
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 
 
+WARPERS = tuple(cls for name, cls in vars(logits_process).items() if name.endswith("LogitsWarper"))
 # These look at the scores alone: all rows and positions can go through them at once.
 _SCORES_ONLY = (
     logits_process.TemperatureLogitsWarper,
@@ -20,12 +27,97 @@ _SCORES_ONLY = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
-# These keep state from call to call, or of another stream, that can't follow rows which roll back.
-STATEFUL_PROCESSORS = (
+# Functions of the tokens and the scores, whatever they were called with before.
+_STATELESS = (
+    *_SCORES_ONLY,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
     logits_process.EncoderNoRepeatNGramLogitsProcessor,
-    logits_process.SynthIDTextWatermarkLogitsProcessor,
-    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.WatermarkLogitsProcessor,
+    logits_process.WhisperTimeStampLogitsProcessor,
 )
+
+
+class Rewindable:
+    """
+    A logits processor with a state, for a loop that goes back: it may be called at any length since the last
+    `accept`, in whatever order, and works each time from the state that belongs there.
+
+    The protocol is one method of the processor, `clone()`, which returns an independent copy of it in its present
+    state; a processor without a state may return itself. Rows of a batch get a clone each, so a fresh processor must
+    serve one row. The caller's own object is never called.
+    """
+
+    def __init__(self, processor, length: int):
+        self.states = {length: processor.clone()}  # before the call with that many tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        length = input_ids.shape[1]
+        state = self.states[length].clone()
+        scores = state(input_ids, scores)
+        self.states[length + 1] = state
+        return scores
+
+    def accept(self, length: int) -> None:
+        """Forgets what lies before and after a text of `length` tokens, to which no call goes back."""
+        self.states = {length: self.states[length]}
+
+
+def why_not_rewindable(processors: LogitsProcessorList) -> str | None:
+    """Which of the processors can't follow rejected drafts, as a sentence; `None` if all can."""
+    for processor in processors:
+        if type(processor) not in _STATELESS and not callable(getattr(processor, "clone", None)):
+            name = type(processor).__name__
+            return (
+                f"The logits processor {name} may be stateful, and a cascade takes rejected tokens back. Give the "
+                "class a method `clone(self)` that returns an independent copy in its present state (without any "
+                f"state: `return self`), or leave {name} out."
+            )
+    return None
+
+
+def rewindable(processors: LogitsProcessorList, length: int) -> LogitsProcessorList:
+    """The processors for one text whose prompt has `length` tokens."""
+    return LogitsProcessorList(
+        processor if type(processor) in _STATELESS else Rewindable(processor, length) for processor in processors
+    )
+
+
+def process(
+    processors: LogitsProcessorList, input_ids, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Runs the processors in order.
+
+    Returns:
+        `tuple`: the processed scores, and where a token is banned outright, by anything but a warper (temperature,
+        top-k and the like): a boolean tensor of the shape of `scores`, `None` where nothing can ban.
+    """
+    if all(isinstance(processor, WARPERS) for processor in processors):
+        return processors(input_ids, scores), None
+    out, banned = scores.isneginf(), torch.zeros_like(scores, dtype=torch.bool)
+    for processor in processors:
+        scores = processor(input_ids, scores)
+        now_out = scores.isneginf()
+        if not isinstance(processor, WARPERS):
+            banned |= now_out & ~out
+        out = now_out
+    return scores, banned
+
+
+def unscaled_probs(logits: torch.Tensor, banned: torch.Tensor | None) -> torch.Tensor:
+    """What deferral rules read: the probabilities at temperature 1, without the banned tokens."""
+    return (logits if banned is None else logits.masked_fill(banned, -torch.inf)).softmax(-1)
 
 
 class RowProcessors:
@@ -34,46 +126,97 @@ class RowProcessors:
     processor holds for every row of the batch.
     """
 
-    def __init__(self, processors: LogitsProcessorList, batch_size: int):
+    def __init__(self, processors: LogitsProcessorList, batch_size: int, prompt_length: int):
         self.processors = processors
         self.scores_only = all(type(processor) in _SCORES_ONLY for processor in processors)
-        self.of_row = [_for_row(processors, row) for row in range(0 if self.scores_only else batch_size)]
+        self.rewinds = any(type(processor) not in _STATELESS for processor in processors)
+        self.of_row = [
+            rewindable(_for_row(processors, row, batch_size), prompt_length)
+            for row in range(0 if self.scores_only else batch_size)
+        ]
 
     def __call__(
-        self, logits: torch.Tensor, rows: torch.Tensor, context: Callable[[int, int], torch.Tensor]
-    ) -> torch.Tensor:
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        wanted: torch.Tensor,
+        context: Callable[[int, int], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             logits (`torch.Tensor` of shape `(len(rows), length, vocab_size)`):
                 Raw logits.
             rows (`torch.LongTensor` of shape `(n,)`):
                 Which rows of the batch they are.
+            wanted (`torch.BoolTensor` of shape `(len(rows), length)`):
+                Positions whose scores will be used; others may stay raw.
             context (`Callable`):
                 Token ids, of shape `(1, tokens)`, that stand before the logits of an index into `rows` and a position.
 
         Returns:
-            `torch.Tensor` of the shape of `logits`; `logits` itself when there is no processor.
+            `tuple`: scores of the shape of `logits` (`logits` itself when there is no processor), and the banned
+            tokens as in [`process`].
         """
         if len(self.processors) == 0:
-            return logits
+            return logits, None
         if self.scores_only:
-            return self.processors(None, logits.flatten(0, 1)).view(logits.shape)
-        scores = torch.empty_like(logits)
-        for index, row in enumerate(rows.tolist()):
-            for step in range(logits.shape[1]):
-                scores[index, step] = self.of_row[row](context(index, step), logits[index, step][None].clone())[0]
-        return scores
+            scores, banned = process(self.processors, None, logits.flatten(0, 1))
+            return scores.view(logits.shape), None if banned is None else banned.view(logits.shape)
+        scores, banned = logits.clone(), torch.zeros_like(logits, dtype=torch.bool)
+        for index, step in wanted.nonzero().tolist():
+            processors = self.of_row[int(rows[index])]
+            row_scores, row_banned = process(processors, context(index, step), logits[index, step][None].clone())
+            scores[index, step] = row_scores[0]
+            if row_banned is not None:
+                banned[index, step] = row_banned[0]
+        return scores, banned
+
+    def accept(self, row: int, length: int) -> None:
+        """Tells the row's processors how long its text is now."""
+        for processor in self.of_row[row]:
+            if isinstance(processor, Rewindable):
+                processor.accept(length)
 
 
-def _for_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    processors = LogitsProcessorList(copy.copy(processor) for processor in processors)
+def _for_row(processors: LogitsProcessorList, row: int, batch_size: int) -> LogitsProcessorList:
+    processors = LogitsProcessorList(
+        copy.copy(processor) if type(processor) in _STATELESS else processor for processor in processors
+    )
     for processor in processors:
         if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
             if isinstance(processor.prompt_ignore_length, torch.Tensor):
                 processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
         elif isinstance(processor, logits_process.EncoderRepetitionPenaltyLogitsProcessor):
-            processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
+            prompt = row * len(processor.encoder_input_ids) // batch_size  # a prompt may have several rows
+            processor.encoder_input_ids = processor.encoder_input_ids[prompt : prompt + 1]
+        elif isinstance(processor, logits_process.EncoderNoRepeatNGramLogitsProcessor):
+            prompt = row * len(processor.generated_ngrams) // batch_size
+            processor.batch_size, processor.generated_ngrams = 1, processor.generated_ngrams[prompt : prompt + 1]
         elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
             allowed = processor._prefix_allowed_tokens_fn
             processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
     return processors
+
+
+class RowCriteria:
+    """
+    Asks stopping criteria as plain `generate` does: after every token, one after the other.
+
+    What is known to judge each row for itself is asked as soon as a row has a token; others get the whole batch, since
+    they may keep something for each of its rows, once every row that goes on is as long.
+    """
+
+    def __init__(self, criteria, batch_size: int):
+        others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        single = (StopStringCriteria, MaxTimeCriteria)
+        self.of_a_row = [c for c in others if batch_size == 1 or isinstance(c, single)]
+        self.of_the_batch = [c for c in others if c not in self.of_a_row]
+        self.asked = 0  # up to how many new tokens the criteria of the batch were asked
+
+    @staticmethod
+    def ask(criteria: list, sequences: torch.Tensor, scores: tuple | None) -> torch.Tensor:
+        """Which rows of `sequences`, of shape `(rows, length)`, are done: a boolean tensor of shape `(rows,)`."""
+        done = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
+        for criterion in criteria:
+            done = done | torch.as_tensor(criterion(sequences, scores), device=sequences.device)
+        return done

@@ -12,10 +12,10 @@ import torch
 from transformers import DynamicCache
 
 from hf_iclr.cache_argument import cache_inputs
-from hf_iclr.generation.batched_cascade import end_tokens, padding_token, sample
 from hf_iclr.generation.cached_decoder import CachedDecoder, why_not_batched
 from hf_iclr.generation.calibration.teacher_forcing import logits_processors, prepare_config, processed_probs
-from hf_iclr.generation.cascade_statistics import CascadeStatistics
+from hf_iclr.generation.cascade_call import CascadeStatistics, end_tokens, padding_token
+from hf_iclr.generation.deferral_rules import sample
 
 
 @torch.no_grad()
@@ -193,7 +193,8 @@ class _Row:
         self.ids = list(prompt)
         self.prompt_length = len(prompt)
         self.config = config
-        self.large, self.small = CachedDecoder(large, 1), CachedDecoder(small, 1)
+        nothing = torch.empty(1, 0, dtype=torch.long, device=large.device)
+        self.large, self.small = (CachedDecoder(model, nothing, nothing) for model in (large, small))
         self.processors = logits_processors(large, config, len(prompt))
         self.eos = set(end_tokens(config))
         self.device = large.device
@@ -218,7 +219,7 @@ class _Row:
         """
         length = len(self.ids) if length is None else length
         ids = torch.tensor(self.ids, device=self.device)
-        return processed_probs(logits, ids, length, self.processors, do_sample=not greedy)
+        return processed_probs(logits, ids, length, self.processors, do_sample=not greedy)[0]
 
     def choose(self, logits: torch.Tensor, length: int | None = None) -> int:
         return int(sample(self.probabilities(logits, greedy=not self.config.do_sample, length=length)))

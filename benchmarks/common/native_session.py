@@ -36,8 +36,8 @@ class NativeSession:
         clicks = {"input_points": [[points]], "input_labels": [[labels]]}
         return self._prompt(frame, obj, **clicks, clear_old_inputs=False)
 
-    def iterate(self) -> Iterator[FrameSegments]:
-        for output in self.model.propagate_in_video_iterator(self.inner):
+    def iterate(self, start: int | None = None) -> Iterator[FrameSegments]:
+        for output in self.model.propagate_in_video_iterator(self.inner, start_frame_idx=start):
             yield self.segments(output.frame_idx)
 
     def segments(self, frame: int) -> FrameSegments:

@@ -1,5 +1,6 @@
 """AlphaEdit: knowledge edits that keep the rest, as adapters that can be undone and shared."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -129,7 +130,8 @@ class AlphaEditor(HubMixin):
         Args:
             requests (iterable of `EditRequest`):
                 The facts. A request that cannot be made is not made and stands in the report with its reason; so does
-                a second one for the same prompt and subject.
+                a second one for the same prompt and subject. One for the prompt and subject of an edit in force takes
+                its place: the earlier edit is taken back as by [`~AlphaEditor.remove`].
             batch_size (`int`, *optional*, defaults to 100):
                 Facts solved for at once. Later batches leave earlier ones alone as well as they can.
             progress (`bool`, *optional*, defaults to `True`):
@@ -157,14 +159,11 @@ class AlphaEditor(HubMixin):
                 self.config.context_templates = sample_contexts(self.model, self.tokenizer, self.config)
                 if self._journal.folder is not None:
                     self.config.save_pretrained(self._journal.folder)
-            made = {edit.id for edit in self.edits}
+            made = {edit.id: edit for edit in self.edits}
             reasons = reasons_against(requests, self.tokenizer, self.config, limit, made)
-            accepted = []
-            for index, request in enumerate(requests):
-                if index in reasons:
-                    report.reject(request, reasons[index])
-                else:
-                    accepted.append(request)
+            for index, reason in reasons.items():
+                report.reject(requests[index], reason)
+            accepted = [request for index, request in enumerate(requests) if index not in reasons]
             for first in range(0, len(accepted), batch_size):
                 self._edit_batch(accepted[first : first + batch_size], report, progress)
         return report
@@ -214,16 +213,12 @@ class AlphaEditor(HubMixin):
         """
         self._solver.check_statistics()
         with self._writing():
-            at = next((i for i, b in enumerate(self.batches) if edit_id in [r.id for r in b.requests]), None)
-            if at is None:
+            if edit_id not in {edit.id for edit in self.edits}:
                 raise ValueError(
                     f"Expected the id of an edit in force, got {edit_id!r}. They are {[e.id for e in self.edits]}."
                 )
-            left = [batch.without([edit_id]) for batch in self.batches[at:]]
-            redone = self._solver.solve_anew(
-                self.batches[:at], [batch for batch in left if batch.requests], self._journal.new_name
-            )
-            self._commit({"event": "remove", "id": edit_id}, len(left), redone)
+            kept, redone = self._without({edit_id})
+            self._commit({"event": "remove", "id": edit_id}, len(self.batches) - len(kept), redone)
 
     def to_peft(self, rank: int | None = None) -> PeftModel:
         """
@@ -366,26 +361,35 @@ class AlphaEditor(HubMixin):
                 raise
 
     def _edit_batch(self, requests: list[EditRequest], report: EditReport, progress: bool) -> None:
+        p_before = edit_probabilities(self.model, self.tokenizer, requests, self.config)
+        asked = {(request.prompt, request.subject) for request in requests}
+        kept, redone = self._without({edit.id for edit in self.edits if (edit.prompt, edit.subject) in asked})
         found = find_target_states(self.model, self.tokenizer, self.projections, requests, self.config, progress)
-        good = found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()
-        for request, fine in zip(requests, good.tolist(), strict=True):
-            if not fine:
+        good = (found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()).tolist()
+        if not all(good):  # what one of these would have corrected stays
+            self._solver.write(self.batches)
+            for request in itertools.compress(requests, [not fine for fine in good]):
                 report.reject(request, "its target state is not finite")
-        keep = good.nonzero()[:, 0].tolist()
-        if not keep:
-            return
-        made, name = [requests[i] for i in keep], self._journal.new_name(len(self.batches))
-        batch = self._solver.solve(name, made, found.states[keep].cpu(), self.batches)
+            rest = list(itertools.compress(requests, good))
+            return self._edit_batch(rest, report, progress) if rest else None
+        before = kept + redone
+        batch = self._solver.solve(self._journal.new_name(len(before)), requests, found.states.cpu(), before)
         batch.report(
-            self.batches,
-            p_before=found.log_probs[keep].exp().tolist(),
-            p_after=edit_probabilities(self.model, self.tokenizer, made, self.config),
-            loss=found.losses[keep].tolist(),
-            steps=found.steps[keep].tolist(),
+            before,
+            p_before=p_before,
+            p_after=edit_probabilities(self.model, self.tokenizer, requests, self.config),
+            loss=found.losses.tolist(),
+            steps=found.steps.tolist(),
         )
-        self._commit({"event": "edit"}, 0, [batch])
+        self._commit({"event": "edit"}, len(self.batches) - len(kept), [*redone, batch])
         report.edits += batch.edits
         report.layers += batch.layers
+
+    def _without(self, ids: set[str]) -> tuple[list[EditBatch], list[EditBatch]]:
+        """The batches before the first of these edits, and the later ones made anew without them, in the weights."""
+        at = next((i for i, b in enumerate(self.batches) if ids & {r.id for r in b.requests}), len(self.batches))
+        kept, left = self.batches[:at], [b for b in (b.without(ids) for b in self.batches[at:]) if b.requests]
+        return kept, self._solver.solve_anew(kept, left, self._journal.new_name) if ids else []
 
     def _commit(
         self, event: dict[str, Any], undone: int, batches: list[EditBatch], onto: EditJournal | None = None

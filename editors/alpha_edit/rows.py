@@ -1,7 +1,7 @@
 """Requests as rows of tokens: where subject and target stand in them, the contexts around, and what cannot be done."""
 
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,8 @@ from .requests import EditRequest
 
 # What the reference's contexts start with; the model continues them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
+
+_ANSWER = "An answer."  # to see where a chat template puts one
 
 # Names of characters after which no space is written: Chinese and Japanese with their marks, Thai and its neighbours.
 _WITHOUT_SPACES = (
@@ -49,12 +51,12 @@ def encode_request(
     subject: str | None,
     target: str = "",
     context: str = "{}",
-    special: bool = True,
+    rendered: bool = False,
 ) -> EditRow:
     """
     Token row of a prompt, with `{}` for its subject, and its target, see [`encode_answer`]. `context` is a template
-    with `{}` for the prompt, `special` says whether the tokenizer adds its special tokens. The tokens up to the
-    subject's last one are those of the prompt alone; without a subject the whole prompt stands for it.
+    with `{}` for the prompt. The tokens up to the subject's last one are those of the prompt alone; without a subject
+    the whole prompt stands for it.
 
     Raises:
         ValueError: when the tokenizer gives no offsets or the subject or the target no token of its own.
@@ -65,23 +67,24 @@ def encode_request(
     before = lead + prompt[:place]
     text = before + subject + prompt[place + 2 :] + tail
     end = len(before) + len(subject.rstrip())
-    ids, spans = _ids_and_spans(tokenizer, text, special)
+    ids, spans = _ids_and_spans(tokenizer, text, not rendered)
     at = max((i for i, (first, last) in enumerate(spans) if first < end and last > len(before)), default=-1)
     if at < 0:
         raise ValueError(f"Expected a subject with a token of its own, got {subject!r} in {text!r}.")
     start = len(ids)
     if target:
-        ids, start = encode_answer(tokenizer, text, target, at + 1, special)
+        ids, start = encode_answer(tokenizer, text, target, at + 1, rendered)
     return EditRow(ids=ids, subject=at, start=start)
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, text: str, answer: str, kept: int = 1, special: bool = True
+    tokenizer: PreTrainedTokenizerBase, text: str, answer: str, kept: int = 1, rendered: bool = False
 ) -> tuple[list[int], int]:
     """
     Token ids of a prompt and its answer, tokenised as one text, and the position of the first token in which the
     answer's characters begin. Between the two stands a space, unless one of them has white space there or the prompt
-    ends in a script that writes without spaces.
+    ends in a script that writes without spaces. A `rendered` chat has all that stands before its answer, special
+    tokens too.
 
     Where the first `kept` tokens are not those of the prompt alone, because a token spans its end, prompt and answer
     are tokenised each by itself.
@@ -89,10 +92,10 @@ def encode_answer(
     Raises:
         ValueError: when the tokenizer gives no offsets, or prompt or answer have no token of their own.
     """
-    spaced = not (text[-1:].isspace() or answer[:1].isspace() or _ends_without_space(text))
+    spaced = not (rendered or text[-1:].isspace() or answer[:1].isspace() or _ends_without_space(text))
     answer = " " * spaced + answer
-    alone, _ = _ids_and_spans(tokenizer, text, special)
-    ids, spans = _ids_and_spans(tokenizer, text + answer, special)
+    alone, _ = _ids_and_spans(tokenizer, text, not rendered)
+    ids, spans = _ids_and_spans(tokenizer, text + answer, not rendered)
     # A tokenizer of bytes gives each byte of a character the whole character's span.
     start = next((i for i, (_, last) in enumerate(spans) if last > len(text)), len(ids))
     if start < kept or ids[:kept] != alone[:kept]:
@@ -105,16 +108,16 @@ def encode_answer(
 
 
 def split_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: EditRequest | str, answer: str | None, context: str, special: bool
+    tokenizer: PreTrainedTokenizerBase, prompt: EditRequest | str, answer: str | None, context: str, rendered: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Token ids of a prompt and of the answer after it: of an edit's prompt the very row that is edited."""
     if answer is None:
         return None
     if isinstance(prompt, EditRequest):
-        row = encode_request(tokenizer, prompt.prompt, prompt.subject, answer, context, special)
+        row = encode_request(tokenizer, prompt.prompt, prompt.subject, answer, context, rendered)
         ids, start = row.ids, row.start
     else:
-        ids, start = encode_answer(tokenizer, context.replace("{}", prompt), answer, special=special)
+        ids, start = encode_answer(tokenizer, context.replace("{}", prompt), answer, rendered=rendered)
     return tuple(ids[:start]), tuple(ids[start:])
 
 
@@ -143,9 +146,7 @@ def encode_in_contexts(
 ) -> list[EditRow]:
     """A request in each context of which the plain prompt is the first and, by default, the only one."""
     rows = [
-        encode_request(
-            tokenizer, request.prompt, request.subject, request.target_new, context, not config.chat_template
-        )
+        encode_request(tokenizer, request.prompt, request.subject, request.target_new, context, config.chat_template)
         for context in config.context_templates or ["{}"]
     ]
     count = -(-(len(rows[0].ids) - rows[0].start) // config.chunk_length)
@@ -164,7 +165,9 @@ def chat_context(tokenizer: PreTrainedTokenizerBase, context: str = "{}") -> str
             f"Expected a tokenizer with a chat template for chat_template=True, got {type(tokenizer).__name__} "
             "without one. Load the chat model's tokenizer, or set chat_template=False."
         )
-    text = render_prompt(tokenizer, context)
+    text, whole = render_prompt(tokenizer, context), render_prompt(tokenizer, context, answer=_ANSWER)
+    if whole.startswith(text):  # the template may put a space, or an empty thought, before an answer
+        text = whole.partition(_ANSWER)[0]
     if text.count("{}") != 1:
         raise ValueError(
             f"Expected a chat template that shows a turn's text once, got {text!r}. Pass context_templates."
@@ -207,11 +210,12 @@ def reasons_against(
     tokenizer: PreTrainedTokenizerBase,
     config: AlphaEditConfig,
     max_length: int | None,
-    made: Collection[str],
+    made: Mapping[str, EditRequest],
 ) -> dict[int, str]:
     """
     For each request that cannot be made, or not together with an earlier one, its index and the reason. `max_length`
-    is the number of tokens that the model takes, `made` the ids of edits in force.
+    is the number of tokens that the model takes, `made` the edits in force by
+    their ids.
     """
     seen: dict[tuple[str, str | None], int] = {}
     names: dict[str, int] = {}
@@ -219,7 +223,10 @@ def reasons_against(
     for index, request in enumerate(requests):
         other = seen.setdefault((request.prompt, request.subject), index)
         named = names.setdefault(request.id, index)
-        if request.id in made:
+        force = made.get(request.id, request)
+        if (force.prompt, force.subject) != (request.prompt, request.subject):
+            reasons[index] = f"an edit of {force.text!r} with its id {request.id} is in force"
+        elif request.id in made and force.target_new == request.target_new:
             reasons[index] = "this edit is in force already"
         elif other != index and requests[other].target_new.strip() == request.target_new.strip():
             reasons[index] = f"the same edit as request {other}"

@@ -113,7 +113,7 @@ def score_edits(
     if not requests:
         raise ValueError("Expected at least one request, got none.")
     context = chat_context(tokenizer) if chat_template else "{}"
-    split = partial(split_answer, tokenizer, context=context, special=not chat_template)
+    split = partial(split_answer, tokenizer, context=context, rendered=chat_template)
     asked = [
         (request.id, kind, prompt, [split(request if kind == "rewrite" else prompt, answer) for answer in answers])
         for request in requests

@@ -36,8 +36,6 @@ class TargetStates:
     states: torch.Tensor
     losses: torch.Tensor  # (n,): the last loss, in nats per target token
     steps: torch.Tensor  # (n,): steps taken
-    # (n,): mean log-probability of the target's tokens after the plain prompt before anything moved, in nats
-    log_probs: torch.Tensor
 
 
 def find_target_states(
@@ -175,9 +173,9 @@ class _Search:
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
         # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
-        self.num_texts = self.rows_each - (1 if config.kl_factor else 0)
+        texts = self.rows_each - (1 if config.kl_factor else 0)
         places = [
-            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start) / self.num_texts)
+            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start) / texts)
             for line, (row, begin) in enumerate(zip(flat, first, strict=True))
             for place in range(row.start, len(row.ids))
         ]
@@ -233,7 +231,7 @@ class _Search:
         size = initial.norm(dim=2)
         delta = torch.zeros_like(initial)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
-        losses, steps, log_probs = (torch.zeros(self.num_requests, device=device) for _ in range(3))
+        losses, steps = (torch.zeros(self.num_requests, device=device) for _ in range(2))
         active = torch.arange(self.num_requests, device=device)  # requests in the batch
         batch = _Batch(self, active, cache, entering, output)
         before: torch.Tensor | None = None  # next token's log-probabilities of the KL rows, of all requests
@@ -243,17 +241,13 @@ class _Search:
             nll = torch.zeros(len(active), device=device).index_add(0, batch.owner, -token_log_probs * batch.weight)
             loss = nll
             if step:
-                decay = (move.norm(dim=2) / size[active] ** 2).masked_fill(size[active] == 0, 0).sum(1)
-                loss = nll + config.weight_decay * decay
+                # Sizes are zero beyond a request's last place, where nothing is moved.
+                loss = nll + config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
             if kl_log_probs is not None:
                 if before is None:
                     before = kl_log_probs.detach()
                 kl = (kl_log_probs.exp() * (kl_log_probs - before[active])).sum(1)
                 loss = loss + self.kl_factors[active] * kl
-            if step == 0:
-                plain = batch.line % each == 0
-                own = (token_log_probs.detach() * batch.weight)[plain]
-                log_probs.index_add_(0, batch.owner[plain], own * self.num_texts)
             losses[active] = loss.detach()
             done = (loss < config.loss_threshold) | (nll < config.nll_threshold) | ~loss.isfinite()
             if step == config.num_steps - 1 or done.all():
@@ -274,7 +268,7 @@ class _Search:
             if done.any():
                 active = rest
                 batch = _Batch(self, active, cache, entering, output)
-        return initial + delta, losses, steps, log_probs
+        return initial + delta, losses, steps
 
 
 class _Batch:

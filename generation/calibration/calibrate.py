@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from hf_iclr.models import pad_rows
 
-from ..batched_cascade import padding_token
-from ..cascade_generation import CASCADE_DEFAULTS, SpeculativeCascadeGenerationMixin
+from ..cached_decoder import same_vocabulary, vocabulary_size
+from ..cascade_call import CASCADE_DEFAULTS, padding_token
+from ..cascade_generation import SpeculativeCascadeGenerationMixin
 from ..configuration_speculative_cascade import SpeculativeCascadeConfig
 from ..deferral_rules import DEFERRAL_RULES
 from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
@@ -184,7 +185,7 @@ def calibrate_cascade(
     texts = read_texts(model, small, halves[0], rule, config)
     alpha = teacher_forced = run.solve(texts, name, value, costs, strict=True)
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
-    predicted, measured, error = value, None, None
+    predicted, measured, error = run.predict(texts, name, alpha, costs), None, None
     if check:
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
@@ -350,11 +351,11 @@ def small_model(model):
     if model.cascade_pair[1] is None:
         raise ValueError("Expected a model with a small model, got none. Type `enable_cascade(model, small)`.")
     small = model.cascade_pair[1]
-    sizes = [half.config.get_text_config().vocab_size for half in (model, small)]
-    if model.config.is_encoder_decoder or sizes[0] != sizes[1]:
+    if model.config.is_encoder_decoder or not same_vocabulary(model, small):
+        sizes = f"{vocabulary_size(model)} and {vocabulary_size(small)} entries."
         raise ValueError(
             "Both models must be decoders of one vocabulary, got "
-            + ("an encoder-decoder." if model.config.is_encoder_decoder else f"{sizes[0]} and {sizes[1]} entries.")
+            + ("an encoder-decoder." if model.config.is_encoder_decoder else sizes)
         )
     return small
 

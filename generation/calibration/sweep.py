@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hf_iclr.extras import new_figure, require, save_figure
 from hf_iclr.models import pad_rows, to_prompt_ids
 
-from ..batched_cascade import padding_token
+from ..cascade_call import padding_token
 from ..deferral_rules import check_rule
 from .calibrate import large_alone, small_model
 from .teacher_forcing import prepare_config

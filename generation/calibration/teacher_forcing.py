@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..cascade_generation import CASCADE_DEFAULTS
+from ..cached_decoder import align_vocabulary, vocabulary_size
+from ..cascade_call import CASCADE_DEFAULTS
 from ..deferral_rules import cascade_target, one_hot_of_largest, total_variation
+from ..row_processors import process, unscaled_probs
 from .texts import Text
 
 
@@ -214,7 +216,7 @@ def read_texts(
     grid_alphas = np.array([] if by_threshold else ALPHA_GRIDS[rule] if alphas is None else alphas)
     lengths = np.array([len(text.continuation) for text in texts])
     stored = np.zeros((2 if by_threshold else 3 * len(grid_alphas), len(texts), lengths.max()), dtype=np.float32)
-    group_size = max(1, _CHUNK // int(lengths.max() * model.config.get_text_config().vocab_size))
+    group_size = max(1, _CHUNK // int(lengths.max() * vocabulary_size(model)))
     with tqdm(total=len(texts), desc="reading texts", unit="text") as progress:
         for start in range(0, len(texts), group_size):
             group = texts[start : start + group_size]
@@ -240,20 +242,23 @@ def read_texts(
 def _next_token_probs(reader, model, texts: Sequence[Text], config) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Probabilities that `reader` gives at all positions of the continuations, `(positions, vocab_size)`: processed as
-    in the `generate` of `model`, and raw.
+    in the `generate` of `model`, and as deferral rules read them.
     """
     ids = [torch.tensor([*text.prompt, *text.continuation], device=model.device) for text in texts]
     # padding on the right is never looked at by what stands before it
-    logits = reader(input_ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1], use_cache=False).logits
-    raw, processed = [], []
+    inputs = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, :-1]
+    logits = reader(input_ids=inputs.clamp(max=vocabulary_size(reader) - 1), use_cache=False).logits
+    logits = align_vocabulary(logits, vocabulary_size(model))
+    parts = []
     for row, text, text_ids in zip(logits, texts, ids, strict=True):
         first = len(text.prompt)
-        raw.append(row[first - 1 : len(text_ids) - 1].float())
-        if torch.isnan(raw[-1]).any():
+        raw = row[first - 1 : len(text_ids) - 1].float()
+        if torch.isnan(raw).any():
             raise ValueError("A model gave NaN logits on the given texts. Expected finite numbers: check its weights.")
         processors = logits_processors(model, config, first)
-        processed.append(processed_probs(raw[-1], text_ids, first, processors, config.do_sample))
-    return torch.cat(processed), torch.cat(raw).softmax(-1)
+        parts.append(processed_probs(raw, text_ids, first, processors, config.do_sample))
+    probs, unscaled = zip(*parts, strict=True)
+    return torch.cat(probs), torch.cat(unscaled)
 
 
 def keeping_alpha(rule: str, q0: torch.Tensor, p0: torch.Tensor, variation: torch.Tensor) -> torch.Tensor:
@@ -303,9 +308,11 @@ def logits_processors(model, config, prompt_length: int):
     )
 
 
-def processed_probs(logits: torch.Tensor, ids: torch.Tensor, first: int, processors, do_sample: bool) -> torch.Tensor:
+def processed_probs(
+    logits: torch.Tensor, ids: torch.Tensor, first: int, processors, do_sample: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Probabilities after the processors, one-hot in greedy decoding.
+    Probabilities after the processors, one-hot in greedy decoding; and those at temperature 1 without banned tokens.
 
     Args:
         logits (`torch.Tensor` of shape `(positions, vocab_size)`):
@@ -319,12 +326,15 @@ def processed_probs(logits: torch.Tensor, ids: torch.Tensor, first: int, process
         do_sample (`bool`):
             Whether tokens are sampled.
     """
+    scores, unscaled = logits, unscaled_probs(logits, None)
     if len(processors):
         rows = [
-            processors(ids[None, : first + step], row[None].clone())[0] for step, row in enumerate(logits.unbind())
+            process(processors, ids[None, : first + s], row[None].clone()) for s, row in enumerate(logits.unbind())
         ]
-        logits = torch.stack(rows)
-    return logits.softmax(-1) if do_sample else one_hot_of_largest(logits)
+        scores = torch.cat([row_scores for row_scores, _ in rows])
+        if rows[0][1] is not None:
+            unscaled = unscaled_probs(logits, torch.cat([banned for _, banned in rows]))
+    return scores.softmax(-1) if do_sample else one_hot_of_largest(scores), unscaled
 
 
 def prepare_config(model, **generation_kwargs):

@@ -6,14 +6,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
 )
 
-from hf_iclr import enable_cascade
+from hf_iclr import SpeculativeCascadeForCausalLM, enable_cascade
 from hf_iclr.generation.cached_decoder import why_not_batched
 from tests.architectures import ARCHITECTURES, tiny
 from tests.generation.toy import GREEDY, RAGGED_PROMPTS, left_padded, perturbed_copy, tiny_llama
@@ -93,12 +95,45 @@ def test_padded_vocabularies_of_one_tokenizer(models, word_tokenizer):
     small = tiny_llama(4, vocab_size=58)
     inputs = left_padded(RAGGED_PROMPTS)
     tokenizers = {"tokenizer": word_tokenizer, "assistant_tokenizer": word_tokenizer}
+    prompt = {name: value[2:3] for name, value in inputs.items()}
     for pair in ((models[0], small), (small, models[0])):
         model = enable_cascade(*pair)
         output = model.generate(**inputs, **GREEDY, **tokenizers, cascade_rule="spec")
         assert torch.equal(output, pair[0].generate(**inputs, **GREEDY))
         model.generate(**inputs, do_sample=True, max_new_tokens=9, pad_token_id=0, **tokenizers)
         assert model.cascade_statistics.backend == "batched"
+        call = {**tokenizers, "cascade_rule": "token_v3", "cascade_backend": "assisted"}
+        for alpha, whose in ((0.0, pair[0]), (1.0, pair[1])):
+            output = model.generate(**prompt, **GREEDY, **call, cascade_alpha=alpha, num_assistant_tokens=20)
+            alone = whose.generate(**prompt, **GREEDY, suppress_tokens=list(range(50, 58)) if alpha else None)
+            assert output[0, :-1].tolist() == alone[0, :-1].tolist()  # the token after all drafts is the large model's
+        output = model.generate(**prompt, do_sample=True, max_new_tokens=16, **call)
+        assert model.cascade_statistics.backend == "assisted" and int(output.max()) < pair[0].config.vocab_size
+
+
+def test_a_pair_is_compared_once(models, word_tokenizer, tmp_path, monkeypatch):
+    """A composite of padded vocabularies knows that it is one; tokenizers given again are not compared again."""
+    folders = []
+    for name, model in (("large", models[0]), ("small", tiny_llama(4, vocab_size=58))):
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer.save_pretrained(tmp_path / name)
+        folders.append(str(tmp_path / name))
+    inputs, plain = left_padded(RAGGED_PROMPTS), models[0].generate(**left_padded(RAGGED_PROMPTS), **GREEDY)
+    composite = SpeculativeCascadeForCausalLM.from_cascade_pretrained(*folders)
+    composite.save_pretrained(tmp_path / "both")
+    pair = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    compared = []
+    get_vocab = PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", lambda self: compared.append(self) or get_vocab(self))
+    for model in (composite, AutoModelForCausalLM.from_pretrained(tmp_path / "both")):
+        assert torch.equal(model.generate(**inputs, **GREEDY, cascade_rule="spec"), plain)
+    assert not compared
+    model = enable_cascade(*pair)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+    given = dict(zip(("tokenizer", "assistant_tokenizer"), tokenizers, strict=True))
+    for arguments in ({}, {}, given, given):
+        assert torch.equal(model.generate(**inputs, **GREEDY, **arguments, cascade_rule="spec"), plain)
+    assert len(compared) == 4  # those beside the models once, those given once
 
 
 def other_vocabulary():

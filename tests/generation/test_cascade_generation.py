@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     MambaConfig,
     MambaForCausalLM,
@@ -13,7 +12,6 @@ from transformers import (
 )
 
 from hf_iclr import SpeculativeCascadeGenerationMixin, enable_cascade
-from hf_iclr.cache_argument import cache_inputs
 from tests.generation.toy import GREEDY, RAGGED_PROMPTS, left_padded, perturbed_copy, tiny_llama
 
 
@@ -329,10 +327,6 @@ def test_bad_prompts(models):
         model.generate(torch.empty(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="Row 1"):
         model.generate(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
-    cache = cache_inputs(models[0], DynamicCache())
-    models[0](torch.tensor([[1, 2], [1, 2]]), **cache)
-    with pytest.raises(ValueError, match="starts from an empty cache"):
-        model.generate(torch.ones(2, 3).long(), **cache, max_new_tokens=4)
 
 
 def test_nan_logits_stop_with_a_sentence(models):

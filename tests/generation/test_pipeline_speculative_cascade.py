@@ -166,5 +166,8 @@ def test_bad_input(folders, pipe):
         pipeline("speculative-cascade", model=str(folders / "large"))
     with pytest.raises(ValueError, match="at least one token"):
         pipe("")
+    for prompts in (None, ["w1", None]):
+        with pytest.raises(ValueError, match="a string, or a chat of messages"):
+            pipe(prompts)
     with pytest.raises(ValueError, match="Choose one of spec"):
         pipe("w1", cascade_rule="nope")

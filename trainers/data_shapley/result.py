@@ -29,8 +29,7 @@ Normalize = Literal["exposure", "token", "step"] | None
 
 class DataShapleyResult(HubMixin):
     """
-    What [`InRunDataShapleyCallback`] measured. Values are in nats of a target's loss; positive is helpful: training on
-    the row lowered that loss.
+    What [`InRunDataShapleyCallback`] measured: values in nats of a target's loss, positive where the row lowered it.
 
     They belong to one run, with its order of rows and learning rates, and are no forecast of what retraining without a
     row would do. Rows that were never trained on have no value. Positions (`index`) refer to `trainer.train_dataset`,
@@ -264,7 +263,7 @@ class DataShapleyResult(HubMixin):
         target: str = VALIDATION,
     ) -> "SourceValues":
         """
-        Values summed by where rows come from.
+        Values summed by where rows come from, with `totals`, a `timeline` and `plot()`.
 
         Args:
             source (`str` or `Sequence`):
@@ -274,9 +273,6 @@ class DataShapleyResult(HubMixin):
                 does not read, so the callback may not have seen it.
             target (`str`, *optional*, defaults to `"validation"`):
                 Whose loss.
-
-        Returns:
-            `SourceValues`: `totals`, `timeline` and `plot()`.
 
         Raises:
             ValueError: if nothing says where rows come from.
@@ -294,7 +290,7 @@ class DataShapleyResult(HubMixin):
         path: str | Path | None = None,
     ) -> str:
         """
-        Shows what each token of some rows was worth, as HTML. Needs a callback that stored the values of tokens.
+        Shows on a page of HTML what each token of some rows was worth. The callback has to store the values of tokens.
 
         Args:
             rows (`int`, `str` or `Iterable`):
@@ -307,9 +303,6 @@ class DataShapleyResult(HubMixin):
                 Whose loss.
             path (`str` or `Path`, *optional*):
                 Where to write the page.
-
-        Returns:
-            `str`: a page that stands alone.
 
         Raises:
             ValueError: if the values or the ids of tokens are not known.

@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import Trainer
 
 from .gradients.coverage import check_uncompiled
 from .gradients.direction import is_sharded, untouched
+from .identity import RowKeys, take_rows
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,37 @@ def calling_trainer() -> tuple[Trainer, str | None]:
             return owner, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back  # type: ignore[assignment]
     raise ValueError("Expected an event of a Trainer. For a loop of your own, use `InRunDataShapleyCallback.attach`.")
+
+
+def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -> Callable[[], None]:
+    """
+    The trainer's `training_step` takes the rows off its batch and trains within `score(rows)`, as long as the callback
+    whose method this is lives and belongs to the trainer. No hook is on the model outside of it, so that none survives
+    an interruption whose traceback keeps all of this alive. Returns what gives back the trainer and the loader.
+    """
+    training_step = trainer.training_step
+
+    def scored_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs, rows = take_rows(inputs)
+        scoring = score()
+        if rows is None or scoring is None or scoring.__self__ not in trainer.callback_handler.callbacks:
+            return training_step(model, inputs, *args, **kwargs)
+        with scoring(rows):
+            return training_step(model, inputs, *args, **kwargs)
+
+    scored_step.before = vars(trainer).get("training_step")  # type: ignore[attr-defined]
+    trainer.training_step = scored_step
+    of, mine = weakref.ref(trainer), weakref.ref(scored_step)  # what is returned must not keep the callback alive
+
+    def restore() -> None:
+        keys.close()
+        found, step = of(), mine()
+        if found is not None and step is not None and vars(found).get("training_step") is step:
+            del found.training_step
+            if step.before is not None:
+                found.training_step = step.before
+
+    return restore
 
 
 def trainer_batches(
@@ -240,7 +273,10 @@ def _collate(name: str, dataset: Any, collate: Callable[[list[Any]], Any], batch
 def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     """Those in which there is something to predict."""
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    size = getattr(find(), "num_embeddings", None)
+    try:
+        size = getattr(find(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # as of models of images and audio
+        size = None
     kept = []
     for batch, rows in batches:
         entries = batch if isinstance(batch, Mapping) else {}

@@ -208,23 +208,30 @@ class _Annotator:
             clicked.append(worst)
 
     def online(self, max_frames: int, pause_below: float) -> Iterator[dict[str, Any]]:
-        """A pass with one more frame to click on for each row."""
-        options = {"keep": "window", "feature_cache_bytes": 0, "undo_levels": 0, **self.options}
-        for allowed in range(1, max_frames + 1):
-            begin = time.perf_counter()
-            session = self.open_session(**options)
-            clicks = prompt_object(session, self.frames[0], self.obj, self.truth[0], self.clicks_per_frame)
-            clicked = [self.frames[0]]
-            for segments in session.iterate():
+        """
+        A pass with one more frame to click on for each row. It begins where the one before would have needed that
+        frame: what lies before is the same.
+        """
+        spent, begin = 0.0, time.perf_counter()
+        session = self.open_session(**{"feature_cache_bytes": 0, "undo_levels": 0, **self.options, "keep": "all"})
+        clicks = prompt_object(session, self.frames[0], self.obj, self.truth[0], self.clicks_per_frame)
+        clicked, start = [self.frames[0]], None
+        while True:
+            pause, until = None, spent
+            for segments in session.iterate(start=start) if start is None or start <= self.frames[-1] else ():
                 if segments.frame not in self.places:
                     continue
                 place = self.places[segments.frame]
                 self.masks[place] = segments.binary(self.obj)
                 pair = self.masks[place : place + 1], self.truth[place : place + 1]
-                if place and len(clicked) < allowed and region_similarity(*pair)[0] < pause_below:
-                    clicks += correct_object(session, segments, self.obj, self.truth[place], self.clicks_per_frame)
-                    self.masks[place] = session.segments(segments.frame).binary(self.obj)
-                    clicked.append(segments.frame)
-            if len(clicked) < allowed:
+                if place and pause is None and region_similarity(*pair)[0] < pause_below:
+                    pause, until = segments.frame, spent + time.perf_counter() - begin
+            yield {"clicked": clicked[-1], "clicks": clicks, "seconds": spent + time.perf_counter() - begin}
+            if pause is None or len(clicked) == max_frames:
                 return
-            yield {"clicked": clicked[-1], "clicks": clicks, "seconds": time.perf_counter() - begin}
+            spent, begin = until, time.perf_counter()
+            place, segments = self.places[pause], session.segments(pause)
+            clicks += correct_object(session, segments, self.obj, self.truth[place], self.clicks_per_frame)
+            self.masks[place] = session.segments(pause).binary(self.obj)
+            clicked.append(pause)
+            start = pause + 1

@@ -43,6 +43,8 @@ class AutomaticMaskConfig:
         multimask_output (`bool`, *optional*, defaults to `True`): Whether each click gives three masks.
         frame (`int`, *optional*, defaults to `0`): Frame of a video on which objects are found.
         every (`int`, *optional*): Look again each so many frames for new objects.
+        expire_after (`int`, *optional*, defaults to `100`): With `every` and forwards, an object out of sight on so
+            many frames in a row is no longer tracked; if it returns, it is found as a new one. `None` keeps all.
         max_overlap (`float`, *optional*, defaults to `0.5`): A mask with at least this IoU with a tracked one is no
             new object.
 
@@ -67,6 +69,7 @@ class AutomaticMaskConfig:
     multimask_output: bool = True
     frame: int = 0
     every: int | None = None
+    expire_after: int | None = 100
     max_overlap: float = 0.5
 
     def __post_init__(self):
@@ -75,8 +78,9 @@ class AutomaticMaskConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"Expected {name} of at least {low}, got {getattr(self, name)}.")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"Expected every to be at least 1 frame, or None, got {self.every}.")
+        for name in ("every", "expire_after"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} to be at least 1 frame, or None, got {getattr(self, name)}.")
         if self.point_grids is not None and len(self.point_grids) != self.crop_n_layers + 1:
             raise ValueError(
                 f"Expected {self.crop_n_layers + 1} point grids, one a layer, got {len(self.point_grids)}."

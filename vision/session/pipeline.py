@@ -229,22 +229,30 @@ print(result[3].masks[1], result[3].scores[1])""",
                     f"Nothing was found on frame {finder.frame}. Lower pred_iou_thresh, or prompt by hand."
                 )
         searched = -1 if finder is None or session.streaming else finder.frame
+        highest = 0
+        unseen: dict[int, int] = {}  # for how many frames each object was out of sight
         for segments in session.iterate(direction):
             since = -1 if finder is None else segments.frame - finder.frame
             if finder is not None and segments.frame > searched and since >= 0:
                 if since == 0 or finder.every and since % finder.every == 0:
-                    self._add_found(session, segments.frame, finder)
+                    highest = max(highest, *session.objects, 0)
+                    self._add_found(session, segments.frame, finder, highest)
                     segments = session.segments(segments.frame)
                 searched = segments.frame
             yield segments
+            if finder is not None and finder.every and finder.expire_after and direction == "forward":
+                unseen = {obj: 0 if segments.visible[obj] else unseen.get(obj, 0) + 1 for obj in segments.objects}
+                highest = max(highest, *unseen, 0)
+                for obj in [obj for obj, frames in unseen.items() if frames >= finder.expire_after]:
+                    session.remove_object(obj)
 
-    def _add_found(self, session: VideoSession, frame: int, finder: AutomaticMaskConfig) -> None:
-        """Adds the objects found on a frame that are not tracked yet, numbered on."""
+    def _add_found(self, session: VideoSession, frame: int, finder: AutomaticMaskConfig, numbered: int = 0) -> None:
+        """Adds the objects found on a frame that are not tracked yet, numbered on from `numbered` at least."""
         found = generate_masks(self.model, self.processor, session.frames[frame], finder)
         segments = session.segments(frame)
         tracked = [segments.binary(obj) for obj in segments.objects]
         fresh = new_objects(found, tracked, finder.max_overlap)
-        for obj, record in enumerate(fresh, start=max(session.objects, default=0) + 1):
+        for obj, record in enumerate(fresh, start=max(numbered, *session.objects, 0) + 1):
             session.add(frame, obj, mask=record["segmentation"])
 
     def _everything(self, session: VideoSession, finder: AutomaticMaskConfig) -> FrameSegments:

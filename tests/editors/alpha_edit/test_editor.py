@@ -2,13 +2,14 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_iclr.editors.alpha_edit import AlphaEditor, EditRequest, KeyStatistics
+from hf_iclr.editors.alpha_edit import AlphaEditor, EditRequest, KeyStatistics, score_edits
 from hf_iclr.editors.alpha_edit.projections import find_down_projections
 from tests.editors.tiny import CONTEXTS, ENDING, REQUESTS, quick_config, text_rows, tiny_model, tiny_statistics
 
@@ -281,7 +282,8 @@ def test_a_target_state_that_is_not_finite_rejects_its_request_alone(word_tokeni
 
     def broken(*args, **kwargs):
         found = find(*args, **kwargs)
-        found.states[1] = float("nan")
+        if len(found.states) == 4:
+            found.states[1] = float("nan")
         return found
 
     monkeypatch.setattr(alpha_editor, "find_target_states", broken)
@@ -369,3 +371,81 @@ def test_layers_spread_over_devices_are_edited_alike(word_tokenizer):
         each.edit(REQUESTS, batch_size=2, progress=False)
     assert torch.equal(logits(plain), logits(spread))
     assert hasattr(spread.model.layers[1], "_hf_hook")
+
+
+def target_probability(model, ids, start):
+    """Geometric mean of the tokens from `start` on."""
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(ids[start:])[:, None]).mean().exp().item()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_5_text"])
+def test_a_long_target_is_said_with_a_state_for_each_part_of_it(model_type, word_tokenizer):
+    """Twelve tokens, eight states in all; a short target beside it; what stays is made anew when one is removed."""
+    long = EditRequest("w1 w2 {}", "w3 w4", " ".join(f"w{i}" for i in range(20, 32)))
+    layers = [2] if model_type == "gemma2" else [2, 3]
+    settings = STRONG | {"layers": layers, "num_steps": 30, "context_templates": ["{}", "w9 {}"]}
+    reached = {}
+    for chunk in (12, 2):
+        editor = make_editor(word_tokenizer, model_type, chunk_length=chunk, **settings)
+        report = editor.edit([long, ENDING[1]], progress=False)
+        ids = word_tokenizer(f"{long.text} {long.target_new}")["input_ids"]
+        assert report.edits[0]["p_after"] == pytest.approx(target_probability(editor.model, ids, 4), rel=1e-3)
+        reached[chunk] = report.edits[0]["p_after"]
+        assert all(keys.shape[1] == 12 // chunk + 1 for keys in editor.batches[0].keys.values())
+    assert reached[2] > 1.5 * reached[12]
+    with_both = weights_of(editor)
+    editor.remove(ENDING[1].id)
+    alone = weights_of(editor)
+    assert any(not torch.equal(with_both[layer], alone[layer]) for layer in layers)
+    editor.undo()
+    assert editor.edits == []
+
+
+def test_chat_turns_are_edited_and_reported_as_they_are_asked(word_tokenizer):
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = "w40 {% for m in messages %}{{ m.content }} w41 w42{{ ' ' }}{% endfor %}"
+    settings = {"context_templates": None, "num_contexts": 1, "context_length": 3, "chat_template": True}
+    editor = make_editor(tokenizer, **STRONG | settings)
+    (row,) = editor.edit([REQUESTS[0]], progress=False).edits
+    assert editor.config.context_templates[0] == "w40 {} w41 w42 " and len(editor.config.context_templates) == 2
+    ids = tokenizer("w40 w1 w3 w4 w2 w41 w42 w5")["input_ids"]
+    assert row["p_after"] == pytest.approx(target_probability(editor.model, ids, 7), rel=1e-3)
+    scores = score_edits(editor.model, tokenizer, [REQUESTS[0]], chat_template=True, progress=False)
+    assert math.exp(-scores.nll_new[0]) == pytest.approx(row["p_after"], rel=1e-5)
+
+
+def test_a_generator_of_requests_is_read_and_other_things_get_a_sentence(word_tokenizer):
+    editor = make_editor(word_tokenizer)
+    assert len(editor.edit((request for request in REQUESTS[:2]), progress=False).edits) == 2
+    assert len(editor.edit(REQUESTS[2], progress=False).edits) == 1
+    with pytest.raises(TypeError, match="list of EditRequest, got str"):
+        editor.edit("w1", progress=False)
+    with pytest.raises(ValueError, match="Expected requests"):
+        editor.edit((request for request in ()), progress=False)
+    with pytest.raises(ValueError, match=r"got an empty list. Type \['{}'\]"):
+        quick_config(context_templates=[])
+
+
+def test_a_correction_takes_the_place_of_the_earlier_edit(word_tokenizer):
+    """The model is the one that the other edits and the correction alone would have given."""
+    editor = make_editor(word_tokenizer, **STRONG)
+    editor.edit(ENDING, batch_size=2, progress=False)
+    wrong = ENDING[0]
+    right = EditRequest(wrong.prompt, wrong.subject, "w30")
+    (row,) = editor.edit([right], progress=False).edits
+    assert [edit.target_new for edit in editor.edits] == ["w15", "w19", "w25", "w30"]
+    ids = word_tokenizer(f"{right.text} w30")["input_ids"]
+    assert row["p_after"] == pytest.approx(target_probability(editor.model, ids, len(ids) - 1), rel=1e-3)
+    assert row["p_after"] > 0.5 and row["p_before"] < 0.1
+    again = make_editor(word_tokenizer, **STRONG)
+    again.edit(ENDING, batch_size=2, progress=False)
+    again.remove(wrong.id)
+    again.edit([right], progress=False)
+    for layer, weight in weights_of(again).items():
+        torch.testing.assert_close(weights_of(editor)[layer], weight)
+    report = editor.edit([right, EditRequest(right.prompt, right.subject, "w31", id=right.id)], progress=False)
+    assert report.rejected[0]["reason"] == "this edit is in force already"
+    named = editor.edit([EditRequest("w9 {}", "w8", "w31", id=right.id)], progress=False)
+    assert f"with its id {right.id} is in force" in named.rejected[0]["reason"]

@@ -1,5 +1,7 @@
 """CounterFact, zsRE and plain rows become edit requests, and those token rows; other rows get a sentence."""
 
+import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,13 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from hf_iclr.editors.alpha_edit import AlphaEditConfig, EditRequest, edit_requests
-from hf_iclr.editors.alpha_edit.rows import encode_request, reasons_against, sample_contexts
+from hf_iclr.editors.alpha_edit.rows import (
+    chat_context,
+    encode_in_contexts,
+    encode_request,
+    reasons_against,
+    sample_contexts,
+)  # fmt: skip
 from tests.editors.tiny import tiny_model
 
 
@@ -59,6 +67,99 @@ def test_the_first_answer_of_zsre_is_the_target_and_its_neighbour_keeps_its_own_
     assert request.neighborhood == (("nq question: who paints the bridge?", "the city"),)
 
 
+EASY_EDIT = {
+    "case_id": 3,
+    "prompt": "What university did Watts Humphrey attend?",
+    "subject": "Watts Humphrey",
+    "target_new": "University of Michigan",
+    "ground_truth": ["Illinois Institute of Technology"],
+    "rephrase_prompt": "Which university was Watts Humphrey's?",
+    "locality": {"neighborhood": {"prompt": ["who played desmond"], "ground_truth": ["Henry Ian Cusick"]}},
+    "portability": {"one_hop": {"prompt": "Where is it?", "ground_truth": "Ann Arbor"}},
+}
+KNOW_EDIT = {
+    "subject": "Leo Arons",
+    "prompt": "The place of death of Leo Arons is",
+    "target_new": "Berlin",
+    "ground_truth": "Bern",
+    "portability": {"Reasoning": [{"prompt": "The mayor of it is", "ground_truth": [["x"]]}]},
+    "locality": {"Relation_Specificity": [
+        {"prompt": "The father of Leo Arons is", "ground_truth": [["Albert Arons", "A. Arons"]]},
+        {"prompt": "Nobody knows", "ground_truth": []},
+    ]},
+}  # fmt: skip
+
+
+def test_rows_of_easy_edit_and_know_edit_are_read():
+    (request,) = edit_requests([EASY_EDIT])
+    assert request == EditRequest(
+        "What university did {} attend?", "Watts Humphrey", "University of Michigan",
+        "Illinois Institute of Technology", ("Which university was Watts Humphrey's?",),
+        (("who played desmond", "Henry Ian Cusick"),),
+    )  # fmt: skip
+    (request,) = edit_requests([KNOW_EDIT])
+    assert (request.prompt, request.target_true) == ("The place of death of {} is", "Bern")
+    assert request.neighborhood == (("The father of Leo Arons is", "Albert Arons"),)
+    flat = {"locality_prompt": "who played desmond", "locality_ground_truth": "Henry Ian Cusick", "locality": None}
+    assert edit_requests([EASY_EDIT | flat])[0].neighborhood == (("who played desmond", "Henry Ian Cusick"),)
+    (request,) = edit_requests([EASY_EDIT | {"prompt": "Where did the father of CMM study?"}])
+    assert request.subject is None and request.text == "Where did the father of CMM study?"
+    with pytest.raises(TypeError, match="answer of row 0 to be text, got 5"):
+        edit_requests([EASY_EDIT | {"target_new": 5}])
+
+
+def test_the_name_of_a_row_is_that_of_its_content():
+    """Two shards of a data set have a first row each."""
+    other = {**ZSRE, "answers": ["Ann Moss"]}
+    ids = [edit_requests(rows)[0].id for rows in ([ZSRE], [other], [ZSRE, other])]
+    assert ids[0] == ids[2] != ids[1]
+    nameless = {name: value for name, value in COUNTERFACT.items() if name != "case_id"}
+    again = {**nameless, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "subject": "Port Askaig"}}
+    assert edit_requests([nameless])[0].id != edit_requests([again])[0].id
+
+
+def test_a_prompt_without_a_subject_is_edited_at_its_last_token(byte_tokenizer):
+    request = EditRequest("Where does the ferry land? ", None, "Oslo")
+    row = encode_request(byte_tokenizer, request.prompt, request.subject, request.target_new)
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "Where does the ferry land?"
+    assert byte_tokenizer.decode(row.ids[row.start :]) == "Oslo"
+    assert EditRequest.from_dict(request.to_dict()) == request and "subject" not in request.to_dict()
+    row = encode_request(byte_tokenizer, "a {b} {}", None, "Oslo", "[{}]\n")
+    assert byte_tokenizer.decode(row.ids[: row.subject + 1]) == "[a {b} {}"
+
+
+def test_a_chat_is_one_rendered_turn_with_the_answer_behind_it(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    with pytest.raises(ValueError, match="a tokenizer with a chat template for chat_template=True"):
+        chat_context(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '\\n' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert chat_context(tokenizer) == "<user>{}\n<assistant>"
+    config = AlphaEditConfig(chat_template=True, context_templates=[chat_context(tokenizer), "<x>{}</x>"])
+    rows = encode_in_contexts(tokenizer, EditRequest("Where is {} now?", "Ann", "Oslo"), config)
+    assert tokenizer.decode(rows[0].ids) == "<user>Where is Ann now?\n<assistant>Oslo"
+    assert tokenizer.decode(rows[0].ids[: rows[0].subject + 1]) == "<user>Where is Ann"
+    assert tokenizer.decode(rows[1].ids) == "<x>Where is Ann now?</x>Oslo"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert chat_context(tokenizer, "Well. {}") == "[user] Well. {}[assistant] "
+    tokenizer.chat_template = "{{ messages[0].content * 2 }}"
+    with pytest.raises(ValueError, match="shows a turn's text once"):
+        chat_context(tokenizer)
+
+
+def test_a_long_target_is_cut_into_parts_of_like_length(word_tokenizer):
+    request = EditRequest("w1 {} w2", "w3", " ".join(f"w{i}" for i in range(10, 21)))
+    rows = encode_in_contexts(
+        word_tokenizer, request, AlphaEditConfig(context_templates=["{}", "w9 {}"], chunk_length=4)
+    )
+    assert [row.places for row in rows] == [(1, 5, 9), (2, 6, 10)] and [row.start for row in rows] == [3, 4]
+    short = encode_in_contexts(
+        word_tokenizer, EditRequest("w1 {} w2", "w3", "w4 w5 w6 w7"), AlphaEditConfig(chunk_length=4)
+    )
+    assert [row.places for row in short] == [(1,)]
+
+
 def test_plain_rows_may_lack_the_optional_columns():
     rows = [
         {"prompt": "{} is in", "subject": "Bergen", "target_new": "Peru", "target_true": "Norway", "id": "b"},
@@ -104,10 +205,12 @@ def test_conflicts_within_a_batch_have_their_reasons(word_tokenizer):
     first = EditRequest("w1 {} w2", "w3", "w4")
     again = EditRequest("w1 {} w2", "w3", "w4", id="again")
     other = EditRequest("w1 {} w2", "w3", "w5")
-    reasons = reasons_against([first, again, other], word_tokenizer, AlphaEditConfig(), None, ())
+    named = EditRequest("w1 {} w2", "w9", "w5", id=first.id)
+    reasons = reasons_against([first, again, other, named], word_tokenizer, AlphaEditConfig(), None, {})
     assert reasons == {
         1: "the same edit as request 0",
         2: "contradicts request 0, which sets 'w1 w3 w2' to 'w4'",
+        3: "has the id of request 0",
     }
 
 
@@ -131,6 +234,7 @@ def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
         (("{} and {}", "Rome", "x"), "with {} once"),
         (("{} is", " ", "x"), "subject of an edit to say something"),
         (("{} is", "Rome", ""), "target_new of an edit"),
+        (("{} is", "Rome", "x", None, (), [("only one",)]), "each of neighborhood to be a prompt, or a neighbour's"),
     ],
 )
 def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
@@ -138,10 +242,13 @@ def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
         EditRequest(*arguments)
     with pytest.raises(TypeError, match="subject to be text"):
         EditRequest("{} is", 3, "x")
+    with pytest.raises(TypeError, match=r"Type `paraphrases=\['Rome is'\]`"):
+        EditRequest("{} is", "Rome", "x", paraphrases="Rome is")
 
 
 def test_requests_survive_as_plain_values():
-    request = EditRequest("w1 {} w2", "w3", "w4", paraphrases=["w5 w3"], source="counterfact")
-    assert EditRequest.from_dict(request.to_dict()) == request
+    request = EditRequest("w1 {} w2", "w3", "w4", paraphrases=["w5 w3"], neighborhood=[("w6", "w7")], source="mine")
+    assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    assert json.loads(json.dumps(request.to_dict())) == request.to_dict()
     with pytest.raises(ValueError, match="prompt, subject and target_new .* got \\['promt'\\]"):
         EditRequest.from_dict({"promt": "x"})

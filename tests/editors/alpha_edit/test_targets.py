@@ -123,7 +123,7 @@ def test_a_subject_that_ends_at_the_first_token_needs_no_prefix(word_tokenizer):
     requests = [EditRequest("{} w2", "w3", "w4"), EditRequest("{} w6 w7", "w8", "w9")]
     config = quick_config(context_templates=["{}"], kl_factor=0.0)
     found = find_target_states(model, word_tokenizer, projections, requests, config, progress=False)
-    assert found.states.isfinite().all() and found.log_probs.lt(0).all()
+    assert found.states.isfinite().all()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
@@ -138,7 +138,6 @@ def test_in_bfloat16_only_products_above_the_edited_layer_are_rounded(model_type
     exact, rounded = found["float32"].states, found["bfloat16"].states
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert ((exact - rounded).norm(dim=1) < 0.1 * exact.norm(dim=1)).all()
-    torch.testing.assert_close(found["float32"].log_probs, found["bfloat16"].log_probs, rtol=0.05, atol=0.02)
     assert torch.equal(exact, found["auto"].states)  # so small matrices do not gain
     assert not any("forward" in vars(module) for module in model.modules())
 

@@ -210,7 +210,38 @@ def test_chats(model, word_tokenizer):
     ]
     chats = datasets.Dataset.from_dict({"messages": rows})
     result = calibrate(model, chats, {"deferral_rate": 0.3}, word_tokenizer, check=False)
-    assert result.predicted == 0.3
+    assert result.predicted == pytest.approx(0.3)
+
+
+def test_what_is_predicted_without_a_check_is_computed(pair, model, word_tokenizer):
+    """Fourteen positions defer in fourteenths: what alpha gives on them is not what was asked for."""
+    rows = ["w1 w2 w3 w4 w5 w6 w7 w8", "w9 w8 w7 w6 w5 w4 w3 w2"]
+    call = {"check": False, "prompt_tokens": 1, "max_new_tokens": 7, "rule": "chow"}
+    result = calibrate(model, rows, {"deferral_rate": 0.4}, word_tokenizer, **call)
+    with torch.no_grad():
+        ids = torch.tensor(word_tokenizer(rows)["input_ids"])
+        confidence = pair[1](ids).logits[:, :-1].softmax(-1).amax(-1)
+    share = (confidence < 1 - result.alpha).double().mean()
+    assert result.predicted == pytest.approx(float(share)) and result.predicted != 0.4
+
+
+def test_two_padded_sizes_of_one_vocabulary(pair, dataset, word_tokenizer, tmp_path):
+    """The small model's embeddings have six rows more, which are no words: the same alpha is found."""
+    large, small = pair
+    padded = copy.deepcopy(small)
+    padded.resize_token_embeddings(56)
+    padded.lm_head.weight.data[50:] = 0
+    models = []
+    for name, model in (("large", large), ("small", padded)):
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer.save_pretrained(tmp_path / name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    call = {"check": False, "max_tokens": 400}
+    found = [
+        calibrate(enable_cascade(*models), dataset, {"acceptance": 0.7}, word_tokenizer, **call).alpha
+        for models in (pair, models)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

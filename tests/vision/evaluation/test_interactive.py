@@ -9,9 +9,10 @@ from benchmarks.common.native_session import NativePipe
 from hf_iclr import evaluate_interactive
 from hf_iclr.vision.evaluation.interactive import InteractiveResult
 from hf_iclr.vision.evaluation.j_and_f import j_and_f
-from hf_iclr.vision.evaluation.simulated_prompts import next_click, prompt_object
+from hf_iclr.vision.evaluation.simulated_prompts import correct_object, next_click, prompt_object
+from hf_iclr.vision.session.memory import ObjectMemory
 from tests.vision.session.drifting import DriftingPipe, iou, pixels, truth
-from tests.vision.tiny import clip, tiny_pipe
+from tests.vision.tiny import clip, near_pipe, tiny_pipe
 
 
 CLIP = pixels(7), {1: truth(7)}
@@ -47,8 +48,9 @@ def test_online_pauses_where_it_is_wrong_and_goes_on():
     assert result.table["clicked"].tolist() == [0, 2, 4] and result.table["clicks"].tolist() == [3, 6, 9]
     expected = [means(0, 1, 2, 3, 4, 5, 6), means(0, 1, 0, 1, 2, 3, 4), means(0, 1, 0, 1, 0, 1, 2)]
     assert result.table["j"].tolist() == expected
-    assert [list(session.clicks[1]) for session in pipe.sessions] == [[0], [0, 2], [0, 2, 4]]
-    assert {session.passes for session in pipe.sessions} == {1}
+    (session,) = pipe.sessions
+    assert list(session.clicks[1]) == [0, 2, 4] and session.passes == 3
+    assert session.shown == [*range(7), *range(3, 7), *range(5, 7)]  # nothing is tracked twice that stays as it was
 
 
 def test_online_ends_when_no_pause_is_needed():
@@ -102,6 +104,30 @@ def test_online_is_the_session_by_hand():
                 mask = session.correct(frame.frame, 4, points=[point], labels=[label]).masks[4]
         masks.append(mask)
     assert left == 0 and result.table["j"].iloc[1] == j_and_f([np.stack(masks)], [MOVING])["j"]
+
+
+def test_online_passes_are_those_from_the_start_with_fewer_steps(monkeypatch):
+    """Each row as by a session of its own, with fewer passes of frames through the model."""
+    video, steps = clip(12), []
+    moving = np.stack([np.roll(MOVING[0], 2 * number, axis=1) for number in range(12)])
+    track = ObjectMemory.track
+    monkeypatch.setattr(ObjectMemory, "track", lambda *args: steps.append(1) or track(*args))
+    result = evaluate_interactive(near_pipe(), [(video, {4: moving})], "online", 1, 4)
+    few, expected = len(steps), []
+    steps.clear()
+    for allowed in range(1, 5):
+        session = near_pipe().session(video, keep="window")
+        clicks, clicked, masks = prompt_object(session, 0, 4, moving[0], 1), 1, []
+        for frame in session.iterate():
+            mask, true = frame.binary(4), moving[frame.frame]
+            if frame.frame and clicked < allowed and (mask & true).sum() / (mask | true).sum() < 0.75:
+                clicked += 1
+                clicks += correct_object(session, frame, 4, true, 1)
+                mask = session.segments(frame.frame).binary(4)
+            masks.append(mask)
+        expected.append((clicks, j_and_f([np.stack(masks)], [moving])["j_and_f"]))
+    assert [tuple(row) for row in result.table[["clicks", "j_and_f"]].to_numpy()] == expected and len(expected) == 4
+    assert few < 0.9 * len(steps), (few, len(steps))
 
 
 def test_native_corrections_are_lost_by_the_next_pass():

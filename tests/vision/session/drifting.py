@@ -41,6 +41,7 @@ class DriftingSession:
         self.mask = truth(start + 1, start)[-1]
         self.clicks: dict[int, dict[int, list]] = {}  # by object, then frame
         self.passes = 0
+        self.shown: list[int] = []
         self.latest = -1
 
     def add(self, frame, obj, points=None, labels=None, box=None, mask=None):
@@ -62,7 +63,9 @@ class DriftingSession:
                 masks[obj] = np.roll(self.mask, drift, axis=1)
         return FrameSegments(frame, SIZE, masks, dict.fromkeys(masks, 0.9), dict.fromkeys(masks, 5.0))
 
-    def iterate(self):
+    def iterate(self, start=None):
         self.passes += 1
-        for frame in range(min(min(clicks) for clicks in self.clicks.values()), self.video.num_frames):
+        begin = min(min(clicks) for clicks in self.clicks.values()) if start is None else start
+        for frame in range(begin, self.video.num_frames):
+            self.shown.append(frame)
             yield self.segments(frame)

@@ -185,6 +185,7 @@ def test_a_video_is_searched_again_for_new_objects(monkeypatch):
     [
         ({"points_per_side": 0}, "points_per_side of at least 1"),
         ({"every": 0}, "every to be at least 1"),
+        ({"expire_after": 0}, "expire_after to be at least 1"),
         ({"point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "2 point grids, one a layer, got 1"),
     ],
 )
@@ -202,3 +203,30 @@ def test_gradients_are_not_kept():
     assert torch.is_grad_enabled()
     generate()
     assert torch.is_grad_enabled() and all(p.grad is None for p in tiny_pipe().model.parameters())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_objects_out_of_sight_expire_and_their_numbers_are_not_given_again(monkeypatch, streaming):
+    pipe, video = tiny_pipe(), clip(12)
+    whole = np.zeros((48, 80), bool)
+    places = [whole.copy() for _ in range(12)]
+    for number, place in enumerate(places):
+        place[10:20, 5 * number : 5 * number + 5] = True
+    # Every search finds something else; object 1 alone stays in sight.
+    found = iter(places)
+    monkeypatch.setattr(
+        "hf_iclr.vision.session.pipeline.generate_masks", lambda *args: [{"segmentation": next(found)}]
+    )
+    in_sight = property(lambda segments: {obj: obj == 1 for obj in segments.objects})
+    monkeypatch.setattr("hf_iclr.vision.session.segments.FrameSegments.visible", in_sight)
+
+    def objects(**automatic) -> list[list[int]]:
+        nonlocal found
+        found = iter(places)
+        automatic |= {"every": 3, "max_overlap": 0.999}
+        frames = iter(video) if streaming else video
+        return [segments.objects for segments in pipe(frames, prompts="auto", automatic=automatic)]
+
+    assert objects()[-1] == objects(expire_after=None)[-1] == [1, 2, 3, 4]
+    expected = [[1]] * 3 + [[1, 2]] * 2 + [[1]] + [[1, 3]] * 2 + [[1]] + [[1, 4]] * 2 + [[1]]
+    assert objects(expire_after=2) == expected
