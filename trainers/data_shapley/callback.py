@@ -298,7 +298,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
         records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
-        run = {"steps": len(dataloader)} if hasattr(dataloader, "__len__") else {}
+        run: dict[str, Any] = {"steps": len(dataloader)} if hasattr(dataloader, "__len__") else {}
         self._start(model, plain, batches, self.compute_loss or support.model_loss, records, **run)
         done = 0
 
@@ -342,7 +342,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         records: RunRecords,
         step: int = 0,
         checkpoint: Path | None = None,
-        **run: int,
+        **run: Any,
     ) -> None:
         support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -167,7 +167,7 @@ class TargetDirections:
             directions: list[Direction] = []
             exact: list[Direction] = []
             for index, gradient in enumerate(found):
-                direction = gradient.mul_(scales[index])
+                direction: Any = gradient.mul_(scales[index])
                 if share < 1:
                     direction = torch.lerp(dense(before[which][index]).to(direction.dtype), direction, share)
                 found[index] = gradient = torch.empty(0)  # one full copy at a time

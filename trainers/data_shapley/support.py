@@ -104,7 +104,7 @@ def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -
         with scoring(rows):
             return training_step(model, inputs, *args, **kwargs)
 
-    scored_step.before = vars(trainer).get("training_step")  # type: ignore[attr-defined]
+    vars(scored_step)["before"] = vars(trainer).get("training_step")
     trainer.training_step = scored_step
     of, mine = weakref.ref(trainer), weakref.ref(scored_step)  # what is returned must not keep the callback alive
 
@@ -113,8 +113,8 @@ def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -
         found, step = of(), mine()
         if found is not None and step is not None and vars(found).get("training_step") is step:
             del found.training_step
-            if step.before is not None:
-                found.training_step = step.before
+            if (before := vars(step)["before"]) is not None:
+                found.training_step = before
 
     return restore
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,7 @@ class TrainedRows:
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}.")
+        keys: Sequence[Any]
         if known.name == "index":
             keys = self._positions(dataset, int(known.max()) + 1)
         else:
@@ -224,8 +225,10 @@ def _match(trained: Dataset, dataset: Dataset) -> Sequence[int] | None:
 def _agree(trained: Dataset, dataset: Dataset, common: Sequence[str], places: Sequence[int]) -> bool:
     """Whether rows are equal where they can be compared, but for what trainers add to the end of texts."""
     for name in common:
-        mine = _values(trained, name) if isinstance(places, range) else list(_values(trained, name))
-        of_place = iter(mine) if isinstance(places, range) else (None if p < 0 else mine[p] for p in places)
+        of_place: Iterable[Any] = _values(trained, name)
+        if not isinstance(places, range):
+            mine = list(of_place)
+            of_place = (None if place < 0 else mine[place] for place in places)
         for place, own, other in zip(places, of_place, _values(dataset, name), strict=True):
             texts = isinstance(own, str) and isinstance(other, str)
             if place >= 0 and own != other and not (texts and own.startswith(other)):

@@ -248,7 +248,9 @@ def find_unordered(
         pairs = list(zip(calls, moved[index], strict=True))
         if calls and all(torch.equal(one.print, then.print) for one, then in pairs):
             common.add(index)
-        elif not all(_alike(one.rows.roll(1), then.rows) for one, then in pairs if one.rows is not None):
+        elif not all(
+            _alike(one.rows.roll(1), then.rows) for one, then in pairs if not (one.rows is None or then.rows is None)
+        ):
             unordered.add(index)
     if len(unordered) == len(taps.modules):
         raise ValueError(

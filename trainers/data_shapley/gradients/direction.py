@@ -105,7 +105,7 @@ def _moment(optimizer: torch.optim.Optimizer, state: dict[str, Any], order: int)
         return found
     scales, count = state.get(f"absmax{order}"), found.numel()
     block = next((size for size in (256, 2048) if scales is not None and -(-count // size) == len(scales)), None)
-    if block is None:
+    if scales is None or block is None:
         raise ValueError(
             f"Expected the 8-bit moments of {type(optimizer).__name__} in blocks of 256, with a scale each, got a "
             f"state with {sorted(state)}: values would not be Adam's. Type `block_wise=True`, or use its 32 bits."

@@ -85,7 +85,7 @@ class InCommon(torch.Tensor):
         found = []
         for place, value in enumerate(results):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                step = Step(function, *kept, None if alone else place)
+                step = Step(function, kept[0], kept[1], None if alone else place)
                 if met and value.dim() and len(value) == batch:
                     for source in step.sources():
                         value = source.tap(source, step, value)

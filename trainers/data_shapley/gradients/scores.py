@@ -90,7 +90,7 @@ def token_scores(
     if tapped.kind == "embedding" and isinstance(u, LowRank):
         x = first_input(call.args, call.kwargs)
         scores = _sum_product(b @ u.right.T.to(b.dtype), F.embedding(x, u.left).to(b.dtype))
-        padding = tapped.module.padding_idx
+        padding: Any = tapped.module.padding_idx
         return scores if padding is None else scores.masked_fill(x == padding, 0)
     return _sum_product(b, _derivative(tapped, directions, call).to(b.dtype), count_leading(tapped, b))
 

@@ -199,7 +199,7 @@ class _Hook:
 
         def tap(value: Any) -> Any:
             place = next(places)
-            return self._behind(value, Call(*call, place)) if isinstance(value, torch.Tensor) else value
+            return self._behind(value, Call(call[0], call[1], place)) if isinstance(value, torch.Tensor) else value
 
         return follow.replace(output, tap)
 
@@ -372,6 +372,6 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
         return "embedding"
     if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
-    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and module.weight.dim() == 1:
+    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:
         return "scale"
     return "other"
