@@ -1,17 +1,30 @@
 """
-What an edit costs: target states in batches against one by one, and the low-rank solve against the dense one.
+What an edit costs: against EasyEdit's own code at the same settings, and the low-rank solve against the dense one.
 
-    OMP_NUM_THREADS=1 python benchmarks/alphaedit_speed.py --edits 50 --one-by-one 3
+    git clone https://github.com/zjunlp/EasyEdit
+    OMP_NUM_THREADS=1 python benchmarks/alphaedit_speed.py --easyedit EasyEdit --data DIR
 
-The one-by-one path is the reference algorithm as it states itself: every step runs the whole model on every row of one
-request and computes the logits of every position. Both take the same number of steps, without stopping early, and CPU
-time is compared. The dense solve is float32 `torch.linalg.solve` on d x d, as in the reference. What either keeps from
-earlier batches is made beforehand: P and the second moment of the keys, or the projected keys and their factor.
+EasyEdit's `apply_AlphaEdit_to_model` runs unmodified in this process, on the same model, facts, contexts, layers and
+null space, at the paper's settings. The ways take turns in every repeat; CPU time and wall time are medians of the
+repeats. `neutral` is ours in float32 without a stop of its own, which must give EasyEdit's weights; `default` is what
+users get. All are scored on the facts edited. Without `--easyedit` only ours run. DIR is as in `alphaedit.py`.
+
+The dense solve is float32 `torch.linalg.solve` on d x d, as in the reference. What either keeps from earlier batches
+is made beforehand: P and the second moment of the keys, or the projected keys and their factor.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
 import time
+import types
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common.arguments import make_parser, parse, write_json
@@ -19,66 +32,137 @@ from common.arguments import make_parser, parse, write_json
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--edits", type=int, default=50)
-    parser.add_argument("--one-by-one", type=int, default=3, help="edits made the slow way")
-    parser.add_argument("--steps", type=int, default=16)
-    return parse(parser, edits=4, one_by_one=1, steps=4)
+    parser.add_argument("--easyedit", type=Path, help="checkout of https://github.com/zjunlp/EasyEdit")
+    parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own facts")
+    parser.add_argument("--facts", type=int, nargs="+", default=[2, 12], help="edited in one call")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=60_000, help="of text for the statistics")
+    return parse(parser, facts=[2], repeats=1, tokens=2000)
 
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGUMENTS = arguments()
 
 import torch
+from datasets import Dataset
 
-from hf_iclr import AlphaEditConfig, EditRequest
+from common.edit_data import load_edit_data
+from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
+from hf_iclr.editors.alpha_edit import evaluate_edits
 from hf_iclr.editors.alpha_edit.closed_form import EditedKeys
-from hf_iclr.editors.alpha_edit.projections import DownProjection, choose_layers, find_down_projections
-from hf_iclr.editors.alpha_edit.rows import encode_request
-from hf_iclr.editors.alpha_edit.targets import find_target_states
-from hf_iclr.models import pad_rows
-from hf_iclr.tour.demo.facts import demo_requests
+from hf_iclr.editors.alpha_edit.rows import sample_contexts
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
-CONTEXTS = ["{}", "The weather was fine that day. {}", "I think it is like this. {}"]
+NEUTRAL = {"optimization_dtype": "float32", "nll_threshold": 0.0}
+
+
+class EasyEdit:
+    """Their algorithm on our model. Only the modules it needs are imported: the package's own imports every method."""
+
+    def __init__(self, folder: Path, editor: AlphaEditor) -> None:
+        if not (folder / "easyeditor/models/alphaedit").is_dir():
+            sys.exit(f"Expected a checkout of EasyEdit in --easyedit, got {folder}, which has no easyeditor/models.")
+        for name in ("easyeditor", "easyeditor.models"):
+            module = types.ModuleType(name)
+            module.__path__ = [str(folder.joinpath(*name.split(".")))]
+            sys.modules[name] = module
+        self.main = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
+        config, layers = editor.config, [projection.index for projection in editor.projections]
+        projectors = [torch.eye(len(basis)) - (basis @ basis.T).float() for basis in editor.preserved.values()]
+        with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
+            torch.save(torch.stack(projectors), file)
+        # the name leads to its branch for Llama-like models
+        self.settings = importlib.import_module("easyeditor.models.alphaedit").AlphaEditHyperParams(
+            layers=layers, layer_selection="all", fact_token="subject_last", v_num_grad_steps=config.num_steps,
+            v_lr=config.learning_rate, v_loss_layer=editor.model.config.num_hidden_layers - 1,
+            v_weight_decay=config.weight_decay, clamp_norm_factor=config.clamp_factor, kl_factor=config.kl_factor,
+            mom2_adjustment=True, mom2_update_weight=0, rewrite_module_tmp="model.layers.{}.mlp.down_proj",
+            layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp",
+            attn_module_tmp="model.layers.{}.self_attn", ln_f_module="model.norm", lm_head_module="lm_head",
+            mom2_dataset="", mom2_n_samples=0, mom2_dtype="float32", nullspace_threshold=config.nullspace_threshold,
+            L2=config.l2, alg_name="AlphaEdit", device="cpu", model_name="llama", stats_dir="", P_loc=file.name,
+        )  # fmt: skip
+        self.main.CONTEXT_TEMPLATES_CACHE = [["{}"], config.context_templates[1:]]
+
+    def edit(self, model: Any, tokenizer: Any, facts: list[EditRequest]) -> None:
+        rows = [
+            {"prompt": f.text, "subject": f.subject, "target_new": f.target_new, "case_id": i}
+            for i, f in enumerate(facts)
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each step
+            self.main.apply_AlphaEdit_to_model(model, tokenizer, rows, self.settings, reset_cache=True)
+
+
+class Bench:
+    """The model, its statistics and the ways of editing it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.model, self.tokenizer = load_demo_model(torch.float32)
+        self.tokenizer.padding_side = "right"
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        data = load_edit_data(args.data)
+        self.facts = data.facts[: max(args.facts)]
+        path = args.out / "statistics"
+        if not path.exists():
+            text = Dataset.from_dict({"text": data.sentences[100:]})
+            KeyStatistics.from_dataset(
+                self.model, self.tokenizer, text, max_tokens=args.tokens, max_length=96, batch_size=32
+            ).save_pretrained(path)
+        self.statistics = KeyStatistics.from_pretrained(path)
+        contexts = sample_contexts(self.model, self.tokenizer, AlphaEditConfig())
+        editors = {
+            name: AlphaEditor(
+                self.model, self.tokenizer, AlphaEditConfig(context_templates=contexts, **settings), self.statistics
+            )
+            for name, settings in (("neutral", NEUTRAL), ("default", {}))
+        }
+        self.weights = [projection.module.weight for projection in editors["default"].projections]
+        self.original = [weight.clone() for weight in self.weights]
+        self.ways = {name: partial(self.ours, editor) for name, editor in editors.items()}
+        if args.easyedit:
+            easyedit = EasyEdit(args.easyedit, editors["default"])
+            self.ways = {"EasyEdit": partial(easyedit.edit, self.model, self.tokenizer)} | self.ways
+
+    def ours(self, editor: AlphaEditor, facts: list[EditRequest]) -> None:
+        if editor.batches:  # of the repeat before, already out of the weights
+            editor.undo()
+        editor.edit(facts, progress=False)
+
+    def compare(self, count: int, repeats: int) -> list[dict[str, Any]]:
+        """A row a way: seconds an edit, scores, and how far its update is from the first way's."""
+        facts, seconds, updates, scores = self.facts[:count], {}, {}, {}
+        for _ in range(repeats):
+            for name, edit in self.ways.items():
+                cpu, wall = time.process_time(), time.perf_counter()
+                edit(facts)
+                spent = (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
+                seconds.setdefault(name, []).append(spent)
+                if name not in scores:
+                    updates[name] = torch.cat(
+                        [(w - o).flatten() for w, o in zip(self.weights, self.original, strict=True)]
+                    )
+                    scores[name] = evaluate_edits(self.model, self.tokenizer, facts, progress=False)
+                for weight, original in zip(self.weights, self.original, strict=True):
+                    weight.copy_(original)
+        first = next(iter(updates))
+        slow = median(cpu for cpu, _ in seconds[first])
+        return [
+            {
+                "facts": count, "way": name, "cpu": median(cpu for cpu, _ in spent),
+                "wall": median(wall for _, wall in spent), "faster": slow / median(cpu for cpu, _ in spent),
+                "difference": float((updates[name] - updates[first]).norm() / updates[first].norm()),
+                **{key: 100 * float(scores[name][key]) for key in ("efficacy", "generalisation", "specificity")},
+            }
+            for name, spent in seconds.items()
+        ]  # fmt: skip
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
     started = time.process_time()
     function()
     return time.process_time() - started
-
-
-def one_by_one(
-    model: Any, tokenizer: Any, projection: DownProjection, request: EditRequest, config: AlphaEditConfig
-) -> None:
-    rows = [
-        encode_request(tokenizer, request.prompt, request.subject, request.target_new, context)
-        for context in config.context_templates or []
-    ]
-    batch = pad_rows([row.ids for row in rows])
-    lines, ends = torch.arange(len(rows)), torch.tensor([row.subject for row in rows])
-    delta = torch.zeros(projection.out_features, requires_grad=True)
-
-    def add(_, __, output: torch.Tensor) -> torch.Tensor:
-        moved = output.clone()
-        moved[lines, ends] = moved[lines, ends] + delta
-        return moved
-
-    optimizer = torch.optim.Adam([delta], lr=config.learning_rate)
-    hook = projection.layer.register_forward_hook(add)
-    for _ in range(config.num_steps - 1):
-        log_probs = model(**batch, use_cache=False).logits.log_softmax(-1)
-        loss = sum(
-            -log_probs[line, row.start - 1 : len(row.ids) - 1]
-            .gather(1, batch["input_ids"][line, row.start : len(row.ids), None])
-            .mean()
-            for line, row in enumerate(rows)
-        )
-        optimizer.zero_grad()
-        (loss / len(rows)).backward()
-        optimizer.step()
-    hook.remove()
 
 
 def solve_times(width: int, previous: int, new: int, preserved: int) -> tuple[float, float]:
@@ -106,32 +190,16 @@ def solve_times(width: int, previous: int, new: int, preserved: int) -> tuple[fl
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    model, tokenizer = load_demo_model(torch.float32)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    projections = find_down_projections(model)
-    last = choose_layers(projections, "auto")[-1]
-    requests = [
-        EditRequest(prompt, fact.subject, fact.target_new)
-        for fact in demo_requests()
-        for prompt in ("The capital of {} is", "The capital city of {} is called", "People in {} travel to")
-    ][: args.edits]
-    config = AlphaEditConfig(
-        context_templates=CONTEXTS, kl_factor=0.0, num_steps=args.steps, loss_threshold=0.0, weight_decay=0.0
-    )
-    batched = cpu_seconds(
-        lambda: find_target_states(model, tokenizer, projections[: last.index + 1], requests, config, progress=False)
-    ) / len(requests)
-    slow = [
-        cpu_seconds(lambda request=request: one_by_one(model, tokenizer, last, request, config))
-        for request in requests[: args.one_by_one]
-    ]
-    single = sorted(slow)[len(slow) // 2]
-    print(f"| target states, {args.steps} steps, {len(CONTEXTS)} contexts | CPU s an edit | |\n| --- | --- | --- |")
-    print(f"| one by one, full forwards | {single:.2f} | 1.0 x |")
-    print(f"| {len(requests)} at once | {batched:.2f} | {single / batched:.1f} x faster |")
-
-    report = {"one by one": single, f"{len(requests)} at once": batched, "solve": []}
+    bench = Bench(args)
+    report: dict[str, Any] = {"edits": [], "solve": []}
+    print("| facts | | CPU s an edit | wall s | | update differs by | efficacy | generalisation | specificity |")
+    print("| --- " * 9 + "|")
+    for count in args.facts:
+        for row in bench.compare(count, args.repeats):
+            report["edits"].append(row)
+            times = f"{row['cpu']:.2f} | {row['wall']:.2f} | {row['faster']:.1f} x | {row['difference']:.0e}"
+            scores = " | ".join(f"{row[name]:.1f}" for name in ("efficacy", "generalisation", "specificity"))
+            print(f"| {count} | {row['way']} | {times} | {scores} |", flush=True)
     print("\n| solve, d = 1536, m = 400 | low rank, ms | dense, ms | |\n| --- | --- | --- | --- |")
     for previous, new in ((0, 50), (50, 50), (450, 50), (200, 100), (400, 100)):
         fast, dense = solve_times(1536, previous, new, 400)

@@ -110,9 +110,9 @@ def main():
         large, small = (AutoModelForCausalLM.from_pretrained(name, dtype="auto") for name in sys.argv[1:])
     else:
         from hf_iclr.tour.demo.draft import load_demo_draft
-        from hf_iclr.tour.demo.language_model import load_demo_model, quicker_dtype
+        from hf_iclr.tour.demo.language_model import fastest_dtype, load_demo_model
 
-        large, tokenizer = load_demo_model(quicker_dtype())
+        large, tokenizer = load_demo_model(fastest_dtype())
         small = load_demo_draft("quick", large.dtype)
     cascade = enable_cascade(large, small)
     chat = [{"role": "user", "content": "Describe the city of Paris as JSON with the keys name, country and river."}]

@@ -273,7 +273,10 @@ def _collate(name: str, dataset: Any, collate: Callable[[list[Any]], Any], batch
 def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     """Those in which there is something to predict."""
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    size = getattr(find(), "num_embeddings", None)
+    try:
+        size = getattr(find(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # as of models of images and audio
+        size = None
     kept = []
     for batch, rows in batches:
         entries = batch if isinstance(batch, Mapping) else {}

@@ -527,6 +527,14 @@ def test_a_run_resumed_into_another_folder_is_the_whole_run(begun_anew, tmp_path
     assert resumed.result.explained_ratio() == whole.result.explained_ratio()
 
 
+def test_checkpoints_hold_no_copy_of_the_values(tmp_path):
+    """So what a run writes grows with its steps, not with their square."""
+    make(tmp_path, callbacks=[callback()], max_steps=6, save_strategy="steps", save_steps=2).train()
+    checkpoints = [tmp_path / f"checkpoint-{step}" for step in (2, 4, 6)]
+    assert not any(path for checkpoint in checkpoints for path in checkpoint.rglob("*.parquet"))
+    assert len({(checkpoint / "shapley_direction.safetensors").stat().st_size for checkpoint in checkpoints}) == 1
+
+
 def test_values_outlive_their_folder(tmp_path):
     shapley = callback()
     make(tmp_path / "gone", callbacks=[shapley]).train()
