@@ -1,5 +1,5 @@
 """
-Edit facts in a causal language model, ask, save, load, undo, ask again.
+Edit facts in a causal language model, ask, load, undo, ask again. Edits are kept in a folder and added to those in it.
 
     python examples/alphaedit.py                                        # SmolLM2-135M and a few capitals
     python examples/alphaedit.py --model MODEL --requests facts.jsonl --text text.txt --push user/edits
@@ -35,11 +35,13 @@ def main() -> None:
     requests = [EditRequest(**json.loads(line)) for line in lines] or demo_requests(6)
     text = Dataset.from_dict({"text": args.text.read_text().splitlines()}) if args.text else demo_text()
 
-    statistics = KeyStatistics.from_dataset(model, tokenizer, text, max_tokens=args.tokens)
-    config = AlphaEditConfig(num_contexts=2, kl_factor=0.0, num_steps=20)
-    editor = AlphaEditor(model, tokenizer, config, statistics)
+    if Path(args.out).exists():
+        editor = AlphaEditor.from_pretrained(args.out, model, tokenizer)
+    else:
+        statistics = KeyStatistics.from_dataset(model, tokenizer, text, max_tokens=args.tokens)
+        config = AlphaEditConfig(num_contexts=2, kl_factor=0.0, num_steps=20)
+        editor = AlphaEditor(model, tokenizer, config, statistics, folder=args.out)
     print(editor.edit(requests))
-    editor.save_pretrained(args.out)
     if args.push:
         editor.push_to_hub(args.push)
 

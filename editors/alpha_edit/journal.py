@@ -91,7 +91,7 @@ class EditJournal:
         Raises:
             ValueError: when there is no journal, or one that cannot be trusted.
         """
-        self._adopt(folder, _committed(folder))
+        self._adopt(folder, committed_events(folder))
         if keep and os.access(folder, os.W_OK) and not (folder / JOURNAL_NAME).is_symlink():
             self.folder = folder
             whole = (folder / ADAPTER_CONFIG).exists() and _mark(folder) == _digests(self.events)[-1]
@@ -118,7 +118,7 @@ class EditJournal:
         if self.folder is None:
             return False
         self.agree(AlphaEditConfig.from_pretrained(self.folder), self.folder)
-        events = _committed(self.folder)
+        events = committed_events(self.folder)
         if _digests(events) == _digests(self.events):
             return False
         self._adopt(self.folder, events)
@@ -170,13 +170,12 @@ class EditJournal:
         """
         folder = check_links(folder)
         with self._lock(folder):
-            known = _committed(folder) if (folder / JOURNAL_NAME).exists() else []
+            known = committed_events(folder) if (folder / JOURNAL_NAME).exists() else []
             if _digests(known) != _digests(self.events[: len(known)]):
                 raise ValueError(
                     f"Expected a new folder or the one these edits were saved to, got {folder} with other edits."
                 )
-            if not (folder / JOURNAL_NAME).exists() and (folder / ADAPTER_CONFIG).exists():
-                raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
+            check_adapter(folder)
             if not known:
                 basis = {str(layer): value for layer, value in self.preserved.items()}
                 write_safetensors(basis, inside(folder, _NULL_SPACE))
@@ -272,6 +271,12 @@ class EditJournal:
         save_adapter(folder, self.projections, updates, base, mark)
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises `ValueError` when a folder has an adapter of something else, which edits would take the place of."""
+    if not (folder / JOURNAL_NAME).exists() and (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
+
+
 def _write_ledger(folder: Path, events: list[dict[str, Any]]) -> None:
     """Have exactly these events in the ledger, and that on the disk: lines are added, behind what was cut short."""
     path = inside(folder, JOURNAL_NAME)
@@ -291,7 +296,7 @@ def _write_ledger(folder: Path, events: list[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def _committed(folder: Path) -> list[dict[str, Any]]:
+def committed_events(folder: Path) -> list[dict[str, Any]]:
     """The events of a folder that count: those of which its adapter is made, or all if there is no such adapter."""
     mark, events = _mark(folder), read_events(folder)
     digests = _digests(events)

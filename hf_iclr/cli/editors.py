@@ -43,7 +43,7 @@ def edit(
     from rich.table import Table
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
-    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME
+    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, check_adapter
 
     console = Console()
     if undo:
@@ -51,7 +51,6 @@ def edit(
             raise ValueError(f"Expected --out to be a folder with edits, got {out}, which is none.")
         editor = AlphaEditor.from_pretrained(out)
         gone = editor.undo(undo)
-        editor.save_pretrained(out)
         console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.")
         return
     kept = (out / JOURNAL_NAME).exists()
@@ -60,6 +59,7 @@ def edit(
             "Expected a model, a file of requests and one of --statistics and --text, or --undo N. For instance "
             "`hf-iclr edit MODEL requests.jsonl --text wikipedia.txt --out edits`."
         )
+    check_adapter(out)  # before the text is read
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +88,6 @@ def edit(
     else:
         editor = AlphaEditor(loaded, tokenizer, config, keys, folder=out)
     report = editor.edit(facts, batch_size=batch_size)
-    editor.save_pretrained(out)
     table = Table("edit", "new answer", "before", "after", "", title=str(report), title_justify="left")
     for row in report.edits:
         asked = row["prompt"].replace("{}", row["subject"])

@@ -37,20 +37,17 @@ class InRunDataShapleyCallback(TrainerCallback):
     `lr * <grad l_i, grad l_val>`, here with the sign that makes helpful rows positive, with the row's share `l_i` of
     the loss as it is trained, clipping included, and summed over steps. With Adam the second gradient is divided,
     element by element, by the root of the second moment before the step, https://huggingface.co/papers/2602.00329.
-    Sums of values come close to the fall of the validation loss where steps are small: look at
-    `shapley/explained_ratio`.
+    Sums of values come close to the fall of the validation loss where steps are small: `shapley/explained_ratio`.
 
     Limits: the first order equals TracIn with every step as a checkpoint (https://huggingface.co/papers/2002.08484).
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the
-    paper's faster training on filtered data was not reproduced by others. A small validation set makes values noisy: a
-    large one every 20 steps is better than a small one every step. Where a loss mixes rows (contrastive losses,
-    batch normalisation), a value is that of the row's share of the batch's gradient. Under Adam, momentum of earlier
-    steps and weight decay move the loss as well: `unattributed_validation` of each refreshed step. The first
-    `adam_warmup` steps have no values, because Adam's second moment is not known yet.
+    paper's faster training on filtered data was not reproduced by others. A small validation set makes values noisy.
+    Where a loss mixes rows (contrastive losses, batch normalisation), a value is that of the row's share of the
+    batch's gradient. Under Adam, momentum of earlier steps and weight decay move the loss as well:
+    `unattributed_validation` of each refreshed step.
 
-    Rows are known by their position in `trainer.train_dataset`, which may be shuffled and filtered by the trainer.
-    Packed rows are divided into their source texts, known by a hash of their tokens, as are rows of an iterable
-    dataset. A pair of DPO is one row.
+    Rows are known by their position in `trainer.train_dataset`. Packed rows are divided into their source texts, known
+    by a hash of their tokens, as are rows of an iterable dataset. A pair of DPO is one row.
 
     Logged whenever the direction is refreshed:
 
@@ -65,8 +62,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     Args:
         val_dataset ([`~datasets.Dataset`]):
             Rows like those of the training set, raw or tokenised; a few hundred. The target `"validation"`.
-        refresh_every (`int`, *optional*, defaults to 20):
-            Optimizer steps between two passes over the validation sets.
+        refresh_every (`int`, *optional*):
+            Optimizer steps between two passes over the whole validation sets, whatever they cost. Defaults to `cost`.
         targets (`dict[str, Dataset]`, *optional*):
             More validation sets, by name.
         exact (`bool`, *optional*, defaults to `False`):
@@ -76,8 +73,11 @@ class InRunDataShapleyCallback(TrainerCallback):
             Of the sketch. Defaults to 16, and 32 with Adam.
         id_column (`str`, *optional*):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
+        cost (`float`, *optional*, defaults to 0.05):
+            Share of the training's time for all of this: the direction begins with as many validation batches as half
+            of it pays for, then takes in one after the other, as often as the first steps' times allow.
         adam_warmup (`int`, *optional*, defaults to 20):
-            Steps of Adam before the first values.
+            Steps of Adam before the first values: its second moment is not known yet.
         min_scored_share (`float`, *optional*, defaults to 0.8):
             What the first scored step must cover of the product of its gradient with the validation gradient, by the
             absolute values of its parts. Parameters whose rows can't be told apart are left out, by name in a warning.
@@ -107,12 +107,13 @@ class InRunDataShapleyCallback(TrainerCallback):
     def __init__(
         self,
         val_dataset: Any,
-        refresh_every: int = 20,
+        refresh_every: int | None = None,
         targets: Mapping[str, Any] | None = None,
         exact: bool = False,
         rank: int | None = None,
         id_column: str | None = None,
         *,
+        cost: float = 0.05,
         adam_warmup: int = 20,
         min_scored_share: float = 0.8,
         batch_size: int | None = None,
@@ -128,7 +129,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             )
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
-            refresh_every, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
         )
         self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
         self._warmup = 0  # steps of this run that have no values
@@ -184,9 +185,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         trained = TrainedRows.of(trainer.train_dataset, base.dataset, self.id_column)
         records = RunRecords(Path(args.output_dir), trained, list(batches), bool(self.settings.token_values_for))
         checkpoint = Path(resumed or Path(args.output_dir, f"checkpoint-{state.global_step}"))
-        self._start(
-            model, kwargs["optimizer"], batches, compute_loss, records, args.seed, state.global_step, checkpoint
-        )
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        run = {"seed": args.seed, "steps": state.max_steps, "rows_per_step": rows_per_step}
+        self._start(model, kwargs["optimizer"], batches, compute_loss, records, state.global_step, checkpoint, **run)
         keys, score = RowKeys(loader, self.id_column), weakref.WeakMethod(self._scoring)
         self._restore = weakref.finalize(self, support.wrap_training_step(trainer, keys, score))
 
@@ -213,7 +214,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> None:
         last = state.global_step >= state.max_steps or control.should_training_stop
         collected = self._records.collected
-        fresh = bool(collected) and f"loss_{VALIDATION}" in collected[-1].record
+        fresh = bool(collected) and f"energy_{VALIDATION}" in collected[-1].record
         if last:
             self._measure_end(state.global_step + 1)
         if fresh or last:
@@ -297,7 +298,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
         records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
-        self._start(model, plain, batches, self.compute_loss or support.model_loss, records)
+        run = {"steps": len(dataloader)} if hasattr(dataloader, "__len__") else {}
+        self._start(model, plain, batches, self.compute_loss or support.model_loss, records, **run)
         done = 0
 
         def on_rows(rows: Any) -> None:
@@ -338,13 +340,13 @@ class InRunDataShapleyCallback(TrainerCallback):
         batches: dict[str, Any],
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
         records: RunRecords,
-        seed: int = 0,
         step: int = 0,
         checkpoint: Path | None = None,
+        **run: int,
     ) -> None:
         support.check_model(model)
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, seed=seed))
+        engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, **run))
         for name, found in batches.items():
             support.check_mean(model, compute_loss, found, name)
         if step and checkpoint is not None:

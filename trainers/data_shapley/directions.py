@@ -1,5 +1,6 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from .gradients.direction import (
     unpack_directions,
     validation_gradient,
 )
-from .gradients.scores import TappedModule
+from .gradients.schedule import RefreshSchedule
+from .gradients.scores import TappedModule, dense
 
 
 CHECK_SKETCH_EVERY = 50  # scored refreshes between two comparisons of sketched with exact scores
@@ -36,20 +38,25 @@ class EngineSettings:
         ValueError: if one is out of range.
     """
 
-    refresh_every: int = 20
+    refresh_every: int | None = None
+    cost: float = 0.05
     exact: bool = False
     rank: int | None = None
     adam_warmup: int = 20
     min_scored_share: float = 0.8
     token_values_for: frozenset[int | str] = frozenset()
     seed: int = 0
+    steps: int = 1000  # about how many the run has
+    rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
         for name in ("refresh_every", "adam_warmup", "rank"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
-        if self.refresh_every < 1 or self.adam_warmup < 0:
+        if isinstance(self.cost, bool) or not isinstance(self.cost, int | float) or not 0 < self.cost <= 1:
+            raise ValueError(f"Expected a cost above 0 and up to 1, as a share of the training's, got {self.cost!r}.")
+        if (self.refresh_every is not None and self.refresh_every < 1) or self.adam_warmup < 0:
             raise ValueError(
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
                 f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
@@ -100,6 +107,11 @@ class TargetDirections:
         self.losses: dict[str, float] = {}
         self.energy = np.ones(len(batches))
         self.refreshed = 0
+        rows = sum(max(rows for _, rows in found) for found in batches.values())
+        longest = max(map(len, batches.values()))
+        self.schedule = RefreshSchedule(
+            settings.refresh_every, settings.cost, longest, settings.steps, rows / settings.rows_per_step
+        )
         self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._decay = np.zeros(len(batches))
         self._rank = settings.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
@@ -118,24 +130,46 @@ class TargetDirections:
         """Where a parameter stands in the list of those that are trained."""
         return self._position[id(parameter)]
 
-    def refresh(self, step: int) -> None:
-        """Measure the validation losses before a step, and point the taps along their gradients."""
+    def refresh(self, step: int) -> bool:
+        """
+        Measure validation losses before a step, if it is time to, and point the taps along their gradients.
+
+        Returns:
+            `bool`: whether there is a new direction. `losses` are those of it unless they were averaged into one.
+        """
+        places = self.schedule.begin(step, bool(self.found))
+        if places is None:
+            return False
+        began = time.perf_counter()
+        self._measure(step, places)
+        self.schedule.took(time.perf_counter() - began, len(places))
+        return True
+
+    def _measure(self, step: int, places: list[int]) -> None:
         self.refreshed += 1
         scales = [
             preconditioner(self.optimizer, group, parameter)
             for parameter, group in zip(self.parameters, self.groups, strict=True)
         ]
+        share = self.schedule.share(len(places))
         check = any(self._low_rank) and self.refreshed % CHECK_SKETCH_EVERY == 1
-        self.found, self.exact = [], [] if check else None
+        before, self.found, self.exact = self.found, [], [] if check else None
         generator = torch.Generator().manual_seed(self.settings.seed + step)
         for which, name in enumerate(self.names):
-            found, self.losses[name] = self._pass(name, with_gradient=True)
-            self._decay[which] = decay_gain(self.parameters, self.groups, found)
+            found, loss = self._pass(name, places, with_gradient=True)
+            gain = decay_gain(self.parameters, self.groups, found)
+            if share == 1:
+                self.losses[name] = loss
+            else:
+                self.losses.pop(name, None)
+            self._decay[which] += share * (gain - self._decay[which])
             kept = total = 0.0
             directions: list[Direction] = []
             exact: list[Direction] = []
             for index, gradient in enumerate(found):
                 direction = gradient.mul_(scales[index])
+                if share < 1:
+                    direction = torch.lerp(dense(before[which][index]).to(direction.dtype), direction, share)
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if not self._low_rank[index]:
                     direction = contiguous_clone(direction)
@@ -154,7 +188,8 @@ class TargetDirections:
 
     def measure_losses(self) -> dict[str, float]:
         """Validation losses of the present weights."""
-        return {name: self._pass(name, with_gradient=False)[1] for name in self.names}
+        first = list(range(self.schedule.first))  # those that the first loss is of
+        return {name: self._pass(name, first, with_gradient=False)[1] for name in self.names}
 
     def unattributed(self, which: int, total: float) -> float | None:
         """
@@ -170,12 +205,14 @@ class TargetDirections:
         """Directions as tensors by name, for a run that is resumed between two refreshes; modules left out, too."""
         if not self.found:
             return {}
-        return pack_directions(self.found) | {"counts": torch.tensor([self.refreshed, *sorted(excluded)])}
+        counts = torch.tensor([self.refreshed, *sorted(excluded)])
+        return pack_directions(self.found) | {"counts": counts, "schedule": self.schedule.pack()}
 
     def unpack(self, tensors: dict[str, torch.Tensor]) -> set[int]:
         """Take back what [`~TargetDirections.pack`] returned; the modules left out."""
         self.refreshed, *excluded = tensors["counts"].tolist()
         self.found = unpack_directions(tensors, len(self.names), self.parameters)
+        self.schedule.unpack(tensors["schedule"])
         self.point_taps()
         return set(excluded)
 
@@ -187,11 +224,12 @@ class TargetDirections:
                 for directions in (*self.found, *(self.exact or []))
             ]
 
-    def _pass(self, name: str, with_gradient: bool) -> tuple[list[torch.Tensor], float]:
+    def _pass(self, name: str, places: list[int], with_gradient: bool) -> tuple[list[torch.Tensor], float]:
+        batches = self.batches[name]
         return validation_gradient(
             self.model,
             self.parameters,
-            self.batches[name],
+            [batches[place] for place in dict.fromkeys(place % len(batches) for place in places)],
             self.compute_loss,
             seed=self.settings.seed,
             with_gradient=with_gradient,

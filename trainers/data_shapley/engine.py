@@ -93,9 +93,7 @@ class ShapleyEngine:
             warn_of_other_rule(self.optimizer, self.parameters)
         if self._is_warming_up():
             return
-        if not self.targets.found or (step - 1) % self.settings.refresh_every == 0:
-            self.targets.refresh(step)
-            self._fresh = True
+        self._fresh = self.targets.refresh(step)
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
@@ -202,7 +200,9 @@ class ShapleyEngine:
             record["scored_share"] = share
         if self._fresh:
             for which, name in enumerate(self.names):
-                record |= {f"loss_{name}": self.targets.losses[name], f"energy_{name}": self.targets.energy[which]}
+                record[f"energy_{name}"] = self.targets.energy[which]
+                if name in self.targets.losses:
+                    record[f"loss_{name}"] = self.targets.losses[name]
         if self.targets.exact is not None:
             self._compare_sketch(rows, record)
         self.pending = StepValues(

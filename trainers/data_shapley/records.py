@@ -64,7 +64,7 @@ class RunRecords:
         self._measured: dict[str, tuple[float, float]] = {}  # last loss, and the sum of values before it
         self._last: dict[str, float] = {}
         self._scored: float | None = None
-        self._text_ids = self.ended = False
+        self._text_ids = self.ended = self._is_new = False
         self._rows = self._harmful = 0
 
     def add(self, found: StepValues | None) -> None:
@@ -78,9 +78,11 @@ class RunRecords:
             if loss is not None:
                 self.first_losses.setdefault(name, loss)
                 self._measured[name] = loss, self.sums[name]
-                self._last = found.record
+                self._is_new = True
             self.sums[name] += found.record.get(f"sum_{name}", 0.0)
         self._scored = found.record.get("scored_share", self._scored)
+        if f"energy_{VALIDATION}" in found.record:
+            self._last = found.record
         self._rows += len(found.values)
         self._harmful += int((found.values[:, 0] < 0).sum())
 
@@ -107,12 +109,13 @@ class RunRecords:
 
     def logs(self) -> dict[str, float]:
         """What to log about the last measurement; counts of rows start anew."""
-        if not self.first_losses:
-            return {}
-        logs = {f"shapley/loss_{name}": self._measured[name][0] for name in self.targets}
-        ratio = self._explained_ratio()
-        if not np.isnan(ratio):
-            logs["shapley/explained_ratio"] = ratio
+        logs = {}
+        if self._is_new:
+            logs = {f"shapley/loss_{name}": self._measured[name][0] for name in self.targets}
+            ratio = self._explained_ratio()
+            if not np.isnan(ratio):
+                logs["shapley/explained_ratio"] = ratio
+            self._is_new = False
         if self._rows:
             logs["shapley/harmful_share"] = self._harmful / self._rows
         for key in ("energy", "unattributed"):

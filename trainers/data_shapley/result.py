@@ -29,8 +29,7 @@ Normalize = Literal["exposure", "token", "step"] | None
 
 class DataShapleyResult(HubMixin):
     """
-    What [`InRunDataShapleyCallback`] measured. Values are in nats of a target's loss; positive is helpful: training on
-    the row lowered that loss.
+    What [`InRunDataShapleyCallback`] measured: values in nats of a target's loss, positive where the row lowered it.
 
     They belong to one run, with its order of rows and learning rates, and are no forecast of what retraining without a
     row would do. Rows that were never trained on have no value. Positions (`index`) refer to `trainer.train_dataset`,

@@ -76,6 +76,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert again.result.explained_ratio() == pytest.approx(shapley.result.explained_ratio(), rel=1e-6)
 
 
+def test_a_run_within_a_budget_resumes_with_the_refreshes_it_had_chosen(tmp_path):
+    settings = {"max_steps": 16, "save_strategy": "steps", "save_steps": 9, "logging_strategy": "no"}
+    options = {"refresh_every": None, "cost": 1.0, "batch_size": 1, "rank": 2}
+    whole, again = callback(**options), callback(**options)
+    make(tmp_path, tiny_llama(), [whole], **settings).train()
+    steps = whole.result.steps.set_index("step")
+    refreshed = steps["energy_validation"].dropna().index
+    assert len(refreshed) > 3 and list(steps["loss_validation"].dropna().index) == [1, 17]
+    trainer = make(tmp_path, tiny_llama(seed=1), [again], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert list(again.result.steps.set_index("step")["energy_validation"].dropna().index) == list(refreshed)
+    assert values(again).equals(values(whole))
+
+
 def test_a_direction_lies_in_memory_in_one_way_whatever_it_is_made_of():
     """Transposed, of one column with the strides of several, and beginning anywhere in a file."""
     transposed, column, amid = torch.randn(3, 16).T, torch.randn(3, 16).T[:, :1], torch.randn(49)[1:].view(16, 3)

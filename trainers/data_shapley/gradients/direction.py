@@ -85,7 +85,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
         `torch.Tensor` of the parameter's shape, or `float`.
     """
     state = optimizer.state.get(parameter, {})
-    second = state.get("exp_avg_sq")
+    second = _moment(optimizer, state, 2)
     if second is not None and "betas" in group:
         second = state.get("max_exp_avg_sq", second) if group.get("amsgrad") else second
         correction = 1 - group["betas"][1] ** float(state["step"])
@@ -95,11 +95,30 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 
 
+def _moment(optimizer: torch.optim.Optimizer, state: dict[str, Any], order: int) -> torch.Tensor | None:
+    """Adam's first or second moment as an optimizer keeps it, read from 8 bits if it is bitsandbytes'."""
+    found = state.get(("exp_avg", "exp_avg_sq")[order - 1])
+    if found is not None or "Adam" not in type(optimizer).__name__ or "state2" not in state:
+        return found
+    found = state[f"state{order}"]
+    if found.is_floating_point():
+        return found
+    scales, count = state.get(f"absmax{order}"), found.numel()
+    block = next((size for size in (256, 2048) if scales is not None and -(-count // size) == len(scales)), None)
+    if block is None:
+        raise ValueError(
+            f"Expected the 8-bit moments of {type(optimizer).__name__} in blocks of 256, with a scale each, got a "
+            f"state with {sorted(state)}: values would not be Adam's. Type `block_wise=True`, or use its 32 bits."
+        )
+    values = state[f"qmap{order}"][found.flatten().long()] * scales.repeat_interleave(block)[:count]
+    return values.view(found.shape)
+
+
 def warn_of_other_rule(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Say so, once there are states, if an optimizer's are neither those of SGD nor of the Adam family."""
     state: dict[str, Any] = next((found for p in parameters if (found := optimizer.state.get(p))), {})
     keys = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {"step"}
-    adam = "exp_avg_sq" in keys and "betas" in optimizer.param_groups[0]
+    adam = _moment(optimizer, state, 2) is not None and "betas" in optimizer.param_groups[0]
     if not adam and not keys <= {"momentum_buffer"}:
         logger.warning(
             "%s is none of SGD and the Adam family, whose rules are known: values are those of SGD at its learning "
@@ -126,9 +145,10 @@ def step_gain(
     gains = []
     for parameter, group, direction in zip(parameters, groups, directions, strict=True):
         state = optimizer.state.get(parameter, {})
-        if "exp_avg" in state and "betas" in group:
+        first = _moment(optimizer, state, 1)
+        if first is not None and "betas" in group:
             correction = 1 - group["betas"][0] ** float(state["step"])
-            gains.append(inner(direction, whole(state["exp_avg"])) * (group["lr"] / correction))
+            gains.append(inner(direction, whole(first)) * (group["lr"] / correction))
         elif state.get("momentum_buffer") is not None:
             share = (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
             gains.append(inner(direction, whole(state["momentum_buffer"])) * (group["lr"] * share))

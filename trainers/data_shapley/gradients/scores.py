@@ -83,7 +83,7 @@ def token_scores(
         if u is not None:
             scores = _linear_scores(u, first_input(call.args, call.kwargs), b, tapped.kind == "linear", product)
         if "bias" in directions:
-            bias = (b @ _dense(directions["bias"]).to(b.dtype)).to(wide(b.dtype))
+            bias = (b @ dense(directions["bias"]).to(b.dtype)).to(wide(b.dtype))
             scores = bias if scores is None else scores + bias
         assert scores is not None
         return scores
@@ -98,7 +98,7 @@ def token_scores(
 def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
     """Of a module's output along a direction of its parameters."""
     if tapped.kind == "embedding":
-        moved = F.embedding(first_input(call.args, call.kwargs), _dense(directions["weight"]))
+        moved = F.embedding(first_input(call.args, call.kwargs), dense(directions["weight"]))
     elif tapped.kind == "norm":
         moved = _norm_output(tapped.module, first_input(call.args, call.kwargs), directions)
     elif tapped.kind == "scale":
@@ -156,14 +156,15 @@ def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = 
     return product.flatten(leading if leading is not None else product.dim() - 1).sum(-1)
 
 
-def _dense(direction: Direction) -> torch.Tensor:
+def dense(direction: Direction) -> torch.Tensor:
+    """A direction as one tensor."""
     return direction.left @ direction.right if isinstance(direction, LowRank) else direction
 
 
 def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
     """Output of a normalisation whose weight and bias are the direction: it is linear in both."""
     weight, bias = (
-        _dense(directions[name]).to(x.dtype) if name in directions else _zero(getattr(module, name, None), x)
+        dense(directions[name]).to(x.dtype) if name in directions else _zero(getattr(module, name, None), x)
         for name in ("weight", "bias")
     )
     if isinstance(module, nn.LayerNorm):
@@ -181,10 +182,10 @@ def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) 
     def run(weight: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(module, {name: weight}, call.args, call.kwargs)
 
-    u = _dense(directions[name]).to(parameter.dtype)
+    u = dense(directions[name]).to(parameter.dtype)
     if tapped.starts_at_zero:
         return run(u)
-    at_zero = run(torch.zeros_like(parameter))
+    at_zero = run(torch.zeros_like(u))  # whole, where the parameter is sharded
     if tapped.starts_at_zero is None:
         tapped.starts_at_zero = not bool(at_zero.any())
         if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
@@ -194,7 +195,7 @@ def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) 
 
 
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if parameter is None else torch.zeros_like(parameter, dtype=x.dtype)
+    return None if parameter is None else x.new_zeros(parameter.shape)
 
 
 def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
@@ -206,7 +207,7 @@ def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> 
     # The other parameters as copies of their own, for parametrisations set them in place
     frozen = {name: nn.Parameter(parameter.data, requires_grad=False) for name, parameter in module.named_parameters()}
     primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
-    tangents = {name: _dense(directions[name]).to(primals[name].dtype) for name in primals}
+    tangents = {name: dense(directions[name]).to(primals[name].dtype) for name in primals}
 
     def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
         output = torch.func.functional_call(module, {**frozen, **values}, args, kwargs, tie_weights=False)

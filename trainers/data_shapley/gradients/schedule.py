@@ -1,0 +1,93 @@
+"""When the direction is measured, and on which batches: every so many steps, or within a share of the time."""
+
+import math
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+
+SCORING = 0.02  # of a step, about what scoring its rows takes without validation passes
+TIMED_STEPS = 5
+
+
+class RefreshSchedule:
+    """
+    Without `refresh_every`, up to half of the time allowed goes into the first direction and the loss it begins with.
+    The rest goes into one validation batch now and then, the next in turn, which is averaged into the direction. How
+    often is chosen once, from the times of the first scored steps, and kept: a resumed run refreshes at those steps.
+
+    Args:
+        refresh_every (`int`, *optional*):
+            Steps between two passes over the whole validation set.
+        cost (`float`):
+            Share of the training's time for scoring and validation passes, without `refresh_every`.
+        batches (`int`):
+            Validation batches, of the largest set.
+        steps (`int`):
+            About how many optimizer steps the run has.
+        batch_share (`float`):
+            Rows of a validation batch, of all sets, over rows of a step, in one process.
+    """
+
+    def __init__(self, refresh_every: int | None, cost: float, batches: int, steps: int, batch_share: float) -> None:
+        self.refresh_every, self.batches, self.steps = refresh_every, batches, steps
+        self.budget = max(cost - SCORING, cost / 5)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.at_once = min(world, batches)  # each process takes one
+        affordable = self.budget / 2 * steps / batch_share * world
+        self.first = batches if refresh_every else max(self.at_once, min(batches, int(affordable)))
+        self.interval = self.next = self.taken = 0
+        self._times: list[float] = []
+        self._batch_seconds = 0.0
+        self._began: float | None = None
+
+    def begin(self, step: int, known: bool) -> list[int] | None:
+        """The batches to measure before this step, if it is one to do so; `known`: whether there is a direction."""
+        if self.refresh_every:
+            due = not known or (step - 1) % self.refresh_every == 0
+            return list(range(self.batches)) if due else None
+        if not known:
+            return list(range(self.first))
+        if not self.interval:
+            self._time(step)
+        if not self.interval or step < self.next:
+            return None
+        self.next = step + self.interval
+        return [(self.taken + place) % self.batches for place in range(self.at_once)]
+
+    def share(self, batches: int) -> float:
+        """Of the direction, what is that of so many new batches: the mean of the first, then of about the last set."""
+        if self.refresh_every:
+            return 1.0
+        return batches / min(self.taken + batches, max(self.batches, batches))
+
+    def took(self, seconds: float, batches: int) -> None:
+        """A refresh has been made."""
+        self._began = time.perf_counter()
+        self._batch_seconds = self._batch_seconds or seconds / math.ceil(batches / self.at_once)
+        self.taken += batches
+
+    def _time(self, step: int) -> None:
+        now = time.perf_counter()
+        if self._began is not None:
+            self._times.append(now - self._began)
+        self._began = now
+        if len(self._times) < TIMED_STEPS:
+            return
+        shares = [self._batch_seconds / max(statistics.median(self._times), 1e-9)]
+        if dist.is_initialized():  # all processes do as the first
+            dist.broadcast_object_list(shares)
+        spent = 4 / 3 * math.ceil(self.first / self.at_once) * shares[0] / self.steps  # the last losses included
+        left = self.budget - spent
+        self.interval = max(math.ceil(shares[0] / left), 1) if left > 0 else self.steps
+        self.next = step + self.interval
+
+    def pack(self) -> torch.Tensor:
+        """What is chosen, for a run that is resumed."""
+        return torch.tensor([self.first, self.interval, self.next, self.taken])
+
+    def unpack(self, packed: torch.Tensor) -> None:
+        """Take back what [`~RefreshSchedule.pack`] returned."""
+        self.first, self.interval, self.next, self.taken = packed.tolist()
