@@ -332,8 +332,9 @@ def processed_probs(
             process(processors, ids[None, : first + s], row[None].clone()) for s, row in enumerate(logits.unbind())
         ]
         scores = torch.cat([row_scores for row_scores, _ in rows])
-        if rows[0][1] is not None:
-            unscaled = unscaled_probs(logits, torch.cat([banned for _, banned in rows]))
+        banned = [row_banned for _, row_banned in rows if row_banned is not None]
+        if banned:
+            unscaled = unscaled_probs(logits, torch.cat(banned))
     return scores.softmax(-1) if do_sample else one_hot_of_largest(scores), unscaled
 
 

@@ -71,6 +71,8 @@ WRONG = {
     "segment p.txt --point 0:1:3,3 --model sam --out out": "p.txt",
     "segment park.mp4 --point 0:1:3,3 --model ./none --out out": "'./none'",
     "segment park.mp4 --point 0:1:3,3 --model model --out out": "model",
+    "vos none --out out": "none",
+    "vos text --out out --model sam": "text",
     "train-sam2 none.yaml": "none.yaml",
     "train-sam2 p.txt": "YAML",
     "train-sam2 --data none --output_dir out": "none",

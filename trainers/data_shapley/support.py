@@ -62,8 +62,8 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
             raise _refuse("tensor, context or sequence parallelism, which divides rows among processes", "DDP")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     full = any(".lora_" not in name for name in trained)
-    if trainer.is_fsdp_enabled and (full or not is_sharded(model)):
-        raise _refuse("FSDP other than version 2 with only LoRA layers trained", "FSDP2 and LoRA, or DDP")
+    if trainer.is_fsdp_enabled and not is_sharded(model):
+        raise _refuse("FSDP other than version 2", "FSDP2 or DDP")
     if args.use_liger_kernel and full:
         raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
 

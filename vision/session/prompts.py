@@ -79,8 +79,8 @@ class ObjectPrompt:
                 raise ValueError(
                     f"Expected x in 0..{width} and y in 0..{height} (the frame's pixels), got ({x}, {y})."
                 )
-        if self.box is not None:
-            x0, y0, x1, y1 = self.clipped_box(size)
+        if (box := self.clipped_box(size)) is not None:
+            x0, y0, x1, y1 = box
             if not (x0 < x1 and y0 < y1):
                 raise ValueError(
                     f"Expected a box with x in 0..{width} and y in 0..{height} (the frame's pixels), got {self.box}."

@@ -59,9 +59,9 @@ class MaskViews(MutableMapping[int, Any]):
     """Masks by object, decoded when they are asked for."""
 
     def __init__(self, masks: Mapping[int, Any], size: tuple[int, int]):
-        known = masks.kept if isinstance(masks, MaskViews) else masks
+        known: Mapping[int, Any] = masks.kept if isinstance(masks, MaskViews) else masks
         self.size = size
-        self.kept = {obj: KeptMask.of(mask, size) for obj, mask in known.items()}
+        self.kept: dict[int, KeptMask] = {obj: KeptMask.of(mask, size) for obj, mask in known.items()}
 
     def __getitem__(self, obj: int) -> Any:
         return self.kept[obj].shown()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -101,6 +102,16 @@ def _forget_prompts(session, memory: ObjectMemory, frames: list[int]) -> None:
             del session._prompts[frame]
 
 
+class _Found(NamedTuple):
+    """Of each object."""
+
+    low: torch.Tensor  # logits of its mask, coarse
+    high: torch.Tensor  # and as large as the model's input
+    pointer: torch.Tensor
+    seen: torch.Tensor  # logit that it is in sight
+    scores: torch.Tensor  # of its mask
+
+
 def answer_prompt(
     model, memory: ObjectMemory, frame: int, alone: bool, previous_logits: torch.Tensor | None = None
 ) -> None:
@@ -122,8 +133,10 @@ def answer_prompt(
         *fine, image = _as_maps(levels, model.backbone_feature_sizes)
         if mask is not None:
             given = model._use_mask_as_output(image, fine, mask)
-            found = (given.pred_masks, given.high_res_masks, given.object_pointer, given.object_score_logits)
-            found = (*found, torch.ones(1))  # the model's own score of a given mask
+            found = _Found(
+                given.pred_masks, given.high_res_masks, given.object_pointer, given.object_score_logits,
+                torch.ones(1),  # the model's own score of a given mask
+            )  # fmt: skip
         else:
             if alone:
                 (image,) = _as_maps([levels[-1] + model.no_memory_embedding], model.backbone_feature_sizes[-1:])
@@ -131,7 +144,7 @@ def answer_prompt(
                 image = _attend(model, [memory], frame, reverse, levels[-1], positions)
             multimask = _multimask(model.config, alone, 0 if points is None else points["point_labels"].shape[2])
             found = _decode(model, memory.cache, image, fine, multimask, points, previous_logits)
-        (output,) = _remember(model, levels[-1], *found, prompted=True)
+        (output,) = _remember(model, levels[-1], found, prompted=True)
     memory.answer(frame, output)
 
 
@@ -145,7 +158,7 @@ def track_frame(model, memories: Sequence[ObjectMemory], frame: int, reverse: bo
         fine = [level.expand(-1, len(memories), -1) for level in levels[:-1]]
         fine = _as_maps(fine, model.backbone_feature_sizes[:-1])
         found = _decode(model, memories[0].cache, image, fine, _multimask(model.config, False, 0))
-        outputs = list(_remember(model, levels[-1], *found, prompted=False))
+        outputs = list(_remember(model, levels[-1], found, prompted=False))
     for memory, output in zip(memories, outputs, strict=True):
         memory.track(frame, output)
 
@@ -177,23 +190,24 @@ def _attend(
     """The coarse map as each object's past lets it be seen, `(objects, channels, height, width)`."""
     banks = [_bank(model, memory, frame, reverse, image.device) for memory in memories]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, (tokens, _, *counts) in enumerate(banks):
-        groups.setdefault((len(tokens), *counts), []).append(number)
+    for number, (tokens, _, pointers, spatial) in enumerate(banks):
+        groups.setdefault((len(tokens), pointers, spatial), []).append(number)
     attended: dict[int, torch.Tensor] = {}
     for (_, pointers, spatial), members in groups.items():
-        tokens, places = (torch.cat([banks[number][part] for number in members], dim=1) for part in (0, 1))
+        tokens = torch.cat([banks[number][0] for number in members], dim=1)
+        places = torch.cat([banks[number][1] for number in members], dim=1)
         # EdgeTAM alone asks how many maps the tokens are of.
-        counts = {"num_spatial_memory_tokens": spatial} if model.config.model_type == "edgetam_video" else {}
+        maps = {"num_spatial_memory_tokens": spatial} if model.config.model_type == "edgetam_video" else {}
         seen = model.memory_attention(
             current_vision_features=image.expand(-1, len(members), -1),
             current_vision_position_embeddings=positions.expand(-1, len(members), -1),
             memory=tokens.to(model.dtype),
             memory_posision_embeddings=places,
             num_object_pointer_tokens=pointers,
-            **counts,
+            **maps,
         )
-        maps = seen[0].transpose(1, 2).unflatten(2, tuple(model.backbone_feature_sizes[-1]))
-        attended |= dict(zip(members, maps.split(1), strict=True))
+        seen_maps = seen[0].transpose(1, 2).unflatten(2, tuple(model.backbone_feature_sizes[-1]))
+        attended |= dict(zip(members, seen_maps.split(1), strict=True))
     return torch.cat([attended[number] for number in range(len(memories))])
 
 
@@ -204,8 +218,9 @@ def _bank(
     seen, stream = memory.attended(frame, reverse), memory.num_frames is None
     step, times = -1 if reverse else 1, model.memory_temporal_positional_encoding
     maps = [(0, output) for output in seen.conditioning.values()]
-    maps += [(back, seen.tracked.get(frame - back * step)) for back in range(model.num_maskmem - 1, 0, -1)]
-    maps = [(back, output) for back, output in maps if output is not None]
+    for back in range(model.num_maskmem - 1, 0, -1):
+        if (output := seen.tracked.get(frame - back * step)) is not None:
+            maps.append((back, output))
     tokens = [output["maskmem_features"].to(device, non_blocking=True) for _, output in maps]
     places = [output["maskmem_pos_enc"].to(device, non_blocking=True) + times[back - 1] for back, output in maps]
     spatial = len(tokens)
@@ -224,8 +239,7 @@ def _decode(
     multimask: bool,
     points: dict[str, torch.Tensor] | None = None,
     logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Of each object: its mask, coarse and fine, its pointer, the logit that it is in sight, and its mask's score."""
+) -> _Found:
     count, device = len(image), image.device
     if points is None:
         coordinates = torch.zeros(count, 1, 1, 2, dtype=image.dtype, device=device)
@@ -253,13 +267,12 @@ def _decode(
     visible = (seen > 0).to(token.dtype)
     pointer = visible * model.object_pointer_proj(token)
     pointer = pointer + (1 - visible) * model.no_object_pointer
-    return low, high.to(low.dtype), pointer, seen, scores[:, 0].amax(dim=-1)
+    return _Found(low, high.to(low.dtype), pointer, seen, scores[:, 0].amax(dim=-1))
 
 
-def _remember(
-    model, image: torch.Tensor, low, high, pointer, seen, scores: torch.Tensor, prompted: bool
-) -> Iterator[dict[str, torch.Tensor]]:
+def _remember(model, image: torch.Tensor, found: _Found, prompted: bool) -> Iterator[dict[str, torch.Tensor]]:
     """The output of each object, with the memory of its mask."""
+    low, high, pointer, seen, scores = found
     if model.config.model_type == "edgetam_video":  # whose memory encoder takes one object, and gives it first
         each = [
             model._encode_new_memory(image, *of, prompted) for of in zip(high.split(1), seen.split(1), strict=True)

@@ -294,7 +294,7 @@ def _rate(container: Any, stream: Any) -> float | None:
 def _upright(frame: av.VideoFrame) -> np.ndarray:
     """The pixels of a frame as its display matrix turns and mirrors them by right angles."""
     pixels = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()

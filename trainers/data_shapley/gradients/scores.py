@@ -185,7 +185,7 @@ def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) 
     u = dense(directions[name]).to(parameter.dtype)
     if tapped.starts_at_zero:
         return run(u)
-    at_zero = run(torch.zeros_like(parameter))
+    at_zero = run(torch.zeros_like(u))  # whole, where the parameter is sharded
     if tapped.starts_at_zero is None:
         tapped.starts_at_zero = not bool(at_zero.any())
         if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
@@ -195,7 +195,7 @@ def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) 
 
 
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if parameter is None else torch.zeros_like(parameter, dtype=x.dtype)
+    return None if parameter is None else x.new_zeros(parameter.shape)
 
 
 def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
