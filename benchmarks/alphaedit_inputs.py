@@ -114,6 +114,7 @@ class Lab:
         scores = evaluate_edits(self.model, self.tokenizer, facts, chat_template=chat, progress=False)
         drift = self.perplexity() / self.before - 1
         editor.undo()
+        print(f"{settings}: {report.p_before.mean():.3f} -> {report.p_after.mean():.3f}", flush=True)
         return {
             "p before": report.p_before.mean(), "p after": report.p_after.mean(), "worst p": report.p_after.min(),
             "efficacy": scores["efficacy"], "generalisation": scores["generalisation"],

@@ -185,7 +185,7 @@ class EditJournal:
 
     def of_repository(self, api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, "EditJournal | None"]:
         """The last commit of a repository and, if it has one, its journal, in the settings of this one."""
-        head = api.repo_info(repo_id, revision=revision)
+        head = api.model_info(repo_id, revision=revision)
         if JOURNAL_NAME not in [file.rfilename for file in head.siblings or ()]:
             return head.sha, None
         wanted = [JOURNAL_NAME, CONFIG_NAME, f"{BATCHES}/*"]

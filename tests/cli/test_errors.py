@@ -20,6 +20,7 @@ FILES = {
     "columns.jsonl": '{"question": "w1"}\n',
     "facts.jsonl": '{"prompt": "w1 {}", "subject": "w2", "target_new": " w3"}\n',
     "prompts.json": '{"0": {"1": {"points": [[3, 3]]}}}',
+    "lora/adapter_config.json": "{}",
     "cut/config.json": '{"model_type": "llama"}',
     "cut/model.safetensors": "no weights",
 }
@@ -64,6 +65,7 @@ WRONG = {
     "edit model columns.jsonl --text p.txt --out out": "got ['question']",
     "edit model facts.jsonl --text none.txt --out out": "none.txt",
     "edit model facts.jsonl --statistics nobody/none --out out": "nobody/none",
+    "edit model facts.jsonl --text p.txt --out lora": "with another adapter",
     "edit model facts.jsonl --text p.txt --solver best --out out": "'best'",
     "segment none.mp4 --point 0:1:3,3 --model sam --out out": "none.mp4",
     "segment p.txt --point 0:1:3,3 --model sam --out out": "p.txt",
