@@ -135,9 +135,9 @@ def main(args: argparse.Namespace) -> None:
 
 def done_by(events: list[dict]) -> list[str]:
     """What its editor reports of the last event."""
-    event = events[-1]
+    event = events[-1]  # whose last batch is the new one, behind those made anew for a correction
     if event["event"] == "edit":
-        return ["edit", *(request["id"] for request in event["batches"][0]["requests"])]
+        return ["edit", *(request["id"] for request in event["batches"][-1]["requests"])]
     gone = batches_of(events[:-1])[-event["undone"] :]
     return ["undo", *(request["id"] for batch in gone for request in batch["requests"])]
 

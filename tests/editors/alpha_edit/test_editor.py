@@ -350,7 +350,7 @@ def test_a_vacuous_null_space_and_keys_without_room_are_warned_of(word_tokenizer
 def test_same_subject_twice_is_seen_as_a_collision(word_tokenizer):
     editor = make_editor(word_tokenizer)
     editor.edit(REQUESTS[:1], progress=False)
-    again = EditRequest(REQUESTS[0].prompt, REQUESTS[0].subject, "w40")
+    again = EditRequest("w1 {} w40", REQUESTS[0].subject, "w41")  # read alike up to the subject
     report = editor.edit([again, REQUESTS[1]], progress=False)
     assert report.edits[0]["collision"] > 0.99 > report.edits[1]["collision"]
 
