@@ -56,9 +56,9 @@ def work(editor: AlphaEditor, pipe: int, seed: int) -> None:
             if len(editor.batches) > 12 or draw.random() < 0.3 and editor.batches:
                 told = ["undo", *editor.undo(draw.randint(1, min(4, len(editor.batches))))]
             else:
-                words = [f"w{draw.randrange(50)}" for _ in range(3)]
+                words = [f"w{draw.randrange(1, 50)}" for _ in range(3)]  # w0 stands for what is no word
                 asked = EditRequest(f"{words[0]} {{}}", words[1], words[2], id=f"{seed}-{draw.random()}")
-                told = ["edit", *(row["id"] for row in editor.edit([asked], progress=False).edits)]
+                told = ["edit", editor.edit([asked], progress=False).edits[0]["id"]]
         except ValueError:  # the other has made the last batch since
             continue
         os.write(pipe, (json.dumps(told) + "\n").encode())
@@ -137,7 +137,7 @@ def done_by(events: list[dict]) -> list[str]:
     """What its editor reports of the last event."""
     event = events[-1]  # whose last batch is the new one, behind those made anew for a correction
     if event["event"] == "edit":
-        return ["edit", *(request["id"] for request in event["batches"][-1]["requests"])]
+        return ["edit", event["batches"][-1]["requests"][0]["id"]]
     gone = batches_of(events[:-1])[-event["undone"] :]
     return ["undo", *(request["id"] for batch in gone for request in batch["requests"])]
 

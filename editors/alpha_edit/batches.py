@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_iclr.saving import atomic_file, contiguous_clone, write_safetensors
@@ -256,12 +258,12 @@ def save_adapter(
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # a set's order would be another every time
     path = inside(folder, ADAPTER_CONFIG)
     new = not path.exists() or path.read_text() != text
-    if new:  # while the two files are of different ranks, there is one
-        path.unlink(missing_ok=True)
-    write_safetensors(tensors, inside(folder, ADAPTER), {"format": "pt", **metadata})
-    if new:
-        with atomic_file(path) as part:
-            part.write_text(text)
+    with ExitStack() as files:  # which take their names last in, first out
+        if new:
+            files.enter_context(atomic_file(path)).write_text(text)
+        save_file(tensors, files.enter_context(atomic_file(inside(folder, ADAPTER))), {"format": "pt", **metadata})
+        if new:  # while the two files are of different ranks, this one is not there
+            path.unlink(missing_ok=True)
 
 
 def _lora_config(projections: Sequence[DownProjection], updates: Updates, base_model: str | None) -> LoraConfig:
