@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tiny model is that of 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from common.report import print_table
 from hf_iclr import AlphaEditor, EditRequest
@@ -50,8 +52,9 @@ LAYERS = [1, 2]
 
 def work(editor: AlphaEditor, pipe: int, seed: int) -> None:
     """Edit and undo until killed; each thing done is told in one write."""
-    draw = random.Random(seed)
-    while True:
+    tqdm.set_lock(threading.RLock())  # its own is of all forks, and stays taken when the one that has it is killed
+    draw, parent = random.Random(seed), os.getppid()
+    while os.getppid() == parent:
         try:
             if len(editor.batches) > 12 or draw.random() < 0.3 and editor.batches:
                 told = ["undo", *editor.undo(draw.randint(1, min(4, len(editor.batches))))]
