@@ -118,7 +118,7 @@ def _linear_in_bfloat16(model: PreTrainedModel, projection: DownProjection, conf
     """
     chosen = config.optimization_dtype
     halved = chosen == "bfloat16" or (chosen == "auto" and _has_fast_bfloat16(model.device))
-    above = decoder_layers(model)[1][projection.index + 1 :] if halved else []
+    above: Any = decoder_layers(model)[1][projection.index + 1 :] if halved else []
     modules: list[Any] = [module for layer in above for module in layer.modules()]
     replaced = [
         module
