@@ -195,12 +195,8 @@ def main(args: argparse.Namespace) -> None:
     tables = {}
     for part in args.parts:
         tables[part] = run[part](lab)
-<<<<<<< Updated upstream
         table = pd.DataFrame(tables[part]).to_string(index=False, float_format="{:.3f}".format)
         print(f"\n## {part}\n\n{table}", flush=True)
-=======
-        print(f"\n{part}\n{pd.DataFrame(tables[part]).round(3).to_string(index=False)}", flush=True)
->>>>>>> Stashed changes
     write_json(args.out / "results.json", tables)
 
 
