@@ -195,7 +195,8 @@ def main(args: argparse.Namespace) -> None:
     tables = {}
     for part in args.parts:
         tables[part] = run[part](lab)
-        print(f"\n## {part}\n\n{pd.DataFrame(tables[part]).to_markdown(index=False, floatfmt='.3f')}", flush=True)
+        table = pd.DataFrame(tables[part]).to_string(index=False, float_format="{:.3f}".format)
+        print(f"\n## {part}\n\n{table}", flush=True)
     write_json(args.out / "results.json", tables)
 
 

@@ -120,21 +120,23 @@ class Bench:
         }
         self.weights = [projection.module.weight for projection in editors["default"].projections]
         self.original = [weight.clone() for weight in self.weights]
-        self.ways = {name: partial(self.ours, editor) for name, editor in editors.items()}
+        # how to edit and how to take it back
+        self.ways: dict[str, tuple[Callable, Callable]] = {}
         if args.easyedit:
             easyedit = EasyEdit(args.easyedit, editors["default"])
-            self.ways = {"EasyEdit": partial(easyedit.edit, self.model, self.tokenizer)} | self.ways
+            self.ways["EasyEdit"] = partial(easyedit.edit, self.model, self.tokenizer), self.restore
+        for name, editor in editors.items():
+            self.ways[name] = partial(editor.edit, progress=False), editor.undo
 
-    def ours(self, editor: AlphaEditor, facts: list[EditRequest]) -> None:
-        if editor.batches:  # of the repeat before, already out of the weights
-            editor.undo()
-        editor.edit(facts, progress=False)
+    def restore(self) -> None:
+        for weight, original in zip(self.weights, self.original, strict=True):
+            weight.copy_(original)
 
     def compare(self, count: int, repeats: int) -> list[dict[str, Any]]:
         """A row a way: seconds an edit, scores, and how far its update is from the first way's."""
         facts, seconds, updates, scores = self.facts[:count], {}, {}, {}
         for _ in range(repeats):
-            for name, edit in self.ways.items():
+            for name, (edit, take_back) in self.ways.items():
                 cpu, wall = time.process_time(), time.perf_counter()
                 edit(facts)
                 spent = (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
@@ -144,8 +146,7 @@ class Bench:
                         [(w - o).flatten() for w, o in zip(self.weights, self.original, strict=True)]
                     )
                     scores[name] = evaluate_edits(self.model, self.tokenizer, facts, progress=False)
-                for weight, original in zip(self.weights, self.original, strict=True):
-                    weight.copy_(original)
+                take_back()
         first = next(iter(updates))
         slow = median(cpu for cpu, _ in seconds[first])
         return [

@@ -225,7 +225,7 @@ def _read_easy_edit(index: int, row: dict[str, Any]) -> EditRequest:
     subject, prompt = row.get("subject"), row["prompt"]
     if "{}" not in prompt:
         place = prompt.find(subject) if subject else -1
-        if place < 0:
+        if subject is None or place < 0:
             subject = None
         else:
             prompt = prompt[:place] + "{}" + prompt[place + len(subject) :]

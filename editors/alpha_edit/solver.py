@@ -224,7 +224,7 @@ class _Rows:
         found: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(self.rows) for name in wanted}
         for number, chosen in enumerate(self.batches):
             batch = pad_rows([self.rows[i].ids for i in chosen], device=self.model.device)
-            outputs = dict.fromkeys(self.below, self.entering[number])
+            outputs: dict[torch.nn.Module, Any] = dict.fromkeys(self.below, self.entering[number])
             with replaced_layers(outputs, projection), capture(wanted | {"in": (projection.layer, "input")}) as seen:
                 run_until(self.model, until, **batch)
             self.entering[number] = seen.pop("in")

@@ -103,7 +103,9 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
     """Whether it multiplies bfloat16 by instructions of its own; emulated it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # from torch 2.10 on
+    if device.type != "cpu":
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
     return any(bool(there) for name, there in capabilities.items() if name.endswith("bf16"))
 
 
@@ -116,10 +118,11 @@ def _linear_in_bfloat16(model: PreTrainedModel, projection: DownProjection, conf
     """
     chosen = config.optimization_dtype
     halved = chosen == "bfloat16" or (chosen == "auto" and _has_fast_bfloat16(model.device))
+    above: Any = decoder_layers(model)[1][projection.index + 1 :] if halved else []
+    modules: list[Any] = [module for layer in above for module in layer.modules()]
     replaced = [
         module
-        for layer in (decoder_layers(model)[1][projection.index + 1 :] if halved else [])
-        for module in layer.modules()
+        for module in modules
         if type(module) in (nn.Linear, Conv1D)
         and module.weight.dtype == torch.float32
         and (chosen != "auto" or module.weight.numel() >= _WORTH_HALVING)
