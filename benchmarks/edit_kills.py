@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -106,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
             time.sleep(draw.uniform(0, args.seconds / 2))
             worker = workers.pop(draw.randrange(len(workers)))
             counts["ended by itself"] += worker.exitcode is not None
-            os.kill(worker.pid, signal.SIGKILL)
+            worker.kill()
             worker.join()
             counts["kills"] += 1
         told = []
@@ -132,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
                 apart = (adapted(ids).logits - loaded.model(ids).logits).abs().max().item()
             counts["models differ"] += apart > 1e-3
             counts["models compared"] += 1
-    (args.out / "kills.json").write_text(json.dumps(counts, indent=1))
+        (args.out / "kills.json").write_text(json.dumps(counts, indent=1))
     print_table(["", "count"], [[name, count] for name, count in counts.items()])
 
 
