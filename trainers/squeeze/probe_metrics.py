@@ -26,6 +26,7 @@ INITIAL_GREEDY = "initial_greedy"
 LOGP, LOGP_ARGMAX = COLUMNS.index("logp_tok"), COLUMNS.index("logp_argmax")
 KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
 REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
+SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
 
 
@@ -115,7 +116,8 @@ class ProbeSet:
         self.name, self.prefix = name, f"{name}_" if name else ""
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's, for text
         self.max_new_tokens = max_new_tokens
-        self.start, self.greedy = torch.empty(0), None
+        self.start = torch.empty(0)
+        self.greedy: list[list[int]] | None = None
         self.decode_seconds = 0.0
         max_length = getattr(trainer.args, "max_length", None)  # DPO, SFT and KTO have one
         keep_end = getattr(trainer.args, "truncation_mode", "") == "keep_end"
@@ -220,15 +222,17 @@ class ProbeSet:
         return {f"{self.prefix}{key}": value for key, value in logs.items()}
 
     def _decode(self, trainer: Trainer, batch_size: int) -> dict[str, float]:
-        greedy = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, batch_size)
+        # One token a row at a time: more rows fit than where whole answers are scored, and most of the time is waiting
+        greedy = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, 4 * batch_size)
         if self.greedy is None and not len(self.start):
             self.set_greedy(greedy)
         ends = end_tokens(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer)
         return {f"repeat/{key}": value for key, value in repetition_metrics(greedy, ends).items()}
 
     def _pressure_of_samples(self, trainer: Trainer, batch_size: int) -> float:
-        samples = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, batch_size, True)
-        own = list(zip(self.prompts, samples, strict=True))
+        prompts = self.prompts[:SAMPLED_PROMPTS]
+        samples = decode_answers(trainer, self.tokenizer, prompts, self.max_new_tokens, 4 * batch_size, True)
+        own = list(zip(prompts, samples, strict=True))
         return _token_mean(score_answers(trainer, own, [False] * len(own), batch_size), "pressure")
 
     def _metrics(self, table: torch.Tensor) -> dict[str, float]:

@@ -195,7 +195,7 @@ def encode_answer(
             f"Expected `prompt` and `{kind}` as two texts or two lists of messages, got {type(prompt).__name__} and "
             f"{type(answer).__name__}."
         )
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and isinstance(answer, str):
         end = tokenizer.eos_token or ""
         prompt_ids = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + (answer if answer.endswith(end) else answer + end))["input_ids"]
@@ -243,16 +243,16 @@ def encode_answers(
     Raises:
         `ValueError`: when a column is missing, or an answer is empty or does not fit.
     """
-    rows = preference_rows(list(rows) if isinstance(rows, IterableDataset) else rows, name, kinds or ())
-    columns = kinds or [column for column in rows.column_names if column != "prompt" and column not in CONTEXT]
-    if images := [column for column in IMAGES if column in rows.column_names]:
+    dataset = preference_rows(list(rows) if isinstance(rows, IterableDataset) else rows, name, kinds or ())
+    columns = kinds or [column for column in dataset.column_names if column != "prompt" and column not in CONTEXT]
+    if images := [column for column in IMAGES if column in dataset.column_names]:
         raise ValueError(f"Expected {name} of text, got the column {images[0]!r}. Drop it where it says nothing.")
     if not columns:
         raise ValueError(
             f"Expected {name} with an answer in each row, got the columns {', '.join(rows.column_names)}."
         )
     answers = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(dataset):
         for kind in columns:
             prompt_ids, ids = encode_answer(tokenizer, row, kind, max_length) if row[kind] else ([], [])
             if not ids or not prompt_ids:
