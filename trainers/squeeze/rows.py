@@ -249,7 +249,7 @@ def encode_answers(
         raise ValueError(f"Expected {name} of text, got the column {images[0]!r}. Drop it where it says nothing.")
     if not columns:
         raise ValueError(
-            f"Expected {name} with an answer in each row, got the columns {', '.join(rows.column_names)}."
+            f"Expected {name} with an answer in each row, got the columns {', '.join(dataset.column_names)}."
         )
     answers = []
     for index, row in enumerate(dataset):
