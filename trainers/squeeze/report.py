@@ -60,7 +60,7 @@ _PANELS = (
     ),
     _Panel(
         "Index and cross-talk",
-        r"squeeze/(index|force)|(crosstalk)/other_train",
+        r"squeeze/(index)|(crosstalk)/other_train",
         "nats per token",
         "Index: rise of the most likely token less change of the answers nobody trains on. Cross-talk: how much more "
         "answers to other training prompts have gained than answers to test prompts.",
@@ -88,7 +88,7 @@ _PANELS = (
 _COLOURS = {
     "chosen": "#1b7f4b", "rejected": "#b3261e", "other_train": "#c77700", "other_test": "#7a5c00",
     "permuted": "#6b5b95", "random_words": "#8c8c8c", "initial_greedy": "#1f5fa8", "own": "#1f5fa8",
-    "margins": "#1d2129", "index": "#1d2129", "valley_frac": "#b3261e", "chosen_down": "#1b7f4b",
+    "margins": "#1d2129", "index": "#1d2129", "valley_frac": "#c77700", "chosen_down": "#1b7f4b",
     "rejected_down": "#b3261e", "both_down": "#1d2129",
 }  # fmt: skip
 _MORE_COLOURS = ("#d1477a", "#008c95", "#5c7d00", "#9a6324", "#4363d8", "#e6651a")
@@ -131,7 +131,7 @@ def write_squeeze_report(
         monitor.update(entry)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    pages = []
+    pages: list[dict[str, Any]] = []
     for number, (source, series) in enumerate(sources.items()):
         panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, series))]
         alarm = monitor.alarms.get(source)
@@ -218,6 +218,7 @@ def _draw(panels: list[tuple[_Panel, dict[str, dict[int, float]]]], alarm: int |
         axes.axhline(0, color="#5c6472", lw=0.6)
         if alarm is not None:
             axes.axvline(alarm, color="#b3261e", ls=":", lw=1.2)
+            axes.set_title("warning" if axes is figure.axes[0] else "", fontsize=8, loc="right", color="#b3261e")
         axes.set_title(panel.title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel(f"change, {panel.unit}", fontsize=8)

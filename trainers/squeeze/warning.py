@@ -24,8 +24,8 @@ class SqueezeMonitor:
     they have been, for `patience` evaluations in a row. Only answers that are scored again and again can tell: probe
     sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged alone.
 
-    The rule and its numbers are not the paper's (https://huggingface.co/papers/2407.10490); how often it is right is in
-    docs/squeeze_theory.md.
+    The rule and its numbers are not the paper's (https://huggingface.co/papers/2407.10490); how often it is right
+    stands in docs/squeeze_theory.md.
 
     Args:
         delta (`float`, *optional*, defaults to `0.1`):
@@ -34,7 +34,7 @@ class SqueezeMonitor:
             Evaluations in a row.
 
     Attributes:
-        sets (`dict[str, dict[int, float]]`): of each set the chosen answers' log-probability by step, in nats per token.
+        sets (`dict[str, dict[int, float]]`): of each set the chosen answers' log-probability, nats per token, by step.
         alarms (`dict[str, int]`): the sets whose chosen answers are lost, and the step at which that was seen.
 
     Raises:
@@ -158,10 +158,10 @@ class SqueezeStoppingCallback(TrainerCallback):
         lost = self.monitor.update(logs or {}, state.global_step)
         for name in lost if state.is_world_process_zero else ():
             values = self.monitor.sets[name]
+            now, highest = values[state.global_step], max(values.values())
             logger.warning(
-                f"Squeezing at step {state.global_step}: the chosen answers of {name!r} are at "
-                f"{values[state.global_step]:.3f} nats a token, {max(values.values()) - values[state.global_step]:.3f} "
-                f"below their highest."
+                f"Squeezing at step {state.global_step}: the chosen answers of {name!r} are at {now:.3f} nats a "
+                f"token, {highest - now:.3f} below their highest."
             )
         if not lost or self._acted:
             return
