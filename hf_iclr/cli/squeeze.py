@@ -20,8 +20,8 @@ def report(
     title: Annotated[str, typer.Option(help="Heading.")] = "Squeezing report",
 ) -> None:
     """Write what a run logged as a page with its figure."""
-    from hf_iclr.trainers.squeeze.replay import read_log
     from hf_iclr.trainers.squeeze.report import write_squeeze_report
+    from hf_iclr.trainers.squeeze.warning import read_log
 
     typer.echo(write_squeeze_report(read_log(state), out, title))
 
@@ -39,7 +39,7 @@ def replay(
     from rich.console import Console
     from rich.table import Table
 
-    from hf_iclr.trainers.squeeze.replay import replay_log
+    from hf_iclr.trainers.squeeze.warning import replay_log
 
     table = Table("run", "watched", "evaluations", "highest at step", "warning at step", "fall at the end")
     rule = {} if delta is None else {"delta": delta}

@@ -2,11 +2,10 @@ from .config import SqueezeDPOConfig, SqueezeOptions
 from .influence import InfluenceReport, influence_audit
 from .pair_audit import audit_pairs, filter_pairs
 from .probes import SqueezeProbeCallback, build_probe_set
-from .replay import read_log, replay_log
 from .report import write_squeeze_report
-from .sft_rows import extend_for_sft
+from .rows import extend_for_sft
 from .trainer import SqueezeDPOTrainer, SqueezeMixin
-from .warning import SqueezeMonitor, SqueezeStoppingCallback
+from .warning import SqueezeMonitor, SqueezeStoppingCallback, read_log, replay_log
 
 __all__ = [
     "InfluenceReport",

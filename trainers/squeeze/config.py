@@ -22,7 +22,10 @@ class SqueezeOptions:
         argmax_every (`int`, *optional*, defaults to `10`):
             Optimiser steps between two measurements of the argmax mass. The mean since the last log is logged.
         probe_every (`int`, *optional*, defaults to `25`):
-            Optimiser steps between two passes over `probe_dataset`; 25 is how often the authors' code evaluates.
+            Least optimiser steps between two passes over `probe_dataset`; 25 is how often the authors' code evaluates.
+        probe_budget (`float`, *optional*, defaults to `0.05`):
+            Share of the run's time that all passes together may take, in (0, 1]; a longer interval, a multiple of
+            `probe_every`, is chosen where they would take more. 1.0: a pass every `probe_every` steps.
 
     Raises:
         `ValueError`: when an option lies outside of its range.
@@ -39,7 +42,11 @@ class SqueezeOptions:
         default=10, metadata={"help": "Optimiser steps between two measurements of the argmax mass."}
     )
     probe_every: int = field(
-        default=25, metadata={"help": "Optimiser steps between two passes over the probe dataset."}
+        default=25, metadata={"help": "Least optimiser steps between two passes over the probe dataset."}
+    )
+    probe_budget: float = field(
+        default=0.05,
+        metadata={"help": "Share of the run's time that passes over the probe dataset may take; 1.0: no limit."},
     )
 
     def __post_init__(self) -> None:
@@ -50,6 +57,10 @@ class SqueezeOptions:
         for name in ("argmax_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}. For example `{name}=10`.")
+        if not 0 < self.probe_budget <= 1:
+            raise ValueError(
+                f"probe_budget must be in (0, 1], got {self.probe_budget}. For example `probe_budget=0.05`."
+            )
         super().__post_init__()  # type: ignore[misc]  # of the configuration behind it
 
 

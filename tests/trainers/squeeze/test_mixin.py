@@ -57,7 +57,7 @@ def make(tmp_path, word_tokenizer):
         parent, config, more = TRAINERS[kind]
         trainer_class = type("Squeezing", (SqueezeMixin, parent), {}) if ours else parent
         squeeze = {name: settings.pop(name) for name in ("squeeze_metrics", "argmax_every") if name in settings}
-        probes = {"probe_dataset": settings.pop("probe_dataset")} if "probe_dataset" in settings else {}
+        probes = {"probe_dataset": pair_rows(3)} if ours else {}
         args = config(str(tmp_path / "out"), **{**QUICK, "max_steps": 2, **more, **settings})
         for name, value in squeeze.items() if ours else ():
             setattr(args, name, value)
@@ -98,13 +98,15 @@ def test_same_bits_as_the_parent(make, kind):
     theirs, ours = (run(make(kind, **settings)) for settings in ({"ours": False}, {"ours": True, **FULL}))
     for (name, parameter), other in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(parameter, other), name
-    for entry, other in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+    probed = [entry for entry in ours.state.log_history if "probe/chosen/logp" in entry]
+    assert [entry["step"] for entry in probed] == [0, 2]
+    log = [entry for entry in ours.state.log_history if entry not in probed]
+    for entry, other in zip(theirs.state.log_history, log, strict=True):
         timed = [key for key in entry if "time" in key or "per_second" in key]
         assert {**entry, **dict.fromkeys(timed)} == {key: None if key in timed else other[key] for key in entry}
-    logged = ours.state.log_history[0]
+    logged, evaluated = log[0], log[-1]
     assert {"squeeze/logp_tok_chosen", "squeeze/pressure_rejected", "squeeze/logp_argmax_rejected"} <= logged.keys()
     assert logged["squeeze/logp_argmax_rejected"] > logged["squeeze/logp_tok_rejected"]
-    evaluated = ours.state.log_history[-1]
     assert evaluated["eval_squeeze/logp_argmax_chosen"] >= evaluated["eval_squeeze/logp_tok_chosen"]
     assert ("squeeze/force" in logged) == (kind in ("kto", "kto precomputed", "apo"))
     assert "squeeze/both_down" not in logged
@@ -148,10 +150,11 @@ def test_sides_of_samples_are_those_of_their_advantages(make):
             expected[side] = noted["outputs"].log_probs[wanted][own].mean().item()
     assert expected
     for side, value in expected.items():
-        assert trainer.state.log_history[0][f"squeeze/logp_tok_{side}"] == pytest.approx(value, rel=1e-5)
+        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert log[f"squeeze/logp_tok_{side}"] == pytest.approx(value, rel=1e-5)
 
 
 def test_off_is_off(make):
     trainer = make("cpo", True, squeeze_metrics="off")
     trainer.train()
-    assert not [key for entry in trainer.state.log_history for key in entry if "squeeze" in key]
+    assert not [key for entry in trainer.state.log_history for key in entry if "squeeze/logp" in key]

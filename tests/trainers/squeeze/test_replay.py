@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_iclr.trainers.squeeze.replay import read_log, replay_log
+from hf_iclr.trainers.squeeze.warning import read_log, replay_log
 from tests.trainers.squeeze.test_warning import FALLS, RULE, entries
 
 

@@ -153,7 +153,7 @@ def test_lowers_the_learning_rate_for_good(train):
 def test_in_a_run_of_its_own(train, source):
     """DPO hard enough to lose the tiny model's answers is stopped, and what is said live is what the log says."""
     rows = pair_rows()
-    settings = {"probe_dataset": rows, "probe_every": 1}
+    settings = {"probe_dataset": rows, "probe_every": 1, "probe_budget": 1.0}
     if source == "evaluation":
         settings = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     callback = SqueezeStoppingCallback("stop")
@@ -167,7 +167,13 @@ def test_in_a_run_of_its_own(train, source):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_alarm_where_nothing_is_learnt(train, seed):
-    settings = {"probe_dataset": build_probe_set(pair_rows()), "probe_every": 1, "seed": seed, "learning_rate": 0.0}
+    settings = {
+        "probe_dataset": build_probe_set(pair_rows()),
+        "probe_every": 1,
+        "probe_budget": 1.0,
+        "seed": seed,
+        "learning_rate": 0.0,
+    }
     callback = SqueezeStoppingCallback("stop", delta=1e-4, patience=1)
     assert train(callback, **settings).state.global_step == 8 and len(callback.monitor.sets["probe"]) == 9
 
