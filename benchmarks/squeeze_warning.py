@@ -1,5 +1,5 @@
 """
-Which warning foretells, or at least notices, that a preference training loses its chosen answers; and does acting help?
+Which warning foretells, or at least notices, that a preference training loses its chosen answers? Does acting help?
 
     python benchmarks/squeeze_warning.py --settings counting stories260k --data DIR
     python benchmarks/squeeze_warning.py --settings smollm2 --data DIR --seeds 1 --arms sft dpo
@@ -178,7 +178,7 @@ def print_tables(runs: list[Run]) -> None:
     if rows:
         groups = pd.DataFrame(rows).groupby(["setting", "action"], sort=False)
         print(
-            "\nActing, where the rule warns: held-out chosen answers (nats a token, change since the start) and accuracy"
+            "\nActing, where the rule warns: held-out chosen answers (change in nats a token) and accuracy at the end"
         )
         table = groups.agg({"runs": "sum", "chosen": "mean", "against nothing": "mean", "accuracy": "mean"})
         print(table.assign(better=groups["against nothing"].apply(lambda d: (d > 0).sum())).round(2).to_string())
