@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import DPOTrainer
 
 from hf_iclr.models import end_tokens, pad_answers
+from hf_iclr.trainers.measuring import forked_random
 
 from .probe_scoring import COLUMNS, decode_answers, repetition_metrics, score_answers
 from .rows import CHOSEN, CONTEXT, IMAGES, REJECTED, calls_tools, encode_answer, preference_rows, text_of
@@ -27,6 +30,9 @@ LOGP, LOGP_ARGMAX = COLUMNS.index("logp_tok"), COLUMNS.index("logp_argmax")
 KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
 REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
 SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
+FORWARDS_OF_A_STEP = 3  # at least: a backward is two
+PASSES_BETWEEN = 4  # that there should be room for
+PILOT_TOKENS = 4
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
 
 
@@ -160,6 +166,7 @@ class ProbeSet:
                 cut = max(len(prompt) - max(max_length - max_new_tokens, 1), 0) if keep_end and max_length else 0
                 self.prompts.append(prompt[cut:])
                 self.answers += row.values()
+        self.columns = len(columns)
         self.kinds = columns * (len(self.answers) // len(columns))
         if len(self.answers) < len(dataset) * len(columns):
             left_out = len(dataset) - len(self.answers) // len(columns)
@@ -178,6 +185,14 @@ class ProbeSet:
         for answer in answers:
             digest.update(json.dumps(answer, default=_bytes_hash, sort_keys=True).encode())
         return digest.hexdigest()
+
+    def take(self, prompts: int, decoded: int) -> None:
+        """Keep a random part of the prompts, always the same for this number of them, and decode from some of these."""
+        count, columns = len(self.answers) // self.columns, self.columns
+        taken = sorted(random.Random(0).sample(range(count), min(prompts, count)))
+        self.answers = [answer for index in taken for answer in self.answers[columns * index : columns * (index + 1)]]
+        self.kinds = self.kinds[: len(self.answers)]
+        self.prompts = [self.prompts[index] for index in taken if self.prompts][:decoded]
 
     def set_greedy(self, greedy: list[list[int]]) -> None:
         """Add y*, the answers to watch from now on; a model may also have ended at once, without a token."""
@@ -264,6 +279,63 @@ class ProbeSet:
                 f"The log-probabilities of the probes should be finite, those of {', '.join(sorted(broken))} are not. "
                 "The weights have probably diverged: lower `learning_rate`, set `max_grad_norm`, or use `bf16`."
             )
+
+
+def take_what_fits(
+    sets: Sequence[ProbeSet], trainer: Trainer, max_steps: int, every: int, budget: float, decode: bool
+) -> None:
+    """
+    Keep as many prompts of probe sets as leave room in the budget for a pass at the start, at the end, and for some in
+    between. How long a step will take is not known before the first one: it is taken for the forward and the backward
+    of as many answers, which it takes at least.
+
+    Args:
+        sets (`Sequence[ProbeSet]`):
+            Which share the budget.
+        trainer ([`~transformers.Trainer`]):
+            Before its first step.
+        max_steps, every (`int`):
+            Of the run, and the least steps between two passes.
+        budget (`float`):
+            In (0, 1).
+        decode (`bool`):
+            Whether passes decode; half of the budget is for that, as far as it is needed.
+    """
+    args, world, begin = trainer.args, trainer.accelerator.num_processes, time.perf_counter()
+    pairs = any(name.startswith(REJECTED) for name in getattr(trainer.train_dataset, "column_names", None) or ())
+    rows = world * args.per_device_train_batch_size * (2 if pairs else 1)
+    some = (sets[0].answers * rows)[:rows]
+    prompts = [prompt for probes in sets for prompt in probes.prompts] if decode else []
+    seconds = []
+    with forked_random(trainer.accelerator.device):
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            score_answers(trainer, some, [False] * rows, rows // world, collate=sets[0].collate)
+            seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        if prompts:
+            decode_answers(trainer, sets[0].tokenizer, prompts[:rows], PILOT_TOKENS, rows // world)
+        drawn = (time.perf_counter() - start) / PILOT_TOKENS * max((probes.max_new_tokens for probes in sets)) / rows
+    step = FORWARDS_OF_A_STEP * min(seconds) * args.gradient_accumulation_steps
+    an_answer = min(seconds) / rows
+    left = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)
+    a_pass = max(left, 0.0) / (2 + min(PASSES_BETWEEN, (max_steps - 1) // every))
+    decoding = len(prompts) * 2 * (drawn + an_answer)  # greedily, and samples
+    for_decoding = min(decoding, a_pass / 2)
+    scoring = sum(len(probes.answers) for probes in sets) * an_answer
+    shares = [min((a_pass - for_decoding) / scoring, 1.0), for_decoding / decoding if decoding else 0.0]
+    broadcast_object_list(shares)  # every process has timed its own
+    before = [len(probes.answers) // probes.columns for probes in sets]
+    for probes, count in zip(sets, before, strict=True):
+        probes.take(max(int(shares[0] * count), 1), int(shares[1] * len(probes.prompts)))
+    after = sum(len(probes.answers) // probes.columns for probes in sets)
+    decoded = sum(len(probes.prompts) for probes in sets)
+    if (after < sum(before) or decoded < len(prompts)) and trainer.is_world_process_zero():
+        logger.warning(
+            f"{after} of {sum(before)} prompts are probed, taken at random, and {decoded} of them decoded from: an "
+            f"answer takes {an_answer:.3g} s, a step at least {step:.3g} s, and probe_budget={budget:g} is the probes' "
+            f"share of the run's {max_steps} steps. Raise it for more; `probe_budget=1.0` takes all."
+        )
 
 
 def _prepare_pairs(
