@@ -130,7 +130,8 @@ def print_tables(runs: list[Run]) -> None:
     plain = [run for run in runs if run.action is None]
     even, odd = ([run for run in plain if run.seed % 2 == rest] for rest in (0, 1))
     rows = []
-    for (setting, arm), group in pd.Series(plain).groupby([(run.setting, run.arm) for run in plain], sort=False):
+    for setting, arm in dict.fromkeys((run.setting, run.arm) for run in plain):
+        group = [run for run in plain if (run.setting, run.arm) == (setting, arm)]
         ends = [run.held_out[-1] - run.held_out[0] for run in group]
         warned = {name: sum(shipped_alarm(run, key) is not None for run in group) for name, key in
                   (("warned, held-out probes", held_out), ("warned, trained probes", trained))}  # fmt: skip

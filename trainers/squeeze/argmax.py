@@ -7,7 +7,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.utils import FusedCausalLMOutput
 
 
 # Logits held at once, 64 MB in float32, and the rows of the head cast at once, as many as TRL casts.
@@ -31,6 +30,15 @@ class ArgmaxLogProbs(NamedTuple):
     logp_argmax: torch.Tensor
     rest_logmass: torch.Tensor
     argmax_gap: torch.Tensor
+
+
+class TokenOutputs(NamedTuple):
+    """What is read of [`~trl.trainer.utils.FusedCausalLMOutput`], under its names."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    log_sum_sq_probs: torch.Tensor
+    is_top1: torch.Tensor
 
 
 class HiddenStateTap:
@@ -134,7 +142,7 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     )
 
 
-def from_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[FusedCausalLMOutput, ArgmaxLogProbs]:
+def from_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[TokenOutputs, ArgmaxLogProbs]:
     """
     What TRL's fused head and [`exact_argmax`] tell, for a trainer that has built the logits.
 
@@ -145,7 +153,7 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[FusedCausal
             -100 outside of the answers.
 
     Returns:
-        `tuple[FusedCausalLMOutput, ArgmaxLogProbs]`: fields of shape `(batch, length - 1)`, zero outside.
+        `tuple[TokenOutputs, ArgmaxLogProbs]`: fields of shape `(batch, length - 1)`, zero outside.
     """
     mask = labels[:, 1:] != -100
     fields = logits.new_zeros((7, *mask.shape), dtype=torch.float32)
@@ -161,8 +169,7 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[FusedCausal
             [logp, entropy, (2 * log_p).logsumexp(-1), index.squeeze(-1) == targets, top, rest, top - logp]
         )
     log_probs, entropy, log_s, is_top1, *argmax = fields
-    outputs = FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, log_sum_sq_probs=log_s, is_top1=is_top1.bool())
-    return outputs, ArgmaxLogProbs(*argmax)
+    return TokenOutputs(log_probs, entropy, log_s, is_top1.bool()), ArgmaxLogProbs(*argmax)
 
 
 def gathered_head(*parameters: torch.Tensor | None) -> AbstractContextManager:

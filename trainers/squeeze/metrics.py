@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .argmax import ArgmaxLogProbs
+from .argmax import ArgmaxLogProbs, TokenOutputs
 
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def token_quantities(
 
 
 def batch_sums(
-    outputs: "FusedCausalLMOutput",
+    outputs: "FusedCausalLMOutput | TokenOutputs",
     labels: torch.Tensor,
     vocab_size: int,
     log_prob_gradients: torch.Tensor | None = None,
@@ -107,7 +107,7 @@ def batch_sums(
     [`metrics_from_sums`] divides.
 
     Args:
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
+        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`] or [`TokenOutputs`]):
             Per-token fields of shape `(rows, length - 1)`.
         labels (`torch.Tensor` of shape `(rows, length)`):
             -100 outside of the answers.

@@ -83,8 +83,8 @@ def test_the_authors_curves():
     """See docs/squeeze_theory.md."""
     if not CURVES.exists():
         pytest.skip(f"The authors' curves are not in {CURVES}.")
-    for name in ("pythia410m", "qwen05"):
-        table = replay_log(CURVES / f"refcurve_{name}_baseline_dpo_checkbug_5e7.json.gz")
+    for name, delta in (("pythia410m", 0.1), ("qwen05", 0.2)):
+        table = replay_log(CURVES / f"refcurve_{name}_baseline_dpo_checkbug_5e7.json.gz", delta=delta)
         (row,) = table[table["watched"] == "probe"].itertuples(index=False)
         assert row.alarm is not None and row.alarm > row.highest_at
     assert len(read_log(CURVES / "refcurve_baseline_sft_qwen05_ep8.json.gz")) == 1  # four times the first evaluation
