@@ -190,7 +190,7 @@ def choose_interval(every: int, max_steps: int, budget: float, step: float, ends
         budget (`float`):
             In (0, 1).
         step, ends, between (`float`):
-            Seconds of a step, of the first and the last pass together, and of one in between, which decodes less often.
+            Seconds of a step, of the first and last pass together, and of one in between, which decodes less often.
 
     Returns:
         `int`: steps; 0 where none in between fits.

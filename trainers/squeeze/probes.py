@@ -25,9 +25,20 @@ from transformers import (
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import as_written_by, read_json, whole_number
 
-from .probe_metrics import ProbeSet, check_kinds, check_probe_sets, take_what_fits
+from .probe_metrics import ProbeSet, take_what_fits
 from .probe_scoring import choose_interval
-from .rows import CHOSEN, CONTEXT, REJECTED, preference_rows, text_of, with_text
+from .rows import (
+    CHOSEN,
+    CONTEXT,
+    REJECTED,
+    check_kinds,
+    check_probe_sets,
+    other_row,
+    preference_rows,
+    shuffled,
+    text_of,
+    with_text,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -103,14 +114,14 @@ def build_probe_set(
         if len(probes) == num_probes:
             break
         row = texts[index]
-        chosen, other = row[CHOSEN], _other(texts, row, generator)
+        chosen, other = row[CHOSEN], other_row(texts, row, generator)
         probe = {CHOSEN: chosen, REJECTED: row[REJECTED], "other_train": other[CHOSEN]}
-        unrelated = _other(texts, row, generator)
+        unrelated = other_row(texts, row, generator)
         if test_rows is not None:
-            probe["other_test"] = _other(test_rows, row, generator)[CHOSEN]
-            unrelated = _other(test_rows, row, generator)
-        probe["permuted"] = with_text(chosen, _shuffled(text_of(chosen), generator))
-        probe["random_words"] = with_text(chosen, _shuffled(text_of(unrelated[CHOSEN]), generator))
+            probe["other_test"] = other_row(test_rows, row, generator)[CHOSEN]
+            unrelated = other_row(test_rows, row, generator)
+        probe["permuted"] = with_text(chosen, shuffled(text_of(chosen), generator))
+        probe["random_words"] = with_text(chosen, shuffled(text_of(unrelated[CHOSEN]), generator))
         probe |= {name: with_text(chosen, text_of(row[name])) for name in rephrases}
         if all(text_of(answer).strip() for answer in probe.values()):
             probes.append(probe)
@@ -126,26 +137,6 @@ def build_probe_set(
     for kind in probes[0]:
         dataset = dataset.add_column(kind, [probe[kind] for probe in probes])
     return dataset.select_columns(["prompt", *probes[0], *context])
-
-
-def _other(rows: Dataset, row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
-    """A row with another prompt; by chance first, since prompts seldom repeat."""
-    for _ in range(20):
-        other = rows[generator.randrange(len(rows))]
-        if other["prompt"] != row["prompt"]:
-            return other
-    for other in rows:
-        if other["prompt"] != row["prompt"]:
-            return other
-    raise ValueError("Probes need answers to other prompts, but all rows have the same prompt. Give more pairs.")
-
-
-def _shuffled(text: str, generator: random.Random) -> str:
-    words = text.split()
-    shuffled = words[:]
-    while shuffled == words and len(set(words)) > 1:
-        generator.shuffle(shuffled)
-    return " ".join(shuffled)
 
 
 class SqueezeProbeCallback(TrainerCallback):
@@ -319,7 +310,7 @@ class SqueezeProbeCallback(TrainerCallback):
                 "passes": self._passes,
                 "interval": self._interval,
                 "seconds": self._seconds,
-                "taken": [len(probes.answers) // probes.columns, len(probes.prompts)],
+                "taken": [probes.count, len(probes.prompts)],
                 "greedy": probes.greedy,
                 "logps": probes.start.tolist(),
             }
@@ -378,7 +369,7 @@ class SqueezeProbeCallback(TrainerCallback):
             return
         when = f"every {self._interval} steps" if self._interval else "at the start and the end only"
         logger.warning(
-            f"Probes are scored {when}, not every {self.every}: it takes {whole:.3g} s, a step takes {step:.3g} s, and "
+            f"Probes are scored {when}, not every {self.every}: it takes {whole:.3g} s, a step {step:.3g} s, and "
             f"probe_budget={self.probe_budget:g} is their share of the run. Raise it for more."
         )
 
