@@ -258,10 +258,10 @@ def take_what_fits(
             start = time.perf_counter()
             score_answers(trainer, some, [False] * rows, rows // world, collate=sets[0].collate)
             seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), max(probes.max_new_tokens for probes in sets)
         if prompts:
-            decode_answers(trainer, sets[0].tokenizer, prompts[:rows], PILOT_TOKENS, rows // world)
-        drawn = (time.perf_counter() - start) / PILOT_TOKENS * max(probes.max_new_tokens for probes in sets) / rows
+            decode_answers(trainer, sets[0].tokenizer, (prompts * rows)[:rows], PILOT_TOKENS, rows // world)
+        drawn = (time.perf_counter() - start) / rows * tokens / PILOT_TOKENS
     step = FORWARDS_OF_A_STEP * min(seconds) * args.gradient_accumulation_steps
     an_answer = min(seconds) / rows
     left = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)

@@ -255,14 +255,14 @@ class SqueezeProbeCallback(TrainerCallback):
         ]
         self._forget()
         known = self._resume(args, state.global_step) if state.global_step else set()
+        new = [probes for probes in self._sets if probes.name not in known]
         begin = time.perf_counter()
-        if self.probe_budget < 1 and (new := [probes for probes in self._sets if probes.name not in known]):
+        if new and self.probe_budget < 1:
             take_what_fits(new, trainer, state.max_steps, self.every, self.probe_budget, self.decode_every > 0)
-        keys = [f"{probes.prefix}probe/chosen/logp" for probes in self._sets if len(probes.start)]
-        here = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        if len(keys) == len(self._sets) and all(any(key in entry for entry in here) for key in keys):
-            self._last_step = state.global_step  # the checkpoint was written after a pass
-        self._probe(args, state, control)
+        if new:
+            self._probe(args, state, control)
+        else:  # the run goes on as if it had not been interrupted
+            self._last_step = state.global_step
         self._clock = time.perf_counter()
         self._spent = self._clock - begin
 
