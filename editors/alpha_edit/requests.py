@@ -122,6 +122,21 @@ class EditRequest:
         return cls(**{"subject": None} | values)
 
 
+def check_requests(requests: Any) -> list[EditRequest]:
+    """The requests as a list; raises `TypeError` where one is something else and `ValueError` where there is none."""
+    one = isinstance(requests, EditRequest | str | Mapping) or not isinstance(requests, Iterable)
+    requests, example = [requests] if one else list(requests), "editor.edit([EditRequest('{} is in', 'Oslo', 'Peru')])"
+    for request in requests:
+        if not isinstance(request, EditRequest):
+            raise TypeError(
+                f"Expected a list of EditRequest, got {type(request).__name__}: {request!r}. Type `{example}`; rows "
+                "of a data set are read by `edit_requests(rows)`."
+            )
+    if not requests:
+        raise ValueError(f"Expected at least one request, got none. Type `{example}`.")
+    return requests
+
+
 def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None) -> list[EditRequest]:
     """
     Reads rows of CounterFact or zsRE in the layout of ROME (https://huggingface.co/papers/2202.05262), of EasyEdit and
