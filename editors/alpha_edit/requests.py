@@ -282,3 +282,15 @@ def _first_text(index: int, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"Expected an answer of row {index} to be text, got {value!r}. Leave the row out.")
     return value
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column of a data set; raises `ValueError` without the column, `TypeError` where it has no text."""
+    if column not in row:
+        raise ValueError(f"Expected a column {column!r} with text, got {sorted(row)}. Pass text_column=...")
+    if not isinstance(row[column], str):
+        raise TypeError(
+            f"Expected text in column {column!r}, got {row[column]!r}. Leave such rows out: "
+            f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
+        )
+    return row[column]

@@ -175,10 +175,10 @@ class _Search:
         self.before = max(first)
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
-        texts = self.rows_each - (1 if config.kl_factor else 0)
+        # Every target token: row, column of the suffix whose logits predict it, token, weight in the row's mean.
+        self.texts = self.rows_each - (1 if config.kl_factor else 0)
         places = [
-            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start) / texts)
+            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start))
             for line, (row, begin) in enumerate(zip(flat, first, strict=True))
             for place in range(row.start, len(row.ids))
         ]
@@ -206,6 +206,14 @@ class _Search:
         if cache is not None:
             inputs |= cache_inputs(self.model, _shallow(cache)) | {"use_cache": True}
         return inputs
+
+    def rows_at(self, step: int) -> torch.Tensor:
+        """The rows that each request has in a step: the plain prompt, contexts in their turn, and the one for KL."""
+        contexts = range(1, self.texts)
+        count = min(self.config.contexts_per_step or len(contexts), len(contexts))
+        turn = [contexts[(step * count + i) % len(contexts)] for i in range(count)]
+        rows = [0, *sorted(turn), *range(self.texts, self.rows_each)]
+        return torch.tensor(rows, device=self.model.device)
 
     @torch.no_grad()
     def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
@@ -235,24 +243,34 @@ class _Search:
         delta = torch.zeros_like(initial)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
         losses, steps = (torch.zeros(self.num_requests, device=device) for _ in range(2))
+        nlls = torch.full((self.num_requests, self.texts), torch.nan, device=device)  # of each row when last seen
         active = torch.arange(self.num_requests, device=device)  # requests in the batch
-        batch = _Batch(self, active, cache, entering, output)
+        batch: _Batch | None = None
         before: torch.Tensor | None = None  # next token's log-probabilities of the KL rows, of all requests
         for step in range(config.num_steps):
+            chosen = self.rows_at(step)
+            if batch is None or not batch.is_of(active, chosen):
+                batch = _Batch(self, active, chosen, cache, entering, output)
             move = delta[active].requires_grad_()
             token_log_probs, kl_log_probs = batch.log_probs(move)
-            nll = torch.zeros(len(active), device=device).index_add(0, batch.owner, -token_log_probs * batch.weight)
-            loss = nll
+            row_nll = torch.zeros(len(active) * len(chosen), device=device)
+            row_nll = row_nll.index_add(0, batch.line, -token_log_probs * batch.weight).view(len(active), -1)
+            row_nll = row_nll[:, chosen < self.texts]
+            nlls[active[:, None], chosen[chosen < self.texts]] = row_nll.detach()
+            penalty = torch.zeros(len(active), device=device)
             if step:
                 # Sizes are zero beyond a request's last place, where nothing is moved.
-                loss = nll + config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
+                penalty = config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
             if kl_log_probs is not None:
                 if before is None:
                     before = kl_log_probs.detach()
                 kl = (kl_log_probs.exp() * (kl_log_probs - before[active])).sum(1)
-                loss = loss + self.kl_factors[active] * kl
-            losses[active] = loss.detach()
-            done = (loss < config.loss_threshold) | (nll < config.nll_threshold) | ~loss.isfinite()
+                penalty = penalty + self.kl_factors[active] * kl
+            loss, nll = row_nll.mean(1) + penalty, nlls[active].nanmean(1)
+            losses[active] = torch.where(loss.isfinite(), nll + penalty, loss).detach()
+            # Rows that were not in this step count as they were when last seen, once all of them have been.
+            likely = (losses[active] < config.loss_threshold) | (nll < config.nll_threshold)
+            done = likely & nlls[active].isfinite().all(1) | ~loss.isfinite()
             if step == config.num_steps - 1 or done.all():
                 bar.update(len(active))
                 break
@@ -268,9 +286,7 @@ class _Search:
             moved = delta[rest] - config.learning_rate * ratio
             limit = config.clamp_factor * size[rest]
             delta[rest] = moved * (limit / moved.norm(dim=2).clamp_min(1e-30)).clamp_max(1)[..., None]
-            if done.any():
-                active = rest
-                batch = _Batch(self, active, cache, entering, output)
+            active = rest
         return initial + delta, losses, steps
 
 
@@ -281,19 +297,19 @@ class _Batch:
         self,
         search: _Search,
         active: torch.Tensor,
+        chosen: torch.Tensor,
         cache: DynamicCache | None,
         entering: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        self.search = search
-        each, start = search.rows_each, search.before
-        lines = (active[:, None] * each + torch.arange(each, device=active.device)).flatten()
+        self.search, self.active, self.chosen = search, active, chosen
+        each, start = len(chosen), search.before
+        lines = (active[:, None] * search.rows_each + chosen).flatten()
         kept = torch.isin(search.row, lines)
         new_line = torch.zeros(len(search.ids), dtype=torch.long, device=active.device)
         new_line[lines] = torch.arange(len(lines), device=active.device)
         self.line, self.column = new_line[search.row[kept]], search.column[kept]
         self.token, self.weight = search.token[kept], search.weight[kept]
-        self.owner = self.line // each
         width = int(search.mask[lines, start:].sum(1).max())  # of the longest row left
         self.entering, self.output = entering[lines, :width], output[lines, :width]
         self.cache = _shallow(cache)
@@ -306,6 +322,9 @@ class _Batch:
         self.moved = (new_line[line], column), (new_line[line] // each, number)
         subject = column[number == 0]  # of every row, in their order
         self.looked_at = torch.cat([self.line, last]), torch.cat([self.column, subject[last]])
+
+    def is_of(self, active: torch.Tensor, chosen: torch.Tensor) -> bool:
+        return torch.equal(self.active, active) and torch.equal(self.chosen, chosen)
 
     def log_probs(self, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of the target tokens, and of every next token at the KL rows' subjects."""
