@@ -145,8 +145,8 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
 
     The first answer of a zsRE row is the target. Its neighbour is a question with an answer of its own, so it becomes
     a pair of prompt and answer, as do an EasyEdit row's locality prompts; a CounterFact row's neighbours are prompts
-    whose answer is `target_true`. An EasyEdit prompt that does not name its subject is edited at its last token; the
-    column `portability` is not read.
+    whose answer is `target_true`. A row of MQuAKE has several rewrites, each of which is a request. An EasyEdit prompt
+    that does not name its subject is edited at its last token; the column `portability` is not read.
 
     Args:
         rows (`datasets.Dataset` or iterable of `dict`):
@@ -155,7 +155,7 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
             Read no more than so many rows, from the first on, as the papers do.
 
     Returns:
-        `list[EditRequest]`: one a row, named `counterfact-{case_id}`, as the row says, or by its content.
+        `list[EditRequest]`: one a rewrite, named `counterfact-{case_id}`, as the row says, or by its content.
 
     Raises:
         TypeError: when `rows` is a path, or a row is no mapping.
@@ -178,7 +178,11 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
                 f"Expected row {index} to be a mapping from column to value, got {row!r}. Of a `DatasetDict` choose a "
                 "split: `dataset['train']`."
             )
-        requests.append(_read_row(index, row))
+        rewrites = row.get("requested_rewrite")
+        parts: list[Mapping[str, Any]] = [row]
+        if isinstance(rewrites, list):  # MQuAKE's rows have some each
+            parts = [{**row, "requested_rewrite": rewrite, "case_id": None} for rewrite in rewrites]
+        requests += [_read_row(index, part) for part in parts]
     if not requests:
         raise ValueError("Expected at least one row, got none.")
     return requests
@@ -209,7 +213,7 @@ def _read_counterfact(row: Mapping[str, Any]) -> EditRequest:
         subject=rewrite["subject"],
         target_new=rewrite["target_new"]["str"],
         target_true=rewrite["target_true"]["str"],
-        paraphrases=tuple(row.get("paraphrase_prompts") or ()),
+        paraphrases=tuple(row.get("paraphrase_prompts") or filter(None, [rewrite.get("question")])),
         neighborhood=tuple(row.get("neighborhood_prompts") or ()),
         id=f"counterfact-{row['case_id']}" if row.get("case_id") is not None else "",
         source="CounterFact",

@@ -20,8 +20,8 @@ _ANSWER = "An answer."  # to see where a chat template puts one
 
 # Names of characters after which no space is written: Chinese and Japanese with their marks, Thai and its neighbours.
 _WITHOUT_SPACES = (
-    *("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "LEFT CORNER", "RIGHT CORNER"),
-    *("BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "YI SYLLABLE"),
+    *("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO", "YI SYLLABLE"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI"),
 )
 
 
@@ -138,7 +138,10 @@ def _ids_and_spans(
 
 
 def _ends_without_space(text: str) -> bool:
-    return unicodedata.name(text[-1:] or " ", "").startswith(_WITHOUT_SPACES)
+    """Whether its last character that is seen opens a quotation or bracket, or is of a script without spaces."""
+    last = next((c for c in reversed(text) if unicodedata.category(c)[0] not in "CM"), " ")
+    name, opens = unicodedata.name(last, ""), unicodedata.category(last) in ("Ps", "Pi")
+    return opens or name.startswith(_WITHOUT_SPACES) or "\u3000" <= last <= "\u303f"  # the last are marks of Chinese
 
 
 def encode_in_contexts(

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -452,3 +453,15 @@ def test_a_correction_takes_the_place_of_the_earlier_edit(word_tokenizer):
     assert report.rejected[0]["reason"] == "this edit is in force already"
     named = editor.edit([EditRequest("w9 {}", "w8", "w31", id=right.id)], progress=False)
     assert f"with its id {right.id} is in force" in named.rejected[0]["reason"]
+
+
+def test_two_threads_of_one_editor_wait_for_each_other(word_tokenizer):
+    editor = make_editor(word_tokenizer)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda request: editor.edit([request], progress=False).edits, REQUESTS[:3]))
+    assert [len(edits) for edits in done] == [1, 1, 1] and len(editor.edits) == 3
+    alone = make_editor(word_tokenizer)
+    for request in editor.edits:
+        alone.edit([request], progress=False)
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(editor.model.state_dict()[name], value)
