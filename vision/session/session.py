@@ -224,10 +224,13 @@ class VideoSession:
         self._undo.append(self._state())
         self._restore(self._redo.pop())
 
+    def forget_edits(self) -> None:
+        """Makes the present the first that undo goes back to."""
+        self._undo.clear()
+
     def propagate(self, direction: str = "forward", start: int | None = None, max_frames: int | None = None):
         """[`VideoSegments`] of a whole pass; `iterate` gives the same frame by frame."""
-        frames = list(self.iterate(direction, start, max_frames))
-        return VideoSegments(frames, self.frames.damage)
+        return VideoSegments(list(self.iterate(direction, start, max_frames)), self.frames.damage)
 
     def iterate(
         self,
@@ -392,7 +395,6 @@ class VideoSession:
 
     def _restore(self, state: tuple) -> None:
         self._prompts, self._queue, self._corrected, memories = state
-        self._memories = {}
-        for obj, (memory, snapshot) in memories.items():
+        self._memories = {obj: memory for obj, (memory, _) in memories.items()}
+        for memory, snapshot in memories.values():
             memory.restore(snapshot)
-            self._memories[obj] = memory
