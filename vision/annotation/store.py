@@ -124,6 +124,10 @@ class AnnotationStore:
         if not path.exists() or "weights" not in known:
             self.write_json("settings.json", settings)
 
+    def names(self) -> list[str]:
+        """The videos that are there."""
+        return sorted(file.stem for place in (self.shards, self.folder / "empty") for file in place.glob("[!.]*"))
+
     def find(self, name: str, path: str | None = None) -> str | None:
         """
         Under which name a video is there, if it is: the end of a name says what is in it. Its path is renewed if there
