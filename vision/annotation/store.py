@@ -94,9 +94,8 @@ def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None,
 
 class AnnotationStore:
     """
-    A folder of annotated videos: `shards/NAME.parquet`, one file a video with objects, `empty/NAME.json`, one a video
-    without, and `settings.json`. A file is there whole or not at all, whenever the process is killed; several
-    processes may write to one folder.
+    A folder of annotated videos: `shards/NAME.parquet`, one file a video, and `settings.json`. A file is there whole or
+    not at all, whenever the process is killed; several processes may write to one folder.
 
     Args:
         folder (`str` or `Path`):
@@ -120,13 +119,12 @@ class AnnotationStore:
                 f"{folder} holds annotations made with {known}, not with {settings}. Take another folder."
             )
         self.shards.mkdir(parents=True, exist_ok=True)
-        (self.folder / "empty").mkdir(exist_ok=True)
         if not path.exists() or "weights" not in known:
             self.write_json("settings.json", settings)
 
     def names(self) -> list[str]:
         """The videos that are there."""
-        return sorted(file.stem for place in (self.shards, self.folder / "empty") for file in place.glob("[!.]*"))
+        return sorted(file.stem for file in self.shards.glob("*.parquet"))
 
     def find(self, name: str, path: str | None = None) -> str | None:
         """
@@ -136,26 +134,20 @@ class AnnotationStore:
         ends = [f"-{name.rsplit('-', 1)[-1]}"]
         if path is not None:  # names of earlier versions ended with a hash of the path
             ends.append(f"-{digest([str(Path(path).resolve()).encode()])}")
-        for folder, suffix in ((self.shards, ".parquet"), (self.folder / "empty", ".json")):
-            for file in sorted(folder.glob(f"*{suffix}")):
-                if file.stem == name or any(file.stem.endswith(end) for end in ends):
-                    if path is not None and suffix == ".parquet":
-                        self._relocate(file, path)
-                    return file.stem
+        for known in self.names():
+            if known == name or known.endswith(tuple(ends)):
+                if path is not None:
+                    self._relocate(inside(self.shards, f"{known}.parquet"), path)
+                return known
         return None
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         """
-        Writes the masklets of a video. Where there are none, a file of its own says that the video is done, for
-        Parquet files without rows are none to `load_dataset`.
+        Writes the masklets of a video; none are a file too, which says that the video is done.
 
         Raises:
             OSError: if it can't be written, for instance to a full disk. Nothing of it is left then.
         """
-        if not rows:
-            self.write_json(f"empty/{name}.json", {"name": name})
-            inside(self.shards, f"{name}.parquet").unlink(missing_ok=True)
-            return
         self._write_table(inside(self.shards, f"{name}.parquet"), pa.Table.from_pylist(rows, schema=_SCHEMA))
 
     def write_json(self, name: str, content: Any) -> None:
@@ -171,9 +163,19 @@ class AnnotationStore:
     def collect(self) -> Path:
         """Writes one file of all masklets, by video and object, for `read`; of several processes one does."""
         check_links(self.folder)
-        path, files = self.folder / ".cache" / "rows.arrow", sorted(self.shards.glob("*.parquet"))
+        path = self.folder / ".cache" / "rows.arrow"
         path.parent.mkdir(exist_ok=True)
-        self._replace(path, lambda part: _collect(files, part))
+
+        def write(part: Path) -> None:
+            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
+                for name in self.names():  # one at a time: all of them may be more than there is memory
+                    file = inside(self.shards, f"{name}.parquet")
+                    if len(table := _read_shard(file)):
+                        stream.write_table(table)
+                    elif pq.read_metadata(file).num_row_groups:  # as earlier versions wrote it
+                        self._write_table(file, table)
+
+        self._replace(path, write)
         return path
 
     def read(self, skipped: list[dict[str, str]], collect: bool = True) -> datasets.Dataset:
@@ -182,10 +184,10 @@ class AnnotationStore:
         rows = datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=FEATURES))
         status = rows.data.column("status").to_pylist()
         counts = ", ".join(f"{status.count(kind)} {kind}" for kind in ("accepted", "waiting", "rejected"))
-        empty = len(list((self.folder / "empty").glob("*.json")))
+        videos, empty = len(names := self.names()), len(set(names) - set(rows.data.column("name").to_pylist()))
         rows.info.description = (
-            f"{len(rows)} masklets of {len(set(rows.data.column('name').to_pylist()))} videos: {counts}."
-            + f" {empty} videos without objects." * bool(empty)
+            f"{len(rows)} masklets of {videos} videos: {counts}."
+            + f" {empty} videos have no object." * bool(empty)
             + f" Skipped: {json.dumps(skipped)}" * bool(skipped)
         )
         return rows
@@ -199,7 +201,13 @@ class AnnotationStore:
             self._write_table(file, table.set_column(place, _SCHEMA.field("video"), moved))
 
     def _write_table(self, path: Path, table: pa.Table) -> None:
-        self._replace(path, lambda part: pq.write_table(table, part, use_dictionary=False, write_statistics=False))
+        def write(part: Path) -> None:
+            if len(table):
+                pq.write_table(table, part, use_dictionary=False, write_statistics=False)
+            else:  # `write_table` writes a group of no rows, which `load_dataset` can't read
+                pq.ParquetWriter(part, _SCHEMA).close()
+
+        self._replace(path, write)
 
     @staticmethod
     def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -209,14 +217,6 @@ class AnnotationStore:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-
-
-def _collect(files: list[Path], path: Path) -> None:
-    """Writes one Arrow file of all shards, one at a time: all of them may be more than there is memory."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
-        for table in map(_read_shard, files):
-            if len(table):
-                stream.write_table(table)
 
 
 def _without(settings: dict[str, Any], keys: set[str]) -> dict[str, Any]:
