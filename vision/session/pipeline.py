@@ -64,6 +64,7 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     ```
     """
 
+    model_loader = VideoModel
     _load_processor = True
     _load_image_processor = False
     _load_video_processor = False
