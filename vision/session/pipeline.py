@@ -34,7 +34,7 @@ class VideoModel(AutoModel):
         model = super().from_pretrained(name, *args, **kwargs)
         known = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
         file = None if Path(name).exists() else try_to_load_from_cache(name, "config.json", **known)
-        model.config._commit_hash = Path(file).parent.name if isinstance(file, str) else None
+        model.loaded_commit = Path(file).parent.name if isinstance(file, str) else None
         return model
 
 
