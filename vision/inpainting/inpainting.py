@@ -2,10 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..formats.overlay import write_video
 from ..session.frames import StreamedFrames, VideoFrames
 from ..session.segments import VideoSegments
 from ..session.videos import open_video
 from .background_plate import Span, around, fill_smoothly, registered_spans, seen_background, soften
-from .registration import warp
+from .inpainted_video import Fill, InpaintedVideo
 
 
 logger = logging.getLogger(__name__)
@@ -27,82 +25,6 @@ MODES = ("remove", "replace_background")
 _INPUTS = (("image", "mask_image"), ("video", "mask"), ("video", "mask_video"))
 _OURS = ("prompt", "image", "mask_image", "video", "mask", "mask_video", "generator", "output_type", "return_dict")
 _SIDES = 16  # what heights and widths of video pipelines are multiples of
-
-
-@dataclass
-class InpaintedVideo:
-    """
-    A painted video. Its frames are put together when they are asked for: iterate it, index it or [`save`] it.
-
-    Args:
-        key_frames (`list[int]`):
-            Each begins a span of frames that share one background; of a video pipeline, one window.
-        sources (`dict[str, float]`):
-            What painted pixels come from, in shares of them: "seen" (on other frames), "generated" (by the pipeline),
-            "interpolated" (from the border of the hole).
-    """
-
-    key_frames: list[int]
-    sources: dict[str, float]
-    _frames: VideoFrames = field(repr=False)
-    _weights: Callable[[int], np.ndarray] = field(repr=False)
-    _fills: dict[int, "_Fill"] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self._fills)
-
-    def __getitem__(self, frame: int) -> np.ndarray:
-        picture, weights = self._frames[frame].copy(), self._weights(frame)
-        place, pixels = self._fills[frame].seen_by(weights)
-        inside = weights[place] > 0
-        share, part = weights[place][inside][:, None], picture[place]
-        part[inside] = (part[inside] * (1 - share) + pixels[inside] * share).round()
-        return picture
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[frame] for frame in range(len(self)))
-
-    def save(self, path: str | Path, rate: float | None = None) -> None:
-        """
-        Writes the video frame by frame.
-
-        Args:
-            path (`str` or `Path`):
-                Ends with .mp4 or .gif.
-            rate (`float`, *optional*):
-                Frames per second. Left out, frames are shown when those of the video were, and an mp4 has its sound,
-                copied as it is.
-        """
-        write_video(self, path, rate, self._frames)
-
-
-@dataclass
-class _Fill:
-    """
-    What is painted somewhere.
-
-    Args:
-        place (`tuple[slice, slice]`): Of the frame.
-        pixels (`np.ndarray` of shape `(rows, columns, 3)`): In uint8.
-        matrix (`np.ndarray` of shape `(2, 3)`, *optional*): From places of the frame to those of the pixels, where
-            they don't simply lie at `place`.
-        gain (`np.ndarray` of shape `(3,)`, *optional*): By which the frame is lighter than the pixels.
-    """
-
-    place: tuple[slice, slice]
-    pixels: np.ndarray
-    matrix: np.ndarray | None = None
-    gain: np.ndarray = field(default_factory=lambda: np.ones(3))
-
-    def seen_by(self, weights: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-        """The place on the frame that has weights, and the pixels as they look there."""
-        place, pixels = self.place, self.pixels
-        if self.matrix is not None:
-            place = around(weights > 0, 0) or (slice(0, 0), slice(0, 0))
-            matrix = self.matrix.copy()
-            matrix[:, 2] += matrix[:, :2] @ [side.start for side in place]
-            pixels = warp(pixels, matrix, weights[place].shape, order=3)
-        return place, (pixels * self.gain).clip(0, 255)
 
 
 def inpaint_video(
@@ -202,7 +124,7 @@ def inpaint_video(
     if spans is None:
         whole = mode == "replace_background"
         spans = [Span(range(len(segments)))] if whole else registered_spans(frames, weights, len(segments))
-    fills: dict[int, _Fill] = {}
+    fills: dict[int, Fill] = {}
     pixels = {"seen": 0, "generated": 0, "interpolated": 0}
     for span in tqdm(spans, desc="backgrounds", disable=len(spans) == 1):
         if mode == "replace_background":
@@ -222,7 +144,7 @@ def inpaint_video(
             matrix = None if still else alignment.matrix.copy()
             if matrix is not None:
                 matrix[:, 2] -= start + [side.start for side in place]
-            fills[number] = _Fill(place, part, matrix, alignment.gain)
+            fills[number] = Fill(place, part, matrix, alignment.gain)
     total = max(sum(pixels.values()), 1)
     sources = {name: count / total for name, count in pixels.items()}
     if sources["interpolated"] > 0.05:
@@ -311,7 +233,7 @@ class _Painter:
             else:
                 drawn = shown
             for number, pixels_of in zip(numbers, drawn, strict=False):
-                painted._fills.setdefault(number, _Fill(place, pixels_of))
+                painted._fills.setdefault(number, Fill(place, pixels_of))
         return painted
 
     def _paint_window(self, frames: list[np.ndarray], masks: list[np.ndarray], pixels: int) -> list[np.ndarray]:
