@@ -90,7 +90,7 @@ class HubMixin(PushToHubMixin):
             `huggingface_hub.CommitInfo`
         """
         api, repo_id = self._repository(repo_id, token, private, revision)
-        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        commit: dict[str, Any] = {"commit_description": commit_description, "create_pr": create_pr}
         attempts = 0
         while True:
             attempts += 1
@@ -99,7 +99,8 @@ class HubMixin(PushToHubMixin):
                 self.save_pretrained(folder, **kwargs)
                 self.save_card(folder, repo_id, tags)
                 try:
-                    return self._upload(api, repo_id, folder, revision=revision, parent_commit=parent, **commit)
+                    commit |= {"revision": revision, "parent_commit": parent}
+                    return self._upload(api, repo_id, folder, commit_message, **commit)
                 except HfHubHTTPError as error:
                     if parent is None or error.response.status_code != 412 or attempts == _ATTEMPTS:
                         raise  # else somebody has pushed since

@@ -155,8 +155,8 @@ def count_preserved(
     if threshold is not None:
         return int((values >= threshold).sum())
     if energy is not None:
-        total = values.sum() if total is None else total
-        rank = int((values.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
+        least = energy * (float(values.sum()) if total is None else total) * (1 - 1e-12)
+        rank = int((values.cumsum(0) < least).sum()) + 1 if energy > 0 else 0
     return min(rank or 0, len(values))
 
 
