@@ -209,7 +209,7 @@ def test_probes_added_after_it_to_a_trainer_of_trl(word_tokenizer, tmp_path):
         processing_class=word_tokenizer,
         callbacks=[callback],
     )
-    trainer.add_callback(SqueezeProbeCallback(pair_rows(), trainer=trainer, every=1, decode_every=0))
+    trainer.add_callback(SqueezeProbeCallback(pair_rows(), trainer=trainer, every=1, probe_budget=1.0, decode_every=0))
     trainer.train()
     assert trainer.state.global_step == callback.monitor.alarms["probe"] < 8
 
