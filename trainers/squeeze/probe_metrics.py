@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -123,11 +124,17 @@ class ProbeSet:
             if not self.answers:
                 raise ValueError(f"{message} Raise `max_length`, or probe shorter prompts.")
             logger.warning(message)
-        self.fingerprint = self._hash(whole_rows if with_images else self.answers)
+        # The collator of a `DPOTrainer` cuts off what is too long
+        cut = with_images or any(
+            len(prompt) + len(answer) > (max_length or math.inf) for prompt, answer in self.answers
+        )
+        self.fingerprint = self._hash(
+            whole_rows if with_images else self.answers, [max_length, keep_end] if cut else []
+        )
 
-    def _hash(self, answers: Any) -> str:
-        """A name for what is scored: the same kinds of the same token ids, or of the same text and images."""
-        digest = hashlib.sha256(json.dumps(self.kinds).encode())
+    def _hash(self, answers: Any, cut: list) -> str:
+        """A name for what is scored: the same kinds of the same token ids, or of the same text and images, cut alike."""
+        digest = hashlib.sha256(json.dumps([*self.kinds, *cut]).encode())
         for answer in answers:
             digest.update(json.dumps(answer, default=_bytes_hash, sort_keys=True).encode())
         return digest.hexdigest()

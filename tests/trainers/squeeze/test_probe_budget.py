@@ -100,8 +100,7 @@ def test_all_passes_together_keep_to_the_budget(tmp_path, word_tokenizer, clock,
     steps_probed = [entry["step"] for entry in records(trainer)]
     assert steps_probed[0] == 0 and steps_probed[-1] == max_steps
     assert "of 12 prompts are probed, taken at random" in caplog.text
-    assert {len(answers) for answers in clock.scored[2:]} <= {5, 10, 11, 12, 15, 1, 2}
-    assert len({str(answers[0]) for answers in clock.scored[2:] if len(answers) >= 5}) == 1  # always the same
+    assert len({str(answers) for answers in clock.scored[2:] if len(answers) >= 5}) == 1  # always the same
 
 
 def test_all_is_probed_where_there_is_time(tmp_path, word_tokenizer, clock, caplog):
