@@ -133,7 +133,7 @@ class ProbeSet:
         )
 
     def _hash(self, answers: Any, cut: list) -> str:
-        """A name for what is scored: the same kinds of the same token ids, or of the same text and images, cut alike."""
+        """A name for what is scored: the same kinds of the same token ids, or text and images, cut alike."""
         digest = hashlib.sha256(json.dumps([*self.kinds, *cut]).encode())
         for answer in answers:
             digest.update(json.dumps(answer, default=_bytes_hash, sort_keys=True).encode())
