@@ -341,7 +341,7 @@ class SqueezeProbeCallback(TrainerCallback):
                         "the same tokenized otherwise, whose changes would be measured from the start of those. Give "
                         "the same set, or the new one another name: `probe_dataset={'new': probes}`."
                     )
-                probes.take(*(whole_number(count, "a number of prompts") for count in start["taken"]))
+                probes.take(*(whole_number(count, f"a number of prompts in {path}") for count in start["taken"]))
                 if start["greedy"] is not None:
                     probes.set_greedy([[whole_number(token, "a token") for token in row] for row in start["greedy"]])
                 logps = torch.tensor(start["logps"], dtype=torch.float64)
