@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_iclr.trainers.squeeze import probe_metrics
@@ -225,3 +226,15 @@ def test_a_run_has_forty_keys_at_most(tmp_path, word_tokenizer):
     full = make(tmp_path, word_tokenizer, None, squeeze_metrics="full", argmax_every=1, max_steps=1)
     full.train()
     assert {"squeeze/logp_argmax_chosen", "squeeze/entropy_rejected"} <= set(full.state.log_history[0])
+
+
+def test_choosing_the_prompts_disturbs_nothing(tmp_path, word_tokenizer, clock):
+    outcomes = []
+    for probes in (None, build_probe_set(pair_rows())):
+        trainer = make(tmp_path, word_tokenizer, probes, [Step(clock, 0.24)], max_steps=3, disable_dropout=False)
+        trainer.model.config.attention_dropout = 0.2
+        trainer.train()
+        outcomes.append(([p.detach().clone() for p in trainer.model.parameters()], torch.get_rng_state()))
+    (plain, state), (probed, probed_state) = outcomes
+    assert len(clock.scored) == 4  # two to measure by, the first pass and the last
+    assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True)) and torch.equal(state, probed_state)
