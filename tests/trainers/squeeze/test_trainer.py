@@ -17,7 +17,7 @@ from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.metrics import NUM_SUMS, batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze.probes import build_probe_set
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
-from tests.trainers.squeeze.toy import fused_outputs, pair_rows
+from tests.trainers.squeeze.pairs_and_logs import fused_outputs, pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 
