@@ -1,11 +1,13 @@
 """What every part asks of a language model: render a prompt, pad and continue rows, score answers."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 
@@ -59,7 +61,8 @@ def render_prompt(
         `str`
 
     Raises:
-        ValueError: if there is a chat or a system prompt, and no chat template.
+        ValueError: if there is a chat or a system prompt, and no chat template; if the template refuses the chat,
+            leaves out the system prompt, or does not know an argument.
     """
     if not tokenizer.chat_template:
         if not (isinstance(prompt, str) and isinstance(answer, str | None)):
@@ -70,12 +73,28 @@ def render_prompt(
                 "into the prompts."
             )
         return prompt + (answer or "")
-    messages = to_messages(prompt, system)
+    messages, template = to_messages(prompt, system), str(tokenizer.chat_template)
+    if system is not None and sum(message["role"] == "system" for message in messages) > 1:
+        raise ValueError("Expected one system prompt, got a chat with its own beside `system`. Leave one of them out.")
+    unknown = [name for name in chat_template_kwargs or {} if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unknown:
+        raise ValueError(
+            f"Expected arguments that the chat template reads, got {unknown[0]!r}, which is not in it. Look for the "
+            "right name in `tokenizer.chat_template`."
+        )
     if answer is not None:
         messages += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None, **(chat_template_kwargs or {})
-    )
+    options = {"tokenize": False, "add_generation_prompt": answer is None, **(chat_template_kwargs or {})}
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise ValueError(f"Expected a chat that the model's template takes, but it says: {error}") from error
+    if system is not None and system.strip() not in text:
+        raise ValueError(
+            "Expected a chat template that shows the model its system prompt, but this one leaves it out. Put the "
+            "text into the prompts."
+        )
+    return text
 
 
 def to_prompt_ids(
@@ -177,6 +196,13 @@ def check_decoder(model) -> None:
         raise ValueError(
             f"Expected a model that takes a key-value cache, got {type(model).__name__}, which takes none."
         )
+
+
+def share_storage(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether every parameter of `other` lies in the memory of one of `model`'s: to train one is to train both."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} - {0}
+    others = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()} - {0}
+    return other is model or (bool(others) and others <= own)
 
 
 @contextmanager
