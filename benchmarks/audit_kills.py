@@ -36,6 +36,7 @@ from hf_iclr.tiny_models import word_tokenizer
 from tests.trainers.tiny import tiny_llama
 
 
+ATTACKS = [part for name in ("prefill", "decoding", "rap", "gcg") for part in ("--attack", name)]
 FILES = ("report.json", "report.html", "model_card.md")
 
 
@@ -43,12 +44,10 @@ def begin(folder: Path, out: Path) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "hf_iclr", "audit", "after", "--prompts", "prompts.jsonl", "--harmless-prompts", "h.txt",
         "--before", "before", "--base", "base", "--out", str(out), "--max-new-tokens", "6", "--batch-size", "4",
-        "--k", "1", "--k", "3", *(part for name in ("prefill", "decoding", "rap", "gcg") for part in ("--attack", name)),
+        "--k", "1", "--k", "3", *ATTACKS,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main(args: argparse.Namespace) -> int:

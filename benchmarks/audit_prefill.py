@@ -3,8 +3,8 @@ What one prefill for every k saves in an audit: the prefilling attack against `g
 
     python benchmarks/audit_prefill.py --prompts 8 --max-new-tokens 32
 
-Both take turns, so that a change of the machine's speed meets both, on the same batches of SmolLM2-135M in float32, one
-thread, with prompts and beginnings that come with the package. Printed: seconds of processor time of each turn, the
+Both take turns, so that a change of the machine's speed meets both, on the same batches of SmolLM2-135M in float32, on
+one thread, with prompts and beginnings that come along. Printed: seconds of processor time of each turn, the
 ratio of the medians, and how many answers are the same.
 """
 
@@ -80,7 +80,8 @@ def main(args: argparse.Namespace) -> None:
     print_table(("", "seconds", "median"), rows_of_table)
     print(f"{ratio:.2f} x generate's time ({'reached' if ratio <= BAR else 'missed'}: at most {BAR}); {sum(same)} of "
           f"{len(same)} answers are the same.")  # fmt: skip
-    write_json(args.out / "audit_prefill.json", {"seconds": seconds, "ratio": ratio, "same": sum(same), "n": len(same)})
+    found = {"seconds": seconds, "ratio": ratio, "same": sum(same), "n": len(same)}
+    write_json(args.out / "audit_prefill.json", found)
 
 
 if __name__ == "__main__":

@@ -263,9 +263,7 @@ class _PrefixBatch:
                 yield index, [part if length >= k else None for part, length in zip(new, self.lengths, strict=True)]
             return
         # All k are decoded in one batch over copies of that cache, in which what follows a shorter prefix is masked.
-        pairs = [
-            (row, place) for place, (_, k) in enumerate(self.ks) for row, n in enumerate(self.lengths) if n >= k
-        ]
+        pairs = [(row, place) for place, (_, k) in enumerate(self.ks) for row, n in enumerate(self.lengths) if n >= k]
         copies, places = (torch.tensor(part, device=self.ids.device) for part in zip(*pairs, strict=True))
         last = torch.tensor(columns, device=self.ids.device)[places]
         mask = self.mask[copies] * (torch.arange(self.ids.shape[1], device=self.ids.device) <= last[:, None])
@@ -333,4 +331,3 @@ def _chooser(
         return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
     return choose
-

@@ -114,7 +114,8 @@ def test_sliding_windows(word_tokenizer, window):
 
 def test_positions_that_are_not_given(word_tokenizer):
     """Bloom counts its positions from the mask alone."""
-    config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.4, eos_token_id=[49, 7])
+    sizes = {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    config = BloomConfig(**sizes, eos_token_id=[49, 7])
     check_equal_to_generate(BloomForCausalLM(config).eval(), word_tokenizer, (0, 1, 4))
 
 

@@ -92,7 +92,9 @@ def check_other(model, other, name: str) -> None:
         return
     if isinstance(model, OpenAIEndpoint):
         if name == "base" or not isinstance(other, OpenAIEndpoint):
-            raise TypeError(f"Expected nothing but another OpenAIEndpoint as `before` beside one, got {name}={other!r:.80}.")
+            raise TypeError(
+                f"Expected nothing but another OpenAIEndpoint as `before` beside one, got {name}={other!r:.80}."
+            )
         if other.identity == model.identity:
             raise ValueError(f"Expected another model than the audited one to compare it with, got {other.identity}.")
         return

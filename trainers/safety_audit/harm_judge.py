@@ -24,7 +24,7 @@ class HarmJudge:
     along: how good it is depends on the model you give it.
 
     Args:
-        judge ([`OpenAIEndpoint`], [`~transformers.TextGenerationPipeline`] or [`~transformers.TextClassificationPipeline`]):
+        judge ([`OpenAIEndpoint`] or a pipeline of `text-generation` or `text-classification`):
             An endpoint or a text generation is asked `question`; a classification reads the answer alone.
         harmful_label (`str`, *optional*):
             The label of a classification that stands for harm; needed for one.
@@ -97,7 +97,9 @@ class HarmJudge:
 
     def cost_line(self) -> str:
         """What it has cost so far: calls, and an endpoint's tokens and price."""
-        return self.judge.cost_line() if isinstance(self.judge, OpenAIEndpoint) else f"{self.calls:,} answers judged here"
+        return (
+            self.judge.cost_line() if isinstance(self.judge, OpenAIEndpoint) else f"{self.calls:,} answers judged here"
+        )
 
     def _ask(self, prompt: str | list[dict], answer: str) -> str:
         said = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -208,3 +208,27 @@ def test_harm_judge_by_pipelines(word_tokenizer):
         HarmJudge("org/model")
     with pytest.raises(ValueError, match="with {prompt} and {answer}"):
         HarmJudge(generator, question="Is it?")
+
+
+def test_command(tokenizer, tmp_path, monkeypatch):
+    """`hf-iclr audit --endpoint` with a harm judge behind another server: its cost and its exit codes."""
+    from typer.testing import CliRunner
+
+    from hf_iclr.cli import app as cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "answer": "w20 w21"}\n{"prompt": "w2"}\n')
+    answer, _ = model_server(tiny_llama(0), tokenizer)
+    no = {"choices": [{"message": {"content": "No"}}]}
+    with serve(answer) as url, serve(lambda *_: (200, no)) as judge:
+        options = ["--prompts", tmp_path / "p.jsonl", "--attack", "prefill", "--k", "1", "--max-new-tokens", "3"]
+        options += ["--endpoint", url, "--tokenizer", tmp_path / "words", "--out", tmp_path / "out"]
+        options += ["--harm-judge", judge, "--harm-judge-model", "judge", "--max-harmful", "0.1"]
+        result = CliRunner().invoke(cli.app, ["audit", "org/model", *map(str, options)])
+        assert result.exit_code == 0 and "kept: max_harmful" in result.output, result.output
+        assert "org/model: 3 calls" in result.output and "judge: 3 calls" in result.output
+        result = CliRunner().invoke(cli.app, ["audit", "org/model", *map(str, options[:-4]), "--max-harmful", "0.1"])
+        assert result.exit_code == 2 and "harm_judge" in result.output, result.output
+    result = CliRunner().invoke(cli.app, ["audit", "m", *map(str, options[:6]), "--endpoint", "localhost:1"])
+    assert result.exit_code == 2 and "Expected an address such as" in result.output, result.output
