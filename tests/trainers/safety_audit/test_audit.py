@@ -252,12 +252,12 @@ def test_neutral_beginnings_give_everyone_a_curve(model, byte_tokenizer):
     assert len(set(HARMLESS_ORDERS)) == 60 and len(set(NEUTRAL_BEGINNINGS)) == 20
     model = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256})).eval()
     call = {"judge": lambda texts: [True] * len(texts), "attacks": ["prefill"], "max_new_tokens": 1}
-    report = audit_safety(model, byte_tokenizer, ["a", "b"], ks=(0, 40), **call)
-    assert len(report.find("prefill", "40").refused) == 2 and None not in report.find("prefill", "40").refused
-    assert report.find("prefill", "40", "joined").texts[1].startswith(NEUTRAL_BEGINNINGS[1][:40])
+    report = audit_safety(model, byte_tokenizer, list("abc"), ks=(0, 40), **call)
+    assert len(report.find("prefill", "40").refused) == 3 and None not in report.find("prefill", "40").refused
+    assert report.find("prefill", "40", "joined").texts[2].startswith(NEUTRAL_BEGINNINGS[2][:40])
     assert any("neutral beginnings" in note for note in report.notes)
-    before = audit_safety(model, byte_tokenizer, ["a", "b"], ks=(0, 40), answers="neutral", before=report, **call)
-    assert before.find("prefill", "40") == report.find("prefill", "40")
+    again = audit_safety(model, byte_tokenizer, list("abc"), ks=(0, 40), answers="neutral", before=report, **call)
+    assert again.find("prefill", "40") == report.find("prefill", "40")
     with pytest.raises(ValueError, match="or 'neutral', got 'yes'"):
         audit_safety(model, byte_tokenizer, ["a"], answers="yes", **call)
 
