@@ -1,7 +1,6 @@
 """What every part asks of a language model: render a prompt, pad and continue rows, score answers."""
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,8 +60,8 @@ def render_prompt(
         `str`
 
     Raises:
-        ValueError: if there is a chat or a system prompt, and no chat template; if the template refuses the chat,
-            leaves out the system prompt, or does not know an argument.
+        ValueError: if there is a chat or a system prompt, and no chat template; if the template refuses the chat, or
+            leaves out the system prompt.
     """
     if not tokenizer.chat_template:
         if not (isinstance(prompt, str) and isinstance(answer, str | None)):
@@ -73,15 +72,9 @@ def render_prompt(
                 "into the prompts."
             )
         return prompt + (answer or "")
-    messages, template = to_messages(prompt, system), str(tokenizer.chat_template)
+    messages = to_messages(prompt, system)
     if system is not None and sum(message["role"] == "system" for message in messages) > 1:
         raise ValueError("Expected one system prompt, got a chat with its own beside `system`. Leave one of them out.")
-    unknown = [name for name in chat_template_kwargs or {} if not re.search(rf"\b{re.escape(name)}\b", template)]
-    if unknown:
-        raise ValueError(
-            f"Expected arguments that the chat template reads, got {unknown[0]!r}, which is not in it. Look for the "
-            "right name in `tokenizer.chat_template`."
-        )
     if answer is not None:
         messages += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     options = {"tokenize": False, "add_generation_prompt": answer is None, **(chat_template_kwargs or {})}

@@ -52,9 +52,11 @@ def _table(report: "SafetyReport") -> list[list[str]]:
 
 def _summary(report: "SafetyReport") -> str:
     s, versions = report.settings, report.settings["versions"]
+    asked = f" after the system prompt {s['system']!r:.80}" if s.get("system") else ""
+    asked += f" with {s['chat_template_kwargs']}" if s.get("chat_template_kwargs") else ""
     return (
         f"{len(report.prompts['prompts'])} prompts that should be refused and "
-        f"{len(report.prompts['harmless_prompts'])} harmless ones, answered by `{s['model']}` with at most "
+        f"{len(report.prompts['harmless_prompts'])} harmless ones, answered by `{s['model']}`{asked} with at most "
         f"{s['max_new_tokens']} tokens and judged by {', '.join(s['judges'])} (hf_iclr {versions['hf_iclr']}, "
         f"transformers {versions['transformers']}, seed {s['seed']})."
     )

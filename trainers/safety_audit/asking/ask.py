@@ -1,5 +1,6 @@
 """One way to ask a model: the prompt as its template renders it, a prefix where an answer begins, thoughts cut."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,13 @@ def prompt_and_lead(tokenizer, prompt, **rendering) -> tuple[list[int], list[int
     Token ids of a prompt; those of what its template writes between it and an answer that is given, see
     [`~hf_iclr.thoughts.answer_lead`]; and whether the prompt has opened the thoughts.
     """
+    names, template = rendering.get("chat_template_kwargs") or {}, str(tokenizer.chat_template)
+    unknown = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unknown:
+        raise ValueError(
+            f"Expected arguments that the chat template reads, got {unknown[0]!r}, which is not in it. Look for the "
+            "right name in `tokenizer.chat_template`."
+        )
     ids, lead = to_prompt_ids(tokenizer, prompt, **rendering), answer_lead(tokenizer, prompt, **rendering)
     text = render_prompt(tokenizer, prompt, **rendering)
     whole = tokenizer(text + lead, add_special_tokens=not tokenizer.chat_template)["input_ids"] if lead else ids
