@@ -188,12 +188,12 @@ def continue_rows(
         raise ValueError(
             f"Expected sizes of at least 1, got {max_new_tokens=}, {batch_size=} and {max_batch_tokens=}."
         )
-    prefixes = [list(prefix[: ks[0]]) for prefix in prefixes or [[]] * len(rows)]
-    lengths = [len(row) + len(prefix) for row, prefix in zip(rows, prefixes, strict=True)]
+    cut = [list(prefix[: ks[0]]) for prefix in prefixes or [()] * len(rows)]
+    lengths = [len(row) + len(prefix) for row, prefix in zip(rows, cut, strict=True)]
     check_context(model, lengths, max_new_tokens)
     budget = max_batch_tokens and max(max_batch_tokens // len(ks), 1)
     batches = plan_batches([length + max_new_tokens for length in lengths], batch_size, budget)
-    stage = journal and journal.stage([list(row) for row in rows], prefixes, ks, max_new_tokens, batches, sampling)
+    stage = journal and journal.stage([list(row) for row in rows], cut, ks, max_new_tokens, batches, sampling)
     todo = stage.share(batches) if stage else batches
 
     choose = _chooser(shape=(len(rows), max_new_tokens), **sampling)
@@ -201,7 +201,7 @@ def continue_rows(
     total = sum(map(len, todo))
     with evaluation_mode(model), tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
         for batch in todo:
-            done = _PrefixBatch(model, [rows[row] for row in batch], [prefixes[row] for row in batch], ks)
+            done = _PrefixBatch(model, [rows[row] for row in batch], [cut[row] for row in batch], ks)
             part: dict[int, list[list[int] | None]] = {row: [None] * len(ks) for row in batch}
             for index, new in done.continue_each(choose, batch, ends, max_new_tokens):
                 for row, tokens in zip(batch, new, strict=True):

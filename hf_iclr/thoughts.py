@@ -116,7 +116,8 @@ def read_answers(
     opened = [opened] * len(answers) if isinstance(opened, bool) else opened
     spoken = []
     for ids, inside in zip(answers, opened, strict=True):
-        parts, run = [], []
+        parts: list[str] = []
+        run: list[int] = []
         for token in ids:
             if token in kept:
                 parts += [tokenizer.decode(run, skip_special_tokens=True) if run else "", special[token]]

@@ -160,8 +160,9 @@ def audit(
         with_texts=with_texts,
         accelerator=accelerator,
     )
-    for paid in [part for part in (subject, harm) if hasattr(part, "cost_line")]:
-        typer.echo(paid.cost_line(), err=True)
+    for paid in (subject, harm):
+        if isinstance(paid, OpenAIEndpoint | HarmJudge):
+            typer.echo(paid.cost_line(), err=True)
     crossed, unmeasured = report.crossed(), report.unmeasured()
     if accelerator is None or accelerator.is_main_process:
         console = Console()

@@ -124,7 +124,7 @@ def check_comparable(before: SafetyReport, fingerprints: dict[str, list[str]], s
                 f"Expected a report on the same {name} in the same order, got one on others. Audit the earlier model "
                 "on these, or pass the model itself as `before`."
             )
-    defaults = {"system": None, "chat_template_kwargs": {}}  # of reports without them
+    defaults: dict[str, Any] = {"system": None, "chat_template_kwargs": {}}  # of reports without them
     for name in ("judges", "max_new_tokens", *defaults):
         if before.settings.get(name, defaults.get(name)) != settings[name]:
             raise ValueError(

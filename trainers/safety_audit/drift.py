@@ -203,7 +203,9 @@ class SafetyDriftCallback(TrainerCallback):
                 options = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, **self.rendering}
                 entries = ask(model, tokenizer, prompts, **options)[0]
                 known = [
-                    (entry.text, prompt) for entry, prompt in zip(entries, prompts, strict=True) if entry.finished
+                    (entry.text, prompt)
+                    for entry, prompt in zip(entries, prompts, strict=True)
+                    if entry and entry.finished
                 ]
                 if len(known) < len(prompts):
                     logger.warning(

@@ -88,7 +88,7 @@ class HarmJudge:
             [{"role": "user", "content": self._ask(prompt, text)}] for text, prompt in zip(texts, prompts, strict=True)
         ]
         if isinstance(self.judge, OpenAIEndpoint):
-            options = {"max_tokens": self.max_new_tokens, "temperature": 0.0}
+            options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0.0}
             tasks = [lambda chat=chat: self.judge.chat(chat, **options)[0].answer for chat in chats]
             replies = [reply for _, reply in sorted(self.judge.run_all(tasks))]
         else:

@@ -123,7 +123,7 @@ def to_html(report: "SafetyReport", with_texts: bool = True) -> str:
     thresholds = report.settings.get("thresholds") or {}
     crossed, unmeasured = report.crossed(), report.unmeasured()
     curves = [(name, [(_along(k, report), rate, k) for k, rate in points]) for name, _, points in _curves(report)]
-    depth = report.kl and max(row["kl"] for row in report.kl)
+    depth = max((row["kl"] for row in report.kl), default=0.0)
     return environment.get_template("report.html").render(
         report=report,
         summary=_summary(report).replace("`", ""),

@@ -82,7 +82,7 @@ class AuditRun:
                 if judged == "continuation":
                     votes.append(table.drop(columns="refusal"))
                     if self.harm_judge is not None and attack != "harmless":
-                        joined = [entries[row].joined for row in rows]
+                        joined = [entry.joined for row in rows if (entry := entries[row])]
                         harmful = self._judge_harm(joined, [prompts[row] for row in rows])
                         measures[-1].harmful = _spread(harmful, rows, len(texts))
 
