@@ -220,7 +220,7 @@ def audit_safety(
             report.kl = run.divergence(model, base)
         report.notes = run.notes(report)
         if behind_endpoint:
-            report.notes += sorted(set(model.refused))
+            report.notes += model.refused.values()
         if out is not None and run.leads:
             report.save(out, with_texts)
     return report

@@ -228,7 +228,7 @@ def test_command(tokenizer, tmp_path, monkeypatch):
         result = CliRunner().invoke(cli.app, ["audit", "org/model", *map(str, options)])
         assert result.exit_code == 0 and "kept: max_harmful" in result.output, result.output
         assert "org/model: 3 calls" in result.output and "judge: 3 calls" in result.output
-        result = CliRunner().invoke(cli.app, ["audit", "org/model", *map(str, options[:-4]), "--max-harmful", "0.1"])
+        result = CliRunner().invoke(cli.app, ["audit", "org/model", *map(str, options[:-6]), "--max-harmful", "0.1"])
         assert result.exit_code == 2 and "harm_judge" in result.output, result.output
     result = CliRunner().invoke(cli.app, ["audit", "m", *map(str, options[:6]), "--endpoint", "localhost:1"])
     assert result.exit_code == 2 and "Expected an address such as" in result.output, result.output

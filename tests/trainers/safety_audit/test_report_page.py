@@ -83,6 +83,7 @@ def test_page_in_chromium(report, tmp_path):
             assert await tab.run("document.querySelectorAll('#curve circle').length") == 6
             inside = "document.querySelector('#curve svg').getBoundingClientRect().width > 300"
             assert await tab.run(inside)
+            await tab.run("document.querySelector('details.change').scrollIntoView()")
             await tab.press("details.change summary")
             await tab.until("document.querySelector('details.change').open")
             assert "secret" in await tab.run("document.body.innerText")

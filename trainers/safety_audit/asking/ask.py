@@ -126,7 +126,7 @@ def ask(
 
 def _heard(tokenizer, prefix: list[int], said: Spoken) -> Continuation:
     new = tokenizer(said.answer, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
-    joined = tokenizer.decode(prefix, skip_special_tokens=True) + said.answer if prefix else said.answer
+    joined = tokenizer.decode(prefix + new, skip_special_tokens=True) if prefix else said.answer
     return Continuation(prefix, new, said.answer, joined, said.thoughts, said.finished)
 
 

@@ -57,7 +57,7 @@ class OpenAIEndpoint:
         self.url, self.model, self.concurrency, self.max_retries = url.rstrip("/"), model, concurrency, max_retries
         self.timeout, self.prices = timeout, prices
         self.calls = self.prompt_tokens = self.completion_tokens = 0
-        self.refused: list[str] = []  # what could not be measured here, in sentences
+        self.refused: dict[str, str] = {}  # what could not be measured here, and the server's first word on it
         self._key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         self._lock = threading.Lock()
         self._by_ids = True
@@ -168,7 +168,7 @@ class OpenAIEndpoint:
                     raise
                 with self._lock:
                     what = "top_k" if top_k is not None else "an answer that is begun"
-                    self.refused.append(f"The server doesn't take {what}. {error}")
+                    self.refused.setdefault(what, f"The server doesn't take {what}. {error}")
                 return None
 
         stage = journal.stage("endpoint", self.identity, [*prompts], prefixes, [*ks], system, template, options)
@@ -190,17 +190,17 @@ class OpenAIEndpoint:
                 self._by_ids = False
             else:
                 choice = found["choices"][0]
-                self._check_read(found.get("usage"), len(ids) + len(prefix), 0)
+                self._check_read((found.get("usage") or {}).get("prompt_tokens"), len(ids) + len(prefix))
                 return [*split_thoughts(choice["text"], cut=choice.get("finish_reason") == "length")]
         begun = [*messages, {"role": "assistant", "content": tokenizer.decode(prefix, skip_special_tokens=True)}]
         going_on = {"add_generation_prompt": False, "continue_final_message": True}
         said, read = self.chat(begun, **options, **template, **going_on)
-        self._check_read({"prompt_tokens": read}, len(ids) + len(prefix), 2)  # text may be tokenised otherwise
+        text = tokenizer.decode(ids + prefix)  # which the server tokenises, perhaps otherwise
+        self._check_read(read, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
         return [*said]
 
-    def _check_read(self, usage: dict | None, expected: int, slack: int) -> None:
-        read = (usage or {}).get("prompt_tokens")
-        if read is not None and abs(read - expected) > slack:
+    def _check_read(self, read: int | None, expected: int) -> None:
+        if read not in (None, expected):
             raise RefusedError(
                 f"It has read {read} tokens where the prompt and its prefix are {expected}: it doesn't go on with an "
                 "answer that is begun, or has another tokenizer."
