@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import Pipeline, TextClassificationPipeline, TextGenerationPipeline
 
-from hf_iclr.thoughts import split_thoughts
-
 from .asking.endpoint import OpenAIEndpoint
+from .asking.thoughts import split_thoughts
 
 
 QUESTION = (

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_iclr import audit_safety
 from hf_iclr.models import render_prompt
-from hf_iclr.thoughts import answer_lead, opens_thoughts, read_answers, split_thoughts
+from hf_iclr.trainers.safety_audit.asking.thoughts import answer_lead, opens_thoughts, read_answers, split_thoughts
 from hf_iclr.trainers.safety_audit.gcg import _locate_suffix
 from tests.trainers.safety_audit.chat_templates import CHATML, TEMPLATES, template_tokenizer
 

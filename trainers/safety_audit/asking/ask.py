@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from hf_iclr.models import check_decoder, check_prompts, end_tokens, render_prompt, to_answer_ids, to_prompt_ids
 from hf_iclr.prefill import continue_rows
-from hf_iclr.thoughts import Spoken, answer_lead, opens_thoughts, read_answers
 
 from .endpoint import OpenAIEndpoint
 from .journal import Journal
+from .thoughts import Spoken, answer_lead, opens_thoughts, read_answers
 
 
 class Continuation(NamedTuple):
@@ -38,7 +38,7 @@ class Continuation(NamedTuple):
 def prompt_and_lead(tokenizer, prompt, **rendering) -> tuple[list[int], list[int], bool]:
     """
     Token ids of a prompt; those of what its template writes between it and an answer that is given, see
-    [`~hf_iclr.thoughts.answer_lead`]; and whether the prompt has opened the thoughts.
+    [`~hf_iclr.trainers.safety_audit.asking.thoughts.answer_lead`]; and whether the prompt has opened the thoughts.
     """
     names, template = rendering.get("chat_template_kwargs") or {}, str(tokenizer.chat_template)
     unknown = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]

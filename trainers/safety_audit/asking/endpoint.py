@@ -14,7 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_iclr.models import to_answer_ids, to_messages
-from hf_iclr.thoughts import Spoken, split_thoughts
+
+from .thoughts import Spoken, split_thoughts
 
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
