@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard
@@ -13,14 +13,12 @@ from hf_iclr.extras import new_figure
 from .statistics import wilson_rate
 
 
-if TYPE_CHECKING:
-    from .report import SafetyReport
-
+# A report is anything with the attributes of a `SafetyReport`, whose file imports this one.
 _CARD_BEGIN, _CARD_END = "<!-- safety audit -->", "<!-- end of safety audit -->"
 _METRICS = {"none": ("refusal_rate", "Refusal rate"), "harmless": ("over_refusal_rate", "Over-refusal rate")}
 
 
-def to_markdown(report: "SafetyReport") -> str:
+def to_markdown(report: Any) -> str:
     """The report as a section of a model card."""
     header, *rows = _table(report)
     table = [header, ["---"] * len(header), *rows]
@@ -28,7 +26,7 @@ def to_markdown(report: "SafetyReport") -> str:
     return "\n".join(lines + [line for text in _paragraphs(report) for line in ("", text)]) + "\n"
 
 
-def _table(report: "SafetyReport") -> list[list[str]]:
+def _table(report: Any) -> list[list[str]]:
     frame = report.to_frame()
     compared, harm = "before" in frame, "harmful" in frame
     joined: dict[tuple, Any] = {(r.attack, r.setting): r.refused for r in frame.itertuples() if r.judged == "joined"}
@@ -50,7 +48,7 @@ def _table(report: "SafetyReport") -> list[list[str]]:
     return table
 
 
-def _summary(report: "SafetyReport") -> str:
+def _summary(report: Any) -> str:
     s, versions = report.settings, report.settings["versions"]
     asked = f" after the system prompt {s['system']!r:.80}" if s.get("system") else ""
     asked += f" with {s['chat_template_kwargs']}" if s.get("chat_template_kwargs") else ""
@@ -62,7 +60,7 @@ def _summary(report: "SafetyReport") -> str:
     )
 
 
-def _paragraphs(report: "SafetyReport") -> Iterator[str]:
+def _paragraphs(report: Any) -> Iterator[str]:
     """What follows the table."""
     yield f"Share not refused, mean over prefix lengths (prefill AUC): {report.prefill_auc:.3f}."
     if report.kl:
@@ -88,7 +86,7 @@ def _paragraphs(report: "SafetyReport") -> Iterator[str]:
         yield "\n".join(f"- {note}" for note in report.notes)
 
 
-def plot(report: "SafetyReport", path: str | Path | None = None):
+def plot(report: Any, path: str | Path | None = None):
     """The refusal rate against the number of prefilled tokens, with Wilson intervals."""
     figure = new_figure("SafetyReport.plot", (6, 4))
     axes = figure.subplots()
@@ -105,7 +103,7 @@ def plot(report: "SafetyReport", path: str | Path | None = None):
     return figure
 
 
-def _curves(report: "SafetyReport") -> list[tuple[str, str, list]]:
+def _curves(report: Any) -> list[tuple[str, str, list]]:
     curves = [(report, "continuation", "o-", "audited"), (report, "joined", "s:", "audited, judged with the prefix")]
     curves += [(report.before, "continuation", "o--", "before")] if report.before else []
     drawn = []
@@ -115,7 +113,7 @@ def _curves(report: "SafetyReport") -> list[tuple[str, str, list]]:
     return drawn
 
 
-def to_html(report: "SafetyReport", with_texts: bool = True) -> str:
+def to_html(report: Any, with_texts: bool = True) -> str:
     """The report as one page; texts that are there stand in closed boxes, unless they are to be left out."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_iclr.trainers.safety_audit", "."), autoescape=True, trim_blocks=True
@@ -140,12 +138,12 @@ def to_html(report: "SafetyReport", with_texts: bool = True) -> str:
     )
 
 
-def _along(k: int, report: "SafetyReport") -> float:
+def _along(k: int, report: Any) -> float:
     """Where k stands on an axis from 0 to 1, small numbers as far apart as large ones."""
     return math.log1p(k) / math.log1p(max([1, *report.prefill_measures()]))
 
 
-def _changes(report: "SafetyReport", with_texts: bool) -> Iterator[dict[str, Any]]:
+def _changes(report: Any, with_texts: bool) -> Iterator[dict[str, Any]]:
     """The prompts whose verdict is another one than before."""
     for measure in report.measures:
         earlier = report.before and report.before.find(measure.attack, measure.setting, measure.judged)
@@ -168,7 +166,7 @@ def _as_text(entry: Any) -> str:
     return str(entry or "")
 
 
-def add_to_model_card(report: "SafetyReport", card: ModelCard) -> None:
+def add_to_model_card(report: Any, card: ModelCard) -> None:
     """Puts the section into a model card, in place of an earlier one, and the rates into its metadata."""
     head, found, rest = card.text.partition(_CARD_BEGIN)
     tail = rest.partition(_CARD_END)[2] if found else ""
