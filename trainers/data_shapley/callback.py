@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,18 +120,19 @@ class InRunDataShapleyCallback(TrainerCallback):
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
     ) -> None:
+        if not isinstance(targets, Mapping | None) or not all(isinstance(name, str) for name in targets or ()):
+            raise TypeError(f"Expected validation sets by name in targets, `{{'safety': rows}}`, got {targets!r:.80}.")
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
-        if isinstance(token_values_for, int | str):
-            raise TypeError(
-                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
-                f"`token_values_for=[{token_values_for!r}]`."
-            )
+        if not isinstance(id_column, str | None):
+            raise TypeError(f"Expected the name of a column as id_column, such as 'uid', got {id_column!r}.")
+        if not (compute_loss is None or callable(compute_loss)):
+            raise TypeError(f"Expected a function as compute_loss, compute_loss(model, batch), got {compute_loss!r}.")
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
-            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, _as_rows(token_values_for), batch_size
         )
-        self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
+        self.id_column, self.compute_loss = id_column, compute_loss
         self._warmup = 0  # steps of this run that have no values
         self._restore: Callable[[], Any] = lambda: None
         self._engine: Any = None  # while a training runs
@@ -175,7 +176,7 @@ class InRunDataShapleyCallback(TrainerCallback):
                 f"Expected more than adam_warmup={self._warmup} steps, got {state.max_steps}: no row would get a "
                 f"value. Type `adam_warmup={state.max_steps // 10}`, say."
             )
-        batch_size = self.batch_size or args.per_device_eval_batch_size
+        batch_size = self.settings.batch_size or args.per_device_eval_batch_size
         batches = {
             name: support.trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
@@ -377,3 +378,14 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.close_step()
             self._engine = None
+
+
+def _as_rows(found: Any) -> frozenset[int | str]:
+    if isinstance(found, Mapping | str | bytes) or not isinstance(found, Iterable):
+        raise TypeError(
+            f"Expected a list of rows in token_values_for, got {found!r}. Type `token_values_for=[{found!r}]`."
+        )
+    rows = list(found)
+    if not all(isinstance(row, int | str) or hasattr(row, "__index__") for row in rows):
+        raise TypeError(f"Expected positions or ids of rows in token_values_for, such as [3, 7], got {rows!r:.80}.")
+    return frozenset(row if isinstance(row, str) else int(row) for row in rows)

@@ -14,6 +14,7 @@ from torch import nn
 from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
+from .gradients.fused_head import tap_fused_head
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
 from .gradients.taps import Taps, split_by_rate
@@ -80,7 +81,7 @@ class ShapleyEngine:
         self.step = 0
         self.open = False
         self.pending: StepValues | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     # Before the step
 
@@ -100,17 +101,20 @@ class ShapleyEngine:
 
     def attach(self) -> None:
         """Hook the model, if the step is scored and it isn't yet."""
-        if self.open and self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+        if self.open and not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
+                self.model.register_forward_hook(lambda model, args, output: tap_fused_head(self.taps, output)),
+            ]
             self.taps.attach()
             self.taps.on = True
 
     def detach(self) -> None:
         """Remove all hooks."""
         self.taps.detach()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def close_step(self) -> None:
         """Score no more of this step."""

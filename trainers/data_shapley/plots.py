@@ -106,6 +106,8 @@ def label_rows(
             )
         labels = train_dataset[source][:]
     else:
+        if not isinstance(source, Iterable):
+            raise TypeError(f"Expected a column of the training data or one label for each row, got {source!r}.")
         labels = list(source)
         if keys.name == "index":
             length = keys.max() + 1 if trained.length is None else trained.length

@@ -81,7 +81,7 @@ class DataShapleyResult(HubMixin):
             FileNotFoundError: when there are no values.
             ValueError: when a file is damaged, or something else.
         """
-        rows, steps, trained = read_run(Path(folder))
+        rows, steps, trained = read_run(folder)
         return cls(rows, steps, train_dataset, trained)
 
     @property
@@ -120,17 +120,17 @@ class DataShapleyResult(HubMixin):
         Returns:
             `pandas.Series` by `index` (or `id`), nats unless normalised by step.
         """
-        if normalize not in _COLUMNS:
+        if not isinstance(normalize, str | None) or normalize not in _COLUMNS:
             raise ValueError(f"Expected normalize=None, 'exposure', 'token' or 'step', got {normalize!r}.")
         return self.table(target)[_COLUMNS[normalize]]
 
     def top(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
         """The `k` most helpful rows, best first, as in [`~DataShapleyResult.table`]."""
-        return self._sorted(target, normalize).head(k)
+        return self._sorted(target, normalize).head(_count(k))
 
     def bottom(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
         """The `k` least helpful rows, worst first, as in [`~DataShapleyResult.table`]."""
-        return self._sorted(target, normalize).iloc[::-1].head(k)
+        return self._sorted(target, normalize).iloc[::-1].head(_count(k))
 
     def _sorted(self, target: str, normalize: Normalize) -> pd.DataFrame:
         order = self.values(target, normalize).sort_values(ascending=False, kind="stable").index
@@ -392,3 +392,9 @@ class DataShapleyResult(HubMixin):
         """What was recorded of a target, by step; empty if nothing was."""
         steps = self.steps.set_index("step")
         return steps.get(f"{name}_{target}", pd.Series(dtype=float)).dropna()
+
+
+def _count(k: int) -> int:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or k < 0:
+        raise ValueError(f"Expected a number of rows such as 10, got {k!r}.")
+    return int(k)

@@ -198,7 +198,15 @@ def check_mean(
     device = next(model.parameters()).device
     twice = _repeat(batch, rows)
     with untouched(model, device, 0), torch.no_grad():
-        once = compute_loss(model, send_to_device(copy.copy(batch), device))
+        try:
+            once = compute_loss(model, send_to_device(copy.copy(batch), device))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if str(error).startswith("Expected"):  # which is a sentence already
+                raise
+            raise ValueError(
+                f"Expected rows like those of the training set in the validation set {name!r}, got some whose loss "
+                f"can't be computed ({type(error).__name__}: {error}). Prepare them like the training set."
+            ) from error
         if not isinstance(once, torch.Tensor) or once.dim() != 0:
             raise ValueError(
                 f"Expected the loss of {name!r} to be a tensor with one number, the mean over rows, got "
@@ -281,10 +289,11 @@ def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     for batch, rows in batches:
         entries = batch if isinstance(batch, Mapping) else {}
         ids, labels = entries.get("input_ids"), entries.get("labels")
-        if size is not None and ids is not None and int(ids.max()) >= size:
+        least, most = (int(ids.min()), int(ids.max())) if size is not None and ids is not None else (0, -1)
+        if size is not None and (least < 0 or most >= size):
             raise ValueError(
                 f"Expected token ids below {size}, the model's vocabulary, in the validation set {name!r}, got "
-                f"{int(ids.max())}. Tokenise it with the model's own tokenizer."
+                f"{most if most >= size else least}. Tokenise it with the model's own tokenizer."
             )
         floats = (value for value in _tensors(batch) if value.is_floating_point())
         if any(value.isnan().any() for value in floats):

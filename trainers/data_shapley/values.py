@@ -54,6 +54,8 @@ def add_columns(
         )
     keys: pd.Index | None = None  # alike for all columns
     for name, column in columns.items():
+        if name in dataset.column_names:  # of an earlier result
+            dataset = dataset.remove_columns(name)
         keys = trained.keys(dataset, column.index) if keys is None else keys
         dataset = dataset.add_column(name, [_plain(value) for value in column.reindex(keys)])
     return dataset
@@ -68,7 +70,7 @@ def select_rows(
     trained: TrainedRows,
 ) -> Dataset | IterableDataset:
     """See [`DataShapleyResult.filter`]."""
-    if keep != "positive" and not (isinstance(keep, int | float) and 0 < keep <= 1):
+    if keep != "positive" and (isinstance(keep, bool) or not (isinstance(keep, int | float) and 0 < keep <= 1)):
         raise ValueError(f"Expected keep='positive' or a share in (0, 1] such as 0.8, got {keep!r}.")
     if isinstance(dataset, IterableDataset):
         if within is not None:
@@ -77,6 +79,8 @@ def select_rows(
         seen, kept = set(values.index), set(values.index[_is_kept(values, keep)])
         return dataset.filter(lambda row: (key := trained.row_id(row)) in kept or (keep_unseen and key not in seen))
     aligned = values.reindex(trained.keys(dataset, values.index)).reset_index(drop=True)
+    if within is not None and within not in dataset.column_names:
+        raise ValueError(f"Expected a column of the rows as `within`, one of {dataset.column_names}, got {within!r}.")
     groups = [0] * len(aligned) if within is None else dataset[within][:]
     kept_rows = aligned.groupby(groups, dropna=False).transform(_is_kept, keep).astype(bool)
     return dataset.select(np.flatnonzero(kept_rows | (aligned.isna() & keep_unseen)))

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from . import follow
 from .direction import wide
 from .rows import RowLayout
-from .scores import Call, TappedModule, count_leading, first_input, thin_rows, token_scores
+from .scores import Call, TappedModule, count_leading, fast_scores, first_input, thin_rows, token_scores
 
 
 class Taps:
@@ -116,25 +116,36 @@ class Taps:
 
     @torch.no_grad()
     def score(
-        self, tapped: TappedModule, layout: RowLayout, call: Call, b: torch.Tensor, shared: "_SharedInput | None"
+        self,
+        tapped: TappedModule,
+        layout: RowLayout,
+        call: Call,
+        b: torch.Tensor,
+        shared: "_SharedInput | None",
+        fast: bool = False,
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
+        whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
+        shape = (layout.batch,) if whole else b.shape[:-1]
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
                 products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
             with self.paused():
                 by_target = [
-                    token_scores(tapped, which, call, b, product)
+                    fast_scores(tapped, which, call.args[0], b, product, shape)
+                    if fast
+                    else token_scores(tapped, which, call, b, product)
                     for which, product in zip(tapped.directions, products, strict=True)
                 ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
-        scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
+        scores = torch.stack(by_target, dim=-1)
         self.fired.add(tapped.index)
-        self.scores[tapped.index] += layout.sum_rows(scores).to(self.scores.dtype)
+        rows = scores.view(-1, layout.rows, len(by_target)).sum(0) if whole else layout.sum_rows(scores)
+        self.scores[tapped.index] += rows.to(self.scores.dtype)
         if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
             self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
 
@@ -187,8 +198,17 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
-        if not self.taps.hears():
+        taps, tapped, layout = self.taps, self.tapped, self.taps.layout
+        if not taps.hears():
             return None
+        if tapped.kind in ("linear", "conv1d", "scale") and type(output) is torch.Tensor and output.requires_grad:
+            # What most modules are, and most calls: with the least that has to be done
+            x, shape = first_input(args, kwargs), output.shape[:-1]
+            in_common = layout.segments is None and layout.batch > 1 and len(shape) > 0 and shape[0] == 1
+            apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
+            if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
+                shared = None if tapped.kind == "scale" else taps.read(tapped, x)
+                return _FastTap.apply(output, x, self, layout, shared)
         call = follow.replace((args, kwargs), follow.plain)
         if isinstance(output, torch.Tensor):
             return self._behind(output, Call(*call))
@@ -291,6 +311,23 @@ class _Tap(torch.autograd.Function):
         return (b, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
+class _FastTap(torch.autograd.Function):
+    """The same behind a module that is scored from its one input."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, hook: _Hook, layout: RowLayout, shared: Any):
+        ctx.hook, ctx.layout, ctx.shared = hook, layout, shared
+        ctx.save_for_backward(x)
+        return output.data
+
+    @staticmethod
+    def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
+        if ctx.hook.taps.on:
+            call = Call((ctx.saved_tensors[0].detach(),), {})
+            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared, fast=True)
+        return b, None, None, None, None
+
+
 class _Hole:
     """Where a tensor stood among a module's arguments."""
 
@@ -372,6 +409,7 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
         return "embedding"
     if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
-    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:
+    has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+    if has_eps and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:  # an RMSNorm, as it seems
         return "scale"
     return "other"
