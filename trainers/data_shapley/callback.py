@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ class InRunDataShapleyCallback(TrainerCallback):
             model's own in a plain loop.
         token_values_for (sequence of `int` or `str`, *optional*):
             Rows of which the value of each token is kept.
+        per_target_rows (`bool`, *optional*, defaults to `False`):
+            Whether to keep values for each row of `val_dataset`, too: which training row taught which answer, see
+            [`~DataShapleyResult.target_rows`]. Every such row is a direction of its own, with its validation pass and
+            its share in scoring: for a few dozen.
 
     Raises:
         ValueError: if an option is out of range; and when the training begins, if a validation set is empty, has other
@@ -119,8 +123,14 @@ class InRunDataShapleyCallback(TrainerCallback):
         batch_size: int | None = None,
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
+        per_target_rows: bool = False,
     ) -> None:
-        if not isinstance(targets, Mapping | None) or not all(isinstance(name, str) for name in targets or ()):
+        if not isinstance(per_target_rows, bool):
+            raise TypeError(f"Expected per_target_rows=True or per_target_rows=False, got {per_target_rows!r}.")
+        names = targets or ()
+        if not isinstance(targets, Mapping | None) or not all(
+            isinstance(n, str) and n and n[-1] != "]" for n in names
+        ):
             raise TypeError(f"Expected validation sets by name in targets, `{{'safety': rows}}`, got {targets!r:.80}.")
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
@@ -130,9 +140,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             raise TypeError(f"Expected a function as compute_loss, compute_loss(model, batch), got {compute_loss!r}.")
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
-            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, _as_rows(token_values_for), batch_size
+            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, token_values_for, batch_size
         )
-        self.id_column, self.compute_loss = id_column, compute_loss
+        self.id_column, self.compute_loss, self.per_target_rows = id_column, compute_loss, per_target_rows
         self._warmup = 0  # steps of this run that have no values
         self._restore: Callable[[], Any] = lambda: None
         self._engine: Any = None  # while a training runs
@@ -181,6 +191,9 @@ class InRunDataShapleyCallback(TrainerCallback):
             name: support.trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
         }
+        if self.per_target_rows:
+            rows = support.trainer_batches(trainer, VALIDATION, self.datasets[VALIDATION], loader, 1, self.id_column)
+            batches |= support.single_rows(rows, self.datasets[VALIDATION])
         compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
         base = getattr(loader, "base_dataloader", loader)
         trained = TrainedRows.of(trainer.train_dataset, base.dataset, self.id_column)
@@ -295,6 +308,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         check_loader(dataloader, self.id_column)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
+        if self.per_target_rows:
+            alone = support.loop_batches(VALIDATION, self.datasets[VALIDATION], dataloader, model, batch_size=1)
+            batches |= support.single_rows(alone, self.datasets[VALIDATION])
         base = getattr(dataloader, "base_dataloader", dataloader)
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
@@ -378,14 +394,3 @@ class InRunDataShapleyCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.close_step()
             self._engine = None
-
-
-def _as_rows(found: Any) -> frozenset[int | str]:
-    if isinstance(found, Mapping | str | bytes) or not isinstance(found, Iterable):
-        raise TypeError(
-            f"Expected a list of rows in token_values_for, got {found!r}. Type `token_values_for=[{found!r}]`."
-        )
-    rows = list(found)
-    if not all(isinstance(row, int | str) or hasattr(row, "__index__") for row in rows):
-        raise TypeError(f"Expected positions or ids of rows in token_values_for, such as [3, 7], got {rows!r:.80}.")
-    return frozenset(row if isinstance(row, str) else int(row) for row in rows)

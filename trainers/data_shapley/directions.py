@@ -1,7 +1,7 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class EngineSettings:
     rank: int | None = None
     adam_warmup: int = 20
     min_scored_share: float = 0.8
-    token_values_for: frozenset[int | str] = frozenset()
+    token_values_for: Any = frozenset()
     batch_size: int | None = None
     seed: int = 0
     steps: int = 1000  # about how many the run has
@@ -56,6 +56,15 @@ class EngineSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
+        rows = self.token_values_for
+        if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {rows!r}. Type `token_values_for=[{rows!r}]`."
+            )
+        rows = list(rows)
+        if not all(isinstance(row, str) or hasattr(row, "__index__") for row in rows):
+            raise TypeError(f"Expected positions or ids of rows in token_values_for, such as [3], got {rows!r:.80}.")
+        self.token_values_for = frozenset(row if isinstance(row, str) else int(row) for row in rows)
         if not isinstance(self.exact, bool):
             raise TypeError(f"Expected exact=True or exact=False, got {self.exact!r}.")
         if self.batch_size is not None and self.batch_size < 1:
@@ -180,7 +189,7 @@ class TargetDirections:
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if not self._low_rank[index]:
                     direction = contiguous_clone(direction)
-                if check:
+                if check and name[-1] != "]":  # of single rows they would take too much memory
                     exact.append(direction)
                 if self._low_rank[index]:
                     total += float(squared_norm(direction))
@@ -189,7 +198,7 @@ class TargetDirections:
                 directions.append(direction)
             self.energy[which] = kept / total if total else 1.0
             self.found.append(directions)
-            if self.exact is not None:
+            if self.exact is not None and exact:
                 self.exact.append(exact)
         self.point_taps()
 

@@ -145,7 +145,7 @@ class ShapleyEngine:
             self._rows_are_known = found is not None
             self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
-        self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
+        self.taps.start(micro.layout, len(self.names) + len(self.targets.exact or ()), wanted)
 
     # After the backward passes
 
@@ -235,7 +235,11 @@ class ShapleyEngine:
             dist.all_reduce(totals)
         for which, name in enumerate(self.names):
             found.record[f"sum_{name}"] = float(totals[which])
-            if self._fresh and (rest := self.targets.unattributed(which, float(totals[which]))) is not None:
+            if (
+                self._fresh
+                and name[-1] != "]"
+                and (rest := self.targets.unattributed(which, float(totals[which]))) is not None
+            ):
                 found.record[f"unattributed_{name}"] = rest
         return found
 
@@ -282,8 +286,8 @@ class ShapleyEngine:
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
 
     def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
-        sketched, exact = np.split(rows, 2, axis=1)
-        for which, name in enumerate(self.names):
+        sketched, exact = np.split(rows, [len(self.names)], axis=1)
+        for which, name in enumerate(self.names[: exact.shape[1]]):
             if len(rows) > 2:
                 record[f"sketch_pearson_{name}"] = float(np.corrcoef(sketched[:, which], exact[:, which])[0, 1])
         self.targets.exact = None

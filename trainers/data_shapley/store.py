@@ -172,7 +172,9 @@ def read_run(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRow
 
 
 def column_of(target: str, name: str = "value") -> str:
-    """The column with the values, or another quantity, of a target."""
+    """The column with the values, or another quantity, of a target; `"validation[3]"` is a row of the first one."""
+    if target.endswith("]"):
+        return f"row_{name}_{target[len(VALIDATION) + 1 : -1]}"
     return name if target == VALIDATION else f"{name}_{target}"
 
 

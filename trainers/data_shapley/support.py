@@ -18,6 +18,7 @@ from transformers import Trainer
 from .gradients.coverage import check_uncompiled
 from .gradients.direction import is_sharded, untouched
 from .identity import RowKeys, take_rows
+from .store import VALIDATION
 
 
 logger = logging.getLogger(__name__)
@@ -164,11 +165,18 @@ def trainer_batches(
     return _check_batches(name, batches, trainer.model)
 
 
-def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batches:
-    """
-    Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset or list of
-    rows, collated as the training loader does.
-    """
+def single_rows(batches: Batches, dataset: Any) -> dict[str, Batches]:
+    """A target of each validation row."""
+    if any(rows != 1 for _, rows in batches) or len(batches) != len(dataset):
+        raise ValueError(
+            f"Expected validation rows with something to predict, one by one, for per_target_rows, got {len(batches)} "
+            f"batches of the {len(dataset)} that were given. Give a dataset of rows, none of them without labels."
+        )
+    return {f"{VALIDATION}[{place}]": [batch] for place, batch in enumerate(batches)}
+
+
+def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module, batch_size: int | None = None) -> Batches:
+    """For a plain loop: those of a data loader or list of batches, or of rows, collated as training rows are."""
     listed = isinstance(dataset, list | tuple)
     made = (
         isinstance(dataset, DataLoader)
@@ -182,7 +190,7 @@ def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batc
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
             base = getattr(loader, "base_dataloader", loader)
-            batches = _collate(name, dataset, base.collate_fn, base.batch_size or 8)
+            batches = _collate(name, dataset, base.collate_fn, batch_size or base.batch_size or 8)
     return _check_batches(name, batches, model)
 
 

@@ -1,13 +1,17 @@
 """Sums of values over the steps of a run, and the rows of a dataset that they belong to, by position or by id."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, IterableDataset
 
 from .trained_rows import TrainedRows
+
+
+if TYPE_CHECKING:
+    from .result import DataShapleyResult
 
 
 def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -26,6 +30,25 @@ def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
     table.insert(3, "value_per_exposure", table["value"] / table["exposures"])
     table.insert(4, "value_per_token", _divide(table["value"], table["tokens"]))
     return table
+
+
+def summarise(result: "DataShapleyResult", target: str) -> dict[str, Any]:
+    """A line of [`DataShapleyResult.summary`]."""
+    values, losses = result.values(target), result.recorded("loss", target)
+    momentum = result.recorded("unattributed", target)
+    gained = momentum + result.recorded("sum", target).reindex(momentum.index)
+    return {
+        "target": target,
+        "rows": len(values),
+        "value": values.sum(),
+        "harmful": (values < 0).mean(),
+        "loss_first": losses.iloc[0] if len(losses) else math.nan,
+        "loss_last": losses.iloc[-1] if len(losses) else math.nan,
+        "explained": result.explained_ratio(target),
+        "energy": result.recorded("energy", target).mean(),
+        "scored_share": result.steps.get("scored_share", pd.Series(dtype=float)).mean(),
+        "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
+    }
 
 
 def explain(rows: pd.DataFrame, losses: pd.Series) -> pd.DataFrame:
