@@ -31,7 +31,8 @@ class TappedModule:
     index: int
     kind: str  # "linear", "conv1d", "embedding", "norm", "scale" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    is_checked: bool = False  # whether a "scale" has been shown to be one
+    starts_at_zero: bool | None = None  # whether a scale's output is zero where its weight is, once it is known
+    is_rms: bool | None = None  # whether a scale is an RMSNorm, once it is known
 
 
 @dataclass
@@ -94,6 +95,8 @@ def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Ca
         moved = F.embedding(first_input(call.args, call.kwargs), dense(directions["weight"]))
     elif tapped.kind == "norm":
         moved = _norm_output(tapped.module, first_input(call.args, call.kwargs), directions)
+    elif tapped.kind == "scale":
+        moved = _scaled(tapped, directions, call)
     else:
         moved = _jvp(tapped, directions, call)
     if isinstance(tapped.module, nn.Embedding) and tapped.module.padding_idx is not None:
@@ -149,9 +152,9 @@ def fast_scores(
     u, bias = directions.get("weight"), directions.get("bias")
     if tapped.kind == "scale":
         u = dense(directions["weight"]).to(wide(b.dtype))
-        factor = scale_factor(tapped, u, x)
-        if tapped.kind == "scale":
-            return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor[..., 0]).reshape(*shape, -1).sum(-1)
+        factor = rms_factor(tapped, u, x)
+        if factor is not None:
+            return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor).reshape(*shape, -1).sum(-1)
         return token_scores(tapped, directions, Call((x,), {}), b, None).reshape(*shape, -1).sum(-1)
     parts = [] if bias is None else [(b @ dense(bias).to(b.dtype)).to(wide(b.dtype))]
     if u is not None:
@@ -189,24 +192,43 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
     return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
 
 
-def scale_factor(tapped: TappedModule, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def rms_factor(tapped: TappedModule, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """
-    (`torch.Tensor` of shape `(..., 1)`): what an input times a direction of the weight is multiplied by to be the
-    derivative of an RMSNorm, which is affine in its weight: a pass over the input rather than over the module. At the
-    first call it is compared with the module's own derivative, and a module that is something else is one no more.
+    (`torch.Tensor` of shape `(...)`): what an input times a direction of the weight is multiplied by to be the
+    derivative of an RMSNorm: less than running it. `None` if the module's first call shows that it is something else.
     """
     module: Any = tapped.module
-    wide_x = x.to(wide(x.dtype))
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    factor = (torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
-    if not tapped.is_checked:
-        tapped.is_checked = True
-        moved = _jvp(tapped, {next(iter(tapped.parameters)): u}, Call((x,), {})).to(factor.dtype)
+    if tapped.is_rms is False or not isinstance(eps, float) or x.shape[-1] != len(u):
+        return None
+    values = x.to(wide(x.dtype))
+    factor = (torch.linalg.vector_norm(values, dim=-1).square() / len(u) + eps).rsqrt()
+    if tapped.is_rms is None:
+        moved = _scaled(tapped, {next(iter(tapped.parameters)): u}, Call((x,), {})).to(values.dtype)
         rough = 1.0 if x.dtype != torch.float64 else 1e-9  # doubles may be normalised in single precision
-        largest = float(moved.abs().max())
-        if not torch.allclose(wide_x * u * factor, moved, rtol=2e-2 * rough, atol=1e-3 * rough * largest):
+        near = {"rtol": 2e-2 * rough, "atol": 1e-3 * rough * float(moved.abs().max())}
+        alike = moved.shape == x.shape and torch.allclose(values * u * factor[..., None], moved, **near)
+        tapped.is_rms = alike and tapped.kind == "scale"
+    return factor if tapped.is_rms else None
+
+
+def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
+    """Of a normalisation that is affine in its weight, as all of transformers' are, from its output alone."""
+    (name, parameter), module = next(iter(tapped.parameters.items())), tapped.module
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {name: weight}, call.args, call.kwargs)
+
+    u = dense(directions[name]).to(parameter.dtype)
+    if tapped.starts_at_zero:
+        return run(u)
+    at_zero = run(torch.zeros_like(u))  # whole, where the parameter is sharded
+    if tapped.starts_at_zero is None:
+        tapped.starts_at_zero = not bool(at_zero.any())
+        if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
             tapped.kind = "other"
-    return factor
+            return _jvp(tapped, directions, call)
+    return run(u) - at_zero
 
 
 def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
