@@ -150,9 +150,9 @@ def fast_scores(
             Of the result: `b.shape[:-1]` for positions, `(batch,)` for sums over the positions of an input.
     """
     u, bias = directions.get("weight"), directions.get("bias")
-    if tapped.kind == "scale":
+    if tapped.kind not in ("linear", "conv1d"):  # a scale, or what seemed to be one until its first call was scored
         u = dense(directions["weight"]).to(wide(b.dtype))
-        factor = rms_factor(tapped, u, x)
+        factor = rms_factor(tapped, u, x) if tapped.kind == "scale" else None
         if factor is not None:
             return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor).reshape(*shape, -1).sum(-1)
         return token_scores(tapped, directions, Call((x,), {}), b, None).reshape(*shape, -1).sum(-1)
