@@ -61,7 +61,7 @@ def _find_node(log_probs: torch.Tensor | None) -> Any:
     return None
 
 
-def _is(parameter: nn.Parameter, saved: torch.Tensor) -> bool:
+def _is(parameter: Any, saved: torch.Tensor) -> bool:
     return parameter.shape == saved.shape and parameter.data_ptr() == saved.data_ptr()
 
 

@@ -206,9 +206,12 @@ def rms_factor(tapped: TappedModule, u: torch.Tensor, x: torch.Tensor) -> torch.
     if tapped.is_rms is None:
         moved = _scaled(tapped, {next(iter(tapped.parameters)): u}, Call((x,), {})).to(values.dtype)
         rough = 1.0 if x.dtype != torch.float64 else 1e-9  # doubles may be normalised in single precision
-        near = {"rtol": 2e-2 * rough, "atol": 1e-3 * rough * float(moved.abs().max())}
-        alike = moved.shape == x.shape and torch.allclose(values * u * factor[..., None], moved, **near)
-        tapped.is_rms = alike and tapped.kind == "scale"
+        largest = float(moved.abs().max())
+        tapped.is_rms = (
+            tapped.kind == "scale"
+            and moved.shape == x.shape
+            and torch.allclose(values * u * factor[..., None], moved, 2e-2 * rough, 1e-3 * rough * largest)
+        )
     return factor if tapped.is_rms else None
 
 

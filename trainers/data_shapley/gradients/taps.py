@@ -127,7 +127,7 @@ class Taps:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
-        shape = (layout.batch,) if whole else b.shape[:-1]
+        shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
@@ -199,7 +199,7 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
-        if not taps.hears():
+        if layout is None or not taps.hears():
             return None
         if tapped.kind in ("linear", "conv1d", "scale") and type(output) is torch.Tensor and output.requires_grad:
             # What most modules are, and most calls: with the least that has to be done
