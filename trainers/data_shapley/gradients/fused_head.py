@@ -51,7 +51,7 @@ def tap_fused_head(taps: Taps, output: Any) -> None:
 
 def _find_node(log_probs: torch.Tensor | None) -> Any:
     """That of the fused function, a view and a mask before the log-probabilities."""
-    nodes = [None if log_probs is None else log_probs.grad_fn]
+    nodes: list[Any] = [None if log_probs is None else log_probs.grad_fn]
     for _ in range(8):
         nodes = [node for node in nodes if node is not None]
         for node in nodes:
