@@ -15,9 +15,10 @@ from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
 from .gradients.fused_head import tap_fused_head
+from .gradients.modules import split_by_rate
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
-from .gradients.taps import Taps, split_by_rate
+from .gradients.taps import Taps
 from .records import StepValues
 
 

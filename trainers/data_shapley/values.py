@@ -1,17 +1,13 @@
 """Sums of values over the steps of a run, and the rows of a dataset that they belong to, by position or by id."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, IterableDataset
 
 from .trained_rows import TrainedRows
-
-
-if TYPE_CHECKING:
-    from .result import DataShapleyResult
 
 
 def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -32,7 +28,7 @@ def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
     return table
 
 
-def summarise(result: "DataShapleyResult", target: str) -> dict[str, Any]:
+def summarise(result: Any, target: str) -> dict[str, Any]:
     """A line of [`DataShapleyResult.summary`]."""
     values, losses = result.values(target), result.recorded("loss", target)
     momentum = result.recorded("unattributed", target)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from . import follow
 from .direction import wide
+from .modules import find_tapped
 from .rows import RowLayout
 from .scores import Call, TappedModule, count_leading, fast_scores, first_input, thin_rows, token_scores
 
@@ -332,30 +331,6 @@ class _Hole:
     """Where a tensor stood among a module's arguments."""
 
 
-def find_tapped(model: nn.Module) -> list[TappedModule]:
-    """Modules that own trainable parameters; those of lists, dicts and parametrisations are their parent's."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    seen: set[tuple[int, str]] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        owner, _, local = name.rpartition(".")
-        while isinstance(modules[owner], (nn.ParameterDict, nn.ParameterList, ParametrizationList)):
-            owner, _, last = owner.rpartition(".")
-            local = f"{last}.{local}"
-            if isinstance(modules[owner], nn.ModuleDict):  # of parametrisations
-                owner, _, last = owner.rpartition(".")
-                local = f"{last}.{local}"
-        if (id(modules[owner]), local) not in seen:
-            seen.add((id(modules[owner]), local))
-            found.setdefault(owner, {})[local] = parameter
-    return [
-        TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
-        for index, (name, parameters) in enumerate(found.items())
-    ]
-
-
 def _find_around(taps: Taps, model: nn.Module) -> list[_Around]:
     """
     Modules around others that are tapped, without whole models: to run one again would cost too much. Of nested
@@ -374,42 +349,3 @@ def _find_around(taps: Taps, model: nn.Module) -> list[_Around]:
         and type(modules[name.rpartition(".")[0]]) is not type(modules[name])
         and not any(isinstance(child, PreTrainedModel) for child in modules[name].modules())
     ]
-
-
-def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
-    """
-    Modules with those of their parameters that are trained, once for each learning rate among them, numbered anew.
-
-    Args:
-        modules (list of [`TappedModule`]):
-            As [`find_tapped`] finds them.
-        groups (`dict`):
-            The optimizer's group of a parameter, by its `id`.
-    """
-    found: list[TappedModule] = []
-    for tapped in modules:
-        by_rate: dict[float, dict[str, nn.Parameter]] = {}
-        for name, parameter in tapped.parameters.items():
-            if id(parameter) in groups:
-                group = groups[id(parameter)]
-                by_rate.setdefault(float(group.get("initial_lr", group["lr"])), {})[name] = parameter
-        for parameters in by_rate.values():
-            found.append(replace(tapped, parameters=parameters, index=len(found), directions=[]))
-    return found
-
-
-def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
-    plain = set(parameters) <= {"weight", "bias"}
-    forward = type(module).forward
-    if plain and forward is nn.Linear.forward:
-        return "linear"
-    if plain and forward is Conv1D.forward:
-        return "conv1d"
-    if plain and forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
-        return "embedding"
-    if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
-        return "norm"
-    has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
-    if has_eps and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:  # an RMSNorm, as it seems
-        return "scale"
-    return "other"
