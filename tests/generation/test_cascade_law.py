@@ -144,7 +144,7 @@ def test_q_is_the_small_models_own_in_every_round(models, monkeypatch, temperatu
     accept = BatchedCascade._accept
 
     def spy(self, drafts, q, p, lengths):
-        contexts = [self.sequences[row, : self.prompt_length + self.produced[row]] for row in self.rows.tolist()]
+        contexts = [self.texts.of_row(row) for row in self.rows.tolist()]
         for index, context in enumerate(contexts):
             real = context[self.padding[self.rows[index]] :]
             for step in range(int(lengths[index])):
