@@ -166,7 +166,8 @@ class DraftRecorder:
         generator.num_assistant_tokens = call.options.num_assistant_tokens
         for config in (generator.generation_config, generator.assistant_generation_config):
             config.assistant_confidence_threshold = call.options.confidence_threshold
-            config.num_assistant_tokens_schedule = call.options.schedule
+            auto = call.options.schedule == "auto"
+            config.num_assistant_tokens_schedule = "constant" if auto else call.options.schedule
 
     def __getattr__(self, name):
         return getattr(self.generator, name)

@@ -7,9 +7,10 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_argument import UPSTREAM_NAME
-from .cached_decoder import CachedDecoder, align_vocabulary, vocabulary_size
-from .cascade_call import CascadeStatistics
+from .cached_decoder import CachedDecoder, align_vocabulary, reads_states, vocabulary_size
+from .cascade_call import CascadeStatistics, DraftLength
 from .deferral_rules import cascade_target, one_hot_of_largest, sample, total_variation
+from .modeling_draft import StateDrafter
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
 
 
@@ -53,6 +54,11 @@ class BatchedCascade:
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
         self.vocab_size, self.small_vocab_size = vocabulary_size(model), vocabulary_size(assistant)
         self.gamma = options.num_assistant_tokens
+        self.draft_length: DraftLength | None = None
+        if options.schedule == "auto":
+            kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype, assistant.dtype)
+            self.draft_length = DraftLength(model, assistant, kind)
+            self.statistics.round_seconds = self.draft_length.costs
 
         # rounds, drafted, accepted, deferred, drift of each row
         self.totals = torch.zeros(5, batch_size, dtype=torch.float64, device=device)
@@ -65,9 +71,13 @@ class BatchedCascade:
         types = None if token_type_ids is None else token_type_ids.to(device)
         self.large = CachedDecoder(
             model, input_ids[:, :cached], positions[:, :cached], cache if cached else None,
-            types if types is None else types[:, cached:],
+            types if types is None else types[:, cached:], keep_states=reads_states(assistant),
         )  # fmt: skip
-        self.small = CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
+        self.small: CachedDecoder | StateDrafter = (
+            StateDrafter(assistant, self.large)
+            if reads_states(assistant)
+            else CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
+        )
         self.prompt_positions, self.types = positions, types
 
     @torch.no_grad()
@@ -113,15 +123,20 @@ class BatchedCascade:
         return decoder.cache
 
     def _round(self) -> None:
+        begin = time.perf_counter()
+        if self.draft_length is not None:
+            self.gamma = self.draft_length.next()
+        alone = self.gamma == 0 or not self._can_draft()  # the large model writes this token
         remaining = self.texts.budget - self.texts.produced[self.rows]
-        gamma = min(int(self.gamma), int(remaining.max()) - 1)
+        gamma = min(0 if alone else int(self.gamma), int(remaining.max()) - 1)
         if self.large.switch is not None:
             same_rotation = self.large.switch.drafts(int(self.last_position.max()) + 1)
             gamma = gamma if same_rotation is None else min(gamma, same_rotation)
 
         # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
-        drafts, q, draft_lengths = self._draft(gamma, (remaining - 1).clamp(max=gamma))
+        drafts, q, draft_lengths = self._draft(gamma, (remaining - 1).clamp(max=gamma), alone)
         gamma = drafts.shape[1]
+        self.statistics.draft_lengths[gamma] = self.statistics.draft_lengths.get(gamma, 0) + 1
 
         # 2. The large model scores all drafts and the position after them in one forward.
         ids, positions = self.large_pending
@@ -154,18 +169,27 @@ class BatchedCascade:
 
         # 5. Book-keeping: sequences, statistics, caches.
         unfinished = self._emit(drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
-        self._update_caches(drafts, accepted, next_token, used_last_draft)
+        self._update_caches(drafts, accepted, next_token, used_last_draft, q is None)
         self._compact(unfinished)
-        if self.options.schedule != "constant":
+        if self.draft_length is not None:
+            counts = torch.stack([accepted.sum(), (~bonus).sum()]).tolist()
+            self.draft_length.record(gamma, *counts, time.perf_counter() - begin)
+        elif self.options.schedule != "constant":
             # as transformers does: two tokens more after a round without rejection, else one fewer
             self.gamma = self.gamma + 2 if bool(bonus.all()) else max(1, self.gamma - 1)
 
-    def _draft(self, gamma: int, lengths: torch.Tensor) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
+    def _can_draft(self) -> bool:
+        """False only before the large model has read the prompt for a draft that reads its states."""
+        return isinstance(self.small, CachedDecoder) or self.small.states is not None
+
+    def _draft(
+        self, gamma: int, lengths: torch.Tensor, alone: bool
+    ) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
         ids, positions = self.small_pending
         drafts = ids.new_empty(len(self.rows), 0)
         if gamma == 0:
-            # a last token: only a rule that reads q needs the small model
-            if self.options.rule == "spec":
+            # of a last token only a rule that reads q needs the small model
+            if alone or self.options.rule == "spec":
                 return drafts, None, lengths
             return drafts, self._small_step(ids, positions, drafts, lengths >= 0, first=0), lengths
         parts = []
@@ -279,7 +303,7 @@ class BatchedCascade:
                 self.processors.accept(row, self.texts.length(row))
         return unfinished
 
-    def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool) -> None:
+    def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool, small_skipped: bool) -> None:
         gamma = drafts.shape[1]
         columns = torch.arange(gamma, device=drafts.device)
         if gamma:
@@ -287,10 +311,15 @@ class BatchedCascade:
             in_small = gamma if used_last_draft else gamma - 1
             if in_small:
                 self.small.keep(columns[:in_small] < accepted[:, None])
+        if isinstance(self.small, StateDrafter):
+            self.small.read(accepted)
         last_draft = self.last_position + gamma
         self.last_position = self.last_position + accepted + 1
         newest = (next_token[:, None], self.last_position[:, None])
+        unread = self.small_pending
         self.large_pending = self.small_pending = newest
+        if small_skipped:
+            self.small_pending = tuple(torch.cat(parts, 1) for parts in zip(unread, newest, strict=True))
         owes_last_draft = accepted == gamma
         if gamma and not used_last_draft and bool(owes_last_draft.any()):
             position = torch.where(owes_last_draft, last_draft, -1)[:, None]

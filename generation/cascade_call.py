@@ -1,8 +1,10 @@
 """What a cascading `generate` call is asked for, and what it did: per prompt, and for the whole call."""
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .cached_decoder import position_limit, same_vocabulary, vocabulary_size
@@ -17,7 +19,7 @@ CASCADE_DEFAULTS = {
     "strict_prefix": 0,
     "cascade_backend": "auto",
     "num_assistant_tokens": 4,
-    "num_assistant_tokens_schedule": "constant",
+    "num_assistant_tokens_schedule": "auto",  # "constant" for a call that names `num_assistant_tokens`
     "assistant_confidence_threshold": 0.0,
 }
 # Settings by which `generate` drafts in another way than with the small model, or mixes it in itself.
@@ -26,7 +28,7 @@ _OTHER_DRAFTERS = (
 )
 _CHOICES = {
     "cascade_backend": ("auto", "batched", "assisted"),
-    "num_assistant_tokens_schedule": ("constant", "heuristic", "heuristic_transient"),
+    "num_assistant_tokens_schedule": ("auto", "constant", "heuristic", "heuristic_transient"),
 }
 
 
@@ -170,6 +172,62 @@ def padding_token(config) -> int | None:
     return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
+# Of a large model, a small one and the kind of call: seconds of a round by its draft length, 0 for one without drafts.
+_round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
+
+
+class DraftLength:
+    """
+    Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay.
+
+    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens. The
+    acceptance is that of the call so far, old rounds counting less and less. What a round costs is measured once, in
+    the first rounds of the first call of two models with that many rows, and kept: the choice then depends on the
+    tokens alone, so that a seed gives the same text again.
+    """
+
+    TRIED = (1, 2, 1, 4, 2, 1, 4, 0, 0)  # the first rounds of every call; the very first also reads the prompt
+    LONGEST = 8
+    _MEMORY, _PAUSE = 0.95, 32
+
+    def __init__(self, large, small, key: tuple):
+        costs = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
+        self.costs: dict[int, float] = costs.setdefault(key, {})
+        self._planned = list(self.TRIED)
+        self._seconds: dict[int, list[float]] = {}  # of this call's first rounds
+        self._accepted, self._rejected, self._pause = 1.0, 1.0, self._PAUSE
+
+    def next(self) -> int:
+        """The draft length of the next round."""
+        if not self._planned:
+            best = self._quickest()
+            # Without drafts for a while; then they are tried again, as the text may have become an easier one.
+            self._planned = [best] if best else [*[0] * self._pause, 2, 2]
+            self._pause *= 1 if best else 2
+        return self._planned.pop(0)
+
+    def _quickest(self) -> int:
+        if not self.costs:  # the text was too near its end to try all lengths
+            return 1
+        acceptance = self._accepted / (self._accepted + self._rejected)
+        lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
+        costs = np.interp(lengths, known, [self.costs[length] for length in known])
+        slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
+        costs += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
+        return int(((1 - acceptance ** (lengths + 1)) / (1 - acceptance) / costs).argmax())
+
+    def record(self, gamma: int, accepted: int, rejected: int, seconds: float) -> None:
+        """Takes what a round of `gamma` drafts gave, `accepted` and `rejected` over all rows."""
+        if gamma:
+            self._accepted = self._MEMORY * self._accepted + accepted
+            self._rejected = self._MEMORY * self._rejected + rejected
+        if self.costs:
+            return
+        self._seconds.setdefault(gamma, []).append(seconds)
+        if sum(map(len, self._seconds.values())) == len(self.TRIED) and set(self._seconds) == set(self.TRIED):
+            self.costs.update({length: min(times) for length, times in self._seconds.items()})
+
+
 @dataclass
 class CascadeStatistics:
     """
@@ -189,6 +247,10 @@ class CascadeStatistics:
             Σ TV(π, p) over the emitted positions: 0 is the large model's own law.
         large_forwards, small_forwards, large_tokens, small_tokens (`int`):
             Forward passes of each model and the tokens (batch x length) they processed.
+        draft_lengths (`dict[int, int]`):
+            How many rounds had drafts of up to that many tokens; 0 is a token of the large model alone.
+        round_seconds (`dict[int, float]`):
+            Where draft lengths are chosen: what a round of each costs, as it was once measured.
         draft_seconds, verify_seconds, total_seconds (`float`):
             Wall time inside the small model's forwards, the large model's, and of the whole loop. On a GPU, which runs
             behind the host, the split shows where the host waited.
@@ -207,6 +269,8 @@ class CascadeStatistics:
     small_forwards: int = 0
     large_tokens: int = 0
     small_tokens: int = 0
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    round_seconds: dict[int, float] = field(default_factory=dict)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -245,6 +309,8 @@ class CascadeStatistics:
             "rows": len(self.rounds),
             **counts,
             **_rates(counts, self.large_forwards),
+            "draft_lengths": dict(sorted(self.draft_lengths.items())),
+            "round_seconds": dict(sorted(self.round_seconds.items())),
             **{name: getattr(self, name) for name in _COSTS},
         }
 

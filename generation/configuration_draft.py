@@ -1,4 +1,4 @@
-"""Configuration of a draft model: a truncated decoder, an affine map and a trimmed vocabulary."""
+"""Configurations of draft models that are made of their large model: of its first layers, or of its last states."""
 
 from typing import ClassVar
 
@@ -33,3 +33,21 @@ class DraftConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None):
         return self.body.get_text_config(decoder=decoder, encoder=encoder)
+
+
+class FeatureDraftConfig(DraftConfig):
+    r"""
+    Configuration of a [`FeatureDraftForCausalLM`].
+
+    Args:
+        body ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the large model, whose sizes the draft shares.
+        draft_vocab_size (`int`, *optional*, defaults to 8192):
+            Number of tokens the draft can write.
+        intermediate_size (`int`, *optional*, defaults to 1536):
+            Width of the draft's one hidden layer.
+    """
+
+    model_type = "feature-draft"
+
+    intermediate_size: int = 1536
