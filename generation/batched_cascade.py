@@ -172,8 +172,8 @@ class BatchedCascade:
         self._update_caches(drafts, accepted, next_token, used_last_draft, q is None)
         self._compact(unfinished)
         if self.draft_length is not None:
-            counts = torch.stack([accepted.sum(), (~bonus).sum()]).tolist()
-            self.draft_length.record(gamma, *counts, time.perf_counter() - begin)
+            kept, rejected = torch.stack([accepted.sum(), (~bonus).sum()]).tolist()
+            self.draft_length.record(gamma, kept, rejected, time.perf_counter() - begin)
         elif self.options.schedule != "constant":
             # as transformers does: two tokens more after a round without rejection, else one fewer
             self.gamma = self.gamma + 2 if bool(bonus.all()) else max(1, self.gamma - 1)

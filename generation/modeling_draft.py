@@ -264,6 +264,7 @@ class StateDrafter:
 
     def compact(self, rows: torch.Tensor) -> None:
         """Keeps only `rows` (indices)."""
+        assert self.states is not None
         self.states = self.states[rows]
 
 
