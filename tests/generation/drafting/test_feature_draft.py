@@ -144,7 +144,7 @@ def test_goes_on_from_a_cache(large):
     cascade, inputs = enable_cascade(large, feature_draft(large)), left_padded(RAGGED_PROMPTS[:1])
     call = {**GREEDY, "cascade_rule": "spec", "return_dict_in_generate": True}
     first = cascade.generate(**inputs, **{**call, "max_new_tokens": 6})
-    cache = {UPSTREAM_NAME: find_cache(first)}
+    cache = {UPSTREAM_NAME: find_cache(first), "attention_mask": torch.ones_like(first.sequences)}
     second = cascade.generate(first.sequences, **{**call, "max_new_tokens": 6}, **cache)
     assert torch.equal(second.sequences, large.generate(**inputs, **{**GREEDY, "max_new_tokens": 12}))
 
