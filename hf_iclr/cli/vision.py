@@ -214,7 +214,7 @@ def inpaint(
         segmenter = transformers.pipeline("promptable-video-segmentation", model=model)
         segments = segmenter(video, VideoPrompts.from_json(prompts), direction="both", output="rle")
     else:
-        segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
+        segments = read_davis(masks) if masks.is_dir() else read_sav(masks)[0]  # type: ignore[union-attr, arg-type]
     painter = None
     if pipeline is not None:
         require("diffusion", "hf-iclr inpaint --pipeline")

@@ -214,9 +214,14 @@ class AnnotationStore:
             OSError: if it can't be written, for instance to a full disk. Nothing of it is left then.
         """
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        self._replace(
-            self._path(name), lambda part: pq.write_table(table, part, use_dictionary=False, write_statistics=False)
-        )
+
+        def write(part: Path) -> None:
+            if rows:
+                pq.write_table(table, part, use_dictionary=False, write_statistics=False)
+            else:  # `write_table` writes a group of no rows, which `load_dataset` can't read
+                pq.ParquetWriter(part, _SCHEMA).close()
+
+        self._replace(self._path(name), write)
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the folder in the same way."""

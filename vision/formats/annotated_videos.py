@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import load_dataset
 from PIL import Image
 
@@ -162,7 +163,8 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
     folder = Path(folder)
     if (folder / "shards").is_dir():
         check_links(folder)
-        rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
+        shards = [str(file) for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        rows = load_dataset("parquet", data_files=shards, split="train") if shards else []
         videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
         for video in videos:
             if not (Path(video.video).is_file() or Path(video.video).is_dir()):
