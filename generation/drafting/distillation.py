@@ -54,9 +54,9 @@ class DraftDistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with torch.no_grad():
-            log_p = self.teacher_head(inputs["hidden_states"]).log_softmax(-1)
+            log_p = self.teacher_head(inputs["hidden_states"][inputs["mask"]]).log_softmax(-1)
         losses = [
-            distillation_loss(log_p[mask], model.head(states[mask]).log_softmax(-1), self.progress())
+            distillation_loss(log_p[mask[inputs["mask"]]], model.head(states[mask]).log_softmax(-1), self.progress())
             for states, mask in self._student_states(model, inputs)
         ]
         loss = sum(losses) / len(losses)
