@@ -3,7 +3,7 @@ from .influence import InfluenceReport, influence_audit
 from .pair_audit import audit_pairs, filter_pairs
 from .probes import SqueezeProbeCallback, build_probe_set
 from .report import write_squeeze_report
-from .sft_rows import extend_for_sft
+from .rows import extend_for_sft
 from .trainer import SqueezeDPOTrainer
 from .warning import SqueezeMonitor, SqueezeState, SqueezeStoppingCallback
 

@@ -21,7 +21,10 @@ class SqueezeDPOConfig(DPOConfig):
         argmax_every (`int`, *optional*, defaults to `10`):
             Optimiser steps between two measurements of the argmax mass. The mean since the last log is logged.
         probe_every (`int`, *optional*, defaults to `25`):
-            Optimiser steps between two passes over `probe_dataset`; 25 is how often the authors' code evaluates.
+            Least optimiser steps between two passes over `probe_dataset`; 25 is how often the authors' code evaluates.
+        probe_budget (`float`, *optional*, defaults to `0.05`):
+            Share of the run's time that all passes together may take, in (0, 1]; a longer interval, a multiple of
+            `probe_every`, is chosen where they would take more. 1.0: a pass every `probe_every` steps.
         pressure_gate (`float`, *optional*):
             Strength of the gate on rejected tokens, per unit of probability: their gradients are scaled by
             `exp(-pressure_gate * max(S, 0))`, S the squeeze pressure; `inf` drops those in a valley. `None`: no gate.
@@ -44,7 +47,11 @@ class SqueezeDPOConfig(DPOConfig):
         default=10, metadata={"help": "Optimiser steps between two measurements of the argmax mass."}
     )
     probe_every: int = field(
-        default=25, metadata={"help": "Optimiser steps between two passes over the probe dataset."}
+        default=25, metadata={"help": "Least optimiser steps between two passes over the probe dataset."}
+    )
+    probe_budget: float = field(
+        default=0.05,
+        metadata={"help": "Share of the run's time that passes over the probe dataset may take; 1.0: no limit."},
     )
     pressure_gate: float | None = field(
         default=None,
@@ -62,6 +69,10 @@ class SqueezeDPOConfig(DPOConfig):
         for name in ("argmax_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}. For example `{name}=10`.")
+        if not 0 < self.probe_budget <= 1:
+            raise ValueError(
+                f"probe_budget must be in (0, 1], got {self.probe_budget}. For example `probe_budget=0.05`."
+            )
         if self.pressure_gate is not None and not self.pressure_gate >= 0:
             raise ValueError(
                 f"pressure_gate must be at least 0, got {self.pressure_gate}. Leave it out for plain DPO; "

@@ -20,6 +20,7 @@ from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 from .argmax import HiddenStateTap, exact_argmax
 from .config import SqueezeDPOConfig
 from .metrics import batch_sums, gate_rejected, metrics_from_sums
+from .rows import check_answers
 
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class SqueezeDPOTrainer(SummedMetrics, DPOTrainer):
 
             self.add_callback(
                 SqueezeProbeCallback(
-                    probe_dataset, trainer=self, every=args.probe_every, processing_class=self.processing_class
+                    probe_dataset, trainer=self, every=args.probe_every, probe_budget=args.probe_budget
                 )
             )
 
@@ -118,7 +119,7 @@ class SqueezeDPOTrainer(SummedMetrics, DPOTrainer):
         if isinstance(dataset, Dataset):
             check_answers(dataset, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
+        if isinstance(dataset, Dataset) and len(prepared) < len(dataset) and dataset_name != "probes":
             message = (
                 f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset have a prompt "
                 f"that alone fills max_length={args.max_length} tokens"
@@ -226,38 +227,3 @@ def _keep_log_probs(seen: dict[str, Any], module: torch.nn.Module, args: tuple, 
     # With an adapter policy and reference are one module, and the reference runs last.
     if getattr(output, "log_probs", None) is not None:
         seen["reference"] = output.log_probs.detach()
-
-
-def check_answers(dataset: Dataset, name: str) -> None:
-    """
-    Refuse pairs with nothing to compare.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            With the columns `chosen` and `rejected`, text or messages.
-        name (`str`):
-            What to call it in the error.
-
-    Raises:
-        `ValueError`: naming the first row with an empty answer and how many there are.
-    """
-    columns = [column for column in ("chosen", "rejected") if column in dataset.column_names]
-    empty = [
-        (index, column)
-        for index, row in enumerate(dataset.select_columns(columns))
-        for column in columns
-        if _is_empty(row[column])
-    ]
-    if empty:
-        index, column = empty[0]
-        raise ValueError(
-            f"Every pair needs two answers, but {len(empty)} of the {name} dataset are empty, the first being "
-            f"`{column}` in row {index}. Drop such rows, for example with `dataset.filter(lambda row: row['chosen'] "
-            "and row['rejected'])`."
-        )
-
-
-def _is_empty(answer: Any) -> bool:
-    if not isinstance(answer, list):
-        return not answer
-    return not answer or not (answer[-1].get("content") or answer[-1].get("tool_calls"))

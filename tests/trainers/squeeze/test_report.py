@@ -20,7 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 def test_report_of_a_run(tmp_path, word_tokenizer):
     args = SqueezeDPOConfig(
-        str(tmp_path), squeeze_metrics="full", argmax_every=1, probe_every=1, **{**QUICK, "max_steps": 2}
+        str(tmp_path),
+        squeeze_metrics="full",
+        argmax_every=1,
+        probe_every=1,
+        probe_budget=1.0,
+        **{**QUICK, "max_steps": 2},
     )
     pairs = pair_rows(4)
     trainer = SqueezeDPOTrainer(

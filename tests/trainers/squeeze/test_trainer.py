@@ -44,7 +44,7 @@ VARIANTS = {
     "open gate": {"pressure_gate": 0.0},
 }
 NOT_IN_ARGS = ("peft_config", "eval_dataset", "callbacks", "probe_dataset", "compute_metrics", "ref_model")
-OURS = ("squeeze_metrics", "argmax_every", "probe_every", "pressure_gate")
+OURS = ("squeeze_metrics", "argmax_every", "probe_every", "probe_budget", "pressure_gate")
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_probe_dataset_goes_to_the_callback_and_the_log_to_the_report(make, monk
     report = types.ModuleType("squeeze_report")
     report.write_squeeze_report = lambda log_history, directory: (log_history, directory)
     monkeypatch.setitem(sys.modules, "hf_iclr.trainers.squeeze.report", report)
-    trainer = make(probe_dataset=build_probe_set(pair_rows(4)), probe_every=2, max_steps=4)
+    trainer = make(probe_dataset=build_probe_set(pair_rows(4)), probe_every=2, probe_budget=1.0, max_steps=4)
     trainer.train()
     probed = [entry["step"] for entry in trainer.state.log_history if "probe/chosen/logp" in entry]
     assert probed == [0, 2, 4]

@@ -152,7 +152,10 @@ def test_closes_the_gate(train):
 def test_in_a_run_of_its_own(train):
     """DPO hard enough to squeeze the tiny model: what is said live is what the log history says."""
     rows = pair_rows()
-    for settings in ({"squeeze_metrics": "full", "argmax_every": 1}, {"probe_dataset": rows, "probe_every": 1}):
+    for settings in (
+        {"squeeze_metrics": "full", "argmax_every": 1},
+        {"probe_dataset": rows, "probe_every": 1, "probe_budget": 1.0},
+    ):
         callback = SqueezeStoppingCallback("stop", at="WATCH", batch_window=1)
         trainer = train(callback, rows=rows, per_device_train_batch_size=12, beta=1.0, **settings)
         monitor = SqueezeMonitor(batch_window=1)
