@@ -7,9 +7,10 @@ How well does a draft made of SmolLM2 itself imitate it, and what does a token o
 Builds the draft twice, in closed form and with distillation, and measures the mean of `sum_v min(p(v), q(v))` (the
 chance that a drafted token is accepted) and how often both models rank the same token first, each at temperature 1 and
 0.7, on text of which no eight tokens in a row stand in the training texts: docstrings and the model's own answers to
-other prompts. Of a feature draft, `second` is the overlap of a round's second draft, made from a predicted state. `--data` adds
-`prompts/harmless_instructions.json.gz` (of https://github.com/andyrdt/refusal_direction) and wikitext-2 as plain text,
-`lm/wikitext2_valid.txt.gz`. Wall and CPU seconds are those of this run; a busy machine shows in their difference.
+other prompts. Of a feature draft, `second` is the overlap of a round's second draft, made from a predicted state.
+`--data` adds `prompts/harmless_instructions.json.gz` (of https://github.com/andyrdt/refusal_direction) and wikitext-2
+as plain text, `lm/wikitext2_valid.txt.gz`. Wall and CPU seconds are those of this run; a busy machine shows in their
+difference.
 """
 
 import argparse
