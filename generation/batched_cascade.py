@@ -1,16 +1,16 @@
 """The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
 
+import copy
 import time
 from typing import NamedTuple
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_argument import UPSTREAM_NAME
-from .cached_decoder import CachedDecoder, align_vocabulary, reads_states, vocabulary_size
+from .cached_decoder import CachedDecoder, align_vocabulary, position_limit, reads_states, vocabulary_size
 from .cascade_call import CascadeStatistics, DraftLength
 from .deferral_rules import cascade_target, one_hot_of_largest, sample, total_variation
-from .modeling_draft import StateDrafter
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
 
 
@@ -55,9 +55,11 @@ class BatchedCascade:
         self.vocab_size, self.small_vocab_size = vocabulary_size(model), vocabulary_size(assistant)
         self.gamma = options.num_assistant_tokens
         self.draft_length: DraftLength | None = None
-        if options.schedule == "auto":
+        if options.schedule == "auto" and (position_limit(model) or position_limit(assistant) or 99) > 40:
             kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype, assistant.dtype)
-            self.draft_length = DraftLength(model, assistant, kind)
+            self.draft_length = DraftLength(
+                model, assistant, kind, lambda: _round_seconds(model, assistant, batch_size, config, options)
+            )
             self.statistics.round_seconds = self.draft_length.costs
 
         # rounds, drafted, accepted, deferred, drift of each row
@@ -73,11 +75,10 @@ class BatchedCascade:
             model, input_ids[:, :cached], positions[:, :cached], cache if cached else None,
             types if types is None else types[:, cached:], keep_states=reads_states(assistant),
         )  # fmt: skip
-        self.small: CachedDecoder | StateDrafter = (
-            StateDrafter(assistant, self.large)
-            if reads_states(assistant)
-            else CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
-        )
+        if reads_states(assistant):
+            self.small = assistant.drafter(self.large)
+        else:
+            self.small = CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
         self.prompt_positions, self.types = positions, types
 
     @torch.no_grad()
@@ -123,7 +124,6 @@ class BatchedCascade:
         return decoder.cache
 
     def _round(self) -> None:
-        begin = time.perf_counter()
         if self.draft_length is not None:
             self.gamma = self.draft_length.next()
         alone = self.gamma == 0 or not self._can_draft()  # the large model writes this token
@@ -171,16 +171,15 @@ class BatchedCascade:
         unfinished = self._emit(drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
         self._update_caches(drafts, accepted, next_token, used_last_draft, q is None)
         self._compact(unfinished)
-        if self.draft_length is not None:
-            kept, rejected = torch.stack([accepted.sum(), (~bonus).sum()]).tolist()
-            self.draft_length.record(gamma, kept, rejected, time.perf_counter() - begin)
-        elif self.options.schedule != "constant":
+        if self.draft_length is not None and gamma:
+            self.draft_length.record(*map(int, torch.stack([accepted.sum(), (~bonus).sum()]).tolist()))
+        elif self.options.schedule.startswith("heuristic"):
             # as transformers does: two tokens more after a round without rejection, else one fewer
             self.gamma = self.gamma + 2 if bool(bonus.all()) else max(1, self.gamma - 1)
 
     def _can_draft(self) -> bool:
         """False only before the large model has read the prompt for a draft that reads its states."""
-        return isinstance(self.small, CachedDecoder) or self.small.states is not None
+        return not self.large.keep_states or self.small.states is not None
 
     def _draft(
         self, gamma: int, lengths: torch.Tensor, alone: bool
@@ -311,7 +310,7 @@ class BatchedCascade:
             in_small = gamma if used_last_draft else gamma - 1
             if in_small:
                 self.small.keep(columns[:in_small] < accepted[:, None])
-        if isinstance(self.small, StateDrafter):
+        if self.large.keep_states:
             self.small.read(accepted)
         last_draft = self.last_position + gamma
         self.last_position = self.last_position + accepted + 1
@@ -343,3 +342,28 @@ class BatchedCascade:
         self.small_pending = tuple(tensor[select] for tensor in self.small_pending)
         self.large.compact(select)
         self.small.compact(select)
+
+
+def _round_seconds(model, assistant, rows: int, config, options) -> dict[int, float]:
+    """
+    Seconds of a round by its draft length, of `DraftLength.MEASURED`: the fastest of three after a short text. No
+    random number of the caller is used up.
+    """
+    config = copy.copy(config)
+    config.max_length, config.eos_token_id, config.return_dict_in_generate = 4096, None, False
+    ids = torch.arange(8, device=model.device).remainder(vocabulary_size(model)).expand(rows, -1)
+    places = torch.arange(8, device=model.device).expand(rows, -1)
+    seconds: dict[int, float] = {}
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
+        for gamma in DraftLength.MEASURED:
+            loop = BatchedCascade(
+                model, assistant, ids, places, LogitsProcessorList(), StoppingCriteriaList(), config,
+                options._replace(schedule="constant", num_assistant_tokens=gamma),
+            )  # fmt: skip
+            for turn in range(4 if gamma else 5):
+                begin = time.perf_counter()
+                loop._round()
+                loop.emitted.tolist()  # waits for the device
+                if turn:
+                    seconds[gamma] = min(time.perf_counter() - begin, seconds.get(gamma, torch.inf))
+    return seconds

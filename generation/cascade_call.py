@@ -1,6 +1,7 @@
 """What a cascading `generate` call is asked for, and what it did: per prompt, and for the whole call."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -181,51 +182,61 @@ class DraftLength:
     Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay.
 
     A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens. The
-    acceptance is that of the call so far, old rounds counting less and less. What a round costs is measured once, in
-    the first rounds of the first call of two models with that many rows, and kept: the choice then depends on the
-    tokens alone, so that a seed gives the same text again.
+    acceptance is that of the call so far, old rounds counting less and less. Where drafts are given up they are tried
+    again after a while, as the text may have become an easier one. What rounds cost is measured once for two models
+    and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text again.
+
+    Args:
+        large, small ([`~transformers.PreTrainedModel`]):
+            The models; the acceptance that is expected at first is the small one's `config.expected_acceptance`, or
+            0.6.
+        kind (`tuple`):
+            What else costs depend on.
+        measure (`Callable`):
+            Seconds of a round by its draft length, of `MEASURED`; called once.
     """
 
-    TRIED = (1, 2, 1, 4, 2, 1, 4, 0, 0)  # the first rounds of every call; the very first also reads the prompt
+    MEASURED = (0, 1, 2, 4)
     LONGEST = 8
-    _MEMORY, _PAUSE = 0.95, 32
+    _MEMORY, _WEIGHT, _PAUSE = 0.95, 4.0, 32
 
-    def __init__(self, large, small, key: tuple):
-        costs = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
-        self.costs: dict[int, float] = costs.setdefault(key, {})
-        self._planned = list(self.TRIED)
-        self._seconds: dict[int, list[float]] = {}  # of this call's first rounds
-        self._accepted, self._rejected, self._pause = 1.0, 1.0, self._PAUSE
+    def __init__(self, large, small, kind: tuple, measure: Callable[[], dict[int, float]]):
+        known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
+        if kind not in known:
+            known[kind] = measure()
+        self.costs: dict[int, float] = known[kind]
+        self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
+        self._planned: list[int] = []
+        self._pause = self._PAUSE
+        self._forget(self._WEIGHT)
+
+    def _forget(self, weight: float) -> None:
+        self._accepted, self._rejected = weight * self._expected, weight * (1 - self._expected)
 
     def next(self) -> int:
         """The draft length of the next round."""
         if not self._planned:
-            best = self._quickest()
-            # Without drafts for a while; then they are tried again, as the text may have become an easier one.
-            self._planned = [best] if best else [*[0] * self._pause, 2, 2]
-            self._pause *= 1 if best else 2
+            best = self._quickest(self._accepted / (self._accepted + self._rejected))
+            self._planned = [best]
+            if best == 0:
+                self._planned = [0] * self._pause
+                self._pause *= 2
+                if self._quickest(0.95):
+                    self._planned.append(max(1, self._quickest(0.8)))
+                    self._forget(1.0)
         return self._planned.pop(0)
 
-    def _quickest(self) -> int:
-        if not self.costs:  # the text was too near its end to try all lengths
-            return 1
-        acceptance = self._accepted / (self._accepted + self._rejected)
+    def _quickest(self, acceptance: float) -> int:
         lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
         costs = np.interp(lengths, known, [self.costs[length] for length in known])
         slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
         costs += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
         return int(((1 - acceptance ** (lengths + 1)) / (1 - acceptance) / costs).argmax())
 
-    def record(self, gamma: int, accepted: int, rejected: int, seconds: float) -> None:
-        """Takes what a round of `gamma` drafts gave, `accepted` and `rejected` over all rows."""
-        if gamma:
-            self._accepted = self._MEMORY * self._accepted + accepted
-            self._rejected = self._MEMORY * self._rejected + rejected
-        if self.costs:
-            return
-        self._seconds.setdefault(gamma, []).append(seconds)
-        if sum(map(len, self._seconds.values())) == len(self.TRIED) and set(self._seconds) == set(self.TRIED):
-            self.costs.update({length: min(times) for length, times in self._seconds.items()})
+    def record(self, accepted: int, rejected: int) -> None:
+        """Takes what a round with drafts gave, over all rows."""
+        self._accepted = self._MEMORY * self._accepted + accepted
+        self._rejected = self._MEMORY * self._rejected + rejected
 
 
 @dataclass

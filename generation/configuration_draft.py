@@ -15,6 +15,9 @@ class DraftConfig(PreTrainedConfig):
             Configuration of the decoder without head: that of the large model with fewer layers.
         draft_vocab_size (`int`, *optional*, defaults to 8192):
             Number of tokens the draft can write. All tokens of the large model can be read.
+        expected_acceptance (`float`, *optional*):
+            Mean Σ min(p, q) on texts like those it was made of, at temperature 1: where the choice of draft lengths
+            begins.
     """
 
     model_type = "affine-draft"
@@ -25,6 +28,7 @@ class DraftConfig(PreTrainedConfig):
 
     body: PreTrainedConfig | dict | None = None
     draft_vocab_size: int = 8192
+    expected_acceptance: float | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -205,6 +205,10 @@ class FeatureDraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMix
         states = self.predict(inputs_embeds, states)
         return CausalLMOutput(logits=_all_logits(self, states), hidden_states=(states,))
 
+    def drafter(self, large) -> "StateDrafter":
+        """What a cascade's loop drafts with; `large` is the large model's decoder, which keeps its states."""
+        return StateDrafter(self, large)
+
     def _card(self, repo_id):
         large = repository_name(self.config.body.name_or_path)
         return model_card(

@@ -57,23 +57,24 @@ class DraftDistillationTrainer(Trainer):
             log_p = self.teacher_head(inputs["hidden_states"][inputs["mask"]]).log_softmax(-1)
         losses = [
             distillation_loss(log_p[mask[inputs["mask"]]], model.head(states[mask]).log_softmax(-1), self.progress())
-            for states, mask in self._student_states(model, inputs)
+            for states, mask in student_states(model, inputs, self.teacher_embeddings)
         ]
         loss = sum(losses) / len(losses)
         return (loss, None) if return_outputs else loss
 
-    def _student_states(self, model, inputs):
-        """What the draft's head reads, and where it counts: of drafts of one token, and of two for a feature draft."""
-        if isinstance(model, DraftForCausalLM):
-            body = model.body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            yield model.affine(body.last_hidden_state), inputs["mask"]
-            return
-        embeddings = self.teacher_embeddings(inputs["input_ids"])[:, 1:].detach()
-        states, mask = inputs["hidden_states"], inputs["mask"].clone()
-        for step in range(2):
-            states = torch.nn.functional.pad(model.predict(embeddings, states[:, :-1]), (0, 0, 1, 0))
-            mask[:, step] = False  # no state stands before the first token
-            yield states, mask.clone()
+
+def student_states(draft, inputs, teacher_embeddings):
+    """What a draft's head reads, and where it counts: of drafts of one token, then of two for a feature draft."""
+    if isinstance(draft, DraftForCausalLM):
+        body = draft.body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        yield draft.affine(body.last_hidden_state), inputs["mask"]
+        return
+    embeddings = teacher_embeddings(inputs["input_ids"])[:, 1:].detach()
+    states, mask = inputs["hidden_states"], inputs["mask"].clone()
+    for step in range(2):
+        states = torch.nn.functional.pad(draft.predict(embeddings, states[:, :-1]), (0, 0, 1, 0))
+        mask[:, step] = False  # no state stands before the first token
+        yield states, mask.clone()
 
 
 def distill(

@@ -16,9 +16,6 @@ from tests.generation.toy import (
 )
 
 
-TRIALS = len(DraftLength.TRIED)
-
-
 @pytest.fixture
 def models():
     large = tiny_llama(1)
@@ -26,48 +23,74 @@ def models():
 
 
 def chosen(models, costs, acceptance, rounds=60):
-    """Draft lengths of the rounds after the first ones, where a draft of each round is kept with `acceptance`."""
-    length, drawn = DraftLength(*models, ("test",)), torch.Generator().manual_seed(0)
+    """Draft lengths of rounds where each draft is kept with probability `acceptance`."""
+    length, drawn = DraftLength(*models, ("test",), lambda: costs), torch.Generator().manual_seed(0)
     found = []
     for _ in range(rounds):
-        gamma = length.next()
-        found.append(gamma)
+        found.append(length.next())
         kept = 0
-        while kept < gamma and torch.rand((), generator=drawn) < acceptance:
+        while kept < found[-1] and torch.rand((), generator=drawn) < acceptance:
             kept += 1
-        length.record(gamma, kept, int(kept < gamma), costs(gamma))
-    assert found[:TRIALS] == list(DraftLength.TRIED)
-    return found[TRIALS:]
+        if found[-1]:
+            length.record(kept, int(kept < found[-1]))
+    return found
 
 
 def test_drafts_that_cost_little_and_are_kept_become_long(models):
-    assert set(chosen(models, lambda gamma: 1 + 0.01 * gamma, 1.0)[5:]) == {8}
+    assert set(chosen(models, {0: 1, 1: 1.01, 2: 1.02, 4: 1.04}, 1.0)[5:]) == {8}
 
 
 def test_drafts_that_are_refused_are_given_up_and_tried_again(models):
-    """32 tokens of the large model alone, two rounds of drafts, then 64."""
-    found = chosen(models, lambda gamma: 1 + 0.3 * gamma, 0.0, rounds=TRIALS + 120)
-    assert found[:105] == [0] * 32 + [2, 2] + [0] * 64 + [2, 2] + [0] * 5
+    """
+    Two refused rounds move the acceptance from 3/5 to (4 0.6 0.95²) / (4 0.95² + 1.95) < 0.5, where a draft at cost
+    1.5 gives less than 1.5 tokens. Then 32 tokens of the large model alone, a round of drafts, and 64.
+    """
+    found = chosen(models, {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}, 0.0, rounds=120)
+    first = found.index(0)
+    assert 0 < first <= 3
+    assert found[first : first + 32] == [0] * 32 and found[first + 32] > 0
+    assert found[first + 33 :].count(0) >= 64
+
+
+def test_drafts_that_never_pay_are_never_made(models):
+    """At an acceptance of 0.95 four drafts give 4.5 tokens; a round of them costs 5."""
+    assert set(chosen(models, {0: 1.0, 1: 2.0, 2: 3.0, 4: 5.0}, 1.0, rounds=500)) == {0}
 
 
 def test_length_follows_the_costs(models):
     """At acceptance 1/2, γ drafts give 2 - 2^-γ tokens: 1.5 at cost 1.1, 1.75 at 1.2 (best), 1.94 at 1.6."""
-    costs = {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.6}
-    found = chosen(models, lambda gamma: costs.get(gamma, 1.4), 0.5, rounds=400)
+    found = chosen(models, {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.6}, 0.5, rounds=400)
     assert sorted(found)[len(found) // 2] == 2
 
 
+def test_a_draft_says_what_acceptance_to_expect(models):
+    costs = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
+    models[1].config.expected_acceptance = 0.9
+    assert DraftLength(*models, ("test",), lambda: costs).next() > 0
+    models[1].config.expected_acceptance = 0.2
+    assert DraftLength(*models, ("test",), lambda: costs).next() == 0
+
+
 def test_costs_are_measured_once(models):
-    first = DraftLength(*models, ("batch of one",))
-    for seconds in range(TRIALS):
-        first.record(first.next(), 0, 1, 10.0 - seconds)
-    costs = dict(first.costs)
-    assert costs == {1: 5.0 - 1 + 1 - 1, 2: 6.0, 4: 4.0, 0: 2.0} or set(costs) == {0, 1, 2, 4}
-    second = DraftLength(*models, ("batch of one",))
-    for _ in range(2 * TRIALS):
-        second.record(second.next(), 0, 1, 99.0)
-    assert second.costs == costs
-    assert DraftLength(*models, ("batch of four",)).costs == {}
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}
+
+    for kind in ("one row", "one row", "four rows"):
+        DraftLength(*models, (kind,), measure)
+    assert len(calls) == 2
+
+
+def test_measuring_uses_up_no_random_number(models):
+    cascade, inputs = enable_cascade(*models), left_padded(RAGGED_PROMPTS[:2])
+    torch.manual_seed(0)
+    cascade.generate(**inputs, do_sample=True, max_new_tokens=1, pad_token_id=0, cascade_rule="spec")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    cascade.generate(**inputs, do_sample=True, max_new_tokens=1, pad_token_id=0, cascade_rule="spec")
+    assert torch.equal(after, torch.rand(1))
 
 
 def test_law_with_chosen_lengths(models):
@@ -127,7 +150,10 @@ def test_a_length_that_is_named_is_kept(models, backend):
 
 def test_rounds_without_drafts_follow_the_large_model(models, monkeypatch):
     """Where drafts are given up, no rule leaves a token to the small model, whose cache catches up afterwards."""
-    monkeypatch.setattr(DraftLength, "TRIED", (1, 0, 0, 0, 2, 2))
+    lengths = [1, 0, 0, 0, 2, 2] + [1] * 20
+    monkeypatch.setattr(DraftLength, "next", lambda self: lengths[self.asked.__next__()], raising=True)
+    monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
+    monkeypatch.setattr(DraftLength, "record", lambda self, accepted, rejected: None)
     large, small = models[0], tiny_llama(2)
     cascade, inputs = enable_cascade(large, small), left_padded(RAGGED_PROMPTS)
     output = cascade.generate(**inputs, **GREEDY, cascade_rule="spec")
@@ -135,3 +161,15 @@ def test_rounds_without_drafts_follow_the_large_model(models, monkeypatch):
     cascade.generate(**inputs, **{**GREEDY, "max_new_tokens": 8}, cascade_rule="token_v3", cascade_alpha=1.0)
     stats = cascade.cascade_statistics
     assert stats.draft_lengths[0] >= 3 and all(deferred >= 3 for deferred in stats.deferred)
+
+
+def test_draft_reads_what_it_missed(models, monkeypatch):
+    """After rounds without drafts, q is still the small model's own: a copy of the large model accepts everything."""
+    lengths = [1, 0, 0, 0, 2, 2, 0, 0] + [3] * 20
+    monkeypatch.setattr(DraftLength, "next", lambda self: lengths[self.asked.__next__()])
+    monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
+    monkeypatch.setattr(DraftLength, "record", lambda self, accepted, rejected: None)
+    cascade = enable_cascade(models[0], models[0])
+    cascade.generate(**left_padded(RAGGED_PROMPTS), **{**GREEDY, "max_new_tokens": 40}, cascade_rule="spec")
+    stats = cascade.cascade_statistics
+    assert stats.accepted == stats.drafted and sum(stats.drafted) > 40
