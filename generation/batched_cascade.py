@@ -126,7 +126,7 @@ class BatchedCascade:
     def _round(self) -> None:
         if self.draft_length is not None:
             self.gamma = self.draft_length.next()
-        alone = self.gamma == 0 or not self._can_draft()  # the large model writes this token
+        alone = not self._can_draft()  # the large model writes this token, whatever the rule
         remaining = self.texts.budget - self.texts.produced[self.rows]
         gamma = min(0 if alone else int(self.gamma), int(remaining.max()) - 1)
         if self.large.switch is not None:

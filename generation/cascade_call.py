@@ -179,7 +179,8 @@ _round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = w
 
 class DraftLength:
     """
-    Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay.
+    Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay. (A rule
+    still has its say about such a token.)
 
     A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens. The
     acceptance is that of the call so far, old rounds counting less and less. Where drafts are given up they are tried
@@ -206,7 +207,7 @@ class DraftLength:
             known[kind] = measure()
         self.costs: dict[int, float] = known[kind]
         self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
-        self._planned: list[int] = []
+        self._planned = [4]  # nearly free: the large model reads the prompt in that round
         self._pause = self._PAUSE
         self._forget(self._WEIGHT)
 

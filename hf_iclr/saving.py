@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """
-    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there.
+    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there. Who may
+    read it follows the umask, also where its writer (safetensors') lets nobody else.
 
     Args:
         path (`str` or `Path`):
@@ -23,7 +24,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
+        part.unlink()
         yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -71,3 +76,25 @@ def cached_revision(name: str) -> str | None:
         return None
     path = try_to_load_from_cache(name, "config.json")
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def model_revision(model) -> str | None:
+    """
+    The commit that a model was loaded from: the one that a pipeline was asked for, else that of the default branch in
+    the local cache, if the cache holds no other.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+
+    Returns:
+        `str`, *optional*: `None` for a folder, and where it can't be known.
+    """
+    if (commit := getattr(model, "loaded_commit", None)) is not None:
+        return commit
+    name = model.config.name_or_path
+    path = None if not name or Path(name).exists() else try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str):
+        return None
+    snapshots = [folder for folder in Path(path).parents[1].iterdir() if folder.is_dir()]
+    return Path(path).parent.name if len(snapshots) == 1 else None
