@@ -199,7 +199,7 @@ class DraftLength:
 
     MEASURED = (0, 1, 2, 4)
     LONGEST = 8
-    _MEMORY, _WEIGHT, _PAUSE = 0.95, 4.0, 32
+    MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
 
     def __init__(self, large, small, kind: tuple, measure: Callable[[], dict[int, float]]):
         known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
@@ -208,8 +208,8 @@ class DraftLength:
         self.costs: dict[int, float] = known[kind]
         self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
         self._planned = [4]  # nearly free: the large model reads the prompt in that round
-        self._pause = self._PAUSE
-        self._forget(self._WEIGHT)
+        self._pause = self.PAUSE
+        self._forget(self.WEIGHT)
 
     def _forget(self, weight: float) -> None:
         self._accepted, self._rejected = weight * self._expected, weight * (1 - self._expected)
@@ -236,8 +236,8 @@ class DraftLength:
 
     def record(self, accepted: int, rejected: int) -> None:
         """Takes what a round with drafts gave, over all rows."""
-        self._accepted = self._MEMORY * self._accepted + accepted
-        self._rejected = self._MEMORY * self._rejected + rejected
+        self._accepted = self.MEMORY * self._accepted + accepted
+        self._rejected = self.MEMORY * self._rejected + rejected
 
 
 @dataclass
