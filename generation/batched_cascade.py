@@ -9,7 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 
 from .cache_argument import UPSTREAM_NAME
 from .cached_decoder import CachedDecoder, align_vocabulary, position_limit, reads_states, vocabulary_size
-from .cascade_call import CascadeStatistics, DraftLength
+from .cascade_call import CascadeOptions, CascadeStatistics, DraftLength
 from .deferral_rules import cascade_target, one_hot_of_largest, sample, total_variation
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
 
@@ -358,7 +358,7 @@ def _round_seconds(model, assistant, rows: int, config, options) -> dict[int, fl
         for gamma in DraftLength.MEASURED:
             loop = BatchedCascade(
                 model, assistant, ids, places, LogitsProcessorList(), StoppingCriteriaList(), config,
-                options._replace(schedule="constant", num_assistant_tokens=gamma),
+                CascadeOptions(options.rule, options.alpha, 0, options.backend, gamma, "constant", 0.0),
             )  # fmt: skip
             for turn in range(4 if gamma else 5):
                 begin = time.perf_counter()
