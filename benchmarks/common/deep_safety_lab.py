@@ -46,7 +46,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "SFT + warm-up": {"constrain": "none"},
     "constrained .5/2/.1": {},
     "recommended": REHEARSED,
-    "recommended, sure refusals": {**REHEARSED, "refusal_samples": 4},
     "recommended, anchor": {**REHEARSED, "anchor_rows": 5},
     "rehearsal alone": {**REHEARSED, **NO_CONSTRAINT},
     "constrained 2/2/.1": {"beta_first": 2.0},
@@ -64,7 +63,7 @@ LORA = LoraConfig(
 )
 AUDITED, GCG_QUESTIONS = 24, 4
 PROXIMAL_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-RECOMMENDED = ("recommended", "recommended, sure refusals", "recommended, anchor")
+RECOMMENDED = ("recommended", "recommended, anchor")
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
 

@@ -21,14 +21,11 @@ class DeepSafetySFTConfig(SFTConfig):
     Parameters:
         constrain (`str`, *optional*, defaults to `"all"`):
             Which answers get the constrained loss: `"all"`, `"refused"` (those to turns that the reference refuses, by
-            one short greedy answer to each before training) or `"none"`. The others get plain cross-entropy, as do rows
-            with a column `constrain` that is `False`, whose prompts are not rehearsed either.
+            one short greedy answer to each before training) or `"none"`. The others get plain cross-entropy, as do
+            rows with a column `constrain` that is `False`, whose prompts are not rehearsed either.
         rehearse_refusals (`bool`, *optional*, defaults to `False`):
             With `constrain="refused"`: mix the reference's own refusals of those prompts into every step, a share
             `safety_ratio` of its rows. The constraint only weakens a push; these rows pull back.
-        refusal_samples (`int`, *optional*, defaults to `0`):
-            With `constrain="refused"`: a prompt counts as refused only if the reference also refuses it in each of this
-            many sampled answers, which passes over what it refuses by a hair.
         beta_first (`float`, *optional*, defaults to `0.5`):
             Strength β₁ at the first token of an answer. Larger keeps the token closer to the reference.
         beta_initial (`float`, *optional*, defaults to `2.0`):
@@ -73,9 +70,6 @@ class DeepSafetySFTConfig(SFTConfig):
     rehearse_refusals: bool = field(
         default=False, metadata={"help": "Mix the reference's own refusals of training prompts into every step."}
     )
-    refusal_samples: int = field(
-        default=0, metadata={"help": "Sampled answers that must refuse too before a prompt counts as refused."}
-    )
     beta_first: float = field(default=0.5, metadata={"help": "Strength at the first answer token."})
     beta_initial: float = field(default=2.0, metadata={"help": "Strength at the other initial answer tokens."})
     beta_rest: float = field(default=0.1, metadata={"help": "Strength at all later answer tokens."})
@@ -108,8 +102,6 @@ class DeepSafetySFTConfig(SFTConfig):
                 f"beta_initial={self.beta_initial}, beta_rest={self.beta_rest}. To leave later tokens free set "
                 '`reference="window"`; to leave the loss alone set `constrain="none"`.'
             )
-        if self.refusal_samples < 0:
-            raise ValueError(f"Expected `refusal_samples` of 0 or more, got {self.refusal_samples}.")
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")
         if self.rehearse_refusals and self.constrain != "refused":

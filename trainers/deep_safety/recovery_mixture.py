@@ -178,21 +178,10 @@ def pack_with_recovery_rows(rows: Any, triplets: Dataset | None, args: DeepSafet
     rows = rows.select_columns(columns)
     if triplets is not None:
         share = Fraction(args.safety_ratio).limit_denominator(10_000)
-        recovery = [
-            draw_recovery_row(
-                triplets[index % len(triplets)],
-                seed=args.seed,
-                copy=index // len(triplets),
-                index=index % len(triplets),
-                prefix_probability=args.recovery_probability,
-                max_prefix_tokens=args.max_prefix_tokens,
-                max_length=args.max_length,
-            )
-            for index in range(max(1, round(len(rows) * share / (1 - share))))
-        ]
+        mixture = _mixture(rows, triplets, args)
+        recovery = [mixture[len(rows) + index] for index in range(max(1, round(len(rows) * share / (1 - share))))]
         features = Features({**{name: rows.features[name] for name in columns}, "constrain": Value("bool")})
-        recovery = Dataset.from_list([{**row, "constrain": False} for row in recovery], features=features)
-        rows = concatenate_datasets([rows, recovery]).shuffle(seed=args.seed)
+        rows = concatenate_datasets([rows, Dataset.from_list(recovery, features=features)]).shuffle(seed=args.seed)
     flags = rows.map(
         lambda row: {"flags": [row.get("constrain") is not False] * len(row["input_ids"])},
         remove_columns=[name for name in rows.column_names if name == "constrain"],
@@ -225,13 +214,18 @@ def mix_in_recovery_rows(trainer: Any, triplets: list[dict[str, list[int]]]) -> 
         logger.warning("The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse.")
         return
     token_ids = List(Value("int64"))
-    mixture = RecoveryMixture(
-        trainer.train_dataset,
-        Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
+    rows = Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids)))
+    mixture = _mixture(trainer.train_dataset, rows, args)
+    RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
+    trainer.train_dataset = mixture
+
+
+def _mixture(rows: Dataset, triplets: Dataset, args: DeepSafetySFTConfig) -> RecoveryMixture:
+    return RecoveryMixture(
+        rows,
+        triplets,
         seed=args.seed,
         prefix_probability=args.recovery_probability,
         max_prefix_tokens=args.max_prefix_tokens,
         max_length=args.max_length,
     )
-    RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
-    trainer.train_dataset = mixture

@@ -3,7 +3,6 @@
 from itertools import chain
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -53,8 +52,6 @@ def find_refusals(
     tokenizer: Any,
     accelerator: Accelerator,
     name: str,
-    samples: int = 0,
-    seed: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 24,
 ) -> dict[tuple[int, ...], list[int]]:
@@ -72,8 +69,6 @@ def find_refusals(
             Every process answers its share.
         name (`str`):
             What the progress bar calls the dataset.
-        samples (`int`, *optional*, defaults to 0), seed (`int`, *optional*, defaults to 0):
-            Only prompts that this many sampled answers all refuse as well are kept.
         batch_size (`int`, *optional*, defaults to 16):
             Prompts answered at once.
         max_new_tokens (`int`, *optional*, defaults to 24):
@@ -86,30 +81,17 @@ def find_refusals(
     unique = sorted(set(chain.from_iterable(prompts_of(rows))), key=lambda prompt: (len(prompt), prompt))
     share = unique[accelerator.process_index :: accelerator.num_processes]
     refusals: dict[tuple[int, ...], list[int]] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for sample in range(1 + samples):
-            asked = list(refusals) if sample else share
-            answers = generate_rows(
-                model,
-                asked,
-                end_tokens(model, tokenizer),
-                batch_size=batch_size,
-                padding=tokenizer.pad_token_id,
-                max_new_tokens=max_new_tokens,
-                **(
-                    {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-                    if sample
-                    else {"do_sample": False}
-                ),
-            )
-            title = f"Answers of the reference to {name}"
-            for prompt, answer in zip(
-                tqdm(asked, title, disable=not accelerator.is_main_process), answers, strict=True
-            ):
-                refused = find_refusal_cue(tokenizer.decode(answer, skip_special_tokens=True)) is not None
-                if not sample and refused:
-                    refusals[prompt] = answer
-                elif sample and not refused:
-                    del refusals[prompt]
+    answers = generate_rows(
+        model,
+        share,
+        end_tokens(model, tokenizer),
+        batch_size=batch_size,
+        padding=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    title = f"Answers of the reference to {name}"
+    for prompt, answer in zip(tqdm(share, title, disable=not accelerator.is_main_process), answers, strict=True):
+        if find_refusal_cue(tokenizer.decode(answer, skip_special_tokens=True)) is not None:
+            refusals[prompt] = answer
     return {prompt: refusal for part in gather_object([refusals]) for prompt, refusal in part.items()}

@@ -249,9 +249,7 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
             )
         with self._reference_weights(), evaluation_mode(self.model):
             model = self.accelerator.unwrap_model(self._reference_model)
-            refusals = find_refusals(
-                rows, model, self._tokenizer, self.accelerator, name, self.args.refusal_samples, self.args.seed
-            )
+            refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
         marks, refused = mark_answers(rows, refusals)
         if rows is self.train_dataset:
             self.own_refusals = refused

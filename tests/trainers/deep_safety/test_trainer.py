@@ -243,7 +243,7 @@ def test_rows_marked_otherwise_get_plain_cross_entropy(train):
 
 
 @pytest.mark.parametrize("reference", ["frozen", "precompute", "window"])
-@pytest.mark.parametrize("settings", [{"padding_free": True}, {"packing": True}])
+@pytest.mark.parametrize("settings", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}])
 def test_marks_survive_packing(train, reference, settings):
     rows = word_rows(8).add_column("constrain", [True, False] * 4)
     values = []
@@ -451,7 +451,7 @@ def test_settings_that_cannot_be_right_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DeepSafetySFTConfig("out", **{**QUICK, **settings})
     if settings.keys() & {"loss_type", "label_smoothing_factor", "packing"}:
-        DeepSafetySFTConfig("out", **{**QUICK, **settings}, constrain="none")
+        DeepSafetySFTConfig("out", **{**QUICK, **settings, "constrain": "none"})
 
 
 def test_inputs_that_cannot_be_right_are_refused(train, word_tokenizer):
