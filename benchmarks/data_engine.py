@@ -52,7 +52,8 @@ from common.segmenter import load_segmenter
 from hf_iclr.vision.annotation.data_engine import annotate
 from hf_iclr.vision.annotation.masklets import QualityGate
 from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
-from hf_iclr.vision.annotation.store import annotation_statistics, name_video
+from hf_iclr.vision.annotation.sources import name_video
+from hf_iclr.vision.annotation.store import annotation_statistics
 from hf_iclr.vision.evaluation.j_and_f import region_similarity
 from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
 from hf_iclr.vision.session.prompts import decode_rle

@@ -51,7 +51,7 @@ from hf_iclr import annotate
 from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER, load_demo_segmenter
 from hf_iclr.vision.annotation.masklets import Masklet, QualityGate
 from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
-from hf_iclr.vision.annotation.store import name_video
+from hf_iclr.vision.annotation.sources import name_video
 from hf_iclr.vision.evaluation.j_and_f import j_and_f, region_similarity
 from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
 

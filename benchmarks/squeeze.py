@@ -141,7 +141,14 @@ def dpo(
     trainer.remove_callback(PrinterCallback)
     every = options.steps if arm == "on-policy" else max(options.steps // 3, 1)
     trainer.add_callback(
-        SqueezeProbeCallback(inside, trainer=trainer, every=every, decode_every=options.steps, max_new_tokens=20)
+        SqueezeProbeCallback(
+            inside,
+            trainer=trainer,
+            every=every,
+            probe_budget=1.0,
+            decode_every=options.steps,
+            max_new_tokens=20,
+        )
     )
     if arm in ("sft", "extend"):
         held_out = {"held_out": outside}

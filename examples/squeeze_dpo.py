@@ -26,6 +26,7 @@ else:
         "per_device_train_batch_size": 2,
         "logging_steps": 5,
         "probe_every": 5,
+        "probe_budget": 1.0,  # a pass every 5 steps, though it takes more time than they do
         "bf16": False,
         "activation_checkpointing": False,
     }
@@ -41,5 +42,5 @@ trainer = SqueezeDPOTrainer(  # was: DPOTrainer
 trainer.train()
 
 last = next(entry for entry in reversed(trainer.state.log_history) if "squeeze/index" in entry)
-print(f"Squeeze index {last['squeeze/index']:+.3f}, fall of the chosen answers {last['squeeze/displacement']:+.3f}")
+print(f"Squeeze index {last['squeeze/index']:+.3f}, change of the chosen answers {last['probe/chosen/delta0']:+.3f}")
 print("Report:", trainer.squeeze_report("squeeze_dpo/report"))

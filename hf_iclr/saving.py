@@ -71,3 +71,25 @@ def cached_revision(name: str) -> str | None:
         return None
     path = try_to_load_from_cache(name, "config.json")
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def model_revision(model) -> str | None:
+    """
+    The commit that a model was loaded from: the one that a pipeline was asked for, else that of the default branch in
+    the local cache, if the cache holds no other.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+
+    Returns:
+        `str`, *optional*: `None` for a folder, and where it can't be known.
+    """
+    if (commit := getattr(model, "loaded_commit", None)) is not None:
+        return commit
+    name = model.config.name_or_path
+    path = None if not name or Path(name).exists() else try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str):
+        return None
+    snapshots = [folder for folder in Path(path).parents[1].iterdir() if folder.is_dir()]
+    return Path(path).parent.name if len(snapshots) == 1 else None

@@ -134,9 +134,10 @@ def load_session(folder: Path):
 
 
 def make_annotations(folder: Path) -> None:
-    from hf_iclr.vision.annotation.store import AnnotationStore
+    from hf_iclr.vision.annotation.store import FEATURES, AnnotationStore
 
-    AnnotationStore(folder, {"phase": 3}).write("clip", [])
+    row = dict.fromkeys(FEATURES) | {"name": "clip", "status": "waiting", "frames": [], "masks": []}
+    AnnotationStore(folder, {"phase": 3}).write("clip", [row])
 
 
 def load_annotations(folder: Path):

@@ -71,7 +71,12 @@ def section(out_dir: Path, quick: bool, progress):
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(
             SqueezeProbeCallback(
-                probes, trainer=trainer, every=max(steps // 2, 2), decode_every=steps, max_new_tokens=12
+                probes,
+                trainer=trainer,
+                every=max(steps // 2, 2),
+                probe_budget=1.0,
+                decode_every=steps,
+                max_new_tokens=12,
             )
         )
         with progress(total=1, desc="squeezing") as bar:
@@ -101,9 +106,8 @@ def section(out_dir: Path, quick: bool, progress):
     )
     found = (
         f"The rejected answers changed by {last['probe/rejected/delta0']:+.2f}, the chosen ones by "
-        f"{last['probe/chosen/delta0']:+.2f}; {last['squeeze/frac_probes_down']:.0%} of the answers nobody trained on "
-        f"fell by half a nat or more. The squeeze index, rise of the argmax less change of these, is "
-        f"{last['squeeze/index']:+.2f}."
+        f"{last['probe/chosen/delta0']:+.2f}. The squeeze index, rise of the argmax less mean change of the answers "
+        f"nobody trained on, is {last['squeeze/index']:+.2f}."
     )
     pressure = (
         f"Squeeze pressure on the rejected answers went from {first['probe/rejected/pressure']:+.3f} to "

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.models import evaluation_mode, pad_answers
-from hf_iclr.trainers.squeeze.influence import answer_gradient, encode_answers
+from hf_iclr.trainers.squeeze.influence import answer_gradient
+from hf_iclr.trainers.squeeze.rows import encode_answers
 
 
 def measure_chosen_change(

@@ -23,7 +23,7 @@ QUANTITIES = {
     "valley share": "probe/rejected/valley_frac",
 }
 HELD_OUT = ("chosen", "rejected", "chosen_rephrased", "other_test", "other_human", "permuted")
-REPETITION = ("rep_4", "dup_across_prompts", "longest_run", "length", "eos_rate")
+REPETITION = ("rep_4", "dup_across_prompts", "eos_rate")
 
 
 def print_tables(runs: list[dict[str, Any]]) -> None:

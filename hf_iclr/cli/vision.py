@@ -193,7 +193,10 @@ def inpaint(
     feather: Annotated[int, typer.Option(help="Pixels over which it fades out.")] = 2,
     steps: Annotated[int | None, typer.Option(help="Steps of the pipeline.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    rate: Annotated[float, typer.Option(help="Frames per second of the painted video.")] = 24,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Frames per second of the painted video, without sound. Left out: as the video."),
+    ] = None,
 ) -> None:
     """Take objects out of a video, or put them before another background."""
     import inspect
@@ -214,7 +217,7 @@ def inpaint(
         segmenter = transformers.pipeline("promptable-video-segmentation", model=model)
         segments = segmenter(video, VideoPrompts.from_json(prompts), direction="both", output="rle")
     else:
-        segments = read_davis(masks) if masks.is_dir() else read_sav(masks, stride=1)[0]  # type: ignore[union-attr, arg-type]
+        segments = read_davis(masks) if masks.is_dir() else read_sav(masks)[0]  # type: ignore[union-attr, arg-type]
     painter = None
     if pipeline is not None:
         require("diffusion", "hf-iclr inpaint --pipeline")

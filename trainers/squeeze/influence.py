@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.extras import new_figure
 from hf_iclr.models import evaluation_mode, pad_answers
 
-from .probe_scoring import encode_answer
+from .rows import EncodedAnswer, encode_answers
 
 
 if TYPE_CHECKING:
@@ -151,9 +151,7 @@ def influence_audit(
         )
     sides = encode_answers(tokenizer, pairs, ("chosen", "rejected"), max_length)
     trained = list(zip(sides[::2], sides[1::2], strict=True))
-    asked = encode_answers(tokenizer, probes, None, max_length)
-    if not trained or not asked:
-        raise ValueError(f"Expected at least one pair and one probe answer, got {len(trained)} and {len(asked)}.")
+    asked = encode_answers(tokenizer, probes, None, max_length, "probes")
 
     weight = beta / 2
     scale = weight * (step_size or 1.0)
@@ -206,59 +204,6 @@ def influence_audit(
                         )
                     )
     return InfluenceReport(pd.DataFrame(rows), pd.concat(token_rows, ignore_index=True), scale)
-
-
-@dataclass
-class EncodedAnswer:
-    """Token ids of the answer `kind` in row `row`, and of its prompt."""
-
-    row: int
-    kind: str
-    prompt_ids: list[int]
-    ids: list[int]
-
-
-def encode_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Mapping[str, Any]],
-    kinds: tuple[str, ...] | None,
-    max_length: int | None,
-) -> list[EncodedAnswer]:
-    """
-    Tokenize answers as TRL does, see [`~hf_iclr.trainers.squeeze.probe_scoring.encode_answer`].
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template if prompts are messages.
-        rows (iterable of rows):
-            `prompt` and answers, text or messages.
-        kinds (`tuple[str, ...]`, *optional*):
-            Columns to take, by default all but `prompt`.
-        max_length (`int`, *optional*):
-            Tokens of prompt and answer together.
-
-    Returns:
-        `list[EncodedAnswer]`: row by row.
-
-    Raises:
-        `ValueError`: when a column is missing, or an answer is empty or does not fit.
-    """
-    answers = []
-    for index, row in enumerate(rows):
-        for kind in kinds or [name for name in row if name != "prompt"]:
-            missing = {"prompt", kind} - set(row)
-            if missing:
-                raise ValueError(
-                    f"Expected a column {missing.pop()!r}, got {', '.join(row)}. Rename with `rename_column`."
-                )
-            prompt_ids, ids = encode_answer(tokenizer, row["prompt"], row[kind], max_length)
-            if not ids or not prompt_ids or not row[kind]:
-                raise ValueError(
-                    f"Expected a prompt and an answer within max_length={max_length} tokens, got {len(prompt_ids)} "
-                    f"and {len(ids)} tokens of {kind!r} in row {index}. Drop empty answers, or raise `max_length`."
-                )
-            answers.append(EncodedAnswer(index, kind, prompt_ids, ids))
-    return answers
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.models import evaluation_mode, pad_answers
 
 from .argmax import HiddenStateTap
-from .influence import encode_answers
+from .metrics import squeeze_pressure
+from .probe_scoring import fused_head
+from .rows import encode_answers
 
 
 SCORES = ("ches", "ches_per_token", "pressure", "valley_frac", "force")
@@ -28,7 +31,8 @@ def audit_pairs(
     batch_size: int = 8,
 ) -> pd.DataFrame:
     """
-    Score each pair with one forward and no gradient; the higher a score, the riskier the pair.
+    Score each pair with one forward and no gradient; the higher a score, the riskier the pair. Nothing of the size
+    tokens x vocabulary is made.
 
     | column | |
     |---|---|
@@ -65,35 +69,32 @@ def audit_pairs(
         `ValueError`: when a column is missing, or an answer is empty or does not fit.
     """
     answers = encode_answers(tokenizer, pairs, ("chosen", "rejected"), max_length)
-    if not answers:
-        raise ValueError("Expected at least one pair, got none.")
     base = model.get_base_model() if is_peft_model(model) else model
     rows = []
-    with evaluation_mode(model):
+    with evaluation_mode(model), fused_head(base, ("log_probs", "log_sum_sq_probs")):
         starts = range(0, len(answers), 2 * batch_size)
         for start in tqdm(starts, desc="pair audit", disable=len(starts) == 1):
             batch = answers[start : start + 2 * batch_size]
             inputs = pad_answers([(answer.prompt_ids, answer.ids) for answer in batch], model.device)
-            mask = inputs.pop("labels")[:, 1:] != -100
-            tap = HiddenStateTap(base)
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            hidden = tap.pop()[:, :-1]
-            targets = inputs["input_ids"][:, 1:]
-            log_p = [row[own].float().log_softmax(-1) for row, own in zip(logits, mask, strict=True)]
-            logps = [p.gather(-1, ids[own, None])[:, 0] for p, ids, own in zip(log_p, targets, mask, strict=True)]
-            states = [row[own].double() for row, own in zip(hidden, mask, strict=True)]
+            tap, mask = HiddenStateTap(base), inputs["labels"][:, 1:] != -100
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            length = mask.size(1)  # prompt-learning adapters prepend virtual tokens
+            log_probs = outputs.log_probs[:, -length:]
+            pressures = squeeze_pressure(log_probs, outputs.log_sum_sq_probs[:, -length:])
+            tokens = mask.sum(1).double()
+            states = torch.einsum("blh,bl->bh", tap.pop()[:, :-1][:, -length:].to(mask.device).double(), mask.double())
+            logps = log_probs.double().masked_fill(~mask, 0).sum(1) / tokens
             for index in range(0, len(batch), 2):
-                up, down = states[index].sum(0), states[index + 1].sum(0)
-                up_mean, down_mean = states[index].mean(0), states[index + 1].mean(0)
-                pressure = (2 * log_p[index + 1]).exp().sum(-1) - logps[index + 1].exp()
+                (up, down), (n_up, n_down) = states[index : index + 2], tokens[index : index + 2]
+                pressure = pressures[index + 1][mask[index + 1]].double()
                 rows.append(
                     {
-                        "tokens_chosen": len(states[index]),
-                        "tokens_rejected": len(states[index + 1]),
-                        "logp_chosen": logps[index].mean().item(),
-                        "logp_rejected": logps[index + 1].mean().item(),
+                        "tokens_chosen": int(n_up),
+                        "tokens_rejected": int(n_down),
+                        "logp_chosen": logps[index].item(),
+                        "logp_rejected": logps[index + 1].item(),
                         "ches": (up @ down - up @ up).item(),
-                        "ches_per_token": (up_mean @ down_mean - up_mean @ up_mean).item(),
+                        "ches_per_token": (up @ down / (n_up * n_down) - up @ up / n_up**2).item(),
                         "pressure": pressure.mean().item(),
                         "valley_frac": (pressure > 0).double().mean().item(),
                         "force": beta / 2 * pressure.clamp(min=0).sum().item(),

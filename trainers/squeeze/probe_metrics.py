@@ -1,85 +1,188 @@
 """What the probe callback logs of one probe set: every kind of answer, their sums, repetition and own samples."""
 
+import hashlib
+import json
 import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from trl import DPOTrainer
 
-from hf_iclr.models import end_tokens
+from hf_iclr.models import end_tokens, pad_answers
 
-from .probe_scoring import COLUMNS, decode_answers, encode_answer, repetition_metrics, score_answers
+from .probe_scoring import COLUMNS, decode_answers, repetition_metrics, score_answers
+from .rows import CHOSEN, CONTEXT, IMAGES, REJECTED, calls_tools, encode_answer, preference_rows, text_of
 
 
 logger = logging.getLogger(__name__)
 
-# Kinds with a meaning of their own; every other kind is a bystander, an answer no loss speaks about.
-CHOSEN, REJECTED, INITIAL_GREEDY = "chosen", "rejected", "initial_greedy"
+INITIAL_GREEDY = "initial_greedy"
 LOGP, LOGP_ARGMAX = COLUMNS.index("logp_tok"), COLUMNS.index("logp_argmax")
+KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
+REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
+SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
+PROBES = "probes"  # the name under which the trainer's own preparation gets them
+
+
+def check_kinds(columns: Sequence[str]) -> None:
+    """
+    Refuse columns that are no response kind.
+
+    Args:
+        columns (`Sequence[str]`):
+            Without `prompt` and what belongs to it.
+
+    Raises:
+        `ValueError`: naming them and what would be one.
+    """
+    unknown = [name for name in columns if name not in KINDS and not name.startswith(REPHRASE_PREFIXES)]
+    if unknown:
+        raise ValueError(
+            f"A probe set holds `prompt` and the answers {', '.join(KINDS)}, or others whose names begin with "
+            f"{', '.join(REPHRASE_PREFIXES)}; got {', '.join(unknown)}. Rename what is an answer, for example to "
+            f"`chosen_{unknown[0]}`, and drop the rest with `remove_columns({unknown})`."
+        )
+
+
+def check_probe_sets(probe_dataset: Any) -> dict[str, Dataset]:
+    """
+    Probe sets by name, the empty one for a set without.
+
+    Args:
+        probe_dataset (`Dataset` or an iterable of rows, or a dictionary of such):
+            See [`SqueezeProbeCallback`].
+
+    Raises:
+        `ValueError`, `TypeError`: when one is no probe set.
+    """
+    named = dict(probe_dataset) if isinstance(probe_dataset, dict) else {"": probe_dataset}
+    if not named or not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"Expected probe sets by name, got {named!r:.60}. Type `{{'train': build_probe_set(pairs)}}`."
+        )
+    sets = {}
+    for name, rows in named.items():
+        called = f"probe_dataset[{name!r}]" if name else "probe_dataset"
+        sets[name] = preference_rows(rows, called, [CHOSEN])
+        columns = [column for column in sets[name].column_names if column != "prompt" and column not in CONTEXT]
+        check_kinds(columns)
+        preference_rows(sets[name], called, columns)
+    return sets
+
+
+def is_bystander(kind: str) -> bool:
+    """Whether no loss speaks about this kind of answer: all but the pair, the rejected's rephrases and y*."""
+    return kind not in (CHOSEN, INITIAL_GREEDY) and kind != REJECTED and not kind.startswith(f"{REJECTED}_")
 
 
 class ProbeSet:
     """
-    A probe set as token ids, and what its answers were worth at the start and last time.
+    A probe set as the trainer would train it, and what its answers were worth at the start.
+
+    A [`~trl.DPOTrainer`] prepares and collates the rows itself, so that the scored sequences are those it trains:
+    template arguments, tools, images, truncation, its own subclass and collator. In other trainers a chat goes
+    through the template with the same columns, and `max_length` cuts as their configuration says.
 
     Args:
         name (`str`):
             In front of all keys, with an underscore, unless empty.
         dataset (`Dataset`):
-            The column `prompt`, and one column per kind.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            See [`encode_answer`].
-        max_length (`int`, *optional*):
-            In tokens, prompt and answer together.
+            The column `prompt`, those of `CONTEXT`, and one column per kind.
+        trainer ([`~transformers.Trainer`]):
+            Whose rows they should be like.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or processor):
+            The trainer's, or another.
         max_new_tokens (`int`):
             Length of decoded answers.
 
     Raises:
-        `ValueError`: when no row has all its answers within `max_length`.
+        `ValueError`: when no row has all its answers within `max_length`, or the trainer cannot take its images.
     """
 
     def __init__(
         self,
         name: str,
         dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None,
+        trainer: Trainer,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         max_new_tokens: int,
     ) -> None:
-        self.prefix = f"{name}_" if name else ""
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        self.kinds: list[str] = []
-        self.answers: list[tuple[list[int], list[int]]] = []
-        self.prompts: list[list[int]] = []
+        self.name, self.prefix = name, f"{name}_" if name else ""
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's, for text
+        self.max_new_tokens = max_new_tokens
+        self.start = torch.empty(0)
         self.greedy: list[list[int]] | None = None
-        self.start, self.last = torch.empty(0), torch.empty(0)
-        columns = [column for column in dataset.column_names if column != "prompt"]
-        dropped = 0
-        for row in dataset:
-            encoded = {
-                kind: encode_answer(tokenizer, row["prompt"], row[kind], max_length) for kind in columns if row[kind]
-            }
-            if len(encoded) < len(columns) or not all(answer for _, answer in encoded.values()):
-                dropped += 1
-                continue
-            self.prompts.append(encoded[CHOSEN][0])
-            self.kinds += encoded
-            self.answers += encoded.values()
-        if dropped:
-            logger.warning(
-                f"{dropped} of {len(dataset)} prompts are left out of the probes: an answer is empty, or the prompt "
+        self.decode_seconds = 0.0
+        max_length = getattr(trainer.args, "max_length", None)  # DPO, SFT and KTO have one
+        keep_end = getattr(trainer.args, "truncation_mode", "") == "keep_end"
+        columns = [column for column in dataset.column_names if column != "prompt" and column not in CONTEXT]
+        texts = dataset.select_columns(columns)
+        whole = [
+            index
+            for index, row in enumerate(texts)
+            if all(text_of(answer) or calls_tools(answer) for answer in row.values())
+        ]
+        whole_rows = dataset.select(whole)
+        images = [column for column in IMAGES if column in dataset.column_names]
+        with_images = getattr(trainer, "_is_vision_dataset", False)
+        if bool(images) != with_images or (with_images and not isinstance(trainer, DPOTrainer)):
+            raise ValueError(
+                f"The probe set {name!r} should have images if the trained rows do, and only with a `DPOTrainer`, got "
+                f"{', '.join(images) or 'none'} for a {type(trainer).__name__} {'with' if with_images else 'without'} "
+                "images. Make it of the trained pairs by `build_probe_set`, or drop images with `remove_columns`."
+            )
+        self.prompts: list[list[int]] = []  # to decode from; none where there are images
+        self.answers: list[tuple[Any, Any]] = []
+        self.collate = pad_answers
+        if with_images:
+            self.answers = [(index, kind) for index in range(len(whole_rows)) for kind in columns]
+            self.collate = partial(_collate_images, trainer, whole_rows)
+            rows: list[dict[str, tuple[list[int], list[int]]]] = []
+        elif isinstance(trainer, DPOTrainer):
+            self.collate = partial(_collate_pairs, trainer)
+            rows = _prepare_pairs(trainer, whole_rows, columns, processing_class)
+        else:
+            template = getattr(trainer.args, "chat_template_kwargs", None)  # GRPO has it
+            rows = [
+                {kind: encode_answer(self.tokenizer, row, kind, max_length, keep_end, template) for kind in columns}
+                for row in whole_rows
+            ]
+        for row in rows:
+            if len(row) == len(columns) and all(answer for _, answer in row.values()):
+                prompt = row[CHOSEN][0]
+                # Where the start is cut off, a prompt ends where an answer still fits behind it
+                cut = max(len(prompt) - max(max_length - max_new_tokens, 1), 0) if keep_end and max_length else 0
+                self.prompts.append(prompt[cut:])
+                self.answers += row.values()
+        self.kinds = columns * (len(self.answers) // len(columns))
+        if len(self.answers) < len(dataset) * len(columns):
+            left_out = len(dataset) - len(self.answers) // len(columns)
+            message = (
+                f"{left_out} of {len(dataset)} prompts are left out of the probes: an answer is empty, or the prompt "
                 f"fills max_length={max_length} tokens."
             )
-        if not self.prompts:
-            raise ValueError(
-                f"Every prompt of the probe set either lacks an answer or fills max_length={max_length} tokens. Raise "
-                "`max_length`, or probe shorter prompts."
-            )
+            if not self.answers:
+                raise ValueError(f"{message} Raise `max_length`, or probe shorter prompts.")
+            logger.warning(message)
+        self.fingerprint = self._hash(whole_rows if with_images else self.answers)
+
+    def _hash(self, answers: Any) -> str:
+        """A name for what is scored: the same kinds of the same token ids, or of the same text and images."""
+        digest = hashlib.sha256(json.dumps(self.kinds).encode())
+        for answer in answers:
+            digest.update(json.dumps(answer, default=_bytes_hash, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def set_greedy(self, greedy: list[list[int]]) -> None:
         """Add y*, the answers to watch from now on; a model may also have ended at once, without a token."""
         self.greedy = greedy
-        self.kinds += [INITIAL_GREEDY] * len(greedy)
+        self.kinds = [*self.kinds, *[INITIAL_GREEDY] * len(greedy)]
         self.answers += zip(self.prompts, greedy, strict=True)
 
     def measure(self, trainer: Trainer, batch_size: int, decode: bool, progress: bool) -> dict[str, float]:
@@ -102,60 +205,54 @@ class ProbeSet:
         Raises:
             `ValueError`: when a log-probability is not finite.
         """
+        decode = decode and bool(self.prompts)
+        begin = time.perf_counter()
         decoded = self._decode(trainer, batch_size) if decode else {}
+        self.decode_seconds = time.perf_counter() - begin
         pulled = [kind in (CHOSEN, REJECTED) for kind in self.kinds]
-        table = score_answers(trainer, self.answers, pulled, batch_size, progress)
+        table = score_answers(trainer, self.answers, pulled, batch_size, progress, self.collate)
         self._check_finite(table)
-        if not len(self.last):
-            self.last = table
         if not len(self.start):
             self.start = table[:, [LOGP, LOGP_ARGMAX]]
         logs = {**self._metrics(table), **decoded}
         if decode:  # after the check: nobody samples from weights that have diverged
-            logs |= self._own_samples(trainer, batch_size)
-        self.last = table
+            begin = time.perf_counter()
+            logs["onpolicy/pressure_own"] = self._pressure_of_samples(trainer, batch_size)
+            self.decode_seconds += time.perf_counter() - begin
         return {f"{self.prefix}{key}": value for key, value in logs.items()}
 
     def _decode(self, trainer: Trainer, batch_size: int) -> dict[str, float]:
-        greedy = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, batch_size)
-        if self.greedy is None and INITIAL_GREEDY not in self.kinds:
+        # One token a row at a time: more rows fit than where whole answers are scored, and most of the time is waiting
+        greedy = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, 4 * batch_size)
+        if self.greedy is None and not len(self.start):
             self.set_greedy(greedy)
         ends = end_tokens(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer)
         return {f"repeat/{key}": value for key, value in repetition_metrics(greedy, ends).items()}
 
-    def _own_samples(self, trainer: Trainer, batch_size: int) -> dict[str, float]:
-        samples = decode_answers(trainer, self.tokenizer, self.prompts, self.max_new_tokens, batch_size, True)
-        own = list(zip(self.prompts, samples, strict=True))
-        table = score_answers(trainer, own, [False] * len(own), batch_size)
-        return {f"onpolicy/{name}_own": _token_mean(table, name) for name in ("pressure", "valley_frac")}
+    def _pressure_of_samples(self, trainer: Trainer, batch_size: int) -> float:
+        prompts = self.prompts[:SAMPLED_PROMPTS]
+        samples = decode_answers(trainer, self.tokenizer, prompts, self.max_new_tokens, 4 * batch_size, True)
+        own = list(zip(prompts, samples, strict=True))
+        return _token_mean(score_answers(trainer, own, [False] * len(own), batch_size), "pressure")
 
     def _metrics(self, table: torch.Tensor) -> dict[str, float]:
         rows = {kind: torch.tensor([other == kind for other in self.kinds]) for kind in dict.fromkeys(self.kinds)}
-        change, step = table[:, LOGP] - self.start[:, 0], table[:, LOGP] - self.last[:, LOGP]
-        residual = _token_mean(self.last[rows[CHOSEN]], "G_norm")
+        change = table[:, LOGP] - self.start[:, 0]
         logs: dict[str, float] = {}
         for kind, these in rows.items():
-            tokens = table[these, 0]
-            speed = step[these] / tokens / (_token_mean(self.last[these], "A_norm") * residual)
-            logs |= {
-                f"probe/{kind}/logp": _token_mean(table[these], "logp_tok"),
-                f"probe/{kind}/delta0": (change[these].sum() / tokens.sum()).item(),
-                f"probe/{kind}/delta_step": (step[these].sum() / tokens.sum()).item(),
-                f"probe/{kind}/LBK": speed.abs().mean().item(),
-                f"probe/{kind}/signdelta": speed.mean().item(),
-            }
+            logs[f"probe/{kind}/logp"] = _token_mean(table[these], "logp_tok")
+            logs[f"probe/{kind}/delta0"] = (change[these].sum() / table[these, 0].sum()).item()
             if kind in (CHOSEN, REJECTED):
-                names = ("logp_argmax", "pressure", "valley_frac")
-                logs |= {f"probe/{kind}/{name}": _token_mean(table[these], name) for name in names}
-        logs["squeeze/displacement"] = -logs["probe/chosen/delta0"]
-        bystanders = [kind for kind in rows if kind not in (CHOSEN, REJECTED, INITIAL_GREEDY)]
-        if bystanders:
-            chosen = rows[CHOSEN]
-            rise = (table[chosen, LOGP_ARGMAX] - self.start[chosen, 1]).sum() / table[chosen, 0].sum()
-            falls = torch.tensor([logs[f"probe/{kind}/delta0"] for kind in bystanders])
-            down = torch.cat([change[rows[kind]] <= -0.5 for kind in bystanders])
-            logs["squeeze/index"] = (rise - falls.mean()).item()
-            logs["squeeze/frac_probes_down"] = down.double().mean().item()
+                logs[f"probe/{kind}/logp_argmax"] = _token_mean(table[these], "logp_argmax")
+        chosen = rows[CHOSEN]
+        logs["probe/chosen/frac_down"] = (change[chosen] < 0).double().mean().item()
+        if REJECTED in rows:
+            for name in ("pressure", "valley_frac"):
+                logs[f"probe/rejected/{name}"] = _token_mean(table[rows[REJECTED]], name)
+        if bystanders := [kind for kind in rows if is_bystander(kind)]:
+            rise = ((table[chosen, LOGP_ARGMAX] - self.start[chosen, 1]).sum() / table[chosen, 0].sum()).item()
+            falls = [logs[f"probe/{kind}/delta0"] for kind in bystanders]
+            logs["squeeze/index"] = rise - sum(falls) / len(falls)
         if {"other_train", "other_test"} <= set(rows):
             logs["crosstalk/other_train"] = logs["probe/other_train/delta0"] - logs["probe/other_test/delta0"]
         return logs
@@ -167,6 +264,69 @@ class ProbeSet:
                 f"The log-probabilities of the probes should be finite, those of {', '.join(sorted(broken))} are not. "
                 "The weights have probably diverged: lower `learning_rate`, set `max_grad_norm`, or use `bf16`."
             )
+
+
+def _prepare_pairs(
+    trainer: DPOTrainer, dataset: Dataset, kinds: list[str], processing_class: Any
+) -> list[dict[str, tuple[list[int], list[int]]]]:
+    """Token ids of prompt and answer by kind for each row, by the trainer's own preparation, before it truncates."""
+    rows: list[dict[str, tuple[list[int], list[int]]]] = [{} for _ in range(len(dataset))]
+    if not rows:
+        return rows
+    context = [column for column in CONTEXT if column in dataset.column_names]
+    # A pair is prepared as a pair, since the prompt ends where both answers agree; the others one by one.
+    couples = [(CHOSEN, REJECTED), *((kind, kind) for kind in kinds if kind not in (CHOSEN, REJECTED))]
+    if REJECTED not in kinds:
+        couples[0] = (CHOSEN, CHOSEN)
+    with _no_progress_bars():
+        for first, second in couples:
+            pairs = dataset.select_columns(["prompt", *context]).add_column("probe", list(range(len(dataset))))
+            for side, kind in ((CHOSEN, first), (REJECTED, second)):
+                pairs = pairs.add_column(side, list(dataset[kind]))
+            for row in trainer._prepare_dataset(pairs, processing_class, trainer.args, PROBES):
+                for side, kind in ((CHOSEN, first), (REJECTED, second)):
+                    rows[row["probe"]][kind] = row["prompt_ids"], row[f"{side}_ids"]
+    return [{kind: row[kind] for kind in kinds if kind in row} for row in rows]
+
+
+def _collate_pairs(trainer: Trainer, answers: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids} for prompt, ids in answers]
+    return _first_half(trainer.data_collator(rows))
+
+
+def _collate_images(trainer: Trainer, dataset: Dataset, answers: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
+    rows = [(dataset[index], kind) for index, kind in answers]
+    context = ("prompt", *CONTEXT)
+    return _first_half(
+        trainer.data_collator(
+            [
+                {**{name: row[name] for name in context if name in row}, CHOSEN: row[kind], REJECTED: row[kind]}
+                for row, kind in rows
+            ]
+        )
+    )
+
+
+def _first_half(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The chosen answers of a batch of pairs, with labels."""
+    inputs = {name: value[: len(value) // 2] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)}
+
+
+def _bytes_hash(value: Any) -> str:
+    return hashlib.sha256(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()).hexdigest()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Those of `datasets`, of which there would be three for each kind of answer."""
+    disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            enable_progress_bars()
 
 
 def _token_mean(table: torch.Tensor, column: str) -> float:

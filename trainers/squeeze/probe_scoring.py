@@ -1,7 +1,8 @@
 """What a model in training thinks of given answers, and what it answers itself, without disturbing the training."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.trainer import add_fused_lm_head
 
-from hf_iclr.models import (
-    end_tokens,
-    evaluation_mode,
-    generate_rows,
-    pad_answers,
-    render_prompt,
-    split_answer,
-)
+from hf_iclr.models import end_tokens, evaluation_mode, generate_rows, pad_answers
 
 from .argmax import HiddenStateTap, exact_argmax
 from .metrics import TOKEN_METRICS, token_quantities
@@ -28,42 +22,13 @@ from .metrics import TOKEN_METRICS, token_quantities
 COLUMNS = ("tokens", *TOKEN_METRICS, "logp_argmax")
 
 
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], answer: str | list[dict], max_length: int | None
-) -> tuple[list[int], list[int]]:
-    """
-    Token ids of a prompt and of an answer to it, as TRL's DPO and SFT make them: a plain answer ends with the
-    end-of-text token, a chat goes through the template, and what exceeds `max_length` is cut off at the end.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template if prompts are chats.
-        prompt, answer (`str` or `list[dict]`):
-            Both text, or both lists of messages.
-        max_length (`int`, *optional*):
-            In tokens, prompt and answer together.
-
-    Returns:
-        `tuple[list[int], list[int]]`: the second is empty when the prompt fills `max_length`.
-    """
-    if not (isinstance(prompt, str) and isinstance(answer, str)):
-        assert isinstance(prompt, list) and isinstance(answer, list), "TRL takes two texts or two chats"
-        texts = render_prompt(tokenizer, prompt), render_prompt(tokenizer, prompt, answer=answer)
-        prompt_ids, ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    else:
-        end = tokenizer.eos_token or ""
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(prompt + (answer if answer.endswith(end) else answer + end))["input_ids"]
-    prompt_ids, _ = split_answer(prompt_ids, ids)
-    return prompt_ids, ids[len(prompt_ids) : max_length]
-
-
 def score_answers(
     trainer: Trainer,
-    answers: Sequence[tuple[list[int], list[int]]],
+    answers: Sequence[tuple[Any, Any]],
     with_argmax: Sequence[bool],
     batch_size: int,
     progress: bool = False,
+    collate: Callable[[list], dict[str, torch.Tensor]] = pad_answers,
 ) -> torch.Tensor:
     """
     Teacher-forced token metrics of answers. Each process scores its share; none holds (batch, length, vocabulary)
@@ -72,14 +37,16 @@ def score_answers(
     Args:
         trainer ([`~transformers.Trainer`]):
             Its model is run in evaluation mode, without gradients, in the trainer's mixed precision.
-        answers (`Sequence[tuple[list[int], list[int]]]`):
-            Token ids of prompts and answers.
+        answers (`Sequence[tuple]`):
+            Token ids of prompts and answers, or what else `collate` takes.
         with_argmax (`Sequence[bool]`):
             Which answers get a `logp_argmax`; zero for the others.
         batch_size (`int`):
             Answers in one forward.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
+        collate (`Callable`, *optional*, defaults to [`~hf_iclr.models.pad_answers`]):
+            Makes inputs of the model of some answers, `labels` among them.
 
     Returns:
         `torch.Tensor` of shape `(len(answers), len(COLUMNS))`, float64, on the CPU.
@@ -87,17 +54,20 @@ def score_answers(
     accelerator = trainer.accelerator
     model, base = trainer.model_wrapped, base_model(trainer)
     vocab_size = base.config.get_text_config().vocab_size
-    order = sorted(range(len(answers)), key=lambda index: sum(map(len, answers[index])))
+    order = list(range(len(answers)))
+    if answers and isinstance(answers[0][0], list):
+        order.sort(key=lambda index: sum(map(len, answers[index])))
     # Where the model is sharded every forward is met by all processes, so all get as many answers.
     order += order[:1] * (-len(order) % accelerator.num_processes)
     shares = [order[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
     mine, rows = shares[accelerator.process_index], []
-    with evaluation_mode(model), _fused_head(base), accelerator.autocast():
+    with evaluation_mode(model), fused_head(base), accelerator.autocast():
         for start in tqdm(range(0, len(mine), batch_size), desc="probes", disable=not progress, leave=False):
             batch = mine[start : start + batch_size]
-            inputs = pad_answers([answers[index] for index in batch], accelerator.device)
+            inputs = collate([answers[index] for index in batch])
+            inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
             tap, labels = HiddenStateTap(base), inputs["labels"]
-            outputs = model(**inputs, fused_lm_head=True)
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
             length = labels.size(1) - 1  # prompt-learning adapters prepend virtual tokens
             tokens = token_quantities(
                 outputs.log_probs[:, -length:],
@@ -191,8 +161,8 @@ def repetition_metrics(answers: Sequence[Sequence[int]], ends: Sequence[int]) ->
     Returns:
         `dict[str, float]`: `rep_4`, the share of the 4-grams of an answer seen in it before; `distinct_2`, different
         2-grams over all 2-grams; `dup_across_prompts`, the share of an answer's different 4-grams that also stand in
-        the answer to another prompt; `longest_run`, tokens; `length`, tokens; `eos_rate`, the share that ended. Means
-        over answers, those too short for an n-gram left out.
+        the answer to another prompt; `eos_rate`, the share that ended. Means over answers, those too short for an
+        n-gram left out.
     """
     texts = [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
     fours = [_ngrams(text, 4) for text in texts]
@@ -203,10 +173,31 @@ def repetition_metrics(answers: Sequence[Sequence[int]], ends: Sequence[int]) ->
         "rep_4": _mean([1 - len(set(grams)) / len(grams) for grams in long]),
         "distinct_2": len(set(twos)) / len(twos) if twos else 1.0,
         "dup_across_prompts": _mean([_mean([holders[gram] > 1 for gram in set(grams)]) for grams in long]),
-        "longest_run": _mean([_longest_run(text) for text in texts]),
-        "length": _mean([len(text) for text in texts]),
         "eos_rate": _mean([len(text) < len(answer) for text, answer in zip(texts, answers, strict=True)]),
     }
+
+
+def choose_interval(every: int, max_steps: int, budget: float, step: float, whole: float, between: float) -> int:
+    """
+    The shortest multiple of `every` with which all passes of a run take the share `budget` of it: with n of them in
+    between, `2 whole + n between <= budget / (1 - budget) * max_steps * step`.
+
+    Args:
+        every (`int`):
+            Least steps between two passes.
+        max_steps (`int`):
+            Of the run.
+        budget (`float`):
+            In (0, 1).
+        step, whole, between (`float`):
+            Seconds of a step, of the first and the last pass, and of one in between, which decodes less often.
+
+    Returns:
+        `int`: steps; 0 where none in between fits.
+    """
+    left = max_steps * step * budget / (1 - budget) - 2 * whole
+    passes = min(math.floor(max(left, 0.0) / between), max_steps // every)
+    return every * math.ceil(max_steps / (passes + 1) / every) if passes else 0
 
 
 def base_model(trainer: Trainer) -> PreTrainedModel:
@@ -216,10 +207,12 @@ def base_model(trainer: Trainer) -> PreTrainedModel:
 
 
 @contextmanager
-def _fused_head(base: PreTrainedModel) -> Iterator[None]:
-    """TRL's fused head with all per-token outputs, for a while; then the forward that was there before."""
+def fused_head(
+    base: PreTrainedModel, outputs: Sequence[str] = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs")
+) -> Iterator[None]:
+    """TRL's fused head with these outputs of each token, for a while; then the forward that was there before."""
     patched = vars(base).get("forward")
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1", "log_sum_sq_probs"))
+    add_fused_lm_head(base, outputs=tuple(outputs))
     try:
         yield
     finally:
@@ -231,14 +224,6 @@ def _fused_head(base: PreTrainedModel) -> Iterator[None]:
 
 def _ngrams(answer: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(answer[start : start + n]) for start in range(len(answer) - n + 1)]
-
-
-def _longest_run(answer: Sequence[int]) -> int:
-    longest = run = 0
-    for index, token in enumerate(answer):
-        run = run + 1 if index and token == answer[index - 1] else 1
-        longest = max(longest, run)
-    return longest
 
 
 def _mean(values: list) -> float:

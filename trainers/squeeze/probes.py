@@ -3,11 +3,14 @@
 import json
 import logging
 import random
+import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -18,18 +21,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import maybe_extract_prompt
 
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import as_written_by, read_json, whole_number
 
-from .probe_metrics import CHOSEN, INITIAL_GREEDY, REJECTED, ProbeSet
+from .probe_metrics import ProbeSet, check_kinds, check_probe_sets
+from .probe_scoring import choose_interval
+from .rows import CHOSEN, CONTEXT, REJECTED, preference_rows, text_of, with_text
 
 
 logger = logging.getLogger(__name__)
 
-KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
-REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
+STATE_FILE = "squeeze_probes.json"  # in a checkpoint
+MEASURED_STEPS = 5  # before an interval is chosen; the first is left out
 
 
 def build_probe_set(
@@ -56,7 +60,8 @@ def build_probe_set(
 
     Args:
         pairs (`Dataset`):
-            Rows `prompt`, `chosen`, `rejected`, text or messages; without `prompt` the answers' common start is it.
+            Rows `prompt`, `chosen`, `rejected`, text or messages, also a list of them; without `prompt` the answers'
+            common start is it. `tools`, `chat_template_kwargs`, `image` and `images` go with their prompt.
         num_probes (`int`, *optional*, defaults to `500`):
             Prompts to take at random, as many as the paper does; all if there are fewer.
         seed (`int`, *optional*, defaults to `0`):
@@ -72,70 +77,55 @@ def build_probe_set(
 
     Raises:
         `ValueError`: when columns are missing or named otherwise, all prompts are the same, or no row is left.
+        `TypeError`: when `pairs` is a stream or no rows at all, or `rephrases` one string.
     """
+    if isinstance(rephrases, str):
+        raise TypeError(f"rephrases should be a list of columns, got one string. Type `rephrases=[{rephrases!r}]`.")
     rephrases = list(rephrases or [])
-    rows = _check_pairs(pairs, "pairs", rephrases)
-    test_rows = None if test_pairs is None else _check_pairs(test_pairs, "test_pairs", [])
+    rows = preference_rows(pairs, "pairs")
+    if missing := [name for name in rephrases if name not in rows.column_names]:
+        raise ValueError(
+            f"pairs should hold the columns of rephrases={rephrases}, got {', '.join(rows.column_names)}. Leave out "
+            f"{', '.join(missing)}, or rename with `rename_column`."
+        )
+    check_kinds(rephrases)
+    test_rows = None if test_pairs is None else preference_rows(test_pairs, "test_pairs")
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}.")
     generator = random.Random(seed)
+    context = [column for column in CONTEXT if column in rows.column_names]
+    texts = rows.select_columns(["prompt", CHOSEN, REJECTED, *rephrases])  # images need not be read here
+    test_rows = None if test_rows is None else test_rows.select_columns(["prompt", CHOSEN])
+    taken: list[int] = []
     probes: list[dict[str, Any]] = []
     dropped = 0
     for index in generator.sample(range(len(rows)), len(rows)):
         if len(probes) == num_probes:
             break
-        row = rows[index]
-        chosen, other = row[CHOSEN], _other(rows, row, generator)
-        probe = {"prompt": row["prompt"], CHOSEN: chosen, REJECTED: row[REJECTED], "other_train": other[CHOSEN]}
-        unrelated = _other(rows, row, generator)
+        row = texts[index]
+        chosen, other = row[CHOSEN], _other(texts, row, generator)
+        probe = {CHOSEN: chosen, REJECTED: row[REJECTED], "other_train": other[CHOSEN]}
+        unrelated = _other(texts, row, generator)
         if test_rows is not None:
             probe["other_test"] = _other(test_rows, row, generator)[CHOSEN]
             unrelated = _other(test_rows, row, generator)
-        probe["permuted"] = _with_text(chosen, _shuffled(_text(chosen), generator))
-        probe["random_words"] = _with_text(chosen, _shuffled(_text(unrelated[CHOSEN]), generator))
-        probe |= {name: _with_text(chosen, _text(row[name])) for name in rephrases}
-        if all(_text(answer).strip() for kind, answer in probe.items() if kind != "prompt"):
+        probe["permuted"] = with_text(chosen, _shuffled(text_of(chosen), generator))
+        probe["random_words"] = with_text(chosen, _shuffled(text_of(unrelated[CHOSEN]), generator))
+        probe |= {name: with_text(chosen, text_of(row[name])) for name in rephrases}
+        if all(text_of(answer).strip() for answer in probe.values()):
             probes.append(probe)
+            taken.append(index)
         else:
             dropped += 1
     if dropped:
         logger.warning(f"{dropped} of {dropped + len(probes)} prompts are left out of the probes: an answer is empty.")
     if not probes:
         raise ValueError(f"None of the {len(rows)} pairs has all its answers; there is nothing to probe.")
-    return Dataset.from_list(probes)
-
-
-def _check_pairs(pairs: Dataset, name: str, rephrases: list[str]) -> Dataset:
-    if "prompt" not in pairs.column_names and len(pairs):
-        pairs = pairs.map(maybe_extract_prompt)
-    missing = [column for column in ("prompt", CHOSEN, REJECTED, *rephrases) if column not in pairs.column_names]
-    if missing or not len(pairs):
-        raise ValueError(
-            f"{name} should hold the columns {', '.join(('prompt', CHOSEN, REJECTED, *rephrases))} and a row, got "
-            f"{', '.join(pairs.column_names) or 'no column'} and {len(pairs)} rows. Rename with `rename_column`."
-        )
-    check_kinds(rephrases)
-    return pairs
-
-
-def check_kinds(columns: Sequence[str]) -> None:
-    """
-    Refuse columns that are no response kind.
-
-    Args:
-        columns (`Sequence[str]`):
-            Without `prompt`.
-
-    Raises:
-        `ValueError`: naming them and what would be one.
-    """
-    unknown = [name for name in columns if name not in KINDS and not name.startswith(REPHRASE_PREFIXES)]
-    if unknown:
-        raise ValueError(
-            f"A probe set holds `prompt` and the answers {', '.join(KINDS)}, or others whose names begin with "
-            f"{', '.join(REPHRASE_PREFIXES)}; got {', '.join(unknown)}. Rename what is an answer, for example to "
-            f"`chosen_{unknown[0]}`, and drop the rest with `remove_columns({unknown})`."
-        )
+    # Prompts and their context keep the types they have, which may not be those of their values
+    dataset = rows.select(taken).select_columns(["prompt", *context])
+    for kind in probes[0]:
+        dataset = dataset.add_column(kind, [probe[kind] for probe in probes])
+    return dataset.select_columns(["prompt", *probes[0], *context])
 
 
 def _other(rows: Dataset, row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
@@ -150,19 +140,6 @@ def _other(rows: Dataset, row: dict[str, Any], generator: random.Random) -> dict
     raise ValueError("Probes need answers to other prompts, but all rows have the same prompt. Give more pairs.")
 
 
-def _text(answer: str | list[dict]) -> str:
-    if isinstance(answer, str):
-        return answer
-    return (answer[-1].get("content") or "") if answer else ""
-
-
-def _with_text(answer: str | list[dict], text: str) -> str | list[dict]:
-    """`answer` saying something else, after the same white space."""
-    if not isinstance(answer, str):
-        return [*answer[:-1], {**answer[-1], "content": text}] if answer else answer
-    return answer[: len(answer) - len(answer.lstrip())] + text.lstrip() if text.strip() else ""
-
-
 def _shuffled(text: str, generator: random.Random) -> str:
     words = text.split()
     shuffled = words[:]
@@ -173,44 +150,42 @@ def _shuffled(text: str, generator: random.Random) -> str:
 
 class SqueezeProbeCallback(TrainerCallback):
     """
-    Scores a probe set at the start, every `every` steps and at the end of a training, in any trainer of a causal
-    language model: DPO, SFT, KTO, GRPO or plain [`~transformers.Trainer`]. Losses and weights are bit for bit those of
-    a run without it.
+    Scores a probe set at the start, every `every` steps or more seldom, and at the end of a training, in any trainer
+    of a causal language model: DPO, SFT, KTO, GRPO or plain [`~transformers.Trainer`]. Losses and weights are bit for
+    bit those of a run without it.
 
-    For each kind of answer it logs, in nats per token,
+    All passes together take the share `probe_budget` of the run, unless those at the start and the end take more: then
+    there are only these two. What a pass and a step take is measured at the beginning; the interval that is chosen is
+    logged and kept in checkpoints, so that a resumed run makes the passes that it would have made in one go.
 
-    | key | |
-    |---|---|
-    | `probe/{kind}/logp` | mean log-probability |
-    | `probe/{kind}/delta0`, `delta_step` | its change since the start, since the last time |
-    | `probe/{kind}/signdelta` | mean over answers of the change since the last time, over ‖A‖ ‖G‖ |
-    | `probe/{kind}/LBK` | the same with absolute changes |
-
-    ‖A‖ is that of the kind and ‖G‖ that of the chosen answers. As the change is at most η ‖A‖ ‖K‖ ‖G‖ (proposition 1
-    of https://huggingface.co/papers/2407.10490), `LBK` bounds the learning speed η ‖K‖ from below; the authors' code
-    has these two with other norms. `chosen` and `rejected` also have `logp_argmax` (teacher-forced, the paper's
-    argmax), `pressure` and `valley_frac`. Then, ours, with the bystanders being all kinds but `chosen`, `rejected` and
-    `initial_greedy`:
+    For each kind of answer it logs `probe/{kind}/logp`, its mean log-probability in nats per token, and
+    `probe/{kind}/delta0`, the change of this since the start; besides
 
     | key | |
     |---|---|
+    | `probe/chosen/logp_argmax`, also of `rejected` | of the most likely tokens, teacher-forced: the paper's |
+    | `probe/chosen/frac_down` | share of chosen answers less likely than at the start |
+    | `probe/rejected/pressure`, `valley_frac` | see [`~hf_iclr.trainers.squeeze.metrics.token_quantities`] |
     | `squeeze/index` | change of `chosen/logp_argmax` since the start less the bystanders' mean change |
-    | `squeeze/frac_probes_down` | share of bystander answers at least half a nat below their start |
-    | `squeeze/displacement` | fall of `chosen` since the start |
     | `crosstalk/other_train` | change of `other_train` since the start less that of `other_test`, if there is one |
     | `repeat/...` | of greedy answers, see [`~hf_iclr.trainers.squeeze.probe_scoring.repetition_metrics`] |
-    | `onpolicy/pressure_own` | squeeze pressure of own samples, about zero by theory; `onpolicy/valley_frac_own` |
+    | `onpolicy/pressure_own` | squeeze pressure of own samples, about zero by theory |
+
+    Bystanders are all kinds but `chosen`, `rejected` and its rephrases, and `initial_greedy`.
 
     Args:
         probe_dataset (`Dataset` or `dict[str, Dataset]`):
             From [`build_probe_set`], or `prompt` and any of its columns. With a dictionary all keys get the name and
-            an underscore in front: `test_probe/chosen/logp`.
+            an underscore in front: `test_probe/chosen/logp`. Callbacks of one trainer need different names.
         trainer ([`~transformers.Trainer`], *optional*):
             The trainer it is added to; [`SqueezeDPOTrainer`] sets it by itself.
         every (`int`, *optional*, defaults to `25`):
-            Optimiser steps between two passes, as in the authors' runs.
+            Least optimiser steps between two passes, as in the authors' runs; the interval is a multiple.
+        probe_budget (`float`, *optional*, defaults to `0.05`):
+            Share of the run's time that passes may take, in (0, 1]. 1.0: a pass every `every` steps whatever it takes.
         decode_every (`int`, *optional*, defaults to `4`):
             Passes between two that decode, besides the last. 0: never, then there is no `initial_greedy` either.
+            Prompts with images are not decoded.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             Length of decoded answers.
         batch_size (`int`, *optional*):
@@ -227,7 +202,8 @@ class SqueezeProbeCallback(TrainerCallback):
 
     Raises:
         `ValueError`: when the probe set has no or unknown columns, no prompt fits into `max_length`, there is no
-            trainer, or a log-probability is not finite.
+            trainer or another callback with the same names, a run is resumed with other probes, or a log-probability
+            is not finite.
     """
 
     def __init__(
@@ -236,6 +212,7 @@ class SqueezeProbeCallback(TrainerCallback):
         *,
         trainer: Trainer | None = None,
         every: int = 25,
+        probe_budget: float = 0.05,
         decode_every: int = 4,
         max_new_tokens: int = 32,
         batch_size: int | None = None,
@@ -246,74 +223,157 @@ class SqueezeProbeCallback(TrainerCallback):
                 f"every and max_new_tokens must be at least 1 and decode_every at least 0, got {every}, "
                 f"{max_new_tokens} and {decode_every}."
             )
-        named = probe_dataset if isinstance(probe_dataset, dict) else {"": probe_dataset}
-        for name, probes in named.items():
-            check_kinds([column for column in probes.column_names if column != "prompt"])
-            if not len(probes) or "prompt" not in probes.column_names or CHOSEN not in probes.column_names:
-                raise ValueError(
-                    f"The probe set {name!r} should have rows with at least `prompt` and `chosen`, got {len(probes)} "
-                    f"rows with {', '.join(probes.column_names) or 'nothing'}. `build_probe_set(pairs)` makes one."
-                )
+        if not 0 < probe_budget <= 1:
+            raise ValueError(f"probe_budget must be in (0, 1], got {probe_budget}. 1.0 is a pass every `every` steps.")
+        self._datasets = check_probe_sets(probe_dataset)
         self.trainer, self.processing_class = trainer, processing_class
-        self.every, self.decode_every = every, decode_every
+        self.every, self.probe_budget, self.decode_every = every, probe_budget, decode_every
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self._datasets = named
-        # Of its own, for a trainer may have several of these callbacks
-        self._state_file = "_".join(filter(None, ("squeeze_probes", *named))) + ".json"
         self._sets: list[ProbeSet] = []
+        self._forget()
+
+    def _forget(self) -> None:
         self._last_step, self._passes = -1, 0
+        self._interval: int | None = self.every if self.probe_budget == 1 else None  # 0: none but first and last
+        self._seconds: tuple[float, float] | None = None  # of a pass, and of decoding in it
+        self._steps: list[float] = []  # seconds
+        self._clock = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer is None:
+        trainer = self.trainer
+        if trainer is None:
             raise ValueError(
                 "SqueezeProbeCallback runs the model of a trainer and logs through it, but has none. Type "
                 "`trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer))`."
             )
-        processing_class = self.processing_class or self.trainer.processing_class
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor's, for text
-        max_length = getattr(args, "max_length", None)  # DPO, SFT and KTO have one
+        for other in trainer.callback_handler.callbacks:
+            shared = set(self._datasets) & set(other._datasets) if isinstance(other, SqueezeProbeCallback) else set()
+            if other is not self and shared:
+                raise ValueError(
+                    f"Expected probe sets of a trainer's callbacks under different names, got {min(shared)!r} twice: "
+                    "both would log the same keys. Type `SqueezeProbeCallback({'test': probes}, trainer=trainer)`."
+                )
+        processing_class = self.processing_class or trainer.processing_class
         self._sets = [
-            ProbeSet(name, probes, tokenizer, max_length, self.max_new_tokens)
+            ProbeSet(name, probes, trainer, processing_class, self.max_new_tokens)
             for name, probes in self._datasets.items()
         ]
-        self._last_step, self._passes = -1, 0
+        self._forget()
         if state.global_step:
-            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._resume(args, state.global_step)
+        keys = [f"{probes.prefix}probe/chosen/logp" for probes in self._sets if len(probes.start)]
+        here = [entry for entry in state.log_history if entry.get("step") == state.global_step]
+        if len(keys) == len(self._sets) and all(any(key in entry for entry in here) for key in keys):
+            self._last_step = state.global_step  # the checkpoint was written after a pass
         self._probe(args, state, control)
+        self._clock = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        last = state.global_step >= state.max_steps
-        if last or state.global_step % self.every == 0:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if self._interval is None:
+            self._steps.append(time.perf_counter() - self._clock)
+            # Where no pass was measured, as when resumed from an older checkpoint, one is made
+            if step % self.every == 0 and len(self._steps) > MEASURED_STEPS and not last:
+                if self._seconds is None:
+                    self._probe(args, state, control)
+                self._choose_interval(state.max_steps)
+        if last or (self._interval and step % self._interval == 0):
             self._probe(args, state, control, last)
+        self._clock = time.perf_counter()
 
-    def on_train_end(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._probe(args, state, control, last=True)  # of a training that was stopped
+        if control.should_training_stop:
+            self._probe(args, state, control, last=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Of a training that was stopped otherwise. Not in `on_train_end`: `load_best_model_at_end` comes before that.
+        if "train_runtime" in (logs or {}):
+            self._probe(args, state, control, last=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            start = [{"greedy": probes.greedy, "logps": probes.start.tolist()} for probes in self._sets]
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if folder.is_dir():  # a hyperparameter search has others
-                (folder / self._state_file).write_text(json.dumps({"passes": self._passes, "start": start}))
-
-    def _resume(self, checkpoint: Path) -> None:
-        path = checkpoint / self._state_file
-        if not path.exists():
-            logger.warning(f"{path} is missing: changes are measured from here, not from the start of the training.")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not (state.is_world_process_zero and folder.is_dir()):  # a hyperparameter search has others
             return
-        saved = read_json(path, nan=True)
+        path = folder / STATE_FILE
+        own = {
+            probes.name: {
+                "fingerprint": probes.fingerprint,
+                "passes": self._passes,
+                "interval": self._interval,
+                "seconds": self._seconds,
+                "greedy": probes.greedy,
+                "logps": probes.start.tolist(),
+            }
+            for probes in self._sets
+        }
+        if path.exists():  # of another callback
+            own = {**read_json(path, nan=True).get("sets", {}), **own}
+        path.write_text(json.dumps({"sets": own}))
+
+    def _resume(self, args: TrainingArguments, step: int) -> None:
+        path, given = Path(args.output_dir, f"checkpoint-{step}", STATE_FILE), args.resume_from_checkpoint
+        if isinstance(given, str) and Path(given).is_dir():  # of a run that goes on in another folder
+            path = Path(given, STATE_FILE)
         with as_written_by("SqueezeProbeCallback", path):
-            self._passes = whole_number(saved["passes"], "the number of passes")
-            for probes, start in zip(self._sets, saved["start"], strict=True):
+            saved = read_json(path, nan=True).get("sets", {}) if path.exists() else {}
+            for probes in self._sets:
+                if probes.name not in saved:
+                    logger.warning(
+                        f"{path} says nothing of the probe set {probes.name!r}: changes are measured from here, not "
+                        "from the start of the training."
+                    )
+                    continue
+                start = saved[probes.name]
+                if start["fingerprint"] != probes.fingerprint:
+                    raise ValueError(
+                        f"Expected the probe set {probes.name!r} that {path} was written with, got other answers or "
+                        "the same tokenized otherwise, whose changes would be measured from the start of those. Give "
+                        "the same set, or the new one another name: `probe_dataset={'new': probes}`."
+                    )
                 if start["greedy"] is not None:
-                    probes.set_greedy(start["greedy"])
-                probes.start = torch.tensor(start["logps"], dtype=torch.float64)
+                    probes.set_greedy([[whole_number(token, "a token") for token in row] for row in start["greedy"]])
+                logps = torch.tensor(start["logps"], dtype=torch.float64)
+                if logps.shape != (len(probes.answers), 2):
+                    raise TypeError(f"{tuple(logps.shape)} log-probabilities for {len(probes.answers)} answers")
+                probes.start = logps
+                self._passes = whole_number(start["passes"], "the number of passes")
+                if self._interval is None and start["interval"] is not None:
+                    self._interval = whole_number(start["interval"], "the interval of passes")
+                if start["seconds"] is not None:
+                    whole, decoding = map(float, start["seconds"])
+                    self._seconds = whole, decoding
+
+    def _choose_interval(self, max_steps: int) -> None:
+        assert self.trainer is not None and self._seconds is not None
+        step = statistics.median(self._steps[1:])
+        whole, decoding = self._seconds
+        between = whole - decoding + decoding / max(self.decode_every, 1)
+        interval = [choose_interval(self.every, max_steps, self.probe_budget, step, whole, between)]
+        broadcast_object_list(interval)  # every process has timed its own
+        self._interval = interval[0]
+        if self._interval == self.every or not self.trainer.is_world_process_zero():
+            return
+        prompts = sum(map(len, self._datasets.values()))
+        fitting = prompts * max_steps * step * self.probe_budget / (1 - self.probe_budget) / (2 * whole + 4 * between)
+        when = f"every {self._interval} steps" if self._interval else "at the start and the end only"
+        logger.warning(
+            f"Probes {when}, not every {self.every}: a pass over {prompts} prompts takes {whole:.3g} s, a step "
+            f"{step:.3g} s, and probe_budget={self.probe_budget:g} is the passes' share of the run. For four in "
+            f"between give about {max(int(fitting), 1)} prompts, or raise `probe_budget`."
+        )
 
     def _probe(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, last: bool = False
@@ -326,9 +386,12 @@ class SqueezeProbeCallback(TrainerCallback):
         decode = self.decode_every > 0 and (last or self._passes % self.decode_every == 0)
         progress = state.is_world_process_zero and not args.disable_tqdm
         logs: dict[str, float] = {}
+        begin = time.perf_counter()
         # Sampling draws, and so may a model: the training goes on with the random state it had.
         with forked_random(trainer.accelerator.device):
             for probes in self._sets:
                 logs |= probes.measure(trainer, batch_size, decode, progress)
+        if self._seconds is None:
+            self._seconds = time.perf_counter() - begin, sum(probes.decode_seconds for probes in self._sets)
         self._last_step, self._passes = state.global_step, self._passes + 1
         log_beside(trainer, logs, control)

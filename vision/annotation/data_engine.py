@@ -12,15 +12,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from hf_iclr.saving import cached_revision
+from hf_iclr.models import hash_weights
+from hf_iclr.saving import model_revision
 
 from ..session.automatic_masks import AutomaticMaskConfig
 from ..session.config import VideoSessionConfig
 from ..session.prompts import ObjectPrompt, VideoPrompts
 from ..session.segments import VideoSegments
 from ..session.session import VideoSession
-from .masklets import Masklet, QualityGate, find_masklets, measure_cycles, sibling_session, track
-from .store import AnnotationStore, list_videos, name_video, open_frames, to_row
+from .masklets import CorrectorUnavailable, Masklet, QualityGate, find_masklets, measure_cycles, sibling_session, track
+from .sources import list_videos, name_video, open_frames
+from .store import AnnotationStore, to_row
 
 
 logger = logging.getLogger(__name__)
@@ -46,18 +48,20 @@ def annotate(
     objects through videos, a verifier judges them, a corrector corrects them, and all is written down.
 
     What is done to a masklet: it passes the gate or not; if it does, the verifier judges it. One that is satisfactory
-    is accepted; another goes to the corrector and back to the verifier (without one, to the gate), `max_rounds` times
-    at most. One that is still unsatisfactory, is not corrected or whose verifier or corrector raises, waits in the
-    queue: see [`review_queue`].
+    is accepted; another goes to the corrector and back to the verifier, `max_rounds` times at most. Without a verifier
+    the masks that a corrector returns are accepted, for a person saw them, and what follows from its prompts goes back
+    to the gate. An object that is removed on the way is rejected, whichever was being corrected. One that is still
+    unsatisfactory, is not corrected or whose verifier or corrector raises, waits in the queue: see [`review_queue`].
 
     Each video is written to `out/shards` when it is done. Called again, after a kill or with more videos, `annotate`
-    goes on with those that are not there. Under `accelerate launch` the processes share the videos. A video that can't
-    be read or prompted is logged, left out and listed in `out/skipped.json` and in the description of the dataset.
+    goes on with those that are not there; a video is known by its content, wherever it was moved. Under `accelerate
+    launch` the processes share the videos. A video that can't be read or prompted is logged, left out and listed in
+    `out/skipped.json` and in the description of the dataset.
 
     Args:
         videos (`Any`):
-            A folder of video files or of folders of images, a video file, a `datasets` dataset, or any iterable, read
-            lazily, of what `open_video` takes or of what has such `frames`.
+            A folder with video files or folders of images at any depth, a video file, a `datasets` dataset, or any
+            iterable, read lazily, of what `open_video` takes or of what has such `frames`.
         pipe (`Sam2VideoPipeline`):
             The model in the loop. Each frame is encoded once for all objects and passes, as far as
             `feature_cache_bytes` reach.
@@ -69,7 +73,8 @@ def annotate(
             Whether a [`Masklet`] is satisfactory.
         corrector (`Callable`, *optional*):
             Corrects a [`Masklet`] by prompts in `masklet.session`, or removes its object there to reject it; or
-            returns corrected [`VideoSegments`], as [`annotate_in_browser`] does.
+            returns [`VideoSegments`], corrected or as they were, as [`annotate_in_browser`] does. One that raises
+            `CorrectorUnavailable` stops the run, which goes on when `annotate` is called again.
         phase (`int`, *optional*, defaults to `3`):
             What the model does with prompts: 1, every frame on its own, without tracking; 2, clicks make a mask on
             their frame from nothing, and masks are propagated; 3, clicks and masks are propagated, and clicks refine
@@ -86,10 +91,11 @@ def annotate(
             Fields of `VideoSessionConfig`.
 
     Returns:
-        `datasets.Dataset`: all masklets in `out`, a row each: the video's path, name and size; object; frames with
-        their COCO RLEs, scores and object scores; stability, cycle IoU and uncertainty; provenance, model, revision,
-        phase and prompts; clicks, clicked and edited frames, rounds and seconds in the functions given; status, reason
-        and damage of the file.
+        `datasets.Dataset`: all masklets in `out`, a row each, mapped from a file into memory: the video's path, name
+        and size; object and category; frames with their COCO RLEs, scores and object scores; stability, cycle IoU and
+        uncertainty; provenance, model, its commit (for a folder, its weights) and hash of weights, phase and prompts;
+        clicks, clicked and edited frames, rounds and seconds in the functions given; status, reason and damage of the
+        file. Its description counts them.
 
     Raises:
         TypeError: if `videos` is a single video.
@@ -126,31 +132,34 @@ def annotate(
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
     engine = _Engine(pipe, prompts, verifier, corrector, phase, gate, finder, max_rounds, options)
     given = list_videos(videos)
-    model = pipe.model.config.name_or_path
-    revision = cached_revision(model)
-    store = AnnotationStore(out, {"phase": phase, "model": model})
+    model, weights = pipe.model.config.name_or_path, hash_weights(pipe.model)
+    revision = model_revision(pipe.model) or f"weights-{weights}"
+    store = AnnotationStore(out, {"phase": phase, "model": model, "weights": weights})
     state = PartialState(cpu=pipe.model.device.type == "cpu")
     skipped = []
     for index, video in enumerate(tqdm(given, desc="Annotating", unit="video", disable=not state.is_main_process)):
         if index % state.num_processes != state.process_index:
             continue
-        name = f"videos[{index}]"
+        name = str(video) if isinstance(video, (str, Path)) else f"videos[{index}]"
         try:
             name, path = name_video(video)
-            if name in store:
+            if store.find(name, path) is not None:
                 continue
             masklets = engine.annotate(video, name)
+        except CorrectorUnavailable:
+            raise
         except Exception as error:
             skipped.append({"name": name, "reason": f"{type(error).__name__}: {error}"})
             logger.warning("Skipped %s. %s", name, error)
             logger.debug("Where that came from:", exc_info=error)
             continue
-        store.write(name, [to_row(masklet, path, model, revision) for masklet in masklets])
+        store.write(name, [to_row(masklet, path, model, revision, weights) for masklet in masklets])
     skipped = gather_object(skipped)
     if state.is_main_process:
         store.write_json("skipped.json", skipped)
+        store.collect()
     state.wait_for_everyone()
-    return store.read(skipped)
+    return store.read(skipped, collect=False)
 
 
 @dataclass
@@ -177,11 +186,9 @@ class _Engine:
         for masklet in masklets.values():
             masklet.phase = self.phase
         self._measure(session, masklets.values())
-        settled: set[int] = set()
-        while pending := [masklet for obj, masklet in masklets.items() if obj not in settled]:
-            settled.add(pending[0].object)
+        while pending := [m for m in masklets.values() if m.status == "waiting" and m.reason is None]:
             self._settle(pending[0], masklets)
-        self._measure(session, masklets.values())
+        self._measure(session, [masklet for masklet in masklets.values() if masklet.status != "rejected"])
         return list(masklets.values())
 
     def _first_prompts(self, session: VideoSession, masklets: dict[int, Masklet], video: Any, name: str) -> None:
@@ -202,8 +209,7 @@ class _Engine:
         self._retrack(session, masklets.values())
 
     def _settle(self, masklet: Masklet, masklets: dict[int, Masklet]) -> None:
-        """Verifies and corrects a masklet until it is accepted or waits."""
-        session = masklet.session
+        """Verifies and corrects a masklet until it is accepted, rejected or waits."""
         reason = self.gate.reject_reason(masklet)
         try:
             while True:
@@ -214,24 +220,24 @@ class _Engine:
                 masklet.status, masklet.reason = "waiting" if reason else "accepted", reason
                 if reason is None or self.corrector is None or masklet.rounds >= self.max_rounds:
                     return
-                if not self._correct(masklet, masklets):
-                    return
-                if masklet.object not in session.objects:
-                    masklet.status, masklet.reason = "rejected", "removed"
+                answer = self._correct(masklet, masklets)
+                if answer == "nothing" or masklet.status == "rejected":
                     return
                 if self.verifier is None:
-                    self._measure(session, [masklet])
-                    reason = self.gate.reject_reason(masklet)
+                    self._measure(masklet.session, [masklet])
+                    reason = None if answer == "masks" else self.gate.reject_reason(masklet)
+        except CorrectorUnavailable:
+            raise
         except Exception as error:
             masklet.status, masklet.reason = "waiting", f"{type(error).__name__}: {error}"
             logger.warning("Object %d of %s waits for review. %s", masklet.object, masklet.name, error)
             logger.debug("Where that came from:", exc_info=error)
 
-    def _correct(self, masklet: Masklet, masklets: dict[int, Masklet]) -> bool:
-        """Has a masklet corrected, and whatever else is prompted with it; whether anything changed."""
+    def _correct(self, masklet: Masklet, masklets: dict[int, Masklet]) -> str:
+        """Has a masklet corrected, and whatever else is prompted with it; by "masks", "prompts" or "nothing"."""
         assert self.corrector is not None
         session, corrector = masklet.session, self.corrector
-        prompted = _prompts_of(session)
+        prompted, known = _prompts_of(session), set(session.objects)
 
         def correct(workspace: VideoSession) -> VideoSegments | None:
             masklet.session = workspace
@@ -246,16 +252,23 @@ class _Engine:
         changed = {obj for _, obj in clicks}
         changed |= {obj for frame, obj in prompted.keys() - _prompts_of(session).keys()}
         for frame, obj in clicks:
-            if obj not in masklets:
-                masklets[obj] = Masklet(masklet.video, masklet.name, obj, session, self.phase)
-            masklets[obj].clicks[frame] = masklets[obj].clicks.get(frame, 0) + clicks[frame, obj]
-            masklets[obj].provenance = "manual"
+            one = masklets.setdefault(obj, Masklet(masklet.video, masklet.name, obj, session, self.phase))
+            one.clicks[frame] = one.clicks.get(frame, 0) + clicks[frame, obj]
+            one.provenance = "manual"
+            if one.status == "rejected":  # it was removed, and is shown anew
+                one.status, one.reason = "waiting", None
+        removed = known - set(session.objects)
+        if segments is not None and masklet.object not in segments.objects:
+            removed |= {masklet.object}
+        for obj in removed & masklets.keys():
+            masklets[obj].status, masklets[obj].reason = "rejected", "removed"
+        changed -= removed
         if segments is None:
-            self._retrack(session, [masklets[obj] for obj in changed if obj in session.objects])
-            return bool(changed)
-        for obj in changed | {masklet.object}:
+            self._retrack(session, [masklets[obj] for obj in changed])
+            return "prompts" if changed or removed else "nothing"
+        for obj in (changed | {masklet.object}) - removed:
             _replace_masks(masklets[obj], segments, session, drawn=obj not in changed)
-        return True
+        return "masks"
 
     def _call_hook(self, session: VideoSession, hook: Callable) -> tuple[Any, dict[tuple[int, int], int], float]:
         """

@@ -18,6 +18,10 @@ from ..session.session import VideoSession
 _STABILITY_OFFSET = 1.0  # logits, as in the reference's automatic mask generator
 
 
+class CorrectorUnavailable(OSError, ValueError):
+    """Nobody can be asked, for instance as the page has no port: `annotate` stops, and goes on when called again."""
+
+
 @dataclass
 class Masklet:
     """
@@ -52,7 +56,9 @@ class Masklet:
         status (`str`):
             "waiting" (in the review queue), "accepted" or "rejected" (its object was removed).
         reason (`str`, *optional*):
-            Why it waits.
+            Why it waits or was rejected.
+        category (`str`, *optional*):
+            What the object is, if somebody named it.
     """
 
     video: Any = field(repr=False)
@@ -71,6 +77,7 @@ class Masklet:
     rounds: int = 0
     status: str = "waiting"
     reason: str | None = None
+    category: str | None = None
 
     def binary(self, frame: int) -> np.ndarray:
         """The boolean mask on a frame, empty if there is none."""
@@ -118,10 +125,10 @@ class Masklet:
         self.masks[frame] = rle
         self.scores[frame] = segments.scores[obj]
         self.object_scores[frame] = segments.object_scores[obj]
-        output = session._memories[obj].output(frame) if obj in session.objects else None
-        logits: Any = (output or {}).get("pred_masks")
+        logits = session.logits(frame, obj)
         outer = 0 if logits is None else int((logits > -_STABILITY_OFFSET).sum())
-        self.stabilities[frame] = int((logits > _STABILITY_OFFSET).sum()) / outer if outer else 1.0
+        inner = 0 if logits is None else int((logits > _STABILITY_OFFSET).sum())
+        self.stabilities[frame] = inner / outer if outer else 1.0
         self.cycle_iou = None
 
 
@@ -163,16 +170,9 @@ def sibling_session(session: VideoSession, **options: Any) -> VideoSession:
 def track(session: VideoSession, masklets: Iterable[Masklet]) -> None:
     """Gives masklets the masks of a pass over the video, in both directions; other objects are left alone."""
     wanted = {masklet.object: masklet for masklet in masklets}
-    if not wanted:
-        return
-    memories = session._memories
-    session._memories = {obj: memory for obj, memory in memories.items() if obj in wanted}
-    try:
-        for segments in session.iterate("both"):
-            for obj in segments.objects:
-                wanted[obj].take(segments, session)
-    finally:
-        session._memories = memories
+    for segments in session.iterate("both", objects=wanted) if wanted else ():
+        for obj in segments.objects:
+            wanted[obj].take(segments, session)
 
 
 def measure_cycles(session: VideoSession, masklets: Iterable[Masklet]) -> None:

@@ -1,9 +1,8 @@
 """Annotated videos on disk: one Parquet file each, whole or absent, and statistics of all of them."""
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,20 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import Features, List, Value
 
 from hf_iclr.untrusted import check_links, inside, read_json, regular_file
 
-from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames
-from ..session.videos import open_video
 from .masklets import Masklet
+from .sources import digest
 
-
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".gif"}
 
 FEATURES = Features(
     {
         "video": Value("string"),
         "name": Value("string"),
         "object": Value("int32"),
+        "category": Value("string"),
         "num_frames": Value("int32"),
         "height": Value("int32"),
         "width": Value("int32"),
@@ -41,6 +37,7 @@ FEATURES = Features(
         "provenance": Value("string"),
         "model": Value("string"),
         "revision": Value("string"),
+        "weights": Value("string"),
         "phase": Value("int32"),
         "prompts": Value("string"),
         "clicks": Value("int32"),
@@ -54,94 +51,11 @@ FEATURES = Features(
     }
 )
 _SCHEMA = FEATURES.arrow_schema
+_LATER = {"category", "weights"}  # columns that shards of earlier versions lack
 
 
-def list_videos(videos: Any) -> Iterable[Any]:
-    """
-    The videos of a folder, of a dataset, or as they are given.
-
-    Raises:
-        TypeError: if it is one video rather than several.
-        ValueError: if the path does not exist or holds no video.
-    """
-    if isinstance(videos, (str, Path)):
-        return _videos_in(Path(videos))
-    if isinstance(videos, (datasets.Dataset, datasets.IterableDataset)):
-        for name, feature in (videos.features or {}).items():
-            if isinstance(feature, datasets.Video):
-                videos = videos.cast_column(name, datasets.Video(decode=False))  # decoded by us, when its turn comes
-        return videos
-    if isinstance(videos, (Mapping, bytes, np.ndarray, torch.Tensor)) or not isinstance(videos, Iterable):
-        raise TypeError(f"Expected several videos, got {type(videos).__name__}. Pass [video] for a single one.")
-    return videos
-
-
-def _videos_in(path: Path) -> list[Path]:
-    if not path.exists():
-        raise ValueError(f"There is no {path}. Give a video file or a folder of videos or of folders of images.")
-    if path.is_file():
-        return [path]
-    found = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in VIDEO_SUFFIXES or _has_images(entry)]
-    if not found and _has_images(path):
-        return [path]
-    if not found:
-        raise ValueError(f"Expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}) or folders of images in {path}.")
-    return found
-
-
-def _has_images(path: Path) -> bool:
-    return path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
-
-
-def open_frames(video: Any) -> VideoFrames:
-    """
-    Opens anything that `open_video` takes or that has such frames as `frames`.
-
-    Raises:
-        ValueError: if it can't be read, or is a stream, which can't go back.
-    """
-    frames = open_video(getattr(video, "frames", video))
-    if isinstance(frames, StreamedFrames):
-        raise ValueError("A stream can't be annotated, for it can't go back. Pass `list(frames)`.")  # noqa: TRY004
-    return frames
-
-
-def name_video(video: Any) -> tuple[str, str | None]:
-    """
-    A name that depends on the video alone, neither on the order nor on the number of videos, and its path if it has
-    one: a video with a path is known by that, others by their bytes or pixels.
-    """
-    while isinstance(video, Mapping) and video.get("bytes") is None:
-        inner = [video[key] for key in ("path", "video", "frames", "images", "image") if video.get(key) is not None]
-        if not inner:
-            break
-        video = inner[0]
-    if isinstance(video, (str, Path)):
-        path = str(video)
-        known = path if "://" in path else str(Path(path).resolve())
-        return f"{Path(path).stem}-{_digest([known.encode()])}", path
-    if isinstance(video, Mapping) and video.get("bytes") is not None:
-        video = video["bytes"]
-    if isinstance(video, (bytes, bytearray)):
-        return f"video-{_digest([bytes(video)])}", None
-    return f"video-{_digest(_pixels(open_frames(video)))}", None
-
-
-def _digest(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()[:12]
-
-
-def _pixels(frames: VideoFrames) -> Iterator[bytes]:
-    for frame in frames:
-        yield str(frame.shape).encode()
-        yield np.ascontiguousarray(frame).tobytes()
-
-
-def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None) -> dict[str, Any]:
-    """A masklet as a row of `FEATURES`; `path` of the video, name and commit of the model."""
+def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None, weights: str) -> dict[str, Any]:
+    """A masklet as a row of `FEATURES`; `path` of the video, name, commit and hash of weights of the model."""
     session, frames = masklet.session, sorted(masklet.masks)
     height, width = session.size
     obj = str(masklet.object)
@@ -150,6 +64,7 @@ def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None)
         "video": path,
         "name": masklet.name,
         "object": masklet.object,
+        "category": masklet.category,
         "num_frames": session.num_frames,
         "height": height,
         "width": width,
@@ -163,6 +78,7 @@ def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None)
         "provenance": masklet.provenance,
         "model": model,
         "revision": revision,
+        "weights": weights,
         "phase": masklet.phase,
         "prompts": json.dumps(prompts),
         "clicks": sum(masklet.clicks.values()),
@@ -178,14 +94,15 @@ def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None)
 
 class AnnotationStore:
     """
-    A folder of annotated videos: `shards/<name>.parquet`, one file a video, and `settings.json`. A file is there whole
+    A folder of annotated videos: `shards/NAME.parquet`, one file a video, and `settings.json`. A file is there whole
     or not at all, whenever the process is killed; several processes may write to one folder.
 
     Args:
         folder (`str` or `Path`):
             Made if it does not exist.
         settings (`dict[str, Any]`):
-            What all of its videos have in common.
+            What all of its videos have in common. Models are compared by the hash of their weights if both sides know
+            it, else by their names.
 
     Raises:
         ValueError: if the folder was made with other settings, or a link leads out of it.
@@ -194,17 +111,35 @@ class AnnotationStore:
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
         self.folder = check_links(folder)
         self.shards = self.folder / "shards"
-        self.shards.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         known = read_json(path) if path.exists() else settings
-        if known != settings:
+        without = {"model"} if isinstance(known, dict) and "weights" in known.keys() & settings.keys() else {"weights"}
+        if not isinstance(known, dict) or _without(known, without) != _without(settings, without):
             raise ValueError(
                 f"{folder} holds annotations made with {known}, not with {settings}. Take another folder."
             )
-        self.write_json("settings.json", settings)
+        self.shards.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or "weights" not in known:
+            self.write_json("settings.json", settings)
 
-    def __contains__(self, name: str) -> bool:
-        return self._path(name).exists()
+    def names(self) -> list[str]:
+        """The videos that are there."""
+        return sorted(file.stem for file in self.shards.glob("*.parquet"))
+
+    def find(self, name: str, path: str | None = None) -> str | None:
+        """
+        Under which name a video is there, if it is: the end of a name says what is in it. Its path is renewed if there
+        is nothing under the old one any more.
+        """
+        ends = [f"-{name.rsplit('-', 1)[-1]}"]
+        if path is not None:  # names of earlier versions ended with a hash of the path
+            ends.append(f"-{digest([str(Path(path).resolve()).encode()])}")
+        for known in self.names():
+            if known == name or known.endswith(tuple(ends)):
+                if path is not None:
+                    self._relocate(inside(self.shards, f"{known}.parquet"), path)
+                return known
+        return None
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
         """
@@ -213,34 +148,70 @@ class AnnotationStore:
         Raises:
             OSError: if it can't be written, for instance to a full disk. Nothing of it is left then.
         """
-        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        self._replace(
-            self._path(name), lambda part: pq.write_table(table, part, use_dictionary=False, write_statistics=False)
-        )
+        self._write_table(inside(self.shards, f"{name}.parquet"), pa.Table.from_pylist(rows, schema=_SCHEMA))
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a file of the folder in the same way."""
         text = json.dumps(content, indent=2)
         self._replace(inside(self.folder, name), lambda part: part.write_text(text))
 
-    def read(self, skipped: list[dict[str, str]]) -> datasets.Dataset:
-        """All masklets in the folder, by video and object; `skipped` videos are listed in its description."""
-        check_links(self.folder)
-        shards = {path: regular_file(path).read_bytes() for path in sorted(self.shards.glob("*.parquet"))}
-        tables = [_read_shard(path, shard) for path, shard in shards.items()]
-        table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
-        description = f"{len(table)} masklets of {len(tables)} videos."
-        if skipped:
-            description += f" Skipped: {json.dumps(skipped)}"
-        info = datasets.DatasetInfo(description=description, features=FEATURES)
-        return datasets.Dataset(table, info, fingerprint=_digest(shards.values()))
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The masklets of a video, none if it is not there."""
+        path = inside(self.shards, f"{name}.parquet")
+        return _read_shard(path).to_pylist() if path.exists() else []
 
-    def _path(self, name: str) -> Path:
-        return inside(self.shards, f"{name}.parquet")
+    def collect(self) -> Path:
+        """Writes one file of all masklets, by video and object, for `read`; of several processes one does."""
+        check_links(self.folder)
+        path = self.folder / ".cache" / "rows.arrow"
+        path.parent.mkdir(exist_ok=True)
+
+        def write(part: Path) -> None:
+            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
+                for name in self.names():  # one at a time: all of them may be more than there is memory
+                    file = inside(self.shards, f"{name}.parquet")
+                    if len(table := _read_shard(file)):
+                        stream.write_table(table)
+                    elif pq.read_metadata(file).num_row_groups:  # as earlier versions wrote it
+                        self._write_table(file, table)
+
+        self._replace(path, write)
+        return path
+
+    def read(self, skipped: list[dict[str, str]], collect: bool = True) -> datasets.Dataset:
+        """All masklets, mapped into memory, collected anew or not; `skipped` videos are listed in the description."""
+        path = self.collect() if collect else self.folder / ".cache" / "rows.arrow"
+        rows = datasets.Dataset.from_file(str(path), info=datasets.DatasetInfo(features=FEATURES))
+        status = rows.data.column("status").to_pylist()
+        counts = ", ".join(f"{status.count(kind)} {kind}" for kind in ("accepted", "waiting", "rejected"))
+        videos, empty = len(names := self.names()), len(set(names) - set(rows.data.column("name").to_pylist()))
+        rows.info.description = (
+            f"{len(rows)} masklets of {videos} videos: {counts}."
+            + f" {empty} videos have no object." * bool(empty)
+            + f" Skipped: {json.dumps(skipped)}" * bool(skipped)
+        )
+        return rows
+
+    def _relocate(self, file: Path, path: str) -> None:
+        table = _read_shard(file)
+        known = table.column("video")[0].as_py() if len(table) else path
+        if known is not None and known != path and not Path(known).exists():
+            place = table.schema.get_field_index("video")
+            moved = pa.array([path] * len(table), _SCHEMA.field("video").type)
+            self._write_table(file, table.set_column(place, _SCHEMA.field("video"), moved))
+
+    def _write_table(self, path: Path, table: pa.Table) -> None:
+        def write(part: Path) -> None:
+            if len(table):
+                pq.write_table(table, part, use_dictionary=False, write_statistics=False)
+            else:  # `write_table` writes a group of no rows, which `load_dataset` can't read
+                pq.ParquetWriter(part, _SCHEMA).close()
+
+        self._replace(path, write)
 
     @staticmethod
-    def _replace(path: Path, write) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # nothing looks for files that end so
         try:
             write(part)
             os.replace(part, path)
@@ -248,17 +219,26 @@ class AnnotationStore:
             part.unlink(missing_ok=True)
 
 
-def _read_shard(path: Path, shard: bytes) -> pa.Table:
+def _without(settings: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+def _read_shard(path: Path) -> pa.Table:
     """The masklets of a video; anything else is refused in a sentence."""
     try:
-        table = pq.ParquetFile(pa.BufferReader(shard)).read()
+        with pq.ParquetFile(regular_file(path), memory_map=True) as file:
+            table = file.read()
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} is no whole Parquet file ({error}). Remove it: its video is then done anew."
         ) from None
-    if not table.schema.equals(_SCHEMA):
-        raise ValueError(f"Expected the columns of masklets in {path}, got {table.column_names}. Take another folder.")
-    return table
+    names = table.column_names
+    if set(names) | _LATER != set(_SCHEMA.names) or not table.schema.equals(pa.schema([*map(_SCHEMA.field, names)])):
+        raise ValueError(f"Expected the columns of masklets in {path}, got {names}. Take another folder.")
+    for number, field in enumerate(_SCHEMA):
+        if field.name not in names:
+            table = table.add_column(number, field, pa.nulls(len(table), field.type))
+    return table.cast(_SCHEMA)
 
 
 def review_queue(annotations: datasets.Dataset) -> datasets.Dataset:

@@ -1,12 +1,14 @@
 """Videos with true masks, read from what others publish, in the one form that training and evaluations take."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import load_dataset
 from PIL import Image
 
@@ -162,7 +164,8 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
     folder = Path(folder)
     if (folder / "shards").is_dir():
         check_links(folder)
-        rows = load_dataset("parquet", data_files=str(folder / "shards" / "*.parquet"), split="train")
+        shards = [str(file) for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        rows = load_dataset("parquet", data_files=shards, split="train") if shards else []
         videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
         for video in videos:
             if not (Path(video.video).is_file() or Path(video.video).is_dir()):
@@ -293,6 +296,27 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnnotatedVideo]:
     return [
         AnnotatedVideo(video, sorted(masks), masks.__getitem__, str(key)) for key, (video, masks) in groups.items()
     ]
+
+
+def stream_videos(videos: Iterable[Any]) -> Iterator[AnnotatedVideo]:
+    """
+    Videos as they come, in the forms of [`to_annotated`], or joined from rows as [`read_rows`] takes them; rows of one
+    video must follow one another.
+    """
+
+    def key(numbered: tuple[int, Any]) -> Any:
+        number, video = numbered
+        if not isinstance(video, Mapping) or isinstance(video.get("masks"), Mapping):
+            return number
+        path = video.get("video")
+        return video.get("name") or (path if isinstance(path, (str, Path)) else number)
+
+    for _, group in groupby(enumerate(videos), key):
+        number, video = next(group)
+        if isinstance(video, Mapping) and not isinstance(video.get("masks"), Mapping):
+            yield from read_rows([video, *(row for _, row in group)])
+        else:
+            yield to_annotated(video, number)
 
 
 def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:

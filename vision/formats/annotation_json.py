@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from ..session.prompts import encode_rle
+from ..session.prompts import decode_rle, encode_rle
 from ..session.segments import VideoSegments
 from .segment_files import given_segments, read_json, write_json
 
 
 SAV_STRIDE = 4  # SA-V annotates every fourth frame
+SAV_FRAMES = "masklet_frames"  # our field: numbers of the frames, where those of SA-V don't tell them
 Videos = Mapping[str, VideoSegments]
 
 
 def write_sav(segments: VideoSegments, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """
     Writes the masklets of a video as SA-V does, with what follows from them: sizes, visibility, first appearance.
+    Where the numbers of the frames don't follow from those of SA-V, they are written as `masklet_frames`.
 
     Args:
         segments (`VideoSegments`):
@@ -59,33 +61,64 @@ def write_sav(segments: VideoSegments, path: str | Path, about: Mapping[str, Any
         "masklet_frame_count": [len(segments)] * len(objects),
         "masklet_num": len(objects),
     }
-    write_json({**record, **(about or {})}, path)
+    record |= about or {}
+    if _sav_frames(record) != segments.frames:
+        record[SAV_FRAMES] = segments.frames
+    write_json(record, path)
 
 
-def read_sav(path: str | Path, stride: int = SAV_STRIDE) -> tuple[VideoSegments, dict[str, Any]]:
+def read_sav(path: str | Path, stride: int | None = None) -> tuple[VideoSegments, dict[str, Any]]:
     """
     Reads the masklets of a video of SA-V.
 
     Args:
         path (`str` or `Path`):
             A JSON file such as `sav_000001_manual.json`.
-        stride (`int`, *optional*, defaults to `4`):
-            Frames of the video from one annotated frame to the next.
+        stride (`int`, *optional*):
+            Frames of the video from one annotated frame to the next. Left out, the file tells: `masklet_frames` as
+            `write_sav` writes it, else how many frames the video has, 4 where that fits.
 
     Returns:
         `tuple`: [`VideoSegments`] with masks as COCO RLE, and the fields beside the masklets, for `write_sav`.
 
     Raises:
-        ValueError: if the file has no masklets.
+        ValueError: if the file has no masklets, or doesn't tell which frames they are of.
     """
     record = read_json(path, ("masklet", "masklet_id"))
     objects = [int(obj) for obj in record["masklet_id"]]
+    count = len(record["masklet"])
+    if stride is not None and stride < 1:
+        raise ValueError(f"Expected a stride of at least 1, got {stride}.")
+    numbers = _sav_frames(record) if stride is None else [*range(0, count * stride, stride)]
+    if numbers is None:
+        raise ValueError(
+            f"Expected {path} to tell which frames its {count} annotated ones are, got video_frame_count "
+            f"{record.get('video_frame_count')!r} and {SAV_FRAMES} {record.get(SAV_FRAMES)!r:.80}. Pass stride=."
+        )
     frames = []
-    for number, masks in enumerate(record["masklet"]):
+    for number, masks in zip(numbers, record["masklet"], strict=True):
         if len(masks) != len(objects):
-            raise ValueError(f"Expected {len(objects)} masks on annotated frame {number} of {path}, got {len(masks)}.")
-        frames.append(given_segments(number * stride, tuple(masks[0]["size"]), dict(zip(objects, masks, strict=True))))
-    return VideoSegments(frames), {key: value for key, value in record.items() if key not in ("masklet", "masklet_id")}
+            raise ValueError(f"Expected {len(objects)} masks on frame {number} of {path}, got {len(masks)}.")
+        frames.append(given_segments(number, tuple(masks[0]["size"]), dict(zip(objects, masks, strict=True))))
+    ours = ("masklet", "masklet_id", SAV_FRAMES)
+    return VideoSegments(frames), {key: value for key, value in record.items() if key not in ours}
+
+
+def _sav_frames(record: Mapping[str, Any]) -> list[int] | None:
+    """The numbers of annotated frames: as they are listed, else evenly from frame 0 to near the end of the video."""
+    count = len(record["masklet"])
+    if (listed := record.get(SAV_FRAMES)) is not None:
+        whole = isinstance(listed, list) and all(type(number) is int and number >= 0 for number in listed)
+        return listed if whole and len(listed) == count and sorted({*listed}) == listed else None
+    length = record.get("video_frame_count")
+    if count == 1:
+        return [0]
+    if not isinstance(length, (int, float)) or not count <= length < 2**31:
+        return None
+    last = int(length) - 1
+    fits = (count - 1) * SAV_STRIDE <= last < count * SAV_STRIDE
+    stride = SAV_STRIDE if fits else last // (count - 1)
+    return [*range(0, count * stride, stride)] if last < (count + 2) * stride else None  # two may be missing
 
 
 def write_coco(videos: Videos, path: str | Path, categories: Mapping[int, str] | None = None) -> None:
@@ -100,7 +133,7 @@ def write_coco(videos: Videos, path: str | Path, categories: Mapping[int, str] |
         categories (`Mapping[int, str]`, *optional*, defaults to "object" for all):
             What each object is.
     """
-    numbers, described = _categories(categories)
+    numbers, described = _categories(videos, categories)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for name, segments in videos.items():
@@ -143,7 +176,8 @@ def read_coco(path: str | Path) -> dict[str, VideoSegments]:
 
 def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] | None = None) -> None:
     """
-    Writes videos in the form of YouTube-VIS: an annotation for each object, with an RLE or null for each frame.
+    Writes videos in the form of YouTube-VIS: an annotation for each object, with an RLE or null for each frame. As in
+    its own files, RLE have a list of runs, which evaluations such as TrackEval read.
 
     Args:
         videos (`Mapping[str, VideoSegments]`):
@@ -153,7 +187,7 @@ def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] 
         categories (`Mapping[int, str]`, *optional*, defaults to "object" for all):
             What each object is.
     """
-    numbers, described = _categories(categories)
+    numbers, described = _categories(videos, categories)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for name, segments in videos.items():
@@ -167,7 +201,8 @@ def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] 
             scores = [frame.scores[obj] for frame in segments if obj in frame.scores]
             annotation = {"id": len(annotations) + 1, "video_id": len(records), "category_id": numbers(obj)}
             annotation |= {"object": obj, "iscrowd": 0, "width": width, "height": height}
-            annotation |= {"score": float(np.mean(scores)), "segmentations": masks}
+            runs = [None if rle is None else _with_list(rle) for rle in masks]
+            annotation |= {"score": float(np.mean(scores)), "segmentations": runs}
             annotation |= {"bboxes": [None if rle is None else coco.toBbox(rle).tolist() for rle in masks]}
             annotation |= {"areas": [None if rle is None else int(coco.area(rle)) for rle in masks]}
             annotations.append(annotation)
@@ -206,13 +241,20 @@ def _annotations_by(record: Mapping[str, Any], key: str) -> dict[Any, list[dict[
     return found
 
 
-def _categories(categories: Mapping[int, str] | None):
+def _categories(videos: Videos, categories: Mapping[int, str] | None):
     """Gives the number of an object's category, and all of them as COCO describes them."""
-    names = sorted({*(categories or {}).values()}) or ["object"]
-    if categories is not None and "object" not in names:
-        names.append("object")
+    objects = {obj for segments in videos.values() for obj in segments.objects}
+    of = {obj: (categories or {}).get(obj, "object") for obj in objects}
+    names = sorted({*(categories or {}).values(), *of.values()})
     described = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    return (lambda obj: names.index((categories or {}).get(obj, "object")) + 1), described
+    return (lambda obj: names.index(of[obj]) + 1), described
+
+
+def _with_list(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """An RLE whose `counts` are the lengths of runs, down the columns, the first of what is not in the mask."""
+    pixels = decode_rle(rle).ravel(order="F")
+    ends = np.flatnonzero(np.diff(pixels, prepend=False, append=not pixels[-1]))
+    return {"size": list(rle["size"]), "counts": np.diff(ends, prepend=0).tolist()}
 
 
 def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contourpy import contour_generator
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from hf_iclr.untrusted import as_written_by, inside
 
-from ..session.segments import FrameSegments, VideoSegments, fill_polygon, to_polygons
+from ..session.segments import FrameSegments, VideoSegments, fill_polygon
 from .segment_files import PALETTE, atomic_folder, given_segments, read_json
 
 
@@ -155,8 +157,9 @@ def write_yolo(
 ) -> None:
     """
     Writes a text file a frame, `00000.txt`, for YOLO segmentation: a line an object in sight, with its class and its
-    outline in shares of width and height. All pieces and holes are in one outline, joined by lines that run to and
-    fro, so that filling it gives the mask again. `classes.txt` has the names of the classes.
+    outline in shares of width and height, through the outermost pixels of the mask: readers cut it to whole pixels and
+    fill it with its border. All pieces and holes are in one outline, joined where they are nearest by lines that run
+    to and fro; between pieces, these are read as part of the mask. `classes.txt` has the names of the classes.
 
     Args:
         segments (`Iterable[FrameSegments]`):
@@ -183,7 +186,8 @@ def write_yolo(
 
 def read_yolo(folder: str | Path, size: tuple[int, int]) -> VideoSegments:
     """
-    Reads the labels of a video. They know classes, not objects: object number 1 is all of class 0, and so on.
+    Reads the labels of a video: pixels whose middles lie within an outline or on it. Labels know classes, not objects:
+    object number 1 is all of class 0, and so on.
 
     Args:
         folder (`str` or `Path`):
@@ -205,8 +209,7 @@ def read_yolo(folder: str | Path, size: tuple[int, int]) -> VideoSegments:
                 points = np.empty((0, 2))
             if len(points) < 3:
                 raise ValueError(f"Expected a class and at least three pairs of x and y in {file}, got {line!r:.80}.")
-            mask = fill_polygon(points * np.array(size[::-1]) - 0.5, size)
-            masks[obj] = masks.get(obj, np.zeros(size, bool)) | mask
+            masks[obj] = masks.get(obj, np.zeros(size, bool)) | _fill_closed(points * size[::-1] - 0.5, size)
         frames.append(given_segments(number, size, masks))
     return VideoSegments(frames)
 
@@ -250,9 +253,53 @@ def _numbered(folder: str | Path, suffix: str = ".png") -> dict[int, Path]:
 
 
 def _joined_outline(mask: np.ndarray) -> np.ndarray:
-    """All outlines of a mask in one: from the first's start around each other one and back."""
-    polygons = to_polygons(mask)
-    if not polygons:
+    """
+    All outlines of a mask through the middles of its outermost pixels as one, `(n, 2)` of x, y: each goes into the
+    first at the two points that are nearest, there and back.
+    """
+    lines: Any = contour_generator(z=np.pad(mask.astype(float), 1)).lines(1 - 1e-6)  # all but at the pixels within
+    outlines = [_corners(np.rint(line[:-1] - 1)) for line in lines]
+    if not outlines:
         return np.empty((0, 2))
-    start = polygons[0][:1]
-    return np.concatenate([part for polygon in polygons for part in (start, polygon, polygon[:1])])
+    joined, rest = outlines[0], outlines[1:]
+    nearest = [_nearest(joined, outline) for outline in rest]
+    while rest:
+        place = min(range(len(rest)), key=lambda number: nearest[number][0])
+        (_, at, start), outline = nearest.pop(place), rest.pop(place)
+        around = np.roll(outline, -start, axis=0)
+        between = (joined[at : at + 1] + around[:1]) / 2 + 0.25  # no middle of a pixel: not a border to `read_yolo`
+        joined = np.concatenate([joined[: at + 1], between, around, around[:1], between, joined[at:]])
+        nearest = [_nearest(joined, outline) for outline in rest]
+    return np.resize(joined, (max(len(joined), 3), 2))  # of one pixel or two
+
+
+def _fill_closed(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The pixels whose middles (whole numbers) lie within a polygon or on its border."""
+    whole = np.rint(points)
+    near = (np.abs(points - whole) < 0.01).all(axis=1)
+    filled = fill_polygon(np.where(near[:, None], whole, points), size)
+    starts = whole.astype(int)
+    ways = np.roll(starts, -1, axis=0) - starts
+    starts, ways = (ends[near & np.roll(near, -1)] for ends in (starts, ways))  # from one middle of a pixel to another
+    steps = np.maximum(np.gcd(*ways.T), 1)
+    edges = np.repeat(np.arange(len(steps)), steps)
+    places = np.arange(len(edges)) - np.repeat(steps.cumsum() - steps, steps)
+    x, y = (starts[edges] + places[:, None] * (ways // steps[:, None])[edges]).T
+    inside = (x >= 0) & (y >= 0) & (x < size[1]) & (y < size[0])
+    filled[y[inside], x[inside]] = True
+    return filled
+
+
+def _corners(points: np.ndarray) -> np.ndarray:
+    """A closed outline without the points that lie between their neighbours or on them."""
+    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)] if (points != points[0]).any() else points[:1]
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    turns = (before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]) | ((before * after).sum(axis=1) < 0)
+    return points[turns] if turns.any() else points
+
+
+def _nearest(one: np.ndarray, other: np.ndarray) -> tuple[float, int, int]:
+    """The distance of two outlines' nearest corners, and which they are."""
+    distances, places = cKDTree(one).query(other)
+    start = int(distances.argmin())
+    return float(distances[start]), int(places[start]), start

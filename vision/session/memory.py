@@ -10,6 +10,9 @@ from transformers import Sam2VideoInferenceSession
 from .segments import box_around
 
 
+_STREAM_COND_FRAMES = 8  # as many frames as the paper's annotator corrects
+
+
 @dataclass(frozen=True)
 class Remembered:
     """
@@ -155,6 +158,11 @@ class ObjectMemory(Sam2VideoInferenceSession):
         """What is known of a frame, `None` if nothing."""
         return self.conditioning.get(frame) or self.tracked.get(frame)
 
+    def scores(self) -> dict[int, float]:
+        """The IoU that the model expects of each mask, by frame."""
+        known = {**self.tracked, **self.conditioning}
+        return {frame: float(known[frame]["mask_score"]) for frame in sorted(known) if "pred_masks" in known[frame]}
+
     def answer(self, frame: int, output: dict[str, torch.Tensor]) -> None:
         """Takes the answer to a prompt; `settle` makes it one that later frames attend to."""
         known = self.conditioning.get(frame, {})
@@ -293,6 +301,28 @@ class ObjectMemory(Sam2VideoInferenceSession):
             pointer = self.tracked.get(there, self.tracked[chosen])["object_pointer"]
             view[there] = {**self.tracked[chosen], "object_pointer": pointer}
         return view
+
+
+def new_memory(session, obj: int) -> ObjectMemory:
+    """An empty memory of an object of a [`VideoSession`]."""
+    config, size, most = session.model.config, session.size, session.config.max_cond_frames
+    if most is None:
+        most = config.max_cond_frame_num
+        most = _STREAM_COND_FRAMES if most == -1 and session.streaming else most
+    return ObjectMemory(
+        obj,
+        session._pixels,
+        session.num_frames,
+        session.features,
+        (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
+        most,
+        session.policy,
+        video_height=size[0],
+        video_width=size[1],
+        inference_device=session.model.device,
+        inference_state_device=session._state_device,
+        dtype=session.model.dtype,
+    )
 
 
 def closest_frames(frame: int, prompted: list[int], limit: int) -> list[int]:

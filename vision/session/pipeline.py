@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
-from transformers import Pipeline
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from transformers import AutoModel, Pipeline
 
 from hf_iclr.hub import PretrainedHubMixin, model_card, repository_name
 
@@ -24,6 +24,18 @@ from .videos import open_video
 
 MODEL_TYPES = ("sam2_video", "edgetam_video", "sam3_tracker_video")
 _OPTIONS = {option.name for option in fields(VideoSessionConfig)}
+
+
+class VideoModel(AutoModel):
+    """[`~transformers.AutoModel`] whose models keep the commit that they were loaded from."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(name, *args, **kwargs)
+        known = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
+        file = None if Path(name).exists() else try_to_load_from_cache(name, "config.json", **known)
+        model.loaded_commit = Path(file).parent.name if isinstance(file, str) else None
+        return model
 
 
 class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
@@ -52,6 +64,7 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     ```
     """
 
+    model_loader = VideoModel
     _load_processor = True
     _load_image_processor = False
     _load_video_processor = False

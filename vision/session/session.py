@@ -1,7 +1,7 @@
 """A video that is being segmented: prompts, corrections that hold, and passes over its frames."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ import torch
 from .config import VideoSessionConfig
 from .frames import PixelValues, StreamedFrames
 from .mask_postprocessing import clean_logits, smooth_logits
-from .memory import FeatureCache, ObjectMemory, exact
+from .memory import FeatureCache, ObjectMemory, exact, new_memory
 from .prompts import ObjectPrompt, VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session_file import read_session, write_session
-from .tracking import answer_prompt, walk
+from .tracking import answer_prompt, walk_passes
 from .videos import open_video
 
 
 DIRECTIONS = ("forward", "backward", "both")
-_STREAM_COND_FRAMES = 8  # as many frames as the paper's annotator corrects
 
 
 class VideoSession:
@@ -76,6 +75,7 @@ class VideoSession:
         self._latest = -1  # the frame tracked last
         self._pixels = PixelValues(self.frames, processor, model)
         self._undo: deque[tuple] = deque(maxlen=self.config.undo_levels)
+        self._redo: list[tuple] = []
 
     @property
     def objects(self) -> list[int]:
@@ -101,6 +101,21 @@ class VideoSession:
             self.frames[0]
         assert self.frames.size is not None
         return self.frames.size
+
+    @property
+    def tracks(self) -> dict[int, dict[int, float]]:
+        """By object, the frames on which it has a mask, with the IoU that the model expects of it."""
+        return {obj: memory.scores() for obj, memory in self._memories.items()}
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is an edit to take back."""
+        return bool(self._undo)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether an edit was taken back."""
+        return bool(self._redo)
 
     def add(self, frame: int, obj: int, points=None, labels=None, box=None, mask=None) -> FrameSegments | None:
         """
@@ -150,20 +165,18 @@ class VideoSession:
         memory = self._memory(obj)
         prompt = ObjectPrompt(points, labels, box)
         self._check(frame, prompt)
-        output = memory.output(frame)
-        if output is None or "pred_masks" not in output:
+        if (logits := self.logits(frame, obj)) is None:
             raise ValueError(f"Object {obj} has no mask on frame {frame} to correct. Call propagate() or add() first.")
         if self._windowed and frame != self._latest and frame not in memory.conditioning:
             raise ValueError(
                 f"What led to frame {frame} is forgotten; only frame {self._latest}, the latest, can be corrected. "
                 'Open the session with keep="all" to correct any frame.'
             )
-        earlier = self._prompts.get(frame, {}).get(obj)
-        if earlier is not None and box is None:
+        if (earlier := self._prompts.get(frame, {}).get(obj)) is not None and box is None:
             prompt = ObjectPrompt(earlier.points + prompt.points, earlier.labels + prompt.labels, earlier.box)
         with self._edit():
-            logits = output["pred_masks"].to(self.model.device).clamp(-32, 32)
-            self._run_prompt(memory, frame, prompt, frame not in memory.ways, logits)
+            known = logits.to(self.model.device).clamp(-32, 32)
+            self._run_prompt(memory, frame, prompt, frame not in memory.ways, known)
             self._corrected.add((frame, obj))
         return self.segments(frame)
 
@@ -172,7 +185,11 @@ class VideoSession:
         if not any(obj in prompts for prompts in self._queue.values()):
             self._memory(obj)
         with self._edit():
-            self._remove(obj)
+            self._memories.pop(obj, None)
+            self._prompts = {f: {o: p for o, p in own.items() if o != obj} for f, own in self._prompts.items()}
+            self._corrected = {(frame, o) for frame, o in self._corrected if o != obj}
+            for frame in [f for f, prompts in self._queue.items() if obj in prompts]:
+                self._drop_waiting(frame, obj)
 
     def clear(self, frame: int, obj: int) -> None:
         """
@@ -197,15 +214,30 @@ class VideoSession:
         """Goes back to before the last add, correct, clear or remove_object, with the masks of that time."""
         if not self._undo:
             raise ValueError(f"There is nothing to undo; the last {self.config.undo_levels} edits can be undone.")
+        self._redo.append(self._state())
         self._restore(self._undo.pop())
+
+    def redo(self) -> None:
+        """Takes the last undo back, if nothing was edited since, with what was tracked before it."""
+        if not self._redo:
+            raise ValueError("There is nothing to redo: nothing was undone since the last edit.")
+        self._undo.append(self._state())
+        self._restore(self._redo.pop())
+
+    def forget_edits(self) -> None:
+        """Makes the present the first that undo goes back to."""
+        self._undo.clear()
 
     def propagate(self, direction: str = "forward", start: int | None = None, max_frames: int | None = None):
         """[`VideoSegments`] of a whole pass; `iterate` gives the same frame by frame."""
-        frames = list(self.iterate(direction, start, max_frames))
-        return VideoSegments(frames, self.frames.damage)
+        return VideoSegments(list(self.iterate(direction, start, max_frames)), self.frames.damage)
 
     def iterate(
-        self, direction: str = "forward", start: int | None = None, max_frames: int | None = None
+        self,
+        direction: str = "forward",
+        start: int | None = None,
+        max_frames: int | None = None,
+        objects: Container[int] | None = None,
     ) -> Iterator[FrameSegments]:
         """
         Tracks all objects through the video. Prompts may be added and corrected while it runs.
@@ -218,6 +250,8 @@ class VideoSession:
                 Another frame to start at.
             max_frames (`int`, *optional*):
                 Frames of each pass at most.
+            objects (`Container[int]`, *optional*):
+                Those to track and to show, the others are left alone; all of them if left out.
 
         Yields:
             [`FrameSegments`] of each frame, all objects that have a mask there included.
@@ -234,11 +268,19 @@ class VideoSession:
             raise ValueError("There is nothing to track. Add a prompt first: add(frame=0, obj=1, points=[[x, y]]).")
         if start is not None:
             self._check(start)
-        return self._iterate(direction, start, max_frames)
+        return walk_passes(self, direction, start, max_frames, objects)
 
-    def segments(self, frame: int, smoothed: dict[int, torch.Tensor] | None = None) -> FrameSegments:
-        """The masks known of a frame, without tracking."""
-        outputs = {obj: memory.output(frame) or {} for obj, memory in self._memories.items()}
+    def logits(self, frame: int, obj: int) -> torch.Tensor | None:
+        """The coarse mask of an object on a frame as the model gave it, `(1, 1, height, width)`, if there is one."""
+        output = self._memories[obj].output(frame) if obj in self._memories else None
+        return (output or {}).get("pred_masks")
+
+    def segments(
+        self, frame: int, smoothed: dict[int, torch.Tensor] | None = None, objects: Container[int] | None = None
+    ) -> FrameSegments:
+        """The masks known of a frame, of all or some objects, without tracking."""
+        shown = {obj: memory for obj, memory in self._memories.items() if objects is None or obj in objects}
+        outputs = {obj: memory.output(frame) or {} for obj, memory in shown.items()}
         outputs = {obj: output for obj, output in outputs.items() if "pred_masks" in output}
         masks: dict[int, Any] = {}
         if outputs:
@@ -265,8 +307,8 @@ class VideoSession:
 
     def save(self, path: str | Path) -> None:
         """
-        Writes prompts, masks and memories to a safetensors file. Frames are not written, but for the latest one of a
-        stream: a video that is no file must be given again to `load`, a stream where it goes on.
+        Writes prompts, masks, memories and what can be undone to a safetensors file. Of the frames only the latest of
+        a stream is written: a video that is no file must be given again to `load`, a stream where it goes on.
         """
         write_session(self, path)
 
@@ -282,7 +324,7 @@ class VideoSession:
                 the last frame that the session took.
 
         Raises:
-            ValueError: if the file is none that `save` wrote, or the weights or the video are others.
+            ValueError: if the file is none that `save` wrote, or weights or video are others.
         """
         return read_session(cls, pipe, path, video)
 
@@ -302,29 +344,9 @@ class VideoSession:
             raise ValueError(f"There is no object {obj!r}; there are {self.objects or 'none yet'}.")
         return self._memories[obj]
 
-    def _new_memory(self, obj: int) -> ObjectMemory:
-        config, size, most = self.model.config, self.size, self.config.max_cond_frames
-        if most is None:
-            most = config.max_cond_frame_num
-            most = _STREAM_COND_FRAMES if most == -1 and self.streaming else most
-        return ObjectMemory(
-            obj,
-            self._pixels,
-            self.num_frames,
-            self.features,
-            (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
-            most,
-            self.policy,
-            video_height=size[0],
-            video_width=size[1],
-            inference_device=self.model.device,
-            inference_state_device=self._state_device,
-            dtype=self.model.dtype,
-        )
-
     def _show(self, frame: int, obj: int, prompt: ObjectPrompt) -> None:
         """Answers a prompt that says all, as in a session without a past."""
-        memory = self._memories.setdefault(obj, self._new_memory(obj))
+        memory = self._memories.setdefault(obj, new_memory(self, obj))
         memory.ways.pop(frame, None)
         self._run_prompt(memory, frame, prompt, alone=True)
         self._corrected.discard((frame, obj))
@@ -345,13 +367,6 @@ class VideoSession:
         answer_prompt(self.model, memory, frame, alone, logits)
         self._prompts.setdefault(frame, {})[obj] = prompt
 
-    def _remove(self, obj: int) -> None:
-        self._memories.pop(obj, None)
-        self._prompts = {f: {o: p for o, p in prompts.items() if o != obj} for f, prompts in self._prompts.items()}
-        self._corrected = {(frame, o) for frame, o in self._corrected if o != obj}
-        for frame in [f for f, prompts in self._queue.items() if obj in prompts]:
-            self._drop_waiting(frame, obj)
-
     def _drop_waiting(self, frame: int, obj: int) -> None:
         del self._queue[frame][obj]
         if not self._queue[frame]:
@@ -360,12 +375,7 @@ class VideoSession:
     @contextmanager
     def _edit(self, undoable: bool = True):
         """Returns to what was if the edit fails, and keeps it for `undo`."""
-        before = (
-            {frame: dict(prompts) for frame, prompts in self._prompts.items()},
-            {frame: dict(prompts) for frame, prompts in self._queue.items()},
-            set(self._corrected),
-            {obj: (memory, memory.snapshot()) for obj, memory in self._memories.items()},
-        )
+        before = self._state()
         try:
             yield
         except BaseException:
@@ -373,28 +383,18 @@ class VideoSession:
             raise
         if undoable:
             self._undo.append(before)
+            self._redo.clear()
+
+    def _state(self) -> tuple:
+        return (
+            {frame: dict(prompts) for frame, prompts in self._prompts.items()},
+            {frame: dict(prompts) for frame, prompts in self._queue.items()},
+            set(self._corrected),
+            {obj: (memory, memory.snapshot()) for obj, memory in self._memories.items()},
+        )
 
     def _restore(self, state: tuple) -> None:
         self._prompts, self._queue, self._corrected, memories = state
-        self._memories = {}
-        for obj, (memory, snapshot) in memories.items():
+        self._memories = {obj: memory for obj, (memory, _) in memories.items()}
+        for memory, snapshot in memories.values():
             memory.restore(snapshot)
-            self._memories[obj] = memory
-
-    def _iterate(self, direction: str, start: int | None, max_frames: int | None) -> Iterator[FrameSegments]:
-        both = direction == "both"
-        if direction != "backward":
-            begin = start
-            if begin is None:
-                begin = self._latest + 1 if self.streaming else min(self._first().values())
-            yield from walk(self, begin, False, max_frames, both)
-        if direction != "forward" and self._memories:  # the last object may have been removed on the way
-            if both:
-                origins = {obj: frame - 1 for obj, frame in self._first().items()}
-            else:
-                origins = {obj: max(memory.conditioning) for obj, memory in self._memories.items()}
-            begin = start if start is not None and not both else max(origins.values())
-            yield from walk(self, begin, True, max_frames, both, origins)
-
-    def _first(self) -> dict[int, int]:
-        return {obj: min(memory.conditioning) for obj, memory in self._memories.items()}

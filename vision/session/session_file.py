@@ -15,7 +15,7 @@ from hf_iclr.saving import write_safetensors
 from hf_iclr.untrusted import as_written_by, parse_json, read_safetensors, whole_number
 
 from .config import VideoSessionConfig
-from .memory import ObjectMemory
+from .memory import ObjectMemory, new_memory
 from .prompts import VideoPrompts
 
 
@@ -23,11 +23,15 @@ _FORMAT = "hf_iclr video session 2"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {"": None, **{str(dtype)[6:]: dtype for dtype in _FLOATS}}
 _SAME_LOOK = 6  # of 255
+_KINDS = ("cond_frame_outputs", "non_cond_frame_outputs", "waiting")  # in the order of a memory's snapshot
 _LARGE = ("maskmem_features", "pred_masks")  # these may be offloaded
 
 
-def write_session(session, path: str | Path) -> None:
-    """Writes a [`VideoSession`]: tensors by object, kind of frame, frame and key; the rest as JSON in the metadata."""
+def write_session(session, path: str | Path, note: str = "") -> None:
+    """
+    Writes a [`VideoSession`] with what can be undone and redone: tensors by object, kind of frame, frame and key, of
+    other times by number; the rest as JSON in the metadata, with a `note` of the caller's.
+    """
     config = asdict(session.config)
     if config["memory"] != "exact":
         raise ValueError(
@@ -40,7 +44,8 @@ def write_session(session, path: str | Path) -> None:
             for frame, output in outputs.items():
                 for key, tensor in output.items():
                     if key != "maskmem_pos_enc":
-                        tensors[f"{obj}/{kind}/{frame}/{key}"] = tensor.contiguous().clone()
+                        tensors[f"{obj}/{kind}/{frame}/{key}"] = tensor
+    history = _write_history(session, tensors)
     if session.features.memory_positions is not None:
         tensors["memory_positions"] = session.features.memory_positions.contiguous().clone()
     if session.streaming and frames.position >= 0:
@@ -68,8 +73,48 @@ def write_session(session, path: str | Path) -> None:
             }
             for obj, memory in session._memories.items()
         },
+        "history": history,
     }
-    write_safetensors(tensors, Path(path), {"format": _FORMAT, "state": json.dumps(state)})
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # none may share memory
+    write_safetensors(tensors, Path(path), {"format": _FORMAT, "state": json.dumps(state), "note": note})
+
+
+def _write_history(session, tensors: dict[str, torch.Tensor]) -> dict[str, list[dict[str, Any]]]:
+    """Other times of a session, each as what differs from the time next to it; adds tensors that only they have."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for way, states in {"undo": reversed(session._undo), "redo": reversed(session._redo)}.items():
+        near, ways[way] = session._state(), []
+        for state in states:
+            prompts, queue, corrected, memories = state
+            objects = {}
+            for obj, (_, snapshot) in memories.items():
+                beside = near[3][obj][1] if obj in near[3] else ({}, {}, {}, {})
+                record: dict[str, Any] = {"ways": None if snapshot[3] == beside[3] else snapshot[3]}
+                for kind, outputs, known in zip(_KINDS, snapshot, beside, strict=False):
+                    same = {f for f in outputs if f in known and _is(outputs[f], known[f])}
+                    if list(outputs) == list(known) and len(same) == len(outputs):
+                        continue
+                    record[kind] = [[f, None if f in same else _name(o, names, tensors)] for f, o in outputs.items()]
+                objects[obj] = record
+            known = {"prompts": VideoPrompts(prompts).to_dict(), "queue": VideoPrompts(queue).to_dict()}
+            ways[way].append({**known, "corrected": sorted(corrected), "objects": objects})
+            near = state
+    return ways
+
+
+def _is(output: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return output.keys() == other.keys() and all(tensor is other[key] for key, tensor in output.items())
+
+
+def _name(output: dict[str, torch.Tensor], names: dict[int, str], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The names of an output's tensors in the file, which get those that it lacks."""
+    found = {}
+    for key, tensor in output.items():
+        if key != "maskmem_pos_enc":
+            found[key] = names.setdefault(id(tensor), f"history/{len(names)}")
+            tensors[found[key]] = tensor
+    return found
 
 
 def _kinds(memory: ObjectMemory) -> dict[str, dict[int, dict[str, torch.Tensor]]]:
@@ -160,7 +205,7 @@ def _fill(session, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> N
         session.frames.resume(position, None if latest is None else latest.numpy())
     session.features.memory_positions = None if positions is None else positions.to(session._state_device)
     for key, record in state["objects"].items():
-        memory = session._memories[int(key)] = session._new_memory(int(key))
+        memory = session._memories[int(key)] = new_memory(session, int(key))
         memory.frames_tracked_per_obj[0] = {
             whole_number(int(frame), "a tracked frame", most=last): {"reverse": bool(way["reverse"])}
             for frame, way in record["directions"].items()
@@ -168,25 +213,72 @@ def _fill(session, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> N
         for kind, outputs in _kinds(memory).items():
             for frame in record["order"].get(kind, []):
                 outputs[whole_number(frame, "a frame with a mask", most=last)] = {}
+    placed = {}  # the tensors of the file, where they belong
     for name, tensor in tensors.items():
-        key, kind, frame, name = name.split("/")
+        if name.startswith("history/"):
+            continue
+        key, kind, frame, part = name.split("/")
+        placed[name] = tensor.to(session._state_device if part in _LARGE else session.model.device)
         output = _kinds(session._memories[int(key)])[kind][int(frame)]
-        output[name] = tensor.to(session._state_device if name in _LARGE else session.model.device)
-        if name == "maskmem_features":
+        output[part] = placed[name]
+        if part == "maskmem_features":
             output["maskmem_pos_enc"] = session.features.memory_positions
     for memory in session._memories.values():
         memory.resume()
-    for name, waits in (("prompts", False), ("queue", True)):
-        prompts = VideoPrompts(state[name])
-        if prompts:
-            prompts.check(session.size, session.num_frames)
-        kept = session._queue if waits else session._prompts
-        kept |= {
-            frame: known
-            for frame, objects in prompts.items()
-            if (known := {obj: prompt for obj, prompt in objects.items() if waits or obj in session._memories})
-        }
-    session._corrected = {
-        (whole_number(frame, "a corrected frame", most=last), obj) for frame, obj in state["corrected"]
-    }
+    session._prompts = _read_prompts(session, state["prompts"], set(session._memories))
+    session._queue = _read_prompts(session, state["queue"])
+    session._corrected = _read_corrected(state["corrected"], last)
     session._latest = whole_number(state["latest"], "the latest frame", least=-1, most=last)
+    _read_history(session, state.get("history") or {"undo": [], "redo": []}, tensors, placed, last)
+
+
+def _read_prompts(session, record: dict[str, Any], objects: set[int] | None = None) -> dict[int, dict[int, Any]]:
+    prompts = VideoPrompts(record)
+    if prompts:
+        prompts.check(session.size, session.num_frames)
+    known = {f: {o: p for o, p in own.items() if objects is None or o in objects} for f, own in prompts.items()}
+    return {frame: own for frame, own in known.items() if own}
+
+
+def _read_corrected(pairs: list[list[int]], last: int) -> set[tuple[int, int]]:
+    return {(whole_number(frame, "a corrected frame", most=last), obj) for frame, obj in pairs}
+
+
+def _read_history(session, history: dict[str, Any], tensors, placed: dict[str, torch.Tensor], last: int) -> None:
+    """What can be undone and redone, from the present on; an object's memory counts on from all that it was."""
+    memories = dict(session._memories)
+
+    def output(parts: dict[str, str]) -> dict[str, torch.Tensor]:
+        found = {}
+        for key, name in parts.items():
+            if name not in placed:
+                placed[name] = tensors[name].to(session._state_device if key in _LARGE else session.model.device)
+            found[key] = placed[name]
+        return found | ({"maskmem_pos_enc": session.features.memory_positions} if "maskmem_features" in found else {})
+
+    for way, kept in (("undo", session._undo), ("redo", session._redo)):
+        near, states = session._state(), []
+        for record in history[way]:
+            snapshots = {}
+            for key, own in record["objects"].items():
+                memory = memories.setdefault(int(key), new_memory(session, int(key)))
+                beside = near[3][int(key)][1] if int(key) in near[3] else ({}, {}, {}, {})
+                kinds = [
+                    {
+                        whole_number(f, "a frame with a mask", most=last): known[f] if parts is None else output(parts)
+                        for f, parts in own.get(kind, [[f, None] for f in known])
+                    }
+                    for kind, known in zip(_KINDS, beside, strict=False)
+                ]
+                ways = own["ways"]
+                ways = (
+                    beside[3] if ways is None else {int(f): {"reverse": bool(w["reverse"])} for f, w in ways.items()}
+                )
+                snapshots[int(key)] = memory, (*({f: dict(o) for f, o in kind.items()} for kind in kinds), dict(ways))
+                answers = [int(one["answers"]) for kind in kinds for one in kind.values()]
+                memory._answers = max(memory._answers, *answers, 0)
+            prompts = _read_prompts(session, record["prompts"], set(snapshots))
+            queue = _read_prompts(session, record["queue"])
+            near = (prompts, queue, _read_corrected(record["corrected"], last), snapshots)
+            states.append(near)
+        kept.extend(reversed(states))

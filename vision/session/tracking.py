@@ -1,7 +1,7 @@
 """Passes over a video, and the step of the model once more from its own parts, for many objects at once."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -40,8 +40,41 @@ def using(model) -> Iterator[None]:
                 hook.post_forward(model, None)
 
 
-def walk(
-    session, begin: int, reverse: bool, max_frames: int | None, both: bool, origins: dict[int, int] | None = None
+def walk_passes(
+    session, direction: str, start: int | None, max_frames: int | None, objects: Container[int] | None
+) -> Iterator[FrameSegments]:
+    """The passes of `VideoSession.iterate`."""
+
+    def first() -> dict[int, int]:
+        return {obj: min(memory.conditioning) for obj, memory in _chosen(session, objects).items()}
+
+    both = direction == "both"
+    if direction != "backward" and (session.streaming or first()):
+        begin = start
+        if begin is None:
+            begin = session._latest + 1 if session.streaming else min(first().values())
+        yield from _walk(session, begin, False, max_frames, both, objects)
+    if direction != "forward" and first():  # the last object may have been removed on the way
+        if both:
+            origins = {obj: frame - 1 for obj, frame in first().items()}
+        else:
+            origins = {obj: max(memory.conditioning) for obj, memory in _chosen(session, objects).items()}
+        begin = start if start is not None and not both else max(origins.values())
+        yield from _walk(session, begin, True, max_frames, both, objects, origins)
+
+
+def _chosen(session, objects: Container[int] | None) -> dict[int, ObjectMemory]:
+    return {obj: memory for obj, memory in session._memories.items() if objects is None or obj in objects}
+
+
+def _walk(
+    session,
+    begin: int,
+    reverse: bool,
+    max_frames: int | None,
+    both: bool,
+    objects: Container[int] | None,
+    origins: dict[int, int] | None = None,
 ) -> Iterator[FrameSegments]:
     """One way over the video; an object joins at its origin, or at its first prompt if there are no origins."""
     smoothed: dict[int, torch.Tensor] = {}
@@ -54,7 +87,7 @@ def walk(
             if session.streaming:
                 _take(session, frame)
             there = []
-            for obj, memory in session._memories.items():
+            for obj, memory in _chosen(session, objects).items():
                 memory.settle()
                 if min(memory.conditioning) <= frame if origins is None else frame <= origins.get(obj, -1):
                     there.append(memory)
@@ -64,9 +97,9 @@ def walk(
         except EndOfVideo:
             return
         session._latest = frame
-        segments = session.segments(frame, smoothed)
+        segments = session.segments(frame, smoothed, objects)
         if session._windowed:
-            for memory in session._memories.values():
+            for memory in _chosen(session, objects).values():
                 # The way back starts at the first prompt and shows masks of the way there again.
                 ahead = [(min(memory.conditioning) - 1, True)] if both else []
                 memory.forget(frame, reverse, ahead, keep_masks=both)

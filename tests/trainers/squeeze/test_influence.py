@@ -156,10 +156,13 @@ def test_heat_map(model, word_tokenizer):
         ({"step_size": None}, "either step_size or optimizer"),
         ({"step_size": -1.0}, "step_size must be positive, got -1.0"),
         ({"beta": 0}, "beta must be positive, got 0"),
-        ({"pairs": [{"prompt": "w1 ", "chosen": "w2 "}]}, "Expected a column 'rejected', got prompt, chosen"),
+        (
+            {"pairs": [{"prompt": "w1 ", "chosen": "w2 "}]},
+            "pairs should hold .*, got prompt, chosen",
+        ),
         ({"probes": [{"prompt": "w1 ", "chosen": ""}]}, "0 and|tokens of 'chosen' in row 0. Drop empty answers"),
         ({"max_length": 2}, "within max_length=2 tokens"),
-        ({"probes": []}, "at least one pair and one probe answer, got 2 and 0"),
+        ({"probes": []}, "probes should hold the columns prompt and a row, got no column"),
     ],
 )
 def test_bad_input(model, word_tokenizer, change, message):

@@ -101,10 +101,10 @@ def test_bad_options(option, message):
 
 def test_bad_pairs(word_tokenizer):
     model = tiny_llama()
-    with pytest.raises(ValueError, match="Expected a column 'rejected', got prompt, chosen"):
+    with pytest.raises(ValueError, match="columns prompt, chosen, rejected and a row, got prompt, chosen"):
         audit_pairs(model, word_tokenizer, PAIRS.remove_columns("rejected"))
     with pytest.raises(ValueError, match="'chosen' in row 1. Drop empty answers"):
         rows = [dict(PAIRS[0]), {**PAIRS[1], "chosen": ""}]
         audit_pairs(model, word_tokenizer, Dataset.from_list(rows))
-    with pytest.raises(ValueError, match="at least one pair"):
+    with pytest.raises(ValueError, match="got no column and 0 rows"):
         audit_pairs(model, word_tokenizer, [])

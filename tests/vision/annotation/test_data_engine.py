@@ -1,5 +1,6 @@
 """Masklets are proposed, judged, corrected and written once each, whatever happens on the way."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,12 +14,16 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
+from transformers import pipeline
 from typer.testing import CliRunner
 
 from hf_iclr.cli import app as cli
+from hf_iclr.models import hash_weights
+from hf_iclr.saving import model_revision
 from hf_iclr.vision.annotation import store as annotation_store
 from hf_iclr.vision.annotation.data_engine import annotate
 from hf_iclr.vision.annotation.masklets import (
+    CorrectorUnavailable,
     Masklet,
     QualityGate,
     find_masklets,
@@ -26,7 +31,8 @@ from hf_iclr.vision.annotation.masklets import (
     sibling_session,
     track,
 )
-from hf_iclr.vision.annotation.store import AnnotationStore, annotation_statistics, name_video, review_queue, to_row
+from hf_iclr.vision.annotation.sources import name_video
+from hf_iclr.vision.annotation.store import AnnotationStore, annotation_statistics, review_queue, to_row
 from hf_iclr.vision.session.automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
 from hf_iclr.vision.session.prompts import encode_rle
 from hf_iclr.vision.session.segments import FrameSegments, VideoSegments, decode_mask
@@ -141,6 +147,27 @@ def test_videos_without_objects_give_no_rows_and_are_not_done_again(tmp_path, en
     assert len(run([clip(2)], tmp_path / "b", lambda video, session: None)) == 0
 
 
+def test_a_video_without_objects_leaves_nothing_that_readers_die_on(tmp_path):
+    """A Parquet file with a group of no rows is none to `load_dataset`; earlier versions left such."""
+    videos = [clip(2), clip(2, seed=1)]
+    rows = run(videos, tmp_path, lambda video, session: CLICK if (video == videos[0]).all() else None)
+    assert (
+        len(rows) == 2 and "2 accepted" in rows.info.description and "1 videos have no object" in rows.info.description
+    )
+    shards = [str(file) for file in tmp_path.rglob("*.parquet")]
+    assert len(load_dataset("parquet", data_files=shards, split="train", cache_dir=tmp_path / "hf")) == 2
+    (empty,) = (path for path in shards if not pyarrow.parquet.read_metadata(path).num_rows)
+    pyarrow.parquet.write_table(annotation_store._SCHEMA.empty_table(), empty)
+    assert pyarrow.parquet.read_metadata(empty).num_row_groups == 1
+    assert len(run(videos, tmp_path, lambda video, session: 1 / 0)) == 2
+    assert pyarrow.parquet.read_metadata(empty).num_row_groups == 0
+
+
+def test_rows_are_mapped_from_a_file(tmp_path):
+    rows = run([clip(2)], tmp_path)
+    assert rows.cache_files and rows.filter(lambda row: row["object"] == 2)["object"][:] == [2]
+
+
 def test_phase_1_is_the_image_model_on_every_frame(tmp_path):
     prompts = dict.fromkeys((0, 2, 5), CLICK[0])
     rows = run([clip()], tmp_path, lambda video, session: prompts, phase=1, gate=QualityGate(0, 0, 0.99))
@@ -233,6 +260,51 @@ def test_a_corrector_may_reject_and_add_objects(tmp_path):
     session.propagate("both")
     session.add(0, 2, points=[[60, 40], [70, 40]])
     assert rows[1]["masks"] == [frame.masks[2] for frame in session.propagate("both")]
+
+
+def test_what_a_person_finds_good_is_accepted_and_shown_once(tmp_path):
+    shown = []
+
+    def look(masklet):
+        shown.append(masklet.object)
+        session = masklet.session
+        if masklet.object == 2:
+            session.remove_object(2)
+        return VideoSegments(map(session.segments, range(session.num_frames)))
+
+    rows = run([clip(3)], tmp_path, gate=QualityGate(0, 1.01, None), corrector=look)
+    assert shown == [1, 2] and rows["status"][:] == ["accepted", "rejected"]
+    assert rows["edited_frames"][:] == [[0], [0]]  # as they were pointed at: looking changed nothing
+
+
+def test_what_is_removed_beside_another_is_rejected_and_may_come_back(tmp_path):
+    def correct(masklet):
+        if 2 in masklet.session.objects:
+            masklet.session.remove_object(2)
+        elif masklet.object == 1 and masklet.rounds == 1:
+            masklet.session.add(1, 2, points=[[60, 40]])
+        masklet.session.correct(2, 1, points=[[70, 8]], labels=[0])
+
+    verify = lambda masklet: masklet.object == 2 or masklet.rounds > 1  # noqa: E731
+    rows = run([clip(3)], tmp_path / "a", verifier=lambda one: one.rounds > 0 or one.object == 2, corrector=correct)
+    assert rows["status"][:] == ["accepted", "rejected"] and rows["reason"][:] == [None, "removed"]
+    rows = run([clip(3)], tmp_path / "b", verifier=verify, corrector=correct)
+    assert rows["status"][:] == ["accepted", "accepted"] and 1 in rows["edited_frames"][1]
+
+
+def test_a_corrector_that_nobody_answers_stops_the_run(tmp_path):
+    def away(masklet):
+        raise CorrectorUnavailable("The port is taken.")
+
+    videos = [clip(2), clip(2, seed=1)]
+    strict = {"gate": QualityGate(0, 1.01, None)}
+    with pytest.raises(ValueError, match="port is taken"):
+        run(videos, tmp_path, corrector=away, **strict)
+    assert not list(tmp_path.rglob("*.parquet"))
+    rows = run(
+        videos, tmp_path, corrector=lambda masklet: VideoSegments(map(masklet.session.segments, range(2))), **strict
+    )
+    assert rows["status"][:] == ["accepted"] * 4
 
 
 def test_a_verifier_that_raises_leaves_its_masklet_in_the_queue(tmp_path, caplog):
@@ -363,7 +435,7 @@ def _annotate_until_killed(out):
             path.write_bytes(path.read_bytes()[:100])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    annotation_store.pq = SimpleNamespace(write_table=write, ParquetFile=pyarrow.parquet.ParquetFile)
+    annotation_store.pq = SimpleNamespace(**vars(pyarrow.parquet) | {"write_table": write})
     run([clip(2, seed=seed) for seed in range(5)], out)
 
 
@@ -424,14 +496,79 @@ def test_processes_share_the_videos(tmp_path):
 
 def test_names_depend_on_the_video_alone(tmp_path):
     path = str(tmp_path / "a.mp4")
+    (tmp_path / "b").mkdir()
+    for file, content in (("a.mp4", b"one"), ("b/a.mp4", b"two"), ("b/c.mp4", b"one")):
+        (tmp_path / file).write_bytes(content)
     name, got = name_video(path)
     assert name.startswith("a-") and got == path
     assert name_video(tmp_path / "b" / ".." / "a.mp4")[0] == name
     assert name_video({"video": {"path": path, "bytes": None}}) == (name, path)
     assert name_video(tmp_path / "b" / "a.mp4")[0] != name
+    assert name_video(tmp_path / "b" / "c.mp4")[0] == "c" + name[1:]  # the end says what is in it
+    write_png(clip(1)[0], tmp_path / "b" / "0.png")
+    images = name_video(tmp_path / "b")[0]
+    write_png(clip(2)[1], tmp_path / "b" / "1.png")
+    assert name_video(tmp_path / "b")[0] != images
     assert name_video(clip(2)) == name_video({"frames": list(clip(2))}) != name_video(clip(2, seed=1))
     one, other = ({"video": {"bytes": data, "path": "0.mp4"}} for data in (b"x", b"y"))
     assert name_video(one) != name_video(other)
+
+
+def test_a_folder_that_was_renamed_is_not_annotated_again(tmp_path):
+    for number in range(2):
+        (tmp_path / "monday" / "park" / str(number)).mkdir(parents=True)
+        write_png(clip(1, seed=number)[0], tmp_path / "monday" / "park" / str(number) / "0.png")
+    assert len(run(tmp_path / "monday", tmp_path / "out")) == 4
+    (tmp_path / "monday").rename(tmp_path / "tuesday")
+    (tmp_path / "tuesday" / "park").rename(tmp_path / "tuesday" / "lake")
+    rows = run(tmp_path / "tuesday", tmp_path / "out", lambda video, session: 1 / 0)
+    lake = tmp_path / "tuesday" / "lake"
+    assert len(rows) == 4 and set(rows["video"]) == {str(lake / "0"), str(lake / "1")}
+
+
+def test_shards_of_earlier_versions_are_read(tmp_path):
+    """They had other names and fewer columns."""
+    rows = run([clip(1)], tmp_path / "out")
+    (shard,) = (tmp_path / "out" / "shards").iterdir()
+    table = pyarrow.parquet.read_table(shard).drop_columns(["category", "weights"])
+    pyarrow.parquet.write_table(table, shard)
+    settings = tmp_path / "out" / "settings.json"
+    known = json.loads(settings.read_text())
+    settings.write_text(json.dumps({key: known[key] for key in ("phase", "model")}))
+    again = run([clip(1)], tmp_path / "out", lambda video, session: 1 / 0)
+    assert again["masks"][:] == rows["masks"][:] and again["weights"][:] == [None, None]
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"film")
+    shard.rename(shard.with_name(f"film-{hashlib.sha256(str(film.resolve()).encode()).hexdigest()[:12]}.parquet"))
+    assert AnnotationStore(tmp_path / "out", known).find(*name_video(film)) is not None
+
+
+def test_the_model_is_known_by_its_weights(tmp_path):
+    for name in ("one", "two"):
+        tiny_pipe().save_pretrained(tmp_path / name)
+    one, two = (pipeline("promptable-video-segmentation", model=str(tmp_path / name)) for name in ("one", "two"))
+    (row, *_) = annotate([clip(1)], one, point, out=tmp_path / "out", gate=OPEN)
+    assert row["weights"] == hash_weights(one.model) and row["revision"] == f"weights-{row['weights']}"
+    annotate([clip(1, seed=1)], two, point, out=tmp_path / "out", gate=OPEN)
+    with torch.no_grad():
+        next(two.model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="Take another folder"):
+        annotate([clip(1)], two, point, out=tmp_path / "out", gate=OPEN)
+
+
+def test_the_revision_is_the_one_asked_for(tmp_path, monkeypatch):
+    repository = tmp_path / "models--me--sam"
+    for commit in ("a" * 40, "b" * 40):
+        tiny_pipe().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    for branch, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repository / "refs" / branch).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for asked, commit in ((None, "a" * 40), ("v2", "b" * 40), ("b" * 40, "b" * 40)):
+        pipe = pipeline(
+            "promptable-video-segmentation", model="me/sam", revision=asked, model_kwargs={"cache_dir": str(tmp_path)}
+        )
+        assert model_revision(pipe.model) == commit
 
 
 def test_rows_of_a_dataset(tmp_path):
@@ -487,7 +624,7 @@ def test_statistics_by_hand(tmp_path):
         for frame in range(4):
             rle = encode_rle(np.ones((48, 80)))
             masklet.take(FrameSegments(frame, (48, 80), {obj: rle}, {obj: 1.0}, {obj: 1.0}), session)
-        rows.append(to_row(masklet, "clip.mp4", "model", "abc"))
+        rows.append(to_row(masklet, "clip.mp4", "model", "abc", "123"))
     store.write("clip", rows)
     got = annotation_statistics(store.read([]), seconds_per_click=2.0, seconds_per_look=0.5)
     assert got == {
@@ -535,5 +672,6 @@ def test_command(tmp_path, monkeypatch):
         result = CliRunner().invoke(cli.app, ["annotate", str(folder), *options])
         assert result.exit_code == 0, result.output
         assert "masklets of 1 videos" in result.output and "bad-" in result.output
+        assert "accepted, " in result.output
     result = CliRunner().invoke(cli.app, ["annotate", str(tmp_path / "nowhere"), *options])
     assert result.exit_code == 2 and "nowhere" in result.output

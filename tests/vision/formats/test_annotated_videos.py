@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from PIL import Image
 
+from hf_iclr.vision.annotation.store import FEATURES, AnnotationStore
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 from hf_iclr.vision.formats.annotated_videos import (
     AnnotatedVideo,
@@ -59,7 +61,7 @@ def test_every_form_is_the_same_video(clip, name):
 
 def test_every_fourth_frame_of_sav(tmp_path):
     write_sav(video(), tmp_path / "a.json")
-    segments, _ = read_sav(tmp_path / "a.json")
+    segments, _ = read_sav(tmp_path / "a.json", stride=4)
     clip = AnnotatedVideo.from_segments(np.zeros((13, *SIZE, 3), np.uint8), segments)
     masks = clip.load()[1]
     assert clip.frames == [0, 4, 8, 12] and masks[2].any(axis=(1, 2)).argmax() == 2
@@ -106,6 +108,36 @@ def test_masklets_of_sav_lie_on_every_fourth_frame(tmp_path):
     (tmp_path / "sav_000001.mp4").write_bytes(b"")
     (video,) = read_sav_videos(tmp_path)
     assert_masks_are(video, long, [0, 4, 8])
+
+
+def test_masklets_of_any_frames_lie_where_they_were_seen(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    for frames in (range(6), [1, 2, 5], [0], [3]):
+        write_sav(segments_of(CLIP, frames), tmp_path / "a_manual.json")
+        (video,) = read_sav_videos(tmp_path)
+        assert_masks_are(video, CLIP, frames)
+
+
+def test_a_video_without_objects_is_a_file_that_can_be_read(tmp_path):
+    """Also as it was written before, with a group of no rows, on which `load_dataset` dies."""
+    write_images(tmp_path / "dog", CLIP)
+    store = AnnotationStore(tmp_path / "out", {})
+    rows = [
+        dict.fromkeys(FEATURES) | {"video": str(tmp_path / "dog"), "name": "dog", "object": 1, "status": "accepted"}
+        | {"frames": [0, 1], "masks": [encode_rle(mask) for mask in CLIP.masks[1][:2]]}
+    ]  # fmt: skip
+    for name, masklets in (("a", []), ("b", rows)):
+        store.write(name, masklets)
+    files = sorted(str(file) for file in (tmp_path / "out" / "shards").glob("*.parquet"))
+    assert load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))["name"] == [
+        "dog"
+    ]
+    pq.write_table(FEATURES.arrow_schema.empty_table(), tmp_path / "out" / "shards" / "c.parquet")
+    (video,) = read_videos(tmp_path / "out")
+    assert list(video.frames) == [0, 1] and np.array_equal(to_boolean_mask(video.masks(1)[1]), CLIP.masks[1][1])
+    (tmp_path / "out" / "shards" / "b.parquet").unlink()
+    with pytest.raises(ValueError, match="Expected accepted masklets"):
+        read_videos(tmp_path / "out")
 
 
 def test_rows_of_a_dataset_are_joined_by_their_video(tmp_path):

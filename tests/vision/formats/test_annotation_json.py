@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from hf_iclr.vision.formats.annotation_json import (
@@ -40,11 +41,51 @@ def test_a_file_of_sav_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("rle", [False, True])
 def test_sav_of_any_masks(tmp_path, rle):
     write_sav(video(rle), tmp_path / "park.json")
-    again, about = read_sav(tmp_path / "park.json", stride=1)
+    again, about = read_sav(tmp_path / "park.json")
     assert same_masks(again, video())
     assert about["video_id"] == "park" and about["masklet_first_appeared_frame"] == [0.0, 2.0]
     assert about["masklet_visibility_changes"] == [0, 0] and about["masklet_size_bucket"] == ["small", "small"]
     assert about["masklet_size_abs"] == [12 * 14 - 6.0, masks(3)[2].sum()]
+
+
+@pytest.mark.parametrize(
+    ("frames", "length", "numbers"),
+    [
+        (4, 13, [0, 4, 8, 12]),
+        (4, 16, [0, 4, 8, 12]),
+        (2, 5, [0, 4]),
+        (4, 4, [0, 1, 2, 3]),
+        (4, 10, [0, 3, 6, 9]),
+        (1, 200, [0]),
+        (4, 22, [0, 7, 14, 21]),
+        (4, 3, None),
+        (4, None, None),
+    ],
+)
+def test_which_frames_a_file_of_sav_is_of_follows_from_the_length_of_its_video(tmp_path, frames, length, numbers):
+    write_sav(video(numbers=range(frames)), tmp_path / "a.json", {"video_frame_count": length})
+    record = json.loads((tmp_path / "a.json").read_text())
+    record.pop("masklet_frames", None)
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    if numbers is None:
+        with pytest.raises(ValueError, match="which frames its 4 annotated ones are, .* Pass stride="):
+            read_sav(tmp_path / "a.json")
+        numbers = [0, 2, 4, 6]
+        assert read_sav(tmp_path / "a.json", stride=2)[0].frames == numbers
+    else:
+        assert read_sav(tmp_path / "a.json")[0].frames == numbers
+
+
+@pytest.mark.parametrize("frames", [(0, 1, 2, 3), (0, 3), (1, 3), (2,)])
+@pytest.mark.parametrize("about", [{}, {"video_frame_count": 300.0}])
+def test_frames_of_sav_come_back_with_their_numbers(tmp_path, frames, about):
+    write_sav(video(numbers=frames), tmp_path / "a.json", about)
+    again, others = read_sav(tmp_path / "a.json")
+    assert same_masks(again, video(numbers=frames)) and "masklet_frames" not in others
+    record = json.loads((tmp_path / "a.json").read_text()) | {"masklet_frames": [3, 3]}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="which frames"):
+        read_sav(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("rle", [False, True])
@@ -88,6 +129,27 @@ def test_youtube_vis_keeps_tracks(tmp_path, rle):
     assert track["segmentations"][:2] == [None, None] and track["areas"][3] == masks(3)[2].sum()
     assert len(track["bboxes"]) == record["videos"][0]["length"] == 4 and track["score"] == 0.5
     assert [category["name"] for category in record["categories"]] == ["cat", "object"]
+
+
+def test_trackeval_reads_our_youtube_vis(tmp_path):
+    """What its reader does with each mask of the truth: `frPyObjects`, which takes lists of runs and no text."""
+    late = video()
+    late[0].masks[1] = np.ones(SIZE, bool)
+    write_ytvis({"park": late}, tmp_path / "a.json")
+    for track, obj in zip(json.loads((tmp_path / "a.json").read_text())["annotations"], (1, 2), strict=True):
+        for frame, runs in enumerate(track["segmentations"]):
+            if runs:
+                rle = coco.frPyObjects(runs, track["height"], track["width"])
+                assert np.array_equal(coco.decode(rle), late[frame].binary(obj))
+                assert sum(runs["counts"]) == SIZE[0] * SIZE[1]
+
+
+def test_categories_are_those_that_objects_have(tmp_path):
+    for write in (write_coco, write_ytvis):
+        write({"park": video()}, tmp_path / "a.json", {1: "dog", 2: "cat"})
+        record = json.loads((tmp_path / "a.json").read_text())
+        assert [category["name"] for category in record["categories"]] == ["cat", "dog"]
+        assert {annotation["category_id"] for annotation in record["annotations"]} == {1, 2}
 
 
 def test_files_of_another_kind_get_a_sentence(tmp_path):

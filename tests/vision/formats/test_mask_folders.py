@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from hf_iclr.vision.formats.mask_folders import (
     read_davis,
@@ -14,7 +14,7 @@ from hf_iclr.vision.formats.mask_folders import (
     write_yolo,
     write_youtube_vos,
 )
-from hf_iclr.vision.formats.segment_files import PALETTE
+from hf_iclr.vision.formats.segment_files import PALETTE, given_segments
 from hf_iclr.vision.session.segments import VideoSegments
 from tests.vision.formats.segments import SIZE, masks, same_masks, video
 from tests.vision.video_data import VIDEO_DATA, needs_video_data
@@ -90,6 +90,29 @@ def test_yolo_keeps_holes_and_pieces(tmp_path, rle):
     shares = np.array(lines[0].split()[1:], float)
     assert shares.min() >= 0 and shares.max() <= 1
     assert (tmp_path / "labels" / "classes.txt").read_text() == "object 1\nobject 2\n"
+
+
+@pytest.mark.parametrize("shape", ["disc", "thin", "ring", "pieces", "edges", "pixel"])
+def test_other_readers_of_yolo_get_the_mask(tmp_path, shape):
+    """As supervision and ultralytics do it: times width and height, cut to whole pixels, filled with the border."""
+    y, x = np.mgrid[:60, :90]
+    far = np.hypot(x - 40, y - 30)
+    mask = {
+        "disc": far < 20,
+        "thin": (abs(x - 40) < 2) | (y == 11) & (x > 5),
+        "ring": (far < 25) & (far > 12),
+        "pieces": (far < 25) & (abs(x - 40) > 3),
+        "edges": (x < 20) | (y > 50) | (x > 85),
+        "pixel": (x == 89) & (y == 59),
+    }[shape]
+    write_yolo([given_segments(0, mask.shape, {3: mask})], tmp_path / "labels", {3: "a"})
+    assert np.array_equal(read_yolo(tmp_path / "labels", mask.shape)[0].masks[1], mask)
+    (line,) = (tmp_path / "labels" / "00000.txt").read_text().splitlines()
+    points = (np.array(line.split()[1:], np.float32).reshape(-1, 2) * np.array([90, 60])).astype(int)
+    canvas = Image.new("1", (90, 60))
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=1, outline=1)
+    read = np.asarray(canvas)
+    assert (read & mask).sum() / (read | mask).sum() > (0.99 if shape == "pieces" else 0.9999)
 
 
 def test_a_yolo_line_of_another_tool_is_filled(tmp_path):

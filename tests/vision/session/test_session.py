@@ -462,3 +462,86 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
 def test_bad_options_are_told(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_pipe().session(VIDEO, **options)
+
+
+def everything(session) -> list:
+    return [session.segments(frame).to_dicts() for frame in range(session.num_frames)]
+
+
+def edited() -> VideoSession:
+    """Two objects, tracked, one corrected and tracked again, the other removed."""
+    session = tiny_pipe().session(clip(), output="rle", undo_levels=10)
+    session.add(0, 1, points=[[20, 20]])
+    session.add(1, 2, box=[30, 5, 70, 40])
+    session.propagate()
+    session.correct(3, 1, points=[[60, 30]], labels=[0])
+    session.propagate("both")
+    session.remove_object(2)
+    return session
+
+
+def test_redo_takes_undo_back():
+    session = edited()
+    times = [everything(session)]
+    assert not session.can_redo
+    with pytest.raises(ValueError, match="nothing to redo"):
+        session.redo()
+    while session.can_undo:
+        session.undo()
+        times.append(everything(session))
+    assert session.objects == [] and len(times) == 5
+    for known in reversed(times[:-1]):
+        session.redo()
+        assert everything(session) == known
+    session.undo()
+    session.clear(3, 1)
+    assert not session.can_redo  # what was undone is gone with the next edit
+
+
+def test_tracks_are_frames_and_scores():
+    session = edited()
+    assert list(session.tracks) == [1] and list(session.tracks[1]) == list(range(6))
+    assert session.tracks[1][3] == session.segments(3).scores[1]
+
+
+def test_a_pass_of_some_objects_leaves_the_others_alone():
+    session = tiny_pipe().session(clip(), output="rle")
+    session.add(0, 1, points=[[20, 20]])
+    session.add(0, 2, points=[[60, 40]])
+    assert [segments.objects for segments in session.iterate("both", objects=[2])] == [[2]] * 6
+    assert list(session.tracks[1]) == [0] and list(session.tracks[2]) == list(range(6))
+    other = tiny_pipe().session(clip(), output="rle")
+    other.add(0, 2, points=[[60, 40]])
+    other.propagate("both")
+    assert [session.segments(frame, objects=[2]).masks[2] for frame in range(6)] == [
+        other.segments(frame).masks[2] for frame in range(6)
+    ]
+
+
+def test_undo_and_redo_outlive_the_session(tmp_path):
+    session = edited()
+    session.undo()
+    session.undo()
+    session.save(tmp_path / "a.safetensors")
+    loaded = VideoSession.load(tiny_pipe(), tmp_path / "a.safetensors", clip())
+    assert everything(loaded) == everything(session) and loaded.can_undo and loaded.can_redo
+    for _ in range(2):
+        loaded.redo()
+        session.redo()
+        assert everything(loaded) == everything(session)
+    while session.can_undo:
+        loaded.undo()
+        session.undo()
+        assert everything(loaded) == everything(session) and loaded.prompts == session.prompts
+    assert not loaded.can_undo
+    for _ in range(4):
+        loaded.redo()
+        session.redo()
+    for one in (loaded, session):
+        one.correct(5, 1, points=[[50, 20]])
+    assert everything(loaded) == everything(session)
+    loaded.save(tmp_path / "b.safetensors")
+    again = VideoSession.load(tiny_pipe(), tmp_path / "b.safetensors", clip())
+    again.undo()
+    session.undo()
+    assert everything(again) == everything(session)
