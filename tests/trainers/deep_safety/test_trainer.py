@@ -544,10 +544,11 @@ def with_dropout(kind):
     """GPT-2 has modules for its dropout, OPT passes rates to functions."""
     set_seed(0)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=None, eos_token_id=49, **sizes))
     config = OPTConfig(
         vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, dropout=0.3,
-        num_attention_heads=2, max_position_embeddings=64, layerdrop=0.3,
+        num_attention_heads=2, max_position_embeddings=64, init_std=0.4, attention_dropout=0.3, eos_token_id=49,
     )  # fmt: skip
     return OPTForCausalLM(config)
 
