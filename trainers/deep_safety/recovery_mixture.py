@@ -196,20 +196,9 @@ def mix_in_recovery_rows(trainer: Any, triplets: list[dict[str, list[int]]]) -> 
     args = trainer.args
     if args.rehearse_refusals:
         rehearsed = sorted(trainer.own_refusals.items())
-        triplets = [
-            *(
-                {
-                    "prompt_ids": list(prompt),
-                    "harmful_ids": [],
-                    "refusal_ids": own,
-                    "spaced_ids": [],
-                    "bare_ids": [],
-                    "blank_ends": [],
-                }
-                for prompt, own in rehearsed
-            ),
-            *triplets,
-        ]
+        nothing: dict[str, list[int]] = {name: [] for name in ("harmful_ids", "spaced_ids", "bare_ids", "blank_ends")}
+        own = [{**nothing, "prompt_ids": list(prompt), "refusal_ids": refusal} for prompt, refusal in rehearsed]
+        triplets = [*own, *triplets]
     if not triplets:
         logger.warning("The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse.")
         return
