@@ -252,7 +252,6 @@ def test_marks_survive_packing(train, reference, settings):
             train_dataset=rows,
             reference=reference,
             start=False,
-            max_length=64,
             per_device_train_batch_size=8,
             **layout,
         )
