@@ -10,7 +10,7 @@ import pandas as pd
 def read_json_lines(path: Path) -> list[Any]:
     """The value of each line that is not blank; raises `ValueError` where one is no JSON."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 is no new line
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:

@@ -1,5 +1,6 @@
 """The command `hf-iclr`: quick help, exit codes that say what happened."""
 
+import json
 import subprocess
 import sys
 
@@ -174,12 +175,20 @@ def test_edit_adds_to_the_edits_of_a_folder(run, word_tokenizer, tmp_path):
 
     def edit(subject, *more):
         facts = tmp_path / "facts.jsonl"
-        facts.write_text(f'{{"prompt": "w2 {{}} w1", "subject": "{subject}", "target_new": " w9"}}\n')
+        rows = [{"prompt": "w2 {} w1", "subject": subject, "target_new": " w9"}, *others]
+        facts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8-sig")
         return run("edit", str(tmp_path / "model"), str(facts), "--out", str(out), *more)
 
+    others: list = []
     for subject, more in (("w10", ["--text", str(tmp_path / "text.txt")]), ("w11", [])):
         result = edit(subject, *more)
         assert result.exit_code == 0, result.output
+    # no subject, what a table would take for markup, and a separator of lines that is part of a text
+    others = [{"prompt": "w2 [/b]\u2028w1", "target_new": "w9"}, {"prompt": "w2 w1", "target_new": "w9 [/INST]"}]
+    result = edit("w11")
+    assert result.exit_code == 0 and "1 edits made, 2 rejected" in result.output, result.output
+    assert "w9 [/INST]" in result.output and "w2 [/b]" in result.output
+    assert run("edit", "--undo", "1", "--out", str(out)).exit_code == 0
     assert [edit.subject for edit in AlphaEditor.from_pretrained(out).edits] == ["w10", "w11"]
     result = edit("w12", "--solver", "ridge")
     assert result.exit_code == 2 and "alphaedit, got ridge" in result.output
