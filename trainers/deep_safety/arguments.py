@@ -40,15 +40,16 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
         args.warmup_steps,
     )
     config = DeepSafetySFTConfig(**values)
-    vars(config).update(own)  # of a subclass, for the callbacks that came with it
+    for name, value in own.items():  # of a subclass, for the callbacks that came with it
+        setattr(config, name, value)
     return config
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """No dropout in training, also where a module keeps nothing but its rate, as in OPT: TRL's looks for `Dropout`."""
     for module in model.modules():
-        rates = [name for name, value in vars(module).items() if isinstance(value, float) and "drop" in name]
-        vars(module).update(dict.fromkeys(rates, 0.0))
+        for name in [name for name, value in vars(module).items() if isinstance(value, float) and "drop" in name]:
+            setattr(module, name, 0.0)
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
 

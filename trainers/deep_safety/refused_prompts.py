@@ -34,7 +34,8 @@ def mark_answers(
     says that it must not, and the refusals of the prompts so marked.
     """
     before = rows["constrain"] if "constrain" in rows.column_names else [None] * len(rows)
-    every, found = [], {}
+    every: list[list[bool]] = []
+    found: dict[tuple[int, ...], list[int]] = {}
     for prompts, own, ids in zip(prompts_of(rows), before, rows["input_ids"], strict=True):
         allowed = own if isinstance(own, list) else [own is not False] * len(ids)
         marked = {len(prompt): prompt in refusals and allowed[len(prompt)] for prompt in prompts}
