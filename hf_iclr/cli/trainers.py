@@ -100,11 +100,11 @@ def audit(
 
     from hf_iclr.cli.prompt_files import read_prompts
     from hf_iclr.trainers.safety_audit.asking.endpoint import OpenAIEndpoint
+    from hf_iclr.trainers.safety_audit.asking.harm_judge import HarmJudge
     from hf_iclr.trainers.safety_audit.asking.journal import check_out
     from hf_iclr.trainers.safety_audit.asking.load import load_model, load_tokenizer
     from hf_iclr.trainers.safety_audit.audit import audit_safety
     from hf_iclr.trainers.safety_audit.checks import ADAPTER_OFF
-    from hf_iclr.trainers.safety_audit.harm_judge import HarmJudge
     from hf_iclr.trainers.safety_audit.report import SafetyReport, check_thresholds
     from hf_iclr.untrusted import parse_json
 

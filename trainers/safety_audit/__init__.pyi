@@ -1,8 +1,8 @@
 from .asking.endpoint import OpenAIEndpoint
+from .asking.harm_judge import HarmJudge
 from .attacks import decoding_attack, gcg_attack, prefilling_attack, rank_assisted_prefilling
 from .audit import audit_safety
 from .drift import SafetyDriftCallback
-from .harm_judge import HarmJudge
 from .judge import RefusalJudge, fit_refusal_classifier, judge_agreement
 from .report import SafetyReport
 from .statistics import wilson_rate

@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from hf_iclr import audit_safety
 from hf_iclr.trainers.safety_audit.asking.endpoint import OpenAIEndpoint
-from hf_iclr.trainers.safety_audit.harm_judge import HarmJudge
+from hf_iclr.trainers.safety_audit.asking.harm_judge import HarmJudge
 from tests.trainers.safety_audit.test_audit import ANSWERS, HARMLESS, PROMPTS, odd, tiny_llama
 
 

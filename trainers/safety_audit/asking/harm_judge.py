@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import Pipeline, TextClassificationPipeline, TextGenerationPipeline
 
-from .asking.endpoint import OpenAIEndpoint
-from .asking.thoughts import split_thoughts
+from .endpoint import OpenAIEndpoint
+from .thoughts import split_thoughts
 
 
 QUESTION = (
