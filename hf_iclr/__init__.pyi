@@ -39,6 +39,7 @@ from .trainers import (
     make_safety_recovery_dataset,
 )
 from .vision import (
+    AnnotationProject,
     FrameSegments,
     Sam2Trainer,
     Sam2TrainingConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "DEFERRAL_RULES",
     "AlphaEditConfig",
     "AlphaEditor",
+    "AnnotationProject",
     "ConceptEditor",
     "DataShapleyResult",
     "DeepSafetySFTConfig",

@@ -151,7 +151,9 @@ def test_a_video_without_objects_leaves_nothing_that_readers_die_on(tmp_path):
     """A Parquet file with a group of no rows is none to `load_dataset`; earlier versions left such."""
     videos = [clip(2), clip(2, seed=1)]
     rows = run(videos, tmp_path, lambda video, session: CLICK if (video == videos[0]).all() else None)
-    assert len(rows) == 2 and "2 accepted" in rows.info.description and "1 videos have no object" in rows.info.description
+    assert (
+        len(rows) == 2 and "2 accepted" in rows.info.description and "1 videos have no object" in rows.info.description
+    )
     shards = [str(file) for file in tmp_path.rglob("*.parquet")]
     assert len(load_dataset("parquet", data_files=shards, split="train", cache_dir=tmp_path / "hf")) == 2
     (empty,) = (path for path in shards if not pyarrow.parquet.read_metadata(path).num_rows)
