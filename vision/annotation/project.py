@@ -81,7 +81,7 @@ class AnnotationProject:
         for name in self.open_names():
             try:
                 self.save(name)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  whatever a broken video raises
                 logger.warning("The session of %s could not be written: %s", name, error)
         self.write_all()
         self.queue.close()
