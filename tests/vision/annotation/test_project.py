@@ -228,9 +228,8 @@ def test_a_damaged_database_is_told(tmp_path):
 
 def start_server(tmp_path, film, port):
     """The command as a person runs it; its process once it answers."""
-    code = "from hf_iclr.cli import app; app()"
     arguments = ["annotate-ui", str(film), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "masks.json")]
-    command = [sys.executable, "-c", code, *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "hf_iclr", *arguments, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(1200):
         try:
