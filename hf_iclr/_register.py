@@ -26,9 +26,8 @@ def _register_cascade_pipeline(upstream, pipeline_class) -> None:
 
 
 def _register_video_pipeline(upstream, pipeline_class) -> None:
-    from hf_iclr.vision.session.pipeline import VideoModel
-
-    upstream.PIPELINE_REGISTRY.register_pipeline(VIDEO_TASK, pipeline_class, VideoModel, type="video")
+    loader = pipeline_class.model_loader
+    upstream.PIPELINE_REGISTRY.register_pipeline(VIDEO_TASK, pipeline_class, loader, type="video")
     # With it, a saved pipeline would ask for remote code, though this class is all it needs.
     del pipeline_class._registered_impl
     _expect_model(upstream, VIDEO_TASK, "for instance 'facebook/sam2.1-hiera-tiny'")

@@ -338,15 +338,21 @@ class FusedOutputsProxy:
         rewrite (`Callable`):
             Gets the [`~trl.trainer.utils.FusedCausalLMOutput`] of a call with `fused_lm_head=True` and the keyword
             arguments of that call; what it returns is what TRL sees. Other calls are passed through.
+        graph (`bool`, *optional*, defaults to `True`):
+            Whether the model may leave a graph where gradients are on; `rewrite` and the loss may anyhow.
     """
 
     def __init__(
-        self, model: torch.nn.Module, rewrite: "Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]"
+        self,
+        model: torch.nn.Module,
+        rewrite: "Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]",
+        graph: bool = True,
     ) -> None:
-        self._model, self._rewrite = model, rewrite
+        self._model, self._rewrite, self._graph = model, rewrite, graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self._model(*args, **kwargs)
+        with torch.set_grad_enabled(self._graph and torch.is_grad_enabled()):
+            outputs = self._model(*args, **kwargs)
         return self._rewrite(outputs, kwargs) if kwargs.get("fused_lm_head") else outputs
 
     def __getattr__(self, name: str) -> Any:

@@ -85,7 +85,7 @@ def model_revision(model) -> str | None:
     Returns:
         `str`, *optional*: `None` for a folder, and where it can't be known.
     """
-    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+    if (commit := getattr(model, "loaded_commit", None)) is not None:
         return commit
     name = model.config.name_or_path
     path = None if not name or Path(name).exists() else try_to_load_from_cache(name, "config.json")

@@ -4,10 +4,14 @@ from .safety_audit import RefusalJudge, SafetyDriftCallback, SafetyReport, audit
 from .squeeze import (
     SqueezeDPOConfig,
     SqueezeDPOTrainer,
+    SqueezeMixin,
     SqueezeProbeCallback,
     SqueezeStoppingCallback,
+    audit_pairs,
     build_probe_set,
     extend_for_sft,
+    influence_audit,
+    write_squeeze_report,
 )
 
 __all__ = [
@@ -20,11 +24,15 @@ __all__ = [
     "SafetyReport",
     "SqueezeDPOConfig",
     "SqueezeDPOTrainer",
+    "SqueezeMixin",
     "SqueezeProbeCallback",
     "SqueezeStoppingCallback",
+    "audit_pairs",
     "audit_safety",
     "build_probe_set",
     "constrained_sft_loss",
     "extend_for_sft",
+    "influence_audit",
     "make_safety_recovery_dataset",
+    "write_squeeze_report",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_iclr import __version__
-from hf_iclr.cli import editors, generation, trainers, vision
+from hf_iclr.cli import editors, generation, squeeze, trainers, vision
 from hf_iclr.cli.errors import Commands
 
 
@@ -91,3 +91,7 @@ for _command in _COMMANDS:
     app.command()(_command)
 for _command in _PARSERS:
     app.command(context_settings=_UNREAD)(_command)
+_SQUEEZE = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=squeeze.__doc__.partition(": ")[2])
+for _command in (squeeze.report, squeeze.replay, squeeze.audit, squeeze.influence):
+    _SQUEEZE.command()(_command)
+app.add_typer(_SQUEEZE, name="squeeze")

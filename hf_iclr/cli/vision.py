@@ -227,7 +227,10 @@ def inpaint(
     feather: Annotated[int, typer.Option(help="Pixels over which it fades out.")] = 2,
     steps: Annotated[int | None, typer.Option(help="Steps of the pipeline.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    rate: Annotated[float, typer.Option(help="Frames per second of the painted video.")] = 24,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Frames per second of the painted video, without sound. Left out: as the video."),
+    ] = None,
 ) -> None:
     """Take objects out of a video, or put them before another background."""
     import inspect

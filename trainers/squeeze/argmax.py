@@ -32,13 +32,22 @@ class ArgmaxLogProbs(NamedTuple):
     argmax_gap: torch.Tensor
 
 
+class TokenOutputs(NamedTuple):
+    """What is read of [`~trl.trainer.utils.FusedCausalLMOutput`], under its names."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    log_sum_sq_probs: torch.Tensor
+    is_top1: torch.Tensor
+
+
 class HiddenStateTap:
     """
-    Keeps the last hidden states of the next forward of a backbone, without their graph.
+    Keeps the last hidden states of the latest forward of a backbone, without their graph, until they are taken.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Its `base_model` is listened to once.
+            Its `base_model` is listened to.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -47,7 +56,6 @@ class HiddenStateTap:
 
     def _keep(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         self._hidden_states = output.last_hidden_state.detach()
-        self._handle.remove()
 
     def pop(self) -> torch.Tensor:
         """The hidden states, of shape `(batch, length, hidden)`; they are not kept any longer."""
@@ -132,6 +140,36 @@ def exact_argmax(model: PreTrainedModel, hidden_states: torch.Tensor, labels: to
     return ArgmaxLogProbs(
         *flat.new_zeros((3, *mask.shape)).masked_scatter(mask.to(flat.device), flat).to(labels.device)
     )
+
+
+def from_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[TokenOutputs, ArgmaxLogProbs]:
+    """
+    What TRL's fused head and [`exact_argmax`] tell, for a trainer that has built the logits.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, length, vocabulary)`):
+            Of the same positions as `labels`; answers are gone through one after the other.
+        labels (`torch.Tensor` of shape `(batch, length)`):
+            -100 outside of the answers.
+
+    Returns:
+        `tuple[TokenOutputs, ArgmaxLogProbs]`: fields of shape `(batch, length - 1)`, zero outside.
+    """
+    mask = labels[:, 1:] != -100
+    fields = logits.new_zeros((7, *mask.shape), dtype=torch.float32)
+    for row, own in enumerate(mask):
+        log_p = logits[row, :-1][own].float().log_softmax(-1)
+        targets = labels[row, 1:][own]
+        logp = log_p.gather(-1, targets[:, None]).squeeze(-1)
+        highest, index = log_p.max(-1, keepdim=True)
+        rest = log_p.scatter(-1, index, float("-inf")).logsumexp(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        top = highest.squeeze(-1)
+        fields[:, row, own] = torch.stack(
+            [logp, entropy, (2 * log_p).logsumexp(-1), index.squeeze(-1) == targets, top, rest, top - logp]
+        )
+    log_probs, entropy, log_s, is_top1, *argmax = fields
+    return TokenOutputs(log_probs, entropy, log_s, is_top1.bool()), ArgmaxLogProbs(*argmax)
 
 
 def gathered_head(*parameters: torch.Tensor | None) -> AbstractContextManager:

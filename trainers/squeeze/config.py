@@ -1,4 +1,4 @@
-"""Options of `SqueezeDPOTrainer`."""
+"""Options of `SqueezeDPOTrainer` and of other trainers that watch themselves."""
 
 from dataclasses import dataclass, field
 
@@ -9,10 +9,11 @@ SQUEEZE_METRICS = ("off", "default", "full")
 
 
 @dataclass
-class SqueezeDPOConfig(DPOConfig):
+class SqueezeOptions:
     r"""
-    [`~trl.DPOConfig`] and what [`SqueezeDPOTrainer`] measures. Nothing here changes the loss, and only `pressure_gate`
-    changes its gradient.
+    What a trainer with [`SqueezeMixin`] measures. Nothing here changes a loss or its gradient.
+
+    Put it in front of any configuration of TRL: `class MyConfig(SqueezeOptions, KTOConfig)`, under `@dataclass`.
 
     Args:
         squeeze_metrics (`str`, *optional*, defaults to `"default"`):
@@ -25,12 +26,6 @@ class SqueezeDPOConfig(DPOConfig):
         probe_budget (`float`, *optional*, defaults to `0.05`):
             Share of the run's time that all passes together may take, in (0, 1]; a longer interval, a multiple of
             `probe_every`, is chosen where they would take more. 1.0: a pass every `probe_every` steps.
-        pressure_gate (`float`, *optional*):
-            Strength of the gate on rejected tokens, per unit of probability: their gradients are scaled by
-            `exp(-pressure_gate * max(S, 0))`, S the squeeze pressure; `inf` drops those in a valley. `None`: no gate.
-            It is read at every step.
-        kwargs:
-            Options of [`~trl.DPOConfig`].
 
     Raises:
         `ValueError`: when an option lies outside of its range.
@@ -53,13 +48,6 @@ class SqueezeDPOConfig(DPOConfig):
         default=0.05,
         metadata={"help": "Share of the run's time that passes over the probe dataset may take; 1.0: no limit."},
     )
-    pressure_gate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Scale the gradients of rejected tokens by exp(-pressure_gate * max(S, 0)), S their squeeze "
-            "pressure. Off when not set."
-        },
-    )
 
     def __post_init__(self) -> None:
         if self.squeeze_metrics not in SQUEEZE_METRICS:
@@ -73,9 +61,16 @@ class SqueezeDPOConfig(DPOConfig):
             raise ValueError(
                 f"probe_budget must be in (0, 1], got {self.probe_budget}. For example `probe_budget=0.05`."
             )
-        if self.pressure_gate is not None and not self.pressure_gate >= 0:
-            raise ValueError(
-                f"pressure_gate must be at least 0, got {self.pressure_gate}. Leave it out for plain DPO; "
-                "`pressure_gate=10.0` halves the gradient of a token at a pressure of .07."
-            )
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # of the configuration behind it
+
+
+@dataclass
+class SqueezeDPOConfig(SqueezeOptions, DPOConfig):
+    r"""
+    [`~trl.DPOConfig`] and what [`SqueezeDPOTrainer`] measures, see
+    [`~hf_iclr.trainers.squeeze.config.SqueezeOptions`]; nothing here changes the loss or its gradient.
+
+    Args:
+        kwargs:
+            Options of [`~trl.DPOConfig`] and of [`~hf_iclr.trainers.squeeze.config.SqueezeOptions`].
+    """

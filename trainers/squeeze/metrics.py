@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .argmax import ArgmaxLogProbs
+from .argmax import ArgmaxLogProbs, TokenOutputs
 
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SIDES = ("chosen", "rejected")
 TOKEN_METRICS = ("logp_tok", "entropy", "renyi2", "top1_rate", "A_norm", "G_norm", "energy", "pressure", "valley_frac")
 ARGMAX_METRICS = ("logp_argmax", "rest_logmass", "argmax_gap")
-PAIR_METRICS = ("force", "chosen_down", "rejected_down", "both_down")
+DOWN_METRICS = ("chosen_down", "rejected_down", "both_down")
 # Of the token metrics these two are logged for the rejected answer only, under these names.
 _REJECTED_ONLY = {"pressure": "pressure_rejected", "valley_frac": "valley_frac"}
 
@@ -90,99 +90,88 @@ def token_quantities(
     return torch.stack([quantities[name] for name in TOKEN_METRICS])
 
 
-def gate_rejected(log_probs: torch.Tensor, log_sum_sq_probs: torch.Tensor, strength: float) -> torch.Tensor:
-    """
-    Scale the gradient of every rejected token by `exp(-strength max(S, 0))`, S its squeeze pressure; the values, and
-    so the loss, stay bit for bit what they are. Not from the paper: a gate on the quantity that says who loses mass.
-
-    Args:
-        log_probs (`torch.Tensor` of shape `(2 * pairs, length)`):
-            Chosen answers, then rejected ones.
-        log_sum_sq_probs (`torch.Tensor`, same shape):
-            log Σ_v π(v)² in nats.
-        strength (`float`):
-            At least 0, per unit of probability; 0 leaves the gradient alone, `inf` drops every token in a valley.
-
-    Returns:
-        `torch.Tensor`: `log_probs` with another gradient.
-    """
-    pressure = squeeze_pressure(log_probs, log_sum_sq_probs)
-    gate = torch.where(pressure > 0, torch.exp(-strength * pressure), 1.0)
-    gate[: len(gate) // 2] = 1.0
-    values = log_probs.detach()
-    return values + gate * (log_probs - values)
-
-
 def batch_sums(
-    outputs: "FusedCausalLMOutput",
+    outputs: "FusedCausalLMOutput | TokenOutputs",
     labels: torch.Tensor,
     vocab_size: int,
     log_prob_gradients: torch.Tensor | None = None,
     reference_logps: torch.Tensor | None = None,
     argmax: ArgmaxLogProbs | None = None,
-    num_pairs: int | None = None,
+    sides: torch.Tensor | None = None,
+    num_rows: int | None = None,
 ) -> torch.Tensor:
     """
     All that a batch adds to the metrics, as one vector: vectors of batches and processes may be added up before
     [`metrics_from_sums`] divides.
 
     Args:
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            Per-token fields of shape `(2 * pairs, length - 1)`, chosen answers first.
-        labels (`torch.Tensor` of shape `(2 * pairs, length)`):
+        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`] or [`TokenOutputs`]):
+            Per-token fields of shape `(rows, length - 1)`.
+        labels (`torch.Tensor` of shape `(rows, length)`):
             -100 outside of the answers.
         vocab_size (`int`):
             Tokens in the vocabulary.
-        log_prob_gradients (`torch.Tensor` of shape `(2 * pairs, length - 1)`, *optional*):
+        log_prob_gradients (`torch.Tensor` of shape `(rows, length - 1)`, *optional*):
             ∂L/∂log π(y) of the batch's mean loss. For sigmoid DPO it is β(1 - a) / pairs on each rejected token.
-        reference_logps (`torch.Tensor` of shape `(2 * pairs,)`, *optional*):
+        reference_logps (`torch.Tensor` of shape `(rows,)`, *optional*):
             Log-probabilities of the answers under the reference, in nats.
         argmax ([`ArgmaxLogProbs`], *optional*):
             Of the same shape as the fields of `outputs`.
-        num_pairs (`int`, *optional*):
-            Count only the first pairs; the others repeat earlier ones to fill the last batch of an evaluation.
+        sides (`torch.Tensor` of shape `(rows,)`, *optional*):
+            Of answers that come without a partner: positive where one is chosen, negative where it is rejected, zero
+            where it is neither. By default the first half holds the chosen answers and the second their rejected ones.
+        num_rows (`int`, *optional*):
+            Count only the first answers of each kind; the others repeat earlier ones to fill the last batch of an
+            evaluation.
 
     Returns:
         `torch.Tensor` of shape `(NUM_SUMS,)`, float32.
     """
     mask = labels[:, 1:] != -100
-    length, pairs = mask.size(1), mask.size(0) // 2
+    length, rows = mask.size(1), mask.size(0)
     # Prompt-learning adapters prepend virtual tokens: the positions of the real ones are the last
     log_probs, log_sum_sq_probs = outputs.log_probs[:, -length:], outputs.log_sum_sq_probs[:, -length:]
-    counted = torch.arange(pairs, device=mask.device) < (pairs if num_pairs is None else num_pairs)
-    empty = (counted & (~mask.any(1)).view(2, pairs).any(0)).sum()
-    mask = mask & counted.repeat(2)[:, None]
+    index = torch.arange(rows, device=mask.device)
+    paired = sides is None
+    if sides is None:
+        index, sides = index % (rows // 2), torch.where(index < rows // 2, 1, -1)
+    counted = index < (rows if num_rows is None else num_rows)
+    of_side = torch.stack([sides > 0, sides < 0]).to(mask.device) & counted
 
     def sums(quantities: torch.Tensor) -> torch.Tensor:  # number of tokens, then the sum of each quantity, per side
-        rows = torch.cat([torch.ones_like(quantities[:1]), quantities]).masked_fill(~mask, 0)
-        return rows.view(len(rows), 2, -1).sum(2).flatten()
+        wanted = torch.cat([torch.ones_like(quantities[:1]), quantities]).masked_fill(~mask, 0).sum(2)
+        return wanted[:, None].masked_fill(~of_side, 0).sum(2).flatten()
 
     tokens = token_quantities(
         log_probs, outputs.entropy[:, -length:], log_sum_sq_probs, outputs.is_top1[:, -length:], vocab_size
     )
-    zero = tokens.new_zeros(())
-    pair_sums = [counted.sum(), empty, zero, zero, zero, zero, zero]
+    zero, answers = tokens.new_zeros(()), of_side.sum(1)
+    empty = (of_side & ~mask.any(1)).sum() if paired else zero  # TRL's unpaired losses go on without
+    pushed = [zero, zero]
     if log_prob_gradients is not None:
         pull = log_prob_gradients * squeeze_pressure(log_probs, log_sum_sq_probs).clamp(min=0)
-        pair_sums[2] = pairs * pull.masked_fill(~mask, 0)[pairs:].sum()
+        pull = pull.masked_fill(~mask | ~of_side[1][:, None], 0)
+        pushed = [answers[1], rows // (2 if paired else 1) * pull.sum()]
+    compared = [zero] * 6
     if reference_logps is not None:
-        logps = log_probs.detach().sum(1)
-        chosen, rejected = (logps < reference_logps).view(2, pairs) & counted
-        pair_sums[3:] = [counted.sum(), chosen.sum(), rejected.sum(), (chosen & rejected).sum()]
+        down = (log_probs.detach().sum(1) < reference_logps) & of_side
+        both = (down[0, : rows // 2] & down[1, rows // 2 :]).sum() if paired else zero
+        compared = [*answers, answers[0] if paired else zero, *down.sum(1), both]
     argmax_sums = zero.expand(2 * (1 + len(ARGMAX_METRICS))) if argmax is None else sums(torch.stack(argmax))
-    return torch.cat([sums(tokens), argmax_sums, torch.stack([value.float() for value in pair_sums])])
+    rest = [answers.sum(), empty, *pushed, *compared]
+    return torch.cat([sums(tokens), argmax_sums, torch.stack([value.float() for value in rest])])
 
 
-NUM_SUMS = 2 * (1 + len(TOKEN_METRICS)) + 2 * (1 + len(ARGMAX_METRICS)) + 3 + len(PAIR_METRICS)
+NUM_SUMS = 2 * (1 + len(TOKEN_METRICS)) + 2 * (1 + len(ARGMAX_METRICS)) + 4 + 2 * len(DOWN_METRICS)
 
 
 def metrics_from_sums(sums: torch.Tensor) -> dict[str, float]:
     """
-    The metrics of summed [`batch_sums`]: means over tokens, and over pairs for `PAIR_METRICS`.
+    The metrics of summed [`batch_sums`]: means over tokens, and over answers or pairs for `force` and `DOWN_METRICS`.
 
-    `force` is the mean over pairs of Σ_l (∂L/∂log π(y⁻_l)) max(S_l, 0): how hard this loss now pushes on tokens in
-    valleys. `chosen_down`, `rejected_down` and `both_down` are the shares of pairs whose answers are less likely than
-    under the reference.
+    `force` is the mean over rejected answers of Σ_l (∂L/∂log π(y⁻_l)) max(S_l, 0): how hard this loss now pushes on
+    tokens in valleys. `chosen_down`, `rejected_down` and `both_down` are the shares of answers, and of pairs, that are
+    less likely than under the reference.
 
     Args:
         sums (`torch.Tensor` of shape `(NUM_SUMS,)`):
@@ -204,17 +193,17 @@ def metrics_from_sums(sums: torch.Tensor) -> dict[str, float]:
                 if count and not (name in _REJECTED_ONLY and side == "chosen"):
                     table[f"squeeze/{_REJECTED_ONLY.get(name, f'{name}_{side}')}"] = total / count
         start += size
-    pairs, empty, force, compared, *down = values[start:]
+    answers, empty, pushed, force, *compared = values[start:]
     if empty:
         raise ValueError(
-            f"{empty:.0f} of {pairs:.0f} pairs have a chosen or rejected answer without a single token, so nothing "
-            "can be compared. Drop the rows with an empty `chosen` or `rejected`, or raise `max_length`."
+            f"{empty:.0f} of {answers:.0f} chosen and rejected answers have not a single token, so nothing can be "
+            "compared. Drop the rows with an empty `chosen` or `rejected`, or raise `max_length`."
         )
-    if pairs:
-        table["squeeze/force"] = force / pairs
-    for name, count in zip(PAIR_METRICS[1:], down, strict=True):
-        if compared:
-            table[f"squeeze/{name}"] = count / compared
+    if pushed:
+        table["squeeze/force"] = force / pushed
+    for name, total, down in zip(DOWN_METRICS, compared[:3], compared[3:], strict=True):
+        if total:
+            table[f"squeeze/{name}"] = down / total
     for side in SIDES:
         logp = table.get(f"squeeze/logp_tok_{side}", 0.0)
         if not abs(logp) < float("inf"):

@@ -1,4 +1,4 @@
-"""What a squeezing log says, as one HTML page with its figure, and the same as JSON."""
+"""What a squeezing log says, as one HTML page with a figure a source, and the same as JSON."""
 
 import base64
 import json
@@ -13,15 +13,18 @@ import jinja2
 
 from hf_iclr.extras import new_figure
 
-from .warning import SqueezeMonitor, SqueezeState
+from .warning import SqueezeMonitor
 
 
-_KEY = re.compile(r"(.*?_)?((?:squeeze|probe|repeat|onpolicy|crosstalk)/.+|logps/(?:chosen|rejected))")
+# What stands before it says who was measured: nothing for training batches, a probe set, an evaluation set
+_OWN = r"(?:squeeze|rewards|logps)/[^/]+"
+_PROBED = r"probe/[^/]+/[^/]+|(?:crosstalk|repeat|onpolicy)/[^/]+|squeeze/index"
+_KEY = re.compile(rf"(eval_(?:.+?_)?)?({_OWN})|(.+?_)?({_PROBED})")
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """A subplot: what is in it (a pattern of keys without their prefix), its unit and how to read it."""
+    """A subplot: what is in it (a pattern of keys without their source), its unit and how to read it."""
 
     title: str
     pattern: str
@@ -31,59 +34,76 @@ class _Panel:
 
 _PANELS = (
     _Panel(
-        "Chosen and rejected answers",
-        r"squeeze/logp_tok_.+",
-        "log-probability, nats per token",
-        "Both falling is squeezing at its plainest; a rejected curve that falls alone is what DPO is for.",
+        "Answers",
+        r"probe/(.+)/delta0|squeeze/logp_tok_(.+)",
+        "nats per token",
+        "Rejected alone should fall. Answers nobody trains on that fall with it lose their mass to the most likely "
+        "tokens; chosen answers that fall are being lost.",
     ),
     _Panel(
-        "Whole answers",
-        r"logps/.+",
-        "log-probability, nats per answer",
-        "TRL's own curves of the same.",
+        "Most likely token of their contexts",
+        r"probe/(.+)/logp_argmax|squeeze/logp_argmax_(.+)",
+        "nats per token",
+        "Rising while the answers fall: this is where the mass goes. Near 0 from the start, it cannot rise any more.",
     ),
     _Panel(
-        "Probes",
-        r"probe/.+/delta0",
-        "change of log-probability, nats per token",
-        "Answers nobody trains on that fall together lose their mass to the most likely tokens.",
+        "Squeeze pressure",
+        r"squeeze/pressure_(.+)|probe/(.+)/pressure|onpolicy/pressure_(own)",
+        "probability",
+        "The higher, the more a push on the rejected token moves the rest; own samples have about zero.",
     ),
     _Panel(
-        "Argmax against the rest",
-        r"squeeze/(?:logp_argmax|rest_logmass)_.+|probe/.+/logp_argmax",
-        "log-probability, nats per token",
-        "The most likely token of each context gains (argmax) while everything else together (rest) shrinks.",
+        "Share of tokens in a valley, of pairs down",
+        r"squeeze/(valley_frac|.+_down)|probe/rejected/(valley_frac)",
+        "share",
+        "Valley: tokens with a positive pressure. Down: less likely than under the reference.",
     ),
     _Panel(
-        "Pressure and valleys",
-        r"squeeze/(?:pressure_rejected|valley_frac)|probe/.+/(?:pressure|valley_frac)|onpolicy/.+",
-        "probability; share of tokens",
-        "About zero is benign and what own samples have; the higher, the more a push on the rejected token moves the "
-        "rest.",
-    ),
-    _Panel(
-        "Squeeze index",
-        r"squeeze/(?:index|frac_probes_down|displacement|(?:chosen|rejected|both)_down)|crosstalk/.+",
-        "nats per token; share of answers",
-        "Index: rise of the argmax less change of the other answers. Displacement: fall of the chosen answers.",
+        "Index and cross-talk",
+        r"squeeze/(index)|(crosstalk)/other_train",
+        "nats per token",
+        "Index: rise of the most likely token less change of the answers nobody trains on. Cross-talk: how much more "
+        "answers to other training prompts have gained than answers to test prompts.",
     ),
     _Panel(
         "Greedy answers",
-        r"repeat/(?:rep_4|dup_across_prompts|eos_rate|distinct_2)",
+        r"repeat/(rep_4|dup_across_prompts|eos_rate|distinct_2)",
         "share",
         "rep_4 and dup_across_prompts rising, distinct_2 falling: the model has become a repeater.",
     ),
+    _Panel(
+        "Rewards of the loss",
+        r"rewards/(chosen|rejected|margins)",
+        "reward",
+        "A margin that grows while both rewards fall is squeezing at its plainest.",
+    ),
+    _Panel(
+        "Whole answers",
+        r"logps/(.+)",
+        "nats per answer",
+        "The log-probabilities TRL logs.",
+    ),
 )
+# One colour a kind, on every panel of every page
+_COLOURS = {
+    "chosen": "#1b7f4b", "rejected": "#b3261e", "other_train": "#c77700", "other_test": "#7a5c00",
+    "permuted": "#6b5b95", "random_words": "#8c8c8c", "initial_greedy": "#1f5fa8", "own": "#1f5fa8",
+    "margins": "#1d2129", "index": "#1d2129", "valley_frac": "#c77700", "chosen_down": "#1b7f4b",
+    "rejected_down": "#b3261e", "both_down": "#1d2129",
+}  # fmt: skip
+_MORE_COLOURS = ("#d1477a", "#008c95", "#5c7d00", "#9a6324", "#4363d8", "#e6651a")
 
 
 def write_squeeze_report(
     log_history: Sequence[dict[str, Any]], out_dir: str | Path, title: str = "Squeezing report"
 ) -> Path:
     """
-    Write `squeeze_report.html`, which stands alone, `squeeze_report.png` and `squeeze_report.json`.
+    Write `squeeze_report.html`, which stands alone, its figures `squeeze_report*.png` and `squeeze_report.json`.
 
-    Whatever was logged is shown: the metrics of [`SqueezeDPOTrainer`], those of [`SqueezeProbeCallback`] from any
-    trainer, or just TRL's own log-probabilities. States are those of [`SqueezeMonitor`] with its default rule.
+    Whatever was logged is shown, the change of each curve since it began: the metrics of a trainer with
+    [`SqueezeMixin`], those of [`SqueezeProbeCallback`] from any trainer, or just TRL's own log-probabilities and
+    rewards. Each source (training batches, a probe set, an evaluation set) has a figure of its own. Warnings are those
+    of [`SqueezeMonitor`] with its default rule.
 
     Args:
         log_history (`Sequence[dict]`):
@@ -99,103 +119,132 @@ def write_squeeze_report(
     Raises:
         `ValueError`: when the log has nothing to show.
     """
-    series = _series(log_history)
-    if not series:
+    sources = _sources(log_history)
+    if not sources:
         raise ValueError(
             f"The report needs log entries with keys such as squeeze/logp_tok_chosen or probe/chosen/logp, got "
             f"{len(log_history)} entries without one. Train first (`logging_steps` must be reached), with "
             "`SqueezeDPOTrainer` or `SqueezeProbeCallback`."
         )
-    states = _states(log_history)
+    monitor = SqueezeMonitor()
+    for entry in log_history:
+        monitor.update(entry)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    panels = _panels(series)
-    _draw(panels, states, out_dir / "squeeze_report.png")
-    summary = [_summarise(key, points) for key, points in series.items()]
+    pages: list[dict[str, Any]] = []
+    for number, (source, series) in enumerate(sources.items()):
+        panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, series))]
+        alarm = monitor.alarms.get(source)
+        path = out_dir / f"squeeze_report{f'_{number + 1}' if number else ''}.png"
+        _draw(panels, alarm, path)
+        pages.append(
+            {
+                "name": _name(source),
+                "alarm": alarm,
+                "watched": source in monitor.sets,
+                "panels": [(panel.title, panel.reading) for panel, _ in panels],
+                "figure": base64.b64encode(path.read_bytes()).decode(),
+                "summary": [_summarise(key, points) for key, points in series.items()],
+            }
+        )
     report = {
         "title": title,
-        "states": states,
-        "summary": summary,
-        "series": {key: {"step": list(points), "value": list(points.values())} for key, points in series.items()},
+        "warnings": [{"source": source, "step": step} for source, step in monitor.alarms.items()],
+        "summary": [row for page in pages for row in page["summary"]],
+        "series": {
+            key: {"step": list(points), "value": list(points.values())}
+            for series in sources.values()
+            for key, points in series.items()
+        },
     }
     (out_dir / "squeeze_report.json").write_text(json.dumps(report, indent=1))
     template = jinja2.Template(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    page = template.render(
-        title=title,
-        states=states,
-        summary=summary,
-        readings=list({panel.title: panel.reading for _, panel, _ in panels}.items()),
-        figure=base64.b64encode((out_dir / "squeeze_report.png").read_bytes()).decode(),
-    )
     path = out_dir / "squeeze_report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(template.render(title=title, pages=pages), encoding="utf-8")
     return path
 
 
-def _series(log_history: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Values by step for each key; what was logged again after resuming counts."""
-    series: dict[str, dict[int, float]] = {}
+def _sources(log_history: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """Values by step for each key of each source, probes first; what was logged again after resuming counts."""
+    sources: dict[str, dict[str, dict[int, float]]] = {}
     for entry in log_history:
         for key, value in entry.items():
-            if _KEY.fullmatch(key) and isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault(key, {})[entry.get("step", 0)] = float(value)
-    return {key: dict(sorted(points.items())) for key, points in series.items()}
+            match = _KEY.fullmatch(key)
+            if (
+                match is None
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
+                continue
+            source = (match[1] or "").rstrip("_") if match[2] else f"{match[3] or ''}probe"
+            sources.setdefault(source, {}).setdefault(key, {})[entry.get("step", 0)] = float(value)
+    order = sorted(sources, key=lambda source: (not source.endswith("probe"), not source, source))
+    return {source: {key: dict(sorted(points.items())) for key, points in sources[source].items()} for source in order}
 
 
-def _states(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every change of state: its step and name."""
-    monitor = SqueezeMonitor()
-    for entry in log_history:
-        monitor.update(entry)
-    changes, before = [], SqueezeState.OK
-    for row in monitor.rows:
-        if row["state"] != before:
-            changes.append({"step": row["step"], "state": row["state"].name, "chosen": row["chosen"]})
-            before = row["state"]
-    return changes
+def _name(source: str) -> str:
+    if source == "":
+        return "Training batches"
+    kind, name = ("Probes", source[: -len("probe")]) if source.endswith("probe") else ("Evaluation", source[4:])
+    return f"{kind}: {name.strip('_')}" if name.strip("_") else kind
 
 
-def _panels(series: dict[str, dict[int, float]]) -> list[tuple[str, _Panel, dict[str, dict[int, float]]]]:
-    """Prefix, panel and labelled curves of each subplot that has any."""
-    split = {key: ((match[1] or ""), match[2]) for key in series if (match := _KEY.fullmatch(key))}
-    panels = []
-    for prefix in sorted({prefix for prefix, _ in split.values()}):
-        for panel in _PANELS:
-            curves = {
-                name.partition("/")[2]: series[key]
-                for key, (own, name) in split.items()
-                if own == prefix and re.fullmatch(panel.pattern, name)
-            }
-            if curves:
-                panels.append((prefix, panel, curves))
-    return panels
+def _curves(panel: _Panel, series: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """What a panel shows, as change since the beginning, by what it is called there."""
+    curves = {}
+    for key, points in series.items():
+        match = re.fullmatch(rf"(?:.+_)?(?:{panel.pattern})", key)
+        if match is not None:
+            start = next(iter(points.values()))
+            name = next(filter(None, match.groups()))
+            curves[name] = {step: value - start for step, value in points.items()}
+    return curves
 
 
-def _draw(panels: list, states: list[dict[str, Any]], path: Path) -> None:
-    rows = math.ceil(len(panels) / 2)
-    figure = new_figure("write_squeeze_report", (12, 3.6 * rows))
-    for axes, (prefix, panel, curves) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
-        for label, points in curves.items():
-            axes.plot(list(points), list(points.values()), marker=".", label=label.removesuffix("/delta0"))
-        for change in states:
-            colour = {"OK": "C2", "WATCH": "C1", "SQUEEZE": "C3"}[change["state"]]
-            axes.axvline(change["step"], color=colour, ls=":", lw=1)
-            axes.annotate(
-                change["state"], (change["step"], 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
-                va="top", ha="right", color=colour,
-            )  # fmt: skip
-        axes.set_title(
-            f"{panel.title} ({prefix.strip('_').replace('_', ' ')})" if prefix else panel.title, fontsize=10
-        )
-        axes.set_xlabel("step")
-        axes.set_ylabel(panel.unit, fontsize=8)
-        axes.legend(fontsize=7, ncols=1 + len(curves) // 7)
+def _draw(panels: list[tuple[_Panel, dict[str, dict[int, float]]]], alarm: int | None, path: Path) -> None:
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure("write_squeeze_report", (6.2 * columns, 3.2 * rows))
+    more = iter(_MORE_COLOURS * 3)
+    colours = dict(_COLOURS)
+    for axes, (panel, curves) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        for name, points in curves.items():
+            colour = colours.setdefault(name, next(more, "#1d2129"))
+            axes.plot(list(points), list(points.values()), color=colour, marker=".", ms=4, lw=1.4)
+        axes.axhline(0, color="#5c6472", lw=0.6)
+        if alarm is not None:
+            axes.axvline(alarm, color="#b3261e", ls=":", lw=1.2)
+            axes.set_title("warning" if axes is figure.axes[0] else "", fontsize=8, loc="right", color="#b3261e")
+        axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel(f"change, {panel.unit}", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        _label(axes, {name: points[max(points)] for name, points in curves.items()}, colours)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     figure.savefig(path, dpi=110)
+
+
+def _label(axes: Any, ends: dict[str, float], colours: dict[str, str]) -> None:
+    """The curves' names at their ends, moved apart where they would overprint."""
+    low, high = axes.get_ylim()
+    gap = 0.085 * (high - low)
+    at: list[float] = []
+    order = sorted(ends, key=ends.__getitem__)
+    for name in order:
+        at.append(max(ends[name], at[-1] + gap) if at else ends[name])
+    shift = max(0.0, at[-1] - high) if at else 0.0  # not out at the top, and centred on the ends where there is room
+    middle = sum(y - ends[name] for name, y in zip(order, at, strict=True)) / max(len(at), 1)
+    for name, y in zip(order, at, strict=True):
+        axes.annotate(
+            name, (1.01, y - max(shift, min(middle, at[0] - low))), xycoords=axes.get_yaxis_transform(), fontsize=8,
+            color=colours[name], va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 def _summarise(key: str, points: dict[int, float]) -> dict[str, Any]:

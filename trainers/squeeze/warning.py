@@ -1,109 +1,66 @@
-"""Early warning of the squeezing effect: a state machine over logged log-probabilities, and a callback that acts."""
+"""A warning when a preference training loses the chosen answers: live, with a callback that acts, and in logs."""
 
+import json
 import logging
 import math
 import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "stop", "lower_lr", "gate")
-# "probe/", with several probe sets "{name}_probe/"; "squeeze/", in an evaluation "eval_squeeze/" or "eval_{split}_..."
-_CHOSEN = re.compile(r"(?:(.*probe)/chosen/logp|(.*)squeeze/logp_tok_chosen)")
-
-
-class SqueezeState(IntEnum):
-    """How far squeezing has come."""
-
-    OK = 0
-    WATCH = 1
-    SQUEEZE = 2
-
-
-@dataclass
-class _Track:
-    """What one source says, from its start on. Log-probabilities in nats per token."""
-
-    peak_key: str | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    waiting: list[dict[str, float]] = field(default_factory=list)
+ACTIONS = ("warn", "stop", "lower_lr")
+# "probe/", with several probe sets "{name}_probe/"; in an evaluation "eval_squeeze/" or "eval_{split}_squeeze/".
+# Training batches are not compared: each is another one.
+_CHOSEN = re.compile(r"(?:(.*probe)/chosen/logp|(eval_(?:.+_)?)squeeze/logp_tok_chosen)")
+# The log-probability of an answer, summed over its tokens: as TRL evaluates it, and as the paper's authors do.
+_SUMS = re.compile(r"(eval_(?:.+_)?)logps/(chosen|rejected)|logps_eval_[^/]+/(.+)")
+_AUTHORS_ARGMAX = "argmax_prob_logits"
 
 
 @dataclass
 class SqueezeMonitor:
     """
-    Reads logs one at a time and says how far squeezing has come.
+    Reads logs one at a time and says whether the chosen answers are being lost: they lie `delta` below the highest
+    they have been, for `patience` evaluations in a row. Only answers that are scored again and again can tell: probe
+    sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged alone.
 
-    - WATCH: for `patience` evaluations in a row, at least the share `share` of the *other* answers (every probe but
-      the chosen one and the frozen greedy one) is `delta` below where it started. Without probes there are no other
-      answers, and the peak is compared instead: the most likely token of the chosen answer's contexts has gained
-      `delta` on the chosen token.
-    - SQUEEZE: on top of that the peak is higher than at the start, and the chosen answer lies `tolerance` below the
-      highest it has been.
-
-    A state is left again when its condition no longer holds. The rule and its numbers are not the paper's
-    (https://huggingface.co/papers/2407.10490): they were chosen looking at curves its authors published, all of which
-    squeeze, so there is no false-alarm rate.
-
-    Of the sources of a log history the best is used: the (first) probe set, `probe/{kind}/logp` and
-    `probe/chosen/logp_argmax`; else the first evaluation set, `eval_squeeze/...`; else training batches,
-    `squeeze/...`, these averaged over `batch_window` logs because every batch is another one. Where the argmax was
-    not measured, `-renyi2_chosen`, a lower bound of its logarithm, stands for the peak.
+    The rule and its numbers are not the paper's (https://huggingface.co/papers/2407.10490); how often it is right
+    stands in docs/squeeze_theory.md.
 
     Args:
-        share (`float`, *optional*, defaults to `0.8`):
-            Share of the other answers that must be down.
-        delta (`float`, *optional*, defaults to `0.02`):
+        delta (`float`, *optional*, defaults to `0.2`):
             In nats per token.
         patience (`int`, *optional*, defaults to `2`):
             Evaluations in a row.
-        tolerance (`float`, *optional*, defaults to `0.05`):
-            In nats per token.
-        batch_window (`int`, *optional*, defaults to `5`):
-            Logs of training batches in one mean.
+
+    Attributes:
+        sets (`dict[str, dict[int, float]]`): of each set the chosen answers' log-probability, nats per token, by step.
+        alarms (`dict[str, int]`): the sets whose chosen answers are lost, and the step at which that was seen.
 
     Raises:
         `ValueError`: when an option lies outside of its range.
     """
 
-    share: float = 0.8
-    delta: float = 0.02
+    delta: float = 0.2
     patience: int = 2
-    tolerance: float = 0.05
-    batch_window: int = 5
+    sets: dict[str, dict[int, float]] = field(default_factory=dict, init=False)
+    alarms: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}. For example `share=0.8`.")
-        for name in ("delta", "tolerance"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0 nats per token, got {getattr(self, name)}.")
-        for name in ("patience", "batch_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        self._tracks: dict[str, _Track] = {}
+        if not self.delta > 0:
+            raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.2`.")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=2`.")
 
-    @property
-    def source(self) -> str | None:
-        """The source in use: `"probe"`, `"eval_..."`, `""` for training batches, `None` before the first."""
-        return min(self._tracks, key=lambda name: (not name.endswith("probe"), not name), default=None)
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """A row per evaluation of the source in use: `step`, `chosen`, `peak`, `share_down`, `state`."""
-        return [] if self.source is None else self._tracks[self.source].rows
-
-    @property
-    def state(self) -> SqueezeState:
-        """After the last evaluation."""
-        return self.rows[-1]["state"] if self.rows else SqueezeState.OK
-
-    def update(self, logs: dict[str, Any], step: int | None = None) -> SqueezeState | None:
+    def update(self, logs: dict[str, Any], step: int | None = None) -> list[str]:
         """
         Take in one entry of a log history.
 
@@ -115,123 +72,86 @@ class SqueezeMonitor:
                 after it, as when training is resumed.
 
         Returns:
-            [`SqueezeState`] after this entry, `None` if nothing was learnt from it.
+            `list[str]`: the sets whose chosen answers are lost as of this entry.
 
         Raises:
             `ValueError`: when a log-probability is not finite.
         """
-        match = next((match for key in logs if (match := _CHOSEN.fullmatch(key))), None)
-        if match is None:
-            return None
-        if match[1] is not None:
-            source = match[1]
-            ends = len(source) + 1, -len("/logp")
-            values = {key[slice(*ends)]: logs[key] for key in logs if key.startswith(source) and key.endswith("/logp")}
-            values.pop("initial_greedy", None)  # the old mode: where the mass goes
-            keys = [f"{source}/chosen/logp_argmax"]
-        else:
-            source = match[2]
-            values = {"chosen": logs[f"{source}squeeze/logp_tok_chosen"]}
-            keys = [f"{source}squeeze/logp_argmax_chosen", f"{source}squeeze/renyi2_chosen"]
-        if source not in self._tracks:
-            self._tracks[source] = _Track(next((key for key in keys if key in logs), None))
-        track = self._tracks[source]
-        step = logs.get("step", len(track.rows)) if step is None else step
-        if track.peak_key is not None and track.peak_key not in logs:
-            return None  # measured only every few steps
-        if track.peak_key is not None:
-            values["peak"] = logs[track.peak_key] * (-1 if "renyi2" in track.peak_key else 1)
-        for name, value in values.items():
-            if not math.isfinite(value):
+        lost = []
+        for key, value in logs.items():
+            match = _CHOSEN.fullmatch(key)
+            if match is None:
+                continue
+            name = match[1] or match[2].rstrip("_")
+            values = self.sets.setdefault(name, {})
+            at = logs.get("step", len(values)) if step is None else step
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(
-                    f"Log-probabilities should be finite, that of {name!r} at step {step} is {value}. Drop empty "
-                    "answers; if the weights have diverged, lower `learning_rate`."
+                    f"Log-probabilities should be finite, `{key}` at step {at} is {value}. Drop empty answers; if the "
+                    "weights have diverged, lower `learning_rate`."
                 )
-        if source == "":
-            track.waiting.append(values)
-            if len(track.waiting) < self.batch_window:
-                return None
-            values = {name: sum(each[name] for each in track.waiting) / len(track.waiting) for name in values}
-            track.waiting.clear()
-        while track.rows and track.rows[-1]["step"] >= step:
-            track.rows.pop()
-        self._judge(track.rows, step, values)
-        return self.state if source == self.source else None
-
-    def _judge(self, rows: list[dict[str, Any]], step: int, values: dict[str, float]) -> None:
-        start = rows[0]["values"] if rows else values
-        peak = values.get("peak", math.nan)
-        others = [name for name in values if name not in ("chosen", "peak") and name in start]
-        if others:
-            share_down = sum(values[name] <= start[name] - self.delta for name in others) / len(others)
-        else:  # False with a missing peak
-            share_down = float(peak - values["chosen"] >= start.get("peak", peak) - start["chosen"] + self.delta)
-        row = {
-            "step": step,
-            "chosen": values["chosen"],
-            "peak": peak,
-            "share_down": share_down if rows else 0.0,
-            "state": SqueezeState.OK,
-            "values": values,
-        }
-        rows.append(row)
-        if len(rows) > self.patience and all(each["share_down"] >= self.share for each in rows[-self.patience :]):
-            row["state"] = SqueezeState.WATCH
-            highest = max(each["chosen"] for each in rows)
-            if peak > rows[0]["peak"] and row["chosen"] < highest - self.tolerance:
-                row["state"] = SqueezeState.SQUEEZE
+            for later in [known for known in values if known >= at]:
+                del values[later]
+            if self.alarms.get(name, at) > at:
+                del self.alarms[name]
+            values[at] = float(value)
+            recent = [*values.values()][-self.patience :]
+            highest = max([*values.values()][: -self.patience], default=-math.inf)
+            if name not in self.alarms and max(recent) <= highest - self.delta:
+                self.alarms[name] = at
+                lost.append(name)
+        return lost
 
 
 class SqueezeStoppingCallback(TrainerCallback):
     """
-    Acts when squeezing sets in, on what [`SqueezeDPOTrainer`] and [`SqueezeProbeCallback`] log. Every change to a
-    worse state is logged as a warning, whatever the action. `monitor` holds the [`SqueezeMonitor`].
+    Warns when the chosen answers are being lost, and may act: by what [`SqueezeProbeCallback`] logs in any trainer, or
+    a trainer with [`SqueezeMixin`] in its evaluations. `monitor` holds the [`SqueezeMonitor`].
 
-    Unlike [`~transformers.EarlyStoppingCallback`] it needs neither an evaluation set nor `metric_for_best_model`.
+    Unlike [`~transformers.EarlyStoppingCallback`] it goes by the likelihood of answers instead of
+    `metric_for_best_model`. How often it is right, and whether acting helps: docs/squeeze_theory.md.
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            `"warn"`: nothing else. `"stop"`: end training. `"lower_lr"`: multiply the learning rate, now and in the
-            rest of the schedule, by `lr_factor`. `"gate"`: set `args.pressure_gate` of [`SqueezeDPOTrainer`].
-        at (`str`, *optional*, defaults to `"SQUEEZE"`):
-            The state at which to act, once: `"WATCH"` or `"SQUEEZE"`.
+            `"warn"`: log a warning and nothing else. `"stop"`: end training. `"lower_lr"`: multiply the learning rate,
+            now and in the rest of the schedule, by `lr_factor`, once.
         lr_factor (`float`, *optional*, defaults to `0.1`):
             For `"lower_lr"`.
-        gate (`float`, *optional*, defaults to `10.0`):
-            For `"gate"`, see [`SqueezeDPOConfig`].
         rule (*optional*):
             Options of [`SqueezeMonitor`].
 
     Raises:
-        `ValueError`: when an option lies outside of its range, or the trainer has no gate.
+        `ValueError`: when an option lies outside of its range; before the first step, when there are neither probes
+            nor evaluations to go by.
     """
 
-    def __init__(
-        self, action: str = "warn", at: str = "SQUEEZE", lr_factor: float = 0.1, gate: float = 10.0, **rule: Any
-    ) -> None:
+    def __init__(self, action: str = "warn", lr_factor: float = 0.1, **rule: Any) -> None:
         if action not in ACTIONS:
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, got {action!r}.")
-        if at not in ("WATCH", "SQUEEZE"):
-            raise ValueError(f"at must be 'WATCH' or 'SQUEEZE', got {at!r}.")
         if not 0 < lr_factor < 1:
             raise ValueError(f"lr_factor must be in (0, 1), got {lr_factor}. For example `lr_factor=0.1`.")
-        if not gate > 0:
-            raise ValueError(f"gate must be positive, got {gate}. For example `gate=10.0`.")
-        self.action, self.at, self.lr_factor, self.gate, self.rule = action, SqueezeState[at], lr_factor, gate, rule
+        self.action, self.lr_factor, self.rule = action, lr_factor, rule
         self.monitor = SqueezeMonitor(**rule)
         self._acted = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.action == "gate" and not hasattr(args, "pressure_gate"):
-            raise ValueError("action='gate' needs the gate of `SqueezeDPOTrainer`; elsewhere use `action='lower_lr'`.")
         self.monitor = SqueezeMonitor(**self.rule)
-        for entry in state.log_history:  # of a run that is resumed
+        for entry in state.log_history:  # of a run that is resumed, and of probes that began before this callback
             self.monitor.update(entry)
-        self._acted = any(row["state"] >= self.at for row in self.monitor.rows)
-        if self._acted and self.action == "gate":
-            args.pressure_gate = self.gate  # unlike the schedule, not kept in a checkpoint
+        self._acted = bool(self.monitor.alarms)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        evaluates = args.eval_strategy != "no" and getattr(args, "squeeze_metrics", "off") != "off"
+        if not self.monitor.sets and not evaluates:  # probes have been scored by now
+            raise ValueError(
+                "SqueezeStoppingCallback goes by chosen answers that are scored again and again, but there are none. "
+                "Add `SqueezeProbeCallback(build_probe_set(held_out_pairs), trainer=trainer)`, or evaluate: "
+                "`SqueezeDPOTrainer` with an `eval_dataset` and `eval_strategy='steps'`."
+            )
 
     def on_log(
         self,
@@ -243,27 +163,175 @@ class SqueezeStoppingCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        before = self.monitor.state
-        now = self.monitor.update(logs or {}, state.global_step)
-        if now is None:
-            return
-        if now > before and state.is_world_process_zero:
-            row = self.monitor.rows[-1]
+        lost = self.monitor.update(logs or {}, state.global_step)
+        for name in lost if state.is_world_process_zero else ():
+            values = self.monitor.sets[name]
+            now, highest = values[state.global_step], max(values.values())
             logger.warning(
-                f"{now.name} at step {row['step']}: {row['share_down']:.0%} of what else was watched has lost "
-                f"probability; the chosen answers are at {row['chosen']:.3f} nats a token, the peaks of their "
-                f"contexts at {row['peak']:.3f}."
+                f"Squeezing at step {state.global_step}: the chosen answers of {name!r} are at {now:.3f} nats a "
+                f"token, {highest - now:.3f} below their highest."
             )
-        if now < self.at or self._acted:
+        if not lost or self._acted:
             return
         self._acted = True
         if self.action == "stop":
             control.should_training_stop = True
-        elif self.action == "gate":
-            args.pressure_gate = self.gate
         elif self.action == "lower_lr":
             for group in optimizer.param_groups:
                 group["lr"] *= self.lr_factor
             schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside of accelerate's
             if hasattr(schedule, "base_lrs"):
                 schedule.base_lrs = [rate * self.lr_factor for rate in schedule.base_lrs]
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """
+    The log history of a run.
+
+    Args:
+        path (`str` or `Path`):
+            A `trainer_state.json`, a checkpoint or the folder of checkpoints it is in; or JSON Lines with an object an
+            evaluation, gzipped or not, as the authors of https://huggingface.co/papers/2407.10490 wrote them. Of these
+            a half-written line is skipped with a warning; and as their code appends, a file may hold several runs,
+            of which the longest is taken.
+
+    Returns:
+        `list[dict]`
+
+    Raises:
+        `ValueError`: when there is no such file, or it holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+        found = [file for file in found if file.is_file()]
+        if not found:
+            raise ValueError(f"Expected a trainer_state.json in {path} or its checkpoints, got none. Name the file.")
+        path = max(found, key=lambda file: file.stat().st_mtime)
+    if not path.is_file():
+        raise ValueError(f"Expected a trainer_state.json or a checkpoint at {path}, got no such file.")
+    text = _text(path)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        entries = _lines(text, path)
+    else:
+        if isinstance(whole, dict):
+            whole = whole.get("log_history", [whole])
+        entries = whole if isinstance(whole, list) else [whole]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        got = next((entry for entry in entries if not isinstance(entry, dict)), "nothing")
+        raise ValueError(f"Expected log entries, objects of JSON, in {path}, got {got!r:.60}. Name another file.")
+    if any("logps_eval_" in key for key in entries[0]):
+        entries = _longest_run(entries)
+    return entries
+
+
+def replay_log(
+    source: "str | Path | Sequence[dict[str, Any]]", tokens_per_answer: float = 50.0, **rule: Any
+) -> pd.DataFrame:
+    """
+    When the warning would have come.
+
+    Args:
+        source (`str` or `Path` or `list[dict]`):
+            What [`read_log`] reads, or a log history.
+        tokens_per_answer (`float`, *optional*, defaults to `50.0`):
+            For logs with sums over the tokens of an answer instead of means: those of TRL's own trainers
+            (`eval_logps/chosen`) and of the paper's authors, who do not say how many tokens there were.
+        rule (*optional*):
+            Options of [`SqueezeMonitor`].
+
+    Returns:
+        `pandas.DataFrame`: a row per set of answers that was scored again and again: `watched`, its name in the log;
+            `evaluations`; `highest_at`, the step where its chosen answers were most likely; `alarm`, the step of the
+            warning or `None`; `fall`, how far they ended below their highest, in nats per token.
+
+    Raises:
+        `ValueError`: when there is nothing to replay, or a log-probability is not finite.
+    """
+    if not tokens_per_answer > 0:
+        raise ValueError(f"tokens_per_answer must be positive, got {tokens_per_answer}. For example 50.")
+    entries = read_log(source) if isinstance(source, (str, Path)) else list(source)
+    monitor = SqueezeMonitor(**rule)
+    for index, entry in enumerate(entries):
+        monitor.update(_per_token(entry, tokens_per_answer), entry.get("step", index))
+    if not monitor.sets:
+        raise ValueError(
+            f"Expected chosen answers that are scored again and again (`probe/chosen/logp`, `eval_logps/chosen`) in "
+            f"{len(entries)} log entries, found none. Train with `eval_strategy='steps'` or `SqueezeProbeCallback`."
+        )
+    rows = []
+    for name, values in monitor.sets.items():
+        highest_at = max(values, key=values.__getitem__)
+        fall = values[highest_at] - values[max(values)]
+        alarm = monitor.alarms.get(name)
+        rows.append((name, len(values), highest_at, alarm, fall))
+    table = pd.DataFrame(rows, columns=["watched", "evaluations", "highest_at", "alarm", "fall"])
+    return table.astype({"alarm": object}).where(table.notna(), None)
+
+
+def _per_token(entry: dict[str, Any], tokens: float) -> dict[str, Any]:
+    renamed = dict(entry)
+    for key, value in entry.items():
+        match = _SUMS.fullmatch(key)
+        if match is None or not isinstance(value, (int, float)):
+            continue
+        if match[3] is not None:
+            renamed[f"probe/{match[3]}/logp"] = value / tokens
+        elif f"{match[1]}squeeze/logp_tok_{match[2]}" not in entry:
+            renamed[f"{match[1]}squeeze/logp_tok_{match[2]}"] = value / tokens
+    if _AUTHORS_ARGMAX in entry:
+        renamed["probe/chosen/logp_argmax"] = entry[_AUTHORS_ARGMAX] / tokens
+    return renamed
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        text, rest = b"", data
+        while rest:  # members one after the other; unlike gzip's reader this keeps what came before a cut
+            member = zlib.decompressobj(wbits=31)
+            try:
+                text += member.decompress(rest)
+            except zlib.error as error:
+                raise ValueError(f"Expected a whole gzip file at {path}, got one that is damaged: {error}.") from error
+            rest = member.unused_data
+        data = text
+    return data.decode(errors="replace")
+
+
+def _lines(text: str, path: Path) -> list[Any]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    entries: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            start = line.rfind('{"')
+            try:  # a line cut short, and on the same line the first of the next run
+                entries.append(json.loads(line[max(start, 1) :]))
+            except json.JSONDecodeError:
+                if number < len(lines) or not entries:
+                    raise ValueError(
+                        f"Expected a JSON object on line {number} of {path}, got {line[:40]!r}. Give a "
+                        "`trainer_state.json` or a file with one JSON object per evaluation."
+                    ) from None
+            logger.warning(f"Line {number} of {path} is cut short; this evaluation is left out.")
+    return entries
+
+
+def _longest_run(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = json.dumps(entries[0])
+    runs: list[list[dict[str, Any]]] = []
+    for entry in entries:
+        if json.dumps(entry) == first:
+            runs.append([])
+        runs[-1].append(entry)
+    longest = max(runs, key=len)
+    if len(runs) > 1:
+        logger.warning(
+            f"{len(runs)} runs one after the other, of {', '.join(str(len(run)) for run in runs)} evaluations; the "
+            "longest is replayed."
+        )
+    return longest

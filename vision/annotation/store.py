@@ -94,8 +94,8 @@ def to_row(masklet: Masklet, path: str | None, model: str, revision: str | None,
 
 class AnnotationStore:
     """
-    A folder of annotated videos: `shards/NAME.parquet`, one file a video, and `settings.json`. A file is there whole or
-    not at all, whenever the process is killed; several processes may write to one folder.
+    A folder of annotated videos: `shards/NAME.parquet`, one file a video, and `settings.json`. A file is there whole
+    or not at all, whenever the process is killed; several processes may write to one folder.
 
     Args:
         folder (`str` or `Path`):

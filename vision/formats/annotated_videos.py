@@ -1,8 +1,9 @@
 """Videos with true masks, read from what others publish, in the one form that training and evaluations take."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,27 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnnotatedVideo]:
     return [
         AnnotatedVideo(video, sorted(masks), masks.__getitem__, str(key)) for key, (video, masks) in groups.items()
     ]
+
+
+def stream_videos(videos: Iterable[Any]) -> Iterator[AnnotatedVideo]:
+    """
+    Videos as they come, in the forms of [`to_annotated`], or joined from rows as [`read_rows`] takes them; rows of one
+    video must follow one another.
+    """
+
+    def key(numbered: tuple[int, Any]) -> Any:
+        number, video = numbered
+        if not isinstance(video, Mapping) or isinstance(video.get("masks"), Mapping):
+            return number
+        path = video.get("video")
+        return video.get("name") or (path if isinstance(path, (str, Path)) else number)
+
+    for _, group in groupby(enumerate(videos), key):
+        number, video = next(group)
+        if isinstance(video, Mapping) and not isinstance(video.get("masks"), Mapping):
+            yield from read_rows([video, *(row for _, row in group)])
+        else:
+            yield to_annotated(video, number)
 
 
 def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:

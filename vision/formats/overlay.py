@@ -1,6 +1,9 @@
 """Masks drawn over the frames of a video, as mp4 or GIF."""
 
-from collections.abc import Iterable
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,16 @@ from scipy import ndimage
 
 from hf_iclr.saving import atomic_file
 
+from ..session.frames import VideoFrames
 from ..session.segments import FrameSegments
 from ..session.videos import open_video
 from .segment_files import PALETTE
+
+
+logger = logging.getLogger(__name__)
+
+_TICK = Fraction(1, 90_000)  # of a second, in which uneven times are written
+_SOUND_OF_MP4 = {"aac", "ac3", "alac", "eac3", "flac", "mp2", "mp3", "opus"}  # FFmpeg's decoders, mp3float among them
 
 
 def draw_overlay(frame: np.ndarray, segments: FrameSegments, alpha: float = 0.5) -> np.ndarray:
@@ -62,26 +72,107 @@ def write_overlay(
     Raises:
         ValueError: if the path ends otherwise, `rate` or `alpha` is out of range, or there are no frames.
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"Expected alpha in 0..1, got {alpha}.")
+    video = open_video(frames)
+    images = (draw_overlay(video[shown.frame], shown, alpha) for shown in segments)
+    write_video(images, path, video.rate or 24 if rate is None else rate)
+
+
+def write_video(
+    images: Iterable[np.ndarray], path: str | Path, rate: float | None = None, source: VideoFrames | None = None
+) -> None:
+    """
+    Writes images as a video, one by one, whole or not at all.
+
+    Args:
+        images (`Iterable[np.ndarray]`):
+            Each `(height, width, 3)` in uint8.
+        path (`str` or `Path`):
+            Ends with .mp4 or .gif.
+        rate (`float`, *optional*):
+            Images per second.
+        source (`VideoFrames`, *optional*):
+            Where `rate` is left out, the video whose rate, times and, in mp4, sound it has; 24 where it has none.
+
+    Raises:
+        ValueError: if the path ends otherwise, `rate` is out of range, or there are no images.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in (".mp4", ".gif"):
         raise ValueError(f"Expected a path that ends with .mp4 or .gif, got {str(path)!r}.")
-    video = open_video(frames)
-    rate = rate if rate is not None else video.rate or 24
-    if not rate > 0 or not 0 <= alpha <= 1:
-        raise ValueError(f"Expected rate above 0 and alpha in 0..1, got {rate} and {alpha}.")
+    if rate is not None and not rate > 0:
+        raise ValueError(f"Expected a rate above 0, got {rate}.")
+    kept = source if rate is None else None
+    rate = rate or (kept.rate if kept is not None else None) or 24
     gif = suffix == ".gif"
-    with atomic_file(path) as part, av.open(str(part), "w", format=suffix[1:]) as container:
+    times = [] if kept is None or gif else _uneven_times(kept, rate)
+    with ExitStack() as stack:
+        part = stack.enter_context(atomic_file(path))
+        container: Any = stack.enter_context(av.open(str(part), "w", format=suffix[1:]))
         stream: Any = None
-        for shown in segments:
-            image = draw_overlay(video[shown.frame], shown, alpha)
+        sound: Iterator[tuple[float, Any]] = iter(())
+        for number, image in enumerate(images):
             if stream is None:
-                stream = container.add_stream("gif" if gif else "libx264", rate=Fraction(rate).limit_denominator(1000))
+                stream = container.add_stream("gif" if gif else "libx264", rate=Fraction(rate).limit_denominator(1001))
                 stream.height, stream.width = (side if gif else side + side % 2 for side in image.shape[:2])
                 stream.pix_fmt = "pal8" if gif else "yuv420p"
-            container.mux(stream.encode(_gif_frame(image) if gif else _h264_frame(image)))
+                if times:
+                    stream.codec_context.time_base = _TICK
+                if kept is not None and not gif:
+                    sound = _copied_sound(stack, kept, container)
+                waiting = next(sound, None)
+            frame = _gif_frame(image) if gif else _h264_frame(image)
+            if number < len(times):
+                frame.pts, frame.time_base = round(times[number] / _TICK), _TICK
+            container.mux(stream.encode(frame))
+            while waiting is not None and waiting[0] <= (times[number] if number < len(times) else number / rate):
+                container.mux(waiting[1])
+                waiting = next(sound, None)
         if stream is None:
-            raise ValueError("Expected masks of at least one frame, got none.")
+            raise ValueError("Expected at least one frame to write, got none.")
         container.mux(stream.encode())
+        while waiting is not None:
+            container.mux(waiting[1])
+            waiting = next(sound, None)
+
+
+def _uneven_times(source: VideoFrames, rate: float) -> list[float]:
+    """Seconds of all frames; none where they follow from the rate."""
+    times = [source.time(number) for number in range(source.num_frames or 0)]
+    known = [time for time in times if time is not None]
+    uneven = any(abs(time - number / rate) > 0.5 / rate for number, time in enumerate(known))
+    return known if uneven and len(known) == len(times) else []
+
+
+def _copied_sound(stack: ExitStack, source: VideoFrames, container: Any) -> Iterator[tuple[float, Any]]:
+    """The packets of the sound of a file, for which the container gets streams, and seconds from its first picture."""
+    file = getattr(source, "file", None)
+    if file is None:
+        return iter(())
+    opened: Any = stack.enter_context(av.open(io.BytesIO(file) if isinstance(file, bytes) else file))
+    streams = {}
+    for stream in opened.streams.audio:
+        if stream.codec_context.name.removesuffix("float") in _SOUND_OF_MP4:
+            streams[stream.index] = container.add_stream_from_template(stream)
+        else:
+            logger.warning("The sound (%s) can't be copied into mp4 and is left out.", stream.codec_context.name)
+    picture = opened.streams.video[0]
+    start = float((picture.start_time or 0) * picture.time_base)
+
+    def packets() -> Iterator[tuple[float, Any]]:
+        for packet in opened.demux([opened.streams[index] for index in streams]):
+            if packet.dts is None or packet.pts is None:  # the end, or no time
+                continue
+            seconds = float(packet.pts * packet.time_base) - start
+            if seconds + float((packet.duration or 0) * packet.time_base) <= 0:
+                continue
+            offset = round(start / packet.time_base)
+            packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
+            packet.stream = streams[packet.stream.index]
+            yield seconds, packet
+
+    return packets() if streams else iter(())
 
 
 def _h264_frame(image: np.ndarray) -> av.VideoFrame:

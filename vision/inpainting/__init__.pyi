@@ -1,4 +1,5 @@
-from .inpainting import InpaintedVideo, inpaint_video
+from .inpainted_video import InpaintedVideo
+from .inpainting import inpaint_video
 
 __all__ = [
     "InpaintedVideo",

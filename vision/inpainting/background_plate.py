@@ -1,17 +1,19 @@
-"""What is behind the objects of a video whose camera stands still: the median of what was seen there."""
+"""What is behind the objects of a video: the median of what was seen there, once frames lie over each other."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, zoom
 
 from ..session.frames import VideoFrames
 from ..session.segments import box_around
+from .registration import Alignment, View, align, warp
 
 
 SAMPLES = 64  # of a pixel at most; memory for them does not grow with the video
-_BLOCK = 4  # pixels of a side, averaged before frames are compared
-_STILL = 10.0  # of 255: three in four blocks of a still camera's frames differ by less
+_DIFFERENT = 10.0  # of 255: three in four pixels of frames that show the same differ by less
+_OVERLAP = 0.6  # of a frame
 
 
 def soften(mask: np.ndarray, dilation: int, feather: int) -> np.ndarray:
@@ -33,10 +35,36 @@ def around(mask: np.ndarray, margin: int) -> tuple[slice, slice] | None:
     return (slice(max(y0 - margin, 0), y1 + margin), slice(max(x0 - margin, 0), x1 + margin)) if x1 else None
 
 
-def still_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count: int) -> list[range]:
+@dataclass
+class Span:
     """
-    Frames in spans in which the camera stands still, by what is beside the masks: a span ends where a quarter of the
-    blocks of 4 x 4 pixels differ by 10 of 255 or more from its first frame. Where no such pixels are left, it goes on.
+    Frames that share a background.
+
+    Args:
+        frames (`range`): Which.
+        alignments (`list[Alignment]`, *optional*, defaults to none that moved): How each lies over the first.
+    """
+
+    frames: range
+    alignments: list[Alignment] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.alignments = self.alignments or [Alignment() for _ in self.frames]
+
+    def canvas(self, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """Where the canvas that holds all frames begins, by row and column of the first, and its height and width."""
+        height, width = size
+        corners = np.array([[0, 0, 1], [0, width, 1], [height, 0, 1], [height, width, 1]])
+        reached = np.concatenate([corners @ alignment.matrix.T for alignment in self.alignments])
+        start, stop = np.floor(reached.min(0)).astype(int), np.ceil(reached.max(0)).astype(int)
+        return start, tuple((stop - start).tolist())
+
+
+def registered_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count: int) -> list[Span]:
+    """
+    Frames in spans in which the camera sees the same, by what is beside the masks, once motion and exposure are taken
+    out: a span ends where a quarter of the pixels of small frames differ by 10 of 255 or more from its first frame, or
+    less than six tenths of a frame lie on it. Where no such pixels are left, it goes on.
 
     Args:
         frames (`VideoFrames`):
@@ -46,25 +74,23 @@ def still_spans(frames: VideoFrames, weights: Callable[[int], np.ndarray], count
         count (`int`):
             How many frames.
     """
-    starts = [0]
-    first, first_free = _blocks(frames[0]), _blocks(weights(0)) == 0
+    first = View.of(frames[0], weights(0))
+    spans, latest = [Span(range(1))], Alignment()
     for number in range(1, count):
-        picture, free = _blocks(frames[number]), _blocks(weights(number)) == 0
-        difference = np.abs(picture - first)[free & first_free].mean(axis=-1)
-        if len(difference) and np.quantile(difference, 0.75) >= _STILL:
-            starts.append(number)
-            first, first_free = picture, free
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-
-def _blocks(image: np.ndarray) -> np.ndarray:
-    side = min(_BLOCK, *image.shape[:2])
-    rows, columns = image.shape[0] // side, image.shape[1] // side
-    return image[: rows * side, : columns * side].reshape(rows, side, columns, side, *image.shape[2:]).mean((1, 3))
+        view = View.of(frames[number], weights(number))
+        alignment, difference, overlap = align(first, view, latest)
+        if difference >= _DIFFERENT or overlap < _OVERLAP:
+            first, alignment = view, Alignment()
+            spans.append(Span(range(number, number)))
+        span = spans[-1]
+        joined = span.alignments if len(span.frames) else []
+        spans[-1] = Span(range(span.frames.start, number + 1), [*joined, alignment])
+        latest = alignment
+    return spans
 
 
 def seen_background(
-    frames: VideoFrames, weights: Callable[[int], np.ndarray], span: range, seed: int = 0
+    frames: VideoFrames, weights: Callable[[int], np.ndarray], span: Span, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     The median over a span of what was seen at each pixel beside the masks, from 64 samples of it at most.
@@ -74,40 +100,57 @@ def seen_background(
             The video.
         weights (`Callable[[int], np.ndarray]`):
             The softened mask of a frame: 1 where it hides the background.
-        span (`range`):
+        span (`Span`):
             The frames.
         seed (`int`, *optional*, defaults to 0):
             Of the draw of samples, where there are more than 64.
 
     Returns:
-        `tuple`: the first frame with the background in place of all masks of the span `(height, width, 3)`, in uint8;
-        on how many frames each pixel is hidden `(height, width)`; and whether it was ever seen `(height, width)`, if
-        not it is as on the first frame.
+        `tuple`: the canvas of the span as its first frame shows it, with the background in place of all masks
+        `(height, width, 3)`, in uint8; on how many frames each pixel is hidden `(height, width)`; and whether it was
+        ever seen `(height, width)`: if not, it is as on the first frame, or where the camera moves filled smoothly.
     """
-    plate = frames[span[0]].copy()
-    needed, hidden = np.zeros(plate.shape[:2], bool), np.zeros(plate.shape[:2], int)
-    for number in span:
-        needed |= weights(number) > 0
-        hidden += weights(number) == 1
+    start, size = span.canvas(frames[span.frames[0]].shape[:2])
+    moving = not all(alignment.still for alignment in span.alignments)
+
+    def on_canvas(number: int, image: np.ndarray, order: int, outside: float | None = None) -> np.ndarray:
+        """An image of a frame, as seen from the canvas."""
+        if not moving:
+            return image
+        matrix = span.alignments[number - span.frames.start].inverse()
+        matrix[:, 2] += matrix[:, :2] @ start
+        return warp(image, matrix, size, order, outside)
+
+    plate = on_canvas(span.frames[0], frames[span.frames[0]], 1).round().astype(np.uint8)
+    needed, hidden = np.zeros(size, bool), np.zeros(size, int)
+    for number in span.frames:
+        shown = on_canvas(number, weights(number), 1, outside=0.0)
+        needed |= shown > 0
+        hidden += shown >= (0.999 if moving else 1)
     places = np.flatnonzero(needed)
-    limit, rng = min(SAMPLES, len(span)), np.random.default_rng(seed)
+    limit, rng = min(SAMPLES, len(span.frames)), np.random.default_rng(seed)
     samples = np.full((limit, len(places), 3), 255, np.uint8)
     counts = np.zeros(len(places), int)
-    for number in span:
-        free = np.flatnonzero(weights(number).ravel()[places] < 1)
+    for number, alignment in zip(span.frames, span.alignments, strict=True):
+        # A million outside: what lies between the last pixel and what is not there was not seen.
+        free = np.flatnonzero(on_canvas(number, weights(number), 1, outside=1e6).ravel()[places] < 1)
         slots = counts[free]
         counts[free] += 1
         late = slots >= limit
         slots[late] = rng.integers(0, slots[late] + 1)  # reservoir sampling: each sight is as likely to stay
         free, slots = free[slots < limit], slots[slots < limit]
-        samples[slots, free] = frames[number].reshape(-1, 3)[places[free]]
+        picture = on_canvas(number, frames[number], 3).reshape(-1, 3)[places[free]]
+        samples[slots, free] = (picture / alignment.gain).round().clip(0, 255)
     samples.sort(axis=0)  # what was never filled is 255 and comes last
     once = np.flatnonzero(counts)
     kept = np.minimum(counts[once], limit)
     middle = (samples[(kept - 1) // 2, once].astype(int) + samples[kept // 2, once]) / 2
     plate.reshape(-1, 3)[places[once]] = middle.round()
-    seen = np.ones(plate.shape[:2], bool)
+    seen = np.ones(size, bool)
     seen.ravel()[places] = counts > 0
+    if moving:  # what nobody needs beside the first frame would shine into what is filled
+        beside = on_canvas(span.frames[0], np.ones(frames[span.frames[0]].shape[:2]), 0, outside=0.0) == 0
+        plate = fill_smoothly(plate, ~seen | beside & ~needed)
     return plate, hidden, seen
 
 

@@ -2,10 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..formats.overlay import write_overlay
 from ..session.frames import StreamedFrames, VideoFrames
-from ..session.segments import FrameSegments, VideoSegments
+from ..session.segments import VideoSegments
 from ..session.videos import open_video
-from .background_plate import around, fill_smoothly, seen_background, soften, still_spans
+from .background_plate import Span, around, fill_smoothly, registered_spans, seen_background, soften
+from .inpainted_video import Fill, InpaintedVideo
 
 
 logger = logging.getLogger(__name__)
@@ -26,61 +25,6 @@ MODES = ("remove", "replace_background")
 _INPUTS = (("image", "mask_image"), ("video", "mask"), ("video", "mask_video"))
 _OURS = ("prompt", "image", "mask_image", "video", "mask", "mask_video", "generator", "output_type", "return_dict")
 _SIDES = 16  # what heights and widths of video pipelines are multiples of
-
-
-@dataclass
-class InpaintedVideo:
-    """
-    A painted video. Its frames are put together when they are asked for: iterate it, index it or [`save`] it.
-
-    Args:
-        key_frames (`list[int]`):
-            Each begins a span of frames that share one background; of a video pipeline, one window.
-        sources (`dict[str, float]`):
-            What painted pixels come from, in shares of them: "seen" (on other frames), "generated" (by the pipeline),
-            "interpolated" (from the border of the hole).
-    """
-
-    key_frames: list[int]
-    sources: dict[str, float]
-    _frames: VideoFrames = field(repr=False)
-    _weights: Callable[[int], np.ndarray] = field(repr=False)
-    _fills: dict[int, "_Fill"] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self._fills)
-
-    def __getitem__(self, frame: int) -> np.ndarray:
-        picture = self._frames[frame].copy()
-        fill = self._fills[frame]
-        weight = self._weights(frame)[fill.place]
-        inside = weight > 0
-        share, part = weight[inside][:, None], picture[fill.place]
-        part[inside] = (part[inside] * (1 - share) + fill.pixels[inside] * share).round()
-        return picture
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[frame] for frame in range(len(self)))
-
-    def save(self, path: str | Path, rate: float = 24) -> None:
-        """
-        Writes the video frame by frame.
-
-        Args:
-            path (`str` or `Path`): Ends with .mp4 or .gif.
-            rate (`float`, *optional*, defaults to `24`): Frames per second.
-        """
-        size = self[0].shape[:2]
-        bare = (FrameSegments(frame, size, {}, {}, {}) for frame in range(len(self)))
-        write_overlay(self, bare, path, rate)
-
-
-@dataclass
-class _Fill:
-    """What is painted somewhere: pixels of shape `(rows, columns, 3)`, in uint8."""
-
-    place: tuple[slice, slice]
-    pixels: np.ndarray
 
 
 def inpaint_video(
@@ -101,8 +45,9 @@ def inpaint_video(
     """
     Takes objects out of a video, or puts them before another background.
 
-    Without a pipeline no weights are needed: a hole shows the median of what was seen there on other frames, for as
-    long as the camera stands still, and what was never seen is filled smoothly from the border of the hole. With an
+    Without a pipeline no weights are needed: a hole shows the median of what was seen there on other frames. Frames
+    are laid over each other first, by phase correlation and least squares, and their exposure is made the same, for as
+    long as most of them shows the same; what was never seen is filled smoothly from the border of the hole. With an
     image pipeline, that which was never seen is drawn once for each key frame and then shown on all frames that share
     its background. A video pipeline draws whole windows of frames.
 
@@ -128,9 +73,9 @@ def inpaint_video(
             The pipeline sees the painted region with a margin of this share of its longer side; `None` shows it whole
             frames.
         key_frames (`int` or `Sequence[int]`, *optional*):
-            Frames that begin a background of their own: one every so many, or these. Left out, one begins when the
-            pixels beside the masks tell that the camera has moved; a replaced background is drawn once. A video
-            pipeline has windows instead, of `num_frames` frames.
+            Frames that begin a background of their own: one every so many, or these, and between them the camera is
+            held to stand still. Left out, one begins when the pixels beside the masks tell that too much has changed;
+            a replaced background is drawn once. A video pipeline has windows instead, of `num_frames` frames.
         seed (`int`, *optional*, defaults to 0):
             Of the pipeline's noise.
         kwargs:
@@ -178,13 +123,13 @@ def inpaint_video(
         return painter.paint_windows(frames, weights, len(segments))
     if spans is None:
         whole = mode == "replace_background"
-        spans = [range(len(segments))] if whole else still_spans(frames, weights, len(segments))
-    fills: dict[int, _Fill] = {}
+        spans = [Span(range(len(segments)))] if whole else registered_spans(frames, weights, len(segments))
+    fills: dict[int, Fill] = {}
     pixels = {"seen": 0, "generated": 0, "interpolated": 0}
     for span in tqdm(spans, desc="backgrounds", disable=len(spans) == 1):
         if mode == "replace_background":
             assert painter is not None
-            plate, hidden = painter.draw_background(frames, weights, span)
+            plate, hidden = painter.draw_background(frames, weights, span.frames)
             pixels["generated"] += int(hidden.sum())
         else:
             plate, hidden, seen = seen_background(frames, weights, span, seed)
@@ -192,8 +137,14 @@ def inpaint_video(
             pixels["interpolated" if painter is None else "generated"] += int(hidden[~seen].sum())
             if not seen.all():
                 plate = fill_smoothly(plate, ~seen) if painter is None else painter.draw(plate, ~seen)
-        place = around(hidden > 0, feather + 1) or (slice(0, 0), slice(0, 0))
-        fills |= dict.fromkeys(span, _Fill(place, plate[place].copy()))
+        still = all(alignment.still for alignment in span.alignments)
+        place = around(hidden > 0, feather + (1 if still else 4)) or (slice(0, 0), slice(0, 0))
+        part, start = plate[place].copy(), span.canvas(frames[span.frames[0]].shape[:2])[0]
+        for number, alignment in zip(span.frames, span.alignments, strict=True):
+            matrix = None if still else alignment.matrix.copy()
+            if matrix is not None:
+                matrix[:, 2] -= start + [side.start for side in place]
+            fills[number] = Fill(place, part, matrix, alignment.gain)
     total = max(sum(pixels.values()), 1)
     sources = {name: count / total for name, count in pixels.items()}
     if sources["interpolated"] > 0.05:
@@ -202,7 +153,7 @@ def inpaint_video(
             "inpainting pipeline to draw them.",
             100 * sources["interpolated"],
         )
-    return InpaintedVideo([span[0] for span in spans], sources, frames, weights, fills)
+    return InpaintedVideo([span.frames[0] for span in spans], sources, frames, weights, fills)
 
 
 @dataclass
@@ -282,7 +233,7 @@ class _Painter:
             else:
                 drawn = shown
             for number, pixels_of in zip(numbers, drawn, strict=False):
-                painted._fills.setdefault(number, _Fill(place, pixels_of))
+                painted._fills.setdefault(number, Fill(place, pixels_of))
         return painted
 
     def _paint_window(self, frames: list[np.ndarray], masks: list[np.ndarray], pixels: int) -> list[np.ndarray]:
@@ -369,7 +320,7 @@ def _check_masks(frames: VideoFrames, segments: VideoSegments, objects: Iterable
     return chosen
 
 
-def _spans(key_frames: int | Sequence[int] | None, count: int, video_pipeline: bool) -> list[range] | None:
+def _spans(key_frames: int | Sequence[int] | None, count: int, video_pipeline: bool) -> list[Span] | None:
     if key_frames is None:
         return None
     if video_pipeline:
@@ -381,4 +332,4 @@ def _spans(key_frames: int | Sequence[int] | None, count: int, video_pipeline: b
     starts = sorted({0, *key_frames})
     if starts[0] < 0 or starts[-1] >= count:
         raise ValueError(f"Expected key frames in 0..{count - 1}, got {list(key_frames)}.")
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    return [Span(range(start, end)) for start, end in zip(starts, [*starts[1:], count], strict=True)]

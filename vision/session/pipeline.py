@@ -34,7 +34,7 @@ class VideoModel(AutoModel):
         model = super().from_pretrained(name, *args, **kwargs)
         known = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
         file = None if Path(name).exists() else try_to_load_from_cache(name, "config.json", **known)
-        model.config._commit_hash = Path(file).parent.name if isinstance(file, str) else None
+        model.loaded_commit = Path(file).parent.name if isinstance(file, str) else None
         return model
 
 
@@ -64,6 +64,7 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     ```
     """
 
+    model_loader = VideoModel
     _load_processor = True
     _load_image_processor = False
     _load_video_processor = False

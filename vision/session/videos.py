@@ -38,7 +38,7 @@ class FileFrames(VideoFrames):
     """
 
     def __init__(self, file: str | bytes):
-        self._file = file
+        self.file = file
         self._name = "The video" if isinstance(file, bytes) else file
         self._decoded: OrderedDict[int, av.VideoFrame] = OrderedDict()
         self._marks: list[tuple] = []  # (pts, dts) of the frames met so far
@@ -81,7 +81,7 @@ class FileFrames(VideoFrames):
         return max(packets, self._stream.frames) - hidden, hidden, sound
 
     def _source(self) -> Any:
-        return io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file
+        return io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file
 
     def _reopen(self) -> None:
         self._container.close()

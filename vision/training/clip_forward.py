@@ -38,6 +38,12 @@ class MaskPrediction:
     scores: torch.Tensor
     object_scores: torch.Tensor
 
+    def masks(self) -> torch.Tensor:
+        """What is shown, boolean `(objects, height, width)`: the mask expected to be best, of objects in sight."""
+        logits = _best(self.logits, self.scores)[:, None].float()
+        stretched = F.interpolate(logits, self.truth.shape[1:], mode="bilinear", align_corners=False)
+        return (stretched[:, 0] > 0) & (self.object_scores > 0)[..., None]
+
 
 def predict_clips(model, clips: list[dict[str, Any]], checkpointing: bool = False) -> Iterator[MaskPrediction]:
     """

@@ -14,8 +14,9 @@ PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder", "memory_attention",
 class Sam2TrainingConfig(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] plus the settings of training in https://huggingface.co/papers/2408.00714.
-    Defaults are those of the reference's fine-tuning, also where they differ from transformers': a learning rate of
-    5e-6 on a cosine, weight decay of 0.1 and gradients clipped at 0.1. The paper trains in bf16: `bf16=True`.
+    Defaults are those of the reference's fine-tuning, also where they differ from transformers': 40 epochs, batches of
+    1, a learning rate of 5e-6 on a cosine down to a tenth of it, weight decay of 0.1 and gradients clipped at 0.1. The
+    reference trains in bf16: `bf16=True`.
 
     Parameters:
         num_frames (`int`, *optional*, defaults to `8`):
@@ -32,6 +33,9 @@ class Sam2TrainingConfig(TrainingArguments):
             Frames with corrective clicks at most, unless a mask was the prompt. They become conditioning frames.
         corrective_clicks (`int`, *optional*, defaults to `7`):
             Clicks on each of these, each drawn from the error of the mask before it; 10 % from the true mask.
+        augment (`bool`, *optional*, defaults to `True`):
+            Whether clips to train on are flipped, turned, sheared and changed in colour, as the reference's are; clips
+            to evaluate on never are.
         focal_weight (`float`, *optional*, defaults to `20.0`):
             Weight of the focal loss.
         dice_weight (`float`, *optional*, defaults to `1.0`):
@@ -58,7 +62,12 @@ class Sam2TrainingConfig(TrainingArguments):
     learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate; the reference's 5e-6."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay; the reference's 0.1."})
     max_grad_norm: float = field(default=0.1, metadata={"help": "Most norm of the gradient; the reference's 0.1."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler; the reference's cosine."})
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr", metadata={"help": "The scheduler; the reference's cosine down to a tenth."}
+    )
+    num_train_epochs: float = field(default=40, metadata={"help": "Passes over the videos; the reference's 40."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Clips a step; the reference's 1."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Clips at once in evaluation."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Clips have no columns to remove."})
     num_frames: int = field(default=8, metadata={"help": "Frames of a clip at most."})
     max_objects: int = field(default=3, metadata={"help": "Objects of a clip at most."})
@@ -67,6 +76,7 @@ class Sam2TrainingConfig(TrainingArguments):
     max_prompted_frames: int = field(default=2, metadata={"help": "Frames with a first prompt at most."})
     max_corrected_frames: int = field(default=2, metadata={"help": "Frames with corrective clicks at most."})
     corrective_clicks: int = field(default=7, metadata={"help": "Corrective clicks on each of these."})
+    augment: bool = field(default=True, metadata={"help": "Flip, turn, shear and recolour clips to train on."})
     focal_weight: float = field(default=20.0, metadata={"help": "Weight of the focal loss."})
     dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss."})
     iou_weight: float = field(default=1.0, metadata={"help": "Weight of the expected IoU's distance."})
@@ -96,4 +106,8 @@ class Sam2TrainingConfig(TrainingArguments):
                 raise ValueError(f"Expected parts to freeze among {', '.join(PARTS)}, got {part!r}.")
         if getattr(self, checkpointing_argument()):
             raise ValueError(f"SAM 2 has no {checkpointing_argument()}. Pass frame_checkpointing=True instead.")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        if self.accelerator_config is None:  # each process reads a stream itself: plans are no tensors to send
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()

@@ -10,7 +10,6 @@ from hf_iclr.trainers.squeeze.metrics import (
     NUM_SUMS,
     TOKEN_METRICS,
     batch_sums,
-    gate_rejected,
     metrics_from_sums,
     squeeze_pressure,
     token_quantities,
@@ -93,21 +92,6 @@ def test_own_samples_are_under_no_pressure():
     torch.testing.assert_close((log_p.exp() * pressure).sum(-1), torch.zeros(50, dtype=torch.float64))
 
 
-def test_gate_leaves_values_and_scales_gradients():
-    """One pair of two tokens; S = .38 - .3 = .08 and .38 - .5 = -.12 on the rejected side."""
-    log_probs = torch.tensor([[0.2, 0.3], [0.3, 0.5]]).log().requires_grad_()
-    log_s = torch.full((2, 2), math.log(0.38))
-
-    def gradient(strength):
-        gated = gate_rejected(log_probs, log_s, strength)
-        assert torch.equal(gated, log_probs)
-        return torch.autograd.grad(gated.sum(), log_probs)[0]
-
-    assert torch.equal(gradient(0.0), torch.ones(2, 2))
-    torch.testing.assert_close(gradient(10.0), torch.tensor([[1.0, 1.0], [math.exp(-0.8), 1.0]]))
-    assert torch.equal(gradient(math.inf), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
-
-
 def test_batch_against_the_full_softmax():
     logits, outputs = random_outputs()
     gradients = torch.rand(4, 4)
@@ -168,10 +152,10 @@ def test_batches_add_up_and_repeated_pairs_do_not_count():
     first = torch.tensor([0, 2])
     alone = type(outputs)(**{name: field[first] for name, field in outputs.items()})
     torch.testing.assert_close(
-        batch_sums(outputs, LABELS, 7, gradients, reference, num_pairs=1),
+        batch_sums(outputs, LABELS, 7, gradients, reference, num_rows=1),
         batch_sums(alone, LABELS[first], 7, 2 * gradients[first], reference[first]),
     )
-    assert torch.equal(batch_sums(outputs, LABELS, 7, gradients, reference, num_pairs=0), torch.zeros(NUM_SUMS))
+    assert torch.equal(batch_sums(outputs, LABELS, 7, gradients, reference, num_rows=0), torch.zeros(NUM_SUMS))
 
 
 def test_virtual_tokens_in_front_are_left_out():
@@ -189,5 +173,5 @@ def test_not_finite_and_empty_are_errors():
         metrics_from_sums(batch_sums(outputs, LABELS, 7))
     labels = LABELS.clone()
     labels[1] = -100
-    with pytest.raises(ValueError, match="1 of 2 pairs have a chosen or rejected answer without a single token"):
+    with pytest.raises(ValueError, match="1 of 4 chosen and rejected answers have not a single token"):
         metrics_from_sums(batch_sums(random_outputs()[1], labels, 7))

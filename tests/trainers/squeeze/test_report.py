@@ -3,7 +3,9 @@
 import base64
 import json
 import re
+from itertools import pairwise
 
+import matplotlib.figure
 import pytest
 from trl import DPOConfig, DPOTrainer
 
@@ -57,22 +59,60 @@ def test_report_of_a_run(tmp_path, word_tokenizer):
     assert {"loss", "epoch", "step"}.isdisjoint(report["series"])
 
 
-def test_states_are_those_of_the_monitor(tmp_path):
-    """Others fall from step 1 on, the argmax gains, the chosen answer falls from step 3 on."""
+def test_warnings_are_those_of_the_monitor(tmp_path):
+    """The chosen answers fall from step 3 on; each source has its figure, the training batches no say."""
     history = [
         {
             "step": step,
             "probe/chosen/logp": chosen,
-            "probe/permuted/logp": -4 - 0.5 * step,
-            "probe/chosen/logp_argmax": -1 + 0.1 * step,
+            "probe/chosen/delta0": chosen + 2,
+            "squeeze/logp_tok_chosen": -step,
         }
-        for step, chosen in enumerate([-2.0, -1.9, -1.8, -2.0, -2.2])
+        for step, chosen in enumerate([-2.0, -1.9, -1.8, -2.3, -2.5])
     ]
     page = write_squeeze_report(history, tmp_path).read_text()
-    states = json.loads((tmp_path / "squeeze_report.json").read_text())["states"]
-    assert [(change["step"], change["state"]) for change in states] == [(2, "WATCH"), (3, "SQUEEZE")]
-    assert "<strong>SQUEEZE</strong> at step\n    3" in page
-    assert "No warning" in write_squeeze_report(history[:2], tmp_path / "calm").read_text()
+    warnings = json.loads((tmp_path / "squeeze_report.json").read_text())["warnings"]
+    assert warnings == [{"source": "probe", "step": 4}]
+    assert "<strong>Warning</strong> at step 4: the chosen answers of &ldquo;Probes&rdquo;" in page
+    assert page.count("data:image/png") == 2 and (tmp_path / "squeeze_report_2.png").exists()
+    assert "No warning" in write_squeeze_report(history[:3], tmp_path / "calm").read_text()
+    only_batches = [{"step": step, "squeeze/logp_tok_chosen": -step} for step in range(9)]
+    assert "Nothing was scored again" in write_squeeze_report(only_batches, tmp_path / "batches").read_text()
+
+
+def test_pages_and_panels(monkeypatch, tmp_path):
+    """A page a source, changes since the start, one colour a kind, labels apart, no more than eight panels."""
+    figures = []
+
+    def keep(what, size):
+        figures.append(matplotlib.figure.Figure(size, layout="constrained"))
+        return figures[-1]
+
+    monkeypatch.setattr("hf_iclr.trainers.squeeze.report.new_figure", keep)
+    kinds = ("chosen", "rejected", "chosen_reworded", "other_train", "other_test", "permuted", "random_words")
+    history = []
+    for step in range(3):
+        entry = {"step": step, "squeeze/logp_tok_chosen": -3.0 - step, "eval_squeeze/logp_tok_chosen": -4.0 - step}
+        for prefix in ("", "test_"):
+            entry |= {f"{prefix}probe/{kind}/delta0": -0.01 * step for kind in kinds}
+            entry |= {f"{prefix}probe/{kind}/logp_argmax": -1 + 0.1 * step for kind in ("chosen", "rejected")}
+            entry |= {f"{prefix}repeat/{name}": 0.2 for name in ("rep_4", "distinct_2", "eos_rate")}
+        history.append(entry | {"rewards/chosen": 0.1, "logps/chosen": -30.0, "squeeze/both_down": 0.5})
+    page = write_squeeze_report(history, tmp_path).read_text()
+    assert re.findall("<h2>(.+)</h2>", page) == ["Probes", "Probes: test", "Evaluation", "Training batches"]
+    assert len(figures) == 4 and all(1 <= len(figure.axes) <= 8 for figure in figures)
+    colours = {}
+    for figure in figures:
+        figure.canvas.draw()
+        for axes in figure.axes:
+            texts = [text for text in axes.texts if text.get_text()]
+            curves = [line for line in axes.lines if len(line.get_xdata()) > 2]  # not those at zero and at the warning
+            assert len(texts) == len(curves) and all(line.get_ydata()[0] == 0 for line in curves)
+            for text in texts:
+                assert colours.setdefault(text.get_text(), text.get_color()) == text.get_color()
+            boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+            assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+    assert len({colours[kind] for kind in kinds}) == len(kinds)
 
 
 def test_plain_trl_logs_and_resumed_steps(tmp_path, word_tokenizer):
@@ -86,7 +126,9 @@ def test_plain_trl_logs_and_resumed_steps(tmp_path, word_tokenizer):
     ]
     write_squeeze_report(history, tmp_path)
     series = json.loads((tmp_path / "squeeze_report.json").read_text())["series"]
-    assert set(series) == {"logps/chosen", "logps/rejected"}
+    assert set(series) == {f"{kind}/{side}" for kind in ("logps", "rewards") for side in ("chosen", "rejected")} | {
+        "rewards/accuracies", "rewards/margins"
+    }  # fmt: skip
     assert series["logps/chosen"]["step"] == [1, 2, 3] and series["logps/chosen"]["value"][1] == -99.0
 
 

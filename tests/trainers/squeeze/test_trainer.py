@@ -41,10 +41,9 @@ VARIANTS = {
     "wpo": {"use_weighting": True},
     "ld": {"ld_alpha": 0.5},
     "divergence": {"f_divergence_type": "js_divergence"},
-    "open gate": {"pressure_gate": 0.0},
 }
 NOT_IN_ARGS = ("peft_config", "eval_dataset", "callbacks", "probe_dataset", "compute_metrics", "ref_model")
-OURS = ("squeeze_metrics", "argmax_every", "probe_every", "probe_budget", "pressure_gate")
+OURS = ("squeeze_metrics", "argmax_every", "probe_every", "probe_budget")
 
 
 @pytest.fixture
@@ -143,10 +142,10 @@ def test_metrics_are_those_of_the_full_softmax(make):
         f"eval_{key}": value for key, value in full_softmax_metrics(trainer, list(trainer.eval_dataset)).items()
     }
     measured = trainer.evaluate()
-    expected.pop("eval_squeeze/force")  # that of no loss; by hand below
+
     assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     expected = full_softmax_metrics(trainer, list(trainer.train_dataset))
-    expected.pop("squeeze/force")
+
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert {key: logged[key] for key in expected} == pytest.approx(expected, rel=1e-5)
@@ -247,33 +246,9 @@ def test_plain_config_gets_the_defaults(make):
 
 
 def test_options_from_the_command_line():
-    flags = ["--squeeze_metrics", "full", "--argmax_every", "5", "--pressure_gate", "2.5", "--bf16", "False"]
+    flags = ["--squeeze_metrics", "full", "--argmax_every", "5", "--bf16", "False"]
     (args,) = HfArgumentParser(SqueezeDPOConfig).parse_args_into_dataclasses([*flags, "--use_cpu", "True"])
-    assert (args.squeeze_metrics, args.argmax_every, args.pressure_gate) == ("full", 5, 2.5)
-
-
-def test_gate_changes_the_weights_and_not_the_loss(make):
-    trainers = {gate: make(pressure_gate=gate, max_steps=2) for gate in (None, 50.0, math.inf)}
-    for trainer in trainers.values():
-        trainer.train()
-    first = {gate: trainer.state.log_history[0] for gate, trainer in trainers.items()}
-    assert first[None]["loss"] == first[50.0]["loss"] == first[math.inf]["loss"]
-    assert first[None]["squeeze/force"] > first[50.0]["squeeze/force"] > first[math.inf]["squeeze/force"] == 0
-    assert first[None]["grad_norm"] > first[50.0]["grad_norm"] > first[math.inf]["grad_norm"] > 0
-    assert trainers[None].state.log_history[1]["loss"] != trainers[50.0].state.log_history[1]["loss"]
-
-
-def test_gate_may_be_switched_on_while_training(make):
-    class Switch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            args.pressure_gate = math.inf
-
-    trainer = make(callbacks=[Switch()], max_steps=2)
-    trainer.train()
-    forces = [entry["squeeze/force"] for entry in trainer.state.log_history if "loss" in entry]
-    assert forces[0] > 0 and forces[1] == 0
-    with pytest.raises(ValueError, match="pressure_gate was set after a trainer was made with squeeze_metrics='off'"):
-        make(callbacks=[Switch()], squeeze_metrics="off").train()
+    assert (args.squeeze_metrics, args.argmax_every) == ("full", 5)
 
 
 def test_probe_dataset_goes_to_the_callback_and_the_log_to_the_report(make, monkeypatch, tmp_path):
@@ -400,8 +375,6 @@ def test_diverged_weights_are_an_error_at_the_next_log(make):
     [
         ({"squeeze_metrics": "all"}, "squeeze_metrics must be one of off, default, full, got 'all'"),
         ({"argmax_every": 0}, "argmax_every must be at least 1, got 0"),
-        ({"pressure_gate": -1.0}, "pressure_gate must be at least 0, got -1.0"),
-        ({"pressure_gate": math.nan}, "pressure_gate must be at least 0, got nan"),
     ],
 )
 def test_bad_options(tmp_path, option, message):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hf_iclr.vision.inpainting.background_plate import fill_smoothly, seen_background, soften, still_spans
+from hf_iclr.vision.inpainting.background_plate import Span, fill_smoothly, registered_spans, seen_background, soften
 from hf_iclr.vision.session.videos import open_video
 
 
@@ -34,7 +34,7 @@ def test_a_pixel_is_the_median_of_what_was_seen_there():
         video[number, :, 3] = value
     hidden = np.zeros((5, 4, 6), np.float32)
     hidden[:2, :, 2], hidden[2:, :, 3], hidden[:, :, 4] = 1, 1, 1
-    plate, counts, seen = seen_background(open_video(video), lambda number: hidden[number], range(5))
+    plate, counts, seen = seen_background(open_video(video), lambda number: hidden[number], Span(range(5)))
     assert (plate[:, 2] == 40).all() and (plate[:, 3] == 16).all() and (plate[:, [0, 1, 4, 5]] == 7).all()
     assert np.array_equal(counts[0], [0, 0, 2, 3, 5, 0])
     assert np.array_equal(seen[0], [True, True, True, True, False, True])
@@ -45,28 +45,29 @@ def test_many_frames_are_sampled_evenly():
     video = np.repeat((np.arange(400) / 2).astype(np.uint8), 16 * 3).reshape(400, 4, 4, 3)
     hidden = np.zeros((400, 4, 4), np.float32)
     hidden[0] = 1
-    plate, _, _ = seen_background(open_video(video), lambda number: hidden[number], range(400))
+    plate, _, _ = seen_background(open_video(video), lambda number: hidden[number], Span(range(400)))
     assert abs(plate.mean() - 100) < 10
-    again, _, _ = seen_background(open_video(video), lambda number: hidden[number], range(400))
+    again, _, _ = seen_background(open_video(video), lambda number: hidden[number], Span(range(400)))
     assert np.array_equal(plate, again)
 
 
 def test_a_camera_that_moves_ends_a_span():
     scene = np.random.default_rng(0).integers(0, 255, (16, 64, 3), dtype=np.uint8)
     video = np.stack([scene[:, left : left + 16] for left in (0, 0, 0, 9, 9, 30)])
-    assert still_spans(open_video(video), lambda _: NONE, 6) == [range(3), range(3, 5), range(5, 6)]
+    spans = registered_spans(open_video(video), lambda _: NONE, 6)
+    assert [span.frames for span in spans] == [range(3), range(3, 5), range(5, 6)]
 
 
 def test_what_moves_under_the_masks_or_in_a_small_place_ends_none():
     video = np.full((4, 16, 16, 3), 100, np.uint8)
     video[np.arange(4), :, 4 * np.arange(4)] = 255
     masks = [column(4 * number, 4 * number + 1).astype(np.float32) for number in range(4)]
-    assert still_spans(open_video(video), masks.__getitem__, 4) == [range(4)]
+    assert [span.frames for span in registered_spans(open_video(video), masks.__getitem__, 4)] == [range(4)]
     masks[2][:] = 1  # nothing is left to tell by
-    assert still_spans(open_video(video), masks.__getitem__, 4) == [range(4)]
+    assert [span.frames for span in registered_spans(open_video(video), masks.__getitem__, 4)] == [range(4)]
     small = np.full((4, 16, 16, 3), 100, np.uint8)
     small[2, :8, :4] = 255  # an eighth of the frame
-    assert still_spans(open_video(small), lambda _: NONE, 4) == [range(4)]
+    assert [span.frames for span in registered_spans(open_video(small), lambda _: NONE, 4)] == [range(4)]
 
 
 def test_a_hole_is_filled_from_its_border():

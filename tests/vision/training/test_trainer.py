@@ -1,16 +1,23 @@
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import IterableDataset
 from transformers import Sam2Config, Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor
 
+from hf_iclr.vision.evaluation.j_and_f import region_similarity
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_videos import stream_videos
 from hf_iclr.vision.training.clip_dataset import ClipDataset, collate_clips
 from hf_iclr.vision.training.config import Sam2TrainingConfig
+from hf_iclr.vision.training.modeling import Sam2ForTraining
 from hf_iclr.vision.training.trainer import Sam2Trainer, layer_rates
 from tests.trainers.distributed import run_in_two
 from tests.vision.tiny import SIDE, tiny_model, tiny_processor
@@ -46,7 +53,7 @@ def test_training_changes_every_part_and_logs_the_terms_of_the_loss(tmp_path):
     assert weighted <= set(logs)
     assert 0 <= logs["iou"] <= 1
     evaluated = run.evaluate()
-    assert {"eval_loss", "eval_dice", "eval_iou"} <= set(evaluated)
+    assert {"eval_loss", "eval_dice", "eval_iou", "eval_j", "eval_f", "eval_j_and_f"} <= set(evaluated)
 
 
 def test_one_step_equals_the_loss_and_the_update_written_by_hand(tmp_path):
@@ -153,7 +160,7 @@ def test_the_saved_folder_is_plain_transformers(tmp_path):
     assert Sam2VideoProcessor.from_pretrained(tmp_path / "saved").target_size == SIDE
     for (name, value), other in zip(run.model.named_parameters(), saved.parameters(), strict=True):
         assert torch.equal(value, other), name
-    assert "forward" not in run.model.__dict__
+    assert "forward" not in run.model.model.__dict__
 
 
 def test_adapters_train_the_encoder_and_are_merged_when_saved(tmp_path):
@@ -193,7 +200,7 @@ def test_layers_of_the_encoder_learn_ever_slower_towards_the_input():
 
 def test_the_optimizer_uses_these_rates(tmp_path):
     run = trainer(tmp_path)
-    rates = layer_rates(run.model, run.args)
+    rates = layer_rates(run.model.model, run.args)
     groups = run.create_optimizer().param_groups
     assert all(rates[parameter] == group["lr"] for group in groups for parameter in group["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(run.model.parameters()))
@@ -265,6 +272,123 @@ def _train(folder, batch):
     return {name: value.detach() for name, value in run.model.named_parameters()}, run.state.log_history[0]
 
 
+def test_defaults_are_those_of_the_references_fine_tuning(tmp_path):
+    """`sam2.1_hiera_b+_MOSE_finetune.yaml`: batches of 1, 40 epochs, 5e-6 down to a tenth of it; half way 2.75e-6."""
+    args = Sam2TrainingConfig(str(tmp_path), use_cpu=True, report_to="none")
+    assert args.per_device_train_batch_size == 1 and args.num_train_epochs == 40 and args.augment
+    assert (args.weight_decay, args.max_grad_norm, args.num_frames, args.max_objects) == (0.1, 0.1, 8, 3)
+    run = trainer(tmp_path, max_steps=4, num_frames=1, corrective_clicks=0, per_device_train_batch_size=1)
+    run.train()
+    rates = [log["learning_rate"] for log in run.state.log_history if "learning_rate" in log]
+    assert rates[1] == pytest.approx(2.75e-6) and rates[3] == pytest.approx(5e-7)
+    assert min(group["lr"] for group in run.optimizer.param_groups) == pytest.approx(3e-7 * 0.9**6)
+    constant = Sam2TrainingConfig(str(tmp_path), lr_scheduler_type="constant", use_cpu=True, report_to="none")
+    assert not constant.lr_scheduler_kwargs
+
+
+def test_evaluation_has_j_and_f_of_each_set_and_metrics_of_ones_own(tmp_path):
+    """
+    What `compute_metrics` gets is what J is of: both are computed here once more, from clips of different lengths and
+    numbers of objects, with frames whose mask was given left out.
+    """
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"clips": len(prediction.predictions)}
+
+    args = Sam2TrainingConfig(str(tmp_path), **QUICK, per_device_eval_batch_size=2)
+    sets = {"near": [*CLIPS[:2], procedural_clip(9, frames=1, size=SIDE)], "far": CLIPS[3:]}
+    run = Sam2Trainer(tiny_model(), args, CLIPS, sets, tiny_processor(), compute_metrics=compute_metrics)
+    metrics = run.evaluate()
+    assert metrics["eval_near_loss"] > 0 and metrics["eval_near_clips"] == 3 and metrics["eval_far_clips"] == 1
+    for (predicted, true), name in zip(seen, sets, strict=True):
+        assert predicted.shape == true.shape == (len(sets[name]), 3, 3, SIDE, SIDE)
+        assert set(np.unique(true)) == {-100, 0, 1} and np.array_equal(predicted == -100, true == -100)
+        scores = []
+        for clip in range(len(true)):
+            for obj in range(3):
+                frames = [t for t in range(3) if true[clip, t, obj, 0, 0] >= 0]
+                if frames:
+                    one, other = (masks[clip, frames, obj] > 0 for masks in (predicted, true))
+                    scores.append(region_similarity(one, other).mean())
+        assert metrics[f"eval_{name}_j"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert run.evaluate(CLIPS[:1])["eval_j_and_f"] >= 0
+    assert "test_loss" in run.predict(CLIPS[:1]).metrics
+
+
+def test_the_best_checkpoint_by_j_and_f_is_loaded_at_the_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    settings |= {"metric_for_best_model": "j_and_f", "greater_is_better": False, "load_best_model_at_end": True}
+    run = trainer(tmp_path, learning_rate=1e-2, vision_learning_rate=1e-2, lr_scheduler_type="constant", **settings)
+    run.train()
+    best = Sam2VideoModel.from_pretrained(run.state.best_model_checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), run.model.model.parameters(), strict=True))
+
+
+class Stream(IterableDataset):
+    """Videos that come one after another, one of them broken."""
+
+    def __iter__(self):
+        yield from (CLIPS[0], (CLIPS[1].frames, {1: CLIPS[1].masks[1] & False}), CLIPS[2])
+
+
+def rows_of(clip, name):
+    for obj, masks in clip.masks.items():
+        yield {"video": clip.frames, "name": name, "object": obj, "frames": list(range(4)), "masks": list(masks)}
+
+
+@pytest.mark.parametrize(
+    "videos",
+    [
+        Stream(),
+        [{"frames": clip.frames, "masks": clip.masks} for clip in CLIPS[:2]],
+        [*rows_of(CLIPS[0], "a"), *rows_of(CLIPS[1], "b")],
+    ],
+    ids=["stream", "dicts", "rows"],
+)
+def test_streams_and_lists_of_dictionaries_train(tmp_path, videos):
+    run = trainer(tmp_path, clips=CLIPS)
+    run = Sam2Trainer(tiny_model(), run.args, videos, processing_class=tiny_processor())
+    run.train()
+    assert run.state.global_step == 2 and np.isfinite(run.state.log_history[0]["loss"])
+    if not isinstance(videos, list):
+        assert len(list(run.train_dataset)) == 2
+    else:
+        assert len(run.train_dataset[0]["masks"]) == 2
+
+
+def test_rows_of_a_stream_are_joined_by_their_video():
+    streamed = stream_videos([*rows_of(CLIPS[0], "a"), CLIPS[2], *rows_of(CLIPS[1], "b")])
+    assert [(video.name, sorted(video.masks(0))) for video in streamed] == [
+        ("a", [1, 2]), ("clip 2", [1, 2]), ("b", [1, 2]),
+    ]  # fmt: skip
+
+
+def _shard(batch):
+    """Two processes, each with half of every weight, and the loss and one gradient that they make together."""
+    torch.set_num_threads(1)
+    whole = Sam2ForTraining(still_model(), Sam2TrainingConfig("unused", use_cpu=True, report_to="none")).train()
+    sharded = deepcopy(whole)
+    for block in sharded.model.vision_encoder.backbone.blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    results = []
+    for module in (whole, sharded):
+        loss = module(batch)["loss"]
+        loss.backward()
+        gradient = module.model.no_memory_embedding.grad
+        results.append((loss.item(), getattr(gradient, "full_tensor", lambda gradient=gradient: gradient)()))
+    return results
+
+
+def test_fsdp_shards_the_module(tmp_path):
+    batch = [ClipDataset(CLIPS[:1], tiny_processor(), 2, prompts={"clicks": 1})[0]]
+    for (loss, gradient), (sharded_loss, sharded_gradient) in run_in_two(_shard, tmp_path, batch):
+        assert sharded_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(sharded_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_equal_one(tmp_path):
     (first, logs), (second, _) = run_in_two(_train, tmp_path, tmp_path / "two", 1)
     alone, alone_logs = _train(tmp_path / "one", 2)
@@ -297,3 +421,8 @@ def test_other_models_and_missing_processors_get_a_sentence(tmp_path):
         Sam2Trainer(tiny_model(), args)
     with pytest.raises(ValueError, match="at least one video"):
         ClipDataset([], tiny_processor())
+    with pytest.raises(TypeError, match=r"got dict of \['train'\].*dataset\['train'\]"):
+        Sam2Trainer(tiny_model(), args, {"train": CLIPS}, processing_class=tiny_processor())
+    for videos in ("DAVIS", (clip for clip in CLIPS)):
+        with pytest.raises(TypeError, match=r"Pass read_videos\(folder\), list\(videos\), or an IterableDataset"):
+            Sam2Trainer(tiny_model(), args, videos, processing_class=tiny_processor())

@@ -1,0 +1,195 @@
+"""
+Which warning foretells, or at least notices, that a preference training loses its chosen answers? Does acting help?
+
+    python benchmarks/squeeze_warning.py --settings counting stories260k --data DIR
+    python benchmarks/squeeze_warning.py --settings smollm2 --data DIR --seeds 1 --arms sft dpo
+
+Settings: `counting`, a tiny Llama and made-up pairs that follow a rule; with `--data`, which then holds
+`models/stories260k` and `preference/learning_dynamics_hh_formal_prob_train.jsonl.gz`, also `stories260k`, a real model
+of 260k parameters, and `smollm2`, SmolLM2-135M-Instruct with LoRA, both on the paper's authors' probing set (answers
+cut to 16 tokens). Arms of each seed, from one supervised stage: learning rate 0, SFT (also after a long supervised
+stage), sigmoid + SFT, DPO at a twentieth of the rate, DPO on own samples, DPO, DPO after a long supervised stage, and
+DPO five times as fast.
+
+Whether a run loses is read off all held-out pairs: their chosen answers end .1 nats a token below their start.
+Candidates see probes of 24 or 32 prompts. Thresholds are the lowest with at most 5 % alarms among the runs of even
+seeds that lose nothing; all figures are of odd seeds. With `--actions` the losing arms are also run with the action
+"lower_lr", and with a gate on rejected tokens (their gradient times exp(-10 max(S, 0)), S the squeeze pressure);
+"stop" is read off the runs without an action.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common.arguments import make_parser, parse
+
+
+ACTIONS = ("lower_lr", "gate")
+ACTED_ON = ("dpo", "dpo, fast", "dpo, long before", "on-policy")
+
+
+def arguments() -> argparse.Namespace:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("--settings", nargs="+", default=["counting"], choices=["counting", "stories260k", "smollm2"])
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", help="some of the arms")
+    parser.add_argument("--actions", action="store_true", help="also run the losing arms with what may help them")
+    parser.add_argument("--data", type=Path, help="folder with the models and the authors' probing set")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of the runs in --out again")
+    return parse(parser, seeds=2, arms=["null", "dpo"])
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGUMENTS = arguments()
+
+import pandas as pd
+import torch
+from datasets import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from common.squeeze_arms import ARMS, own_answers, settings, supervised, train_arm
+from common.squeeze_rules import Run, alarm, auc, candidates, lowest_threshold, read_run, targets
+from hf_iclr.models import FusedOutputsProxy
+from hf_iclr.trainers.squeeze import SqueezeDPOTrainer, SqueezeMonitor, SqueezeStoppingCallback
+from hf_iclr.trainers.squeeze.metrics import squeeze_pressure
+
+
+class GatedTrainer(SqueezeDPOTrainer):
+    """Scales the gradients of rejected tokens that lie in a valley; the loss keeps its value."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(FusedOutputsProxy(model, self._gate), inputs, *args, **kwargs)
+
+    def _gate(self, outputs, kwargs):
+        pressure = squeeze_pressure(outputs.log_probs, outputs.log_sum_sq_probs)
+        gate = torch.exp(-10 * pressure.clamp(min=0))
+        gate[: len(gate) // 2] = 1.0
+        values = outputs.log_probs.detach()
+        return type(outputs)(**{**outputs, "log_probs": values + gate * (outputs.log_probs - values)})
+
+
+def collect(args: argparse.Namespace) -> None:
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in args.settings:
+        setting = settings(args.data)[name]
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            pairs = setting.pairs(seed)
+            starts: dict[str, Any] = {}
+            for arm, action in [(arm, None) for arm in args.arms or ARMS] + (
+                [(arm, action) for arm in ACTED_ON for action in ACTIONS] if args.actions else []
+            ):
+                path = args.out / "_".join(filter(None, (name, arm.replace(" ", "-"), action, f"{seed}.json")))
+                if path.exists():
+                    continue
+                begin = time.process_time()
+                stage, changes, rate = ARMS[arm]
+                if stage not in starts:
+                    starts[stage] = supervised(setting, pairs[0], seed, getattr(setting, stage))
+                own = pairs
+                if arm == "on-policy":
+                    own = tuple(own_answers(setting, starts[stage], rows, seed) for rows in pairs)
+                trainer_class = GatedTrainer if action == "gate" else SqueezeDPOTrainer
+                callbacks = [SqueezeStoppingCallback("lower_lr")] if action == "lower_lr" else []
+                log = train_arm(setting, starts[stage], own, seed, rate, trainer_class, callbacks, **changes)
+                path.write_text(
+                    json.dumps({"setting": name, "arm": arm, "action": action, "seed": seed, "log_history": log})
+                )
+                print(f"{path.stem}: {time.process_time() - begin:.0f} s", flush=True)
+
+
+def shipped_alarm(run: Run, key: str) -> int | None:
+    """The evaluation at which the package's monitor warns by these chosen answers."""
+    monitor = SqueezeMonitor()
+    lost = [bool(monitor.update({key: value, "step": at})) for at, value in enumerate(run.curves[key])]
+    return lost.index(True) if any(lost) else None
+
+
+def judge(runs: list[Run], find) -> dict[str, Any]:
+    """How often an alarm comes among runs that lose nothing and among those that do, and how much is lost by then."""
+    kept, losing = [run for run in runs if not run.loses], [run for run in runs if run.loses]
+    caught = [(run, at) for run in losing if (at := find(run)) is not None]
+    gone = [(run.held_out[0] - run.held_out[at]) / (run.held_out[0] - min(run.held_out)) for run, at in caught]
+    ahead = [targets(run)[at] for run, at in caught if at < len(run.held_out) - 1]
+    return {
+        "false alarms": f"{sum(find(run) is not None for run in kept)} of {len(kept)}",
+        "caught": f"{len(caught)} of {len(losing)}",
+        "lost by then": round(sum(gone) / len(gone), 2) if gone else None,
+        "falls on": f"{sum(ahead)} of {len(ahead)}",
+    }
+
+
+def print_tables(runs: list[Run]) -> None:
+    held_out, trained = "held_out_probe/chosen/logp", "probe/chosen/logp"
+    plain = [run for run in runs if run.action is None]
+    even, odd = ([run for run in plain if run.seed % 2 == rest] for rest in (0, 1))
+    rows = []
+    for setting, arm in dict.fromkeys((run.setting, run.arm) for run in plain):
+        group = [run for run in plain if (run.setting, run.arm) == (setting, arm)]
+        ends = [run.held_out[-1] - run.held_out[0] for run in group]
+        warned = {name: sum(shipped_alarm(run, key) is not None for run in group) for name, key in
+                  (("warned, held-out probes", held_out), ("warned, trained probes", trained))}  # fmt: skip
+        rows.append(
+            {"setting": setting, "arm": arm, "runs": len(group), "change": f"{min(ends):+.2f} to {max(ends):+.2f}",
+             "lose": sum(run.loses for run in group), **warned}
+        )  # fmt: skip
+    print("\nArms; the change is that of the held-out chosen answers, nats a token")
+    print(pd.DataFrame(rows).to_string(index=False))
+
+    if odd:
+        rows = []
+        for name, score in candidates(even).items():
+            threshold = lowest_threshold(even, score)
+            found = judge(odd, partial(lambda score, threshold, run: alarm(score(run), threshold), score, threshold))
+            rows.append(
+                {"candidate": name, "AUC": round(auc(odd, score), 2), "threshold": round(threshold, 3), **found}
+            )
+        print("\nCandidates: thresholds from even seeds, judged on odd ones")
+        print(pd.DataFrame(rows).to_string(index=False))
+
+    rows = []
+    for name, key in (("held-out probes", held_out), ("trained probes", trained)):
+        for where in ("all", *dict.fromkeys(run.setting for run in plain)):
+            group = [run for run in plain if where in ("all", run.setting)]
+            rows.append({"rule by": name, "setting": where, **judge(group, partial(shipped_alarm, key=key))})
+    print("\nThe rule as shipped, all seeds")
+    print(pd.DataFrame(rows).to_string(index=False))
+
+    rows = []
+    for run in plain:
+        at = shipped_alarm(run, held_out)
+        if run.arm not in ACTED_ON or at is None:
+            continue
+        accuracy = run.curves["eval_rewards/accuracies"]
+        ends = {"nothing": (run.held_out[-1], accuracy[-1]), "stop": (run.held_out[at], accuracy[at])}
+        for other in runs:
+            if other.action and (other.setting, other.arm, other.seed) == (run.setting, run.arm, run.seed):
+                ends[other.action] = (other.held_out[-1], other.curves["eval_rewards/accuracies"][-1])
+        for action, (chosen, right) in ends.items():
+            rows.append(
+                {"setting": run.setting, "action": action, "runs": 1, "chosen": chosen - run.held_out[0],
+                 "against nothing": chosen - run.held_out[-1], "accuracy": right}
+            )  # fmt: skip
+    if rows:
+        groups = pd.DataFrame(rows).groupby(["setting", "action"], sort=False)
+        print(
+            "\nActing, where the rule warns: held-out chosen answers (change in nats a token) and accuracy at the end"
+        )
+        table = groups.agg({"runs": "sum", "chosen": "mean", "against nothing": "mean", "accuracy": "mean"})
+        print(table.assign(better=groups["against nothing"].apply(lambda d: (d > 0).sum())).round(2).to_string())
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.tables:
+        collect(args)
+    print_tables([read_run(json.loads(path.read_text())) for path in sorted(args.out.glob("*.json"))])
+
+
+if __name__ == "__main__":
+    main(ARGUMENTS)
