@@ -78,6 +78,7 @@ def annotate_in_browser(
         raise ValueError("A stream can't be annotated, for it can't go back. Pass `list(frames)` to the session.")
     with closing(listen(host, port)) as listener, TemporaryDirectory() as folder:
         project = AnnotationProject(folder, pipe)
+        project.keep = session is None  # else the session is the caller's
         clip = None if session is None else project.adopt(session)
         return serve(AnnotationPage(project, clip, single=True), listener, host, on_ready or logger.info)
 

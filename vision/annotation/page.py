@@ -29,6 +29,7 @@ from .requests import (
     errors_as_sentences,
     export_bytes,
     only_from_here,
+    person_of,
     read_fields,
     refuse_large,
     save_body,
@@ -115,7 +116,7 @@ class AnnotationPage:
 
     async def _where(self, request: web.Request, fields: dict[str, Any] | None = None) -> tuple[str, str]:
         """The video that a request is about, and the person who asks."""
-        person = request.cookies.get("person", "")[:80]
+        person = person_of(request)
         asked = {**request.query, **(fields or {})}.get("clip")
         name = await self._run(self._find, asked, person)
         if name is None:
@@ -181,7 +182,7 @@ class AnnotationPage:
         return {"frame": frame, "objects": objects, "overlay": overlay}
 
     async def _get_state(self, request: web.Request) -> web.Response:
-        person = request.cookies.get("person", "")[:80]
+        person = person_of(request)
         name = await self._run(self._find, request.query.get("clip"), person)
         return web.json_response(await self._run(self._state, name, person))
 
@@ -223,7 +224,7 @@ class AnnotationPage:
     async def _post_open(self, request: web.Request) -> web.Response:
         if not self._can_open:
             raise ValueError("This page was opened for one video; it takes no other.")
-        person = request.cookies.get("person", "")[:80]
+        person = person_of(request)
         path = inside(self.project.folder / "videos", request.query.get("name") or "video")
         if path.exists():
             path = inside(path.parent, f"{path.stem}-{time.time_ns()}{path.suffix}")
@@ -355,7 +356,7 @@ class AnnotationPage:
     async def _post_next(self, request: web.Request) -> web.Response:
         """Gives the video back and takes the next one, the same if its masklets are still the most uncertain."""
         await read_fields(request)
-        person = request.cookies.get("person", "")[:80]
+        person = person_of(request)
 
         def move():
             old = self._clips.pop(person, None)

@@ -62,6 +62,7 @@ class AnnotationProject:
 
     def __init__(self, folder: str | Path, pipe):
         self.folder, self.pipe = Path(folder), pipe
+        self.keep = True  # whether sessions and rows are written at all
         self._model, self._weights = pipe.model.config.name_or_path, hash_weights(pipe.model)
         self._revision = model_revision(pipe.model) or f"weights-{self._weights}"
         self.store = AnnotationStore(folder, {"phase": 3, "model": self._model, "weights": self._weights})
@@ -250,6 +251,8 @@ class AnnotationProject:
     def checkpoint(self, name: str) -> None:
         """Writes the session of a video with what was tracked, so that nothing is to be done again to open it."""
         session, known = self.session(name), self.queue.masklets(name)
+        if not self.keep:
+            return
         write_session(session, self._file(name), note=str(self._versions[name]))
         self._saved[name] = self._versions[name]
         with self.queue.change():
@@ -279,6 +282,8 @@ class AnnotationProject:
 
     def write_rows(self, name: str) -> Iterator[None]:
         """Writes the rows of a video, a frame at a time, so that others get their turn in between."""
+        if not self.keep:
+            return
         known, rows = self.queue.masklets(name), {row["object"]: row for row in self.store.rows(name)}
         version, written = self.queue.video(name)["version"], []
         for obj, one in known.items():

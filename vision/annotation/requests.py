@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from aiohttp import web
 
@@ -30,6 +30,11 @@ _HEADERS = {  # no other site may show the page in a frame, or its frames as pic
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+def person_of(request: web.Request) -> str:
+    """The name that the page keeps for whoever asks, if they gave one."""
+    return unquote(request.cookies.get("person", ""))[:80]
 
 
 async def read_fields(request: web.Request) -> dict[str, Any]:
