@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from ..session.automatic_masks import AutomaticMaskConfig
-from ..session.prompts import encode_rle
+from ..session.prompts import ObjectPrompt, encode_rle
 from ..session.segments import FrameSegments, decode_mask
 from ..session.session import VideoSession
 
@@ -158,6 +158,13 @@ class QualityGate:
             if value is not None and least is not None and value < least:
                 return f"{what} {value:.2f} is below {least:g}"
         return None
+
+
+def count_clicks(prompt: ObjectPrompt, before: ObjectPrompt | None) -> int:
+    """Clicks of a prompt that are not those of the one it took the place of; a box is two."""
+    kept = before is not None and prompt.points[: len(before.points)] == before.points
+    boxes = prompt.box is not None and (before is None or prompt.box != before.box)
+    return len(prompt.points) - (len(before.points) if before is not None and kept else 0) + 2 * boxes
 
 
 def sibling_session(session: VideoSession, **options: Any) -> VideoSession:

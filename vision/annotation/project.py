@@ -18,7 +18,7 @@ from ..session.prompts import ObjectPrompt, VideoPrompts
 from ..session.session import VideoSession
 from ..session.session_file import write_session
 from .edits import apply_edit
-from .masklets import Masklet
+from .masklets import Masklet, count_clicks
 from .queue import Item, Queue, StaleEdit
 from .sources import list_videos, name_video
 from .store import AnnotationStore, to_row
@@ -371,13 +371,6 @@ class AnnotationProject:
 
 def _doubt(scores: Mapping[int, float]) -> float:
     return 1 - float(np.clip(np.mean(list(scores.values())), 0, 1)) if scores else 1.0
-
-
-def count_clicks(prompt: ObjectPrompt, before: ObjectPrompt | None) -> int:
-    """Clicks of a prompt that are not those of the one it took the place of; a box is two."""
-    kept = before is not None and prompt.points[: len(before.points)] == before.points
-    boxes = prompt.box is not None and (before is None or prompt.box != before.box)
-    return len(prompt.points) - (len(before.points) if before is not None and kept else 0) + 2 * boxes
 
 
 def _prompts_of_row(row: Mapping[str, Any]) -> dict[int, dict[int, Any]]:
