@@ -121,7 +121,7 @@ class Lab:
     def scores(self, facts: list[EditRequest], fluency: bool = False) -> dict[str, float]:
         scores = evaluate_edits(self.model, self.tokenizer, facts, progress=False)
         if fluency:
-            texts = continue_texts(self.model, self.tokenizer, [fact.text for fact in facts[:20]], max_new_tokens=50)
+            texts = continue_texts(self.model, self.tokenizer, [fact.text for fact in facts[:20]])
             scores |= load_metric("fluency").compute(predictions=texts)
         return {name: float(value) for name, value in scores.items()}
 

@@ -25,9 +25,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own text")
     parser.add_argument("--edits", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=20_000, help="of text for the statistics")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[28, 8, 4])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[28, 8, 1])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    return parse(parser, edits=2, tokens=2000, chunks=[28, 8])
+    return parse(parser, edits=2, tokens=2000, chunks=[28, 1])
 
 
 PARTS = ["sentences", "no subject", "chat", "corrections"]

@@ -39,7 +39,8 @@ import hf_iclr
 from common.segmenter import load_segmenter
 from hf_iclr.vision.evaluation.j_and_f import region_similarity
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.formats.annotated_videos import AnnotatedVideo, read_videos
+from hf_iclr.vision.formats.annotated_video import AnnotatedVideo
+from hf_iclr.vision.formats.annotated_videos import read_videos
 from hf_iclr.vision.formats.overlay import write_overlay
 
 

@@ -1,9 +1,7 @@
 """
-Trains a SAM 2 of 1.6 million parameters on procedural clips in about half an hour on one CPU core, then teaches it
-what comes later in a video: longer clips, in which objects are hidden and come back, and clicks that correct it.
+Trains a SAM 2 of 1.6 million parameters on procedural clips in about half an hour on one CPU core.
 
-    python examples/train_tiny_sam2.py --out first
-    python examples/train_tiny_sam2.py --out tiny_sam2 --start first --steps 400
+    python examples/train_tiny_sam2.py --out tiny_sam2
 
 `pipeline("promptable-video-segmentation", model="tiny_sam2")` loads the result. How good it is says
 benchmarks/tiny_sam2.py.
@@ -140,62 +138,19 @@ def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
     clips = []
     for _ in range(10 if early else 6):
         drawn = procedural_clip(int(rng.integers(2**40)), bool(rng.random() < hard), frames, SIDE)
-        masks = _targets(drawn.masks[1], drawn.masks[2])
+        masks = np.stack([drawn.masks[obj] for obj in (1, 2) if drawn.masks[obj][0].sum() > 40])
         taught = rng.random((len(masks), frames)) < remember_truth
         taught[:, 0] |= rng.random(len(masks)) < 0.5
-        clip = _to_clip(rng, drawn.frames, masks, plan)
-        clips.append({**clip, "remember_truth": torch.from_numpy(taught)})
+        clips.append(
+            {
+                "pixel_values": torch.from_numpy((drawn.frames / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2),
+                "masks": torch.from_numpy(masks),
+                "noise": torch.from_numpy(rng.random((len(masks), frames, 1 + plan.clicks, 4), dtype=np.float32)),
+                "remember_truth": torch.from_numpy(taught),
+                "plan": plan,
+            }
+        )
     return clips
-
-
-def draw_later_batch(rng: np.random.Generator) -> list[dict]:
-    """
-    Longer clips, hard ones, faster ones, some under changing light, some behind a bar that hides what passes. Nothing
-    but what the model predicted is remembered. More than half are corrected on one or two frames that may be late, and
-    some are prompted on a later frame too, so that others lie before a conditioning frame.
-    """
-    frames = int(rng.integers(5, 9))
-    kind = str(rng.choice(["mask", "box", "click"], p=[0.2, 0.25, 0.55]))
-    later = sorted(rng.permutation(np.arange(1, frames))[: int(rng.integers(1, 3))].tolist())
-    chance = rng.random()
-    corrected = tuple(later) if chance < 0.6 else ()
-    prompted = (0, *later[-1:]) if 0.6 <= chance < 0.75 else (0,)
-    plan = PromptPlan(kind, prompted, corrected, int(rng.integers(1, 4)) if corrected else 0)
-    clips: list[dict] = []
-    while len(clips) < 4:
-        stride = 2 if rng.random() < 0.3 else 1
-        drawn = procedural_clip(int(rng.integers(2**40)), bool(rng.random() < 0.7), frames * stride, SIDE)
-        pictures, masks = drawn.frames[::stride].copy(), [drawn.masks[obj][::stride] for obj in (1, 2)]
-        if rng.random() < 0.4:  # a bar of one colour, upright or lying, that moves or not
-            width, speed = rng.uniform(0.12, 0.3) * SIDE, rng.normal(0, 3) * (rng.random() < 0.5)
-            places = rng.uniform(0, SIDE) + speed * np.arange(frames)
-            bar = np.abs(np.arange(SIDE) - places[:, None]) < width / 2
-            hidden = bar[:, :, None] if rng.random() < 0.5 else bar[:, None]
-            hidden = np.broadcast_to(hidden, masks[0].shape)
-            pictures[hidden] = rng.integers(0, 256, 3)
-            masks = [mask & ~hidden for mask in masks]
-        if rng.random() < 0.3:
-            light = np.exp(rng.normal(0, 0.15) + np.cumsum(rng.normal(0, 0.03, frames)))
-            pictures = (pictures * light[:, None, None, None]).clip(0, 255).astype(np.uint8)
-        if len(targets := _targets(*masks)):
-            clips.append(_to_clip(rng, pictures, targets, plan))
-    return clips
-
-
-def _targets(*masks: np.ndarray) -> np.ndarray:
-    """Those of objects that are there to be shown, `(objects, frames, side, side)`."""
-    both = np.stack(masks)
-    return both[both[:, 0].sum((1, 2)) > 40]
-
-
-def _to_clip(rng: np.random.Generator, frames: np.ndarray, masks: np.ndarray, plan: PromptPlan) -> dict:
-    """What `predict_clips` takes."""
-    return {
-        "pixel_values": torch.from_numpy((frames / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2),
-        "masks": torch.from_numpy(masks),
-        "noise": torch.from_numpy(rng.random((len(masks), len(frames), 1 + plan.clicks, 4), dtype=np.float32)),
-        "plan": plan,
-    }
 
 
 def soft_loss(predicted: MaskPrediction) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,27 +174,23 @@ def soft_loss(predicted: MaskPrediction) -> tuple[torch.Tensor, torch.Tensor]:
     return (each * visible).sum() / count + 0.2 * seen, (iou.amax(1) * visible).sum() / count
 
 
-def train(model: Sam2VideoModel, steps: int, seed: int, later: bool = False) -> dict:
-    """
-    AdamW, cosine schedule, and the mean of the weights over the second half, which is what stays in `model`; for what
-    comes later, one rate, and the mean over the last 50 steps or so.
-    """
+def train(model: Sam2VideoModel, steps: int, seed: int, peak: float = 1e-3) -> dict:
+    """AdamW, cosine schedule, and the mean of the weights over the second half, which is what stays in `model`."""
     rng = np.random.default_rng(seed)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     mean: list[torch.Tensor] = []
     began, recent = time.process_time(), []
     bar = tqdm(range(steps), mininterval=10)
     for step in bar:
         progress = step / steps
-        rate = 2e-4 if later else 1e-3 * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 60)
-        clips = draw_later_batch(rng) if later else draw_batch(rng, progress)
+            group["lr"] = peak * min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        clips = draw_batch(rng, progress)
         # Three masks are not used in videos, but by prompts="auto".
         model.config.multimask_output_in_sam = clips[0]["plan"].kind == "click" and bool(rng.random() < 0.2)
         results = [soft_loss(predicted) for predicted in predict_clips(model, clips)]
@@ -251,10 +202,10 @@ def train(model: Sam2VideoModel, steps: int, seed: int, later: bool = False) -> 
         recent = [*recent[-99:], (loss.item(), results[-1][1].item())]
         bar.set_postfix(zip(("loss", "iou"), np.mean(recent, axis=0).round(3), strict=True), refresh=False)
         with torch.no_grad():
-            if not mean and (later or progress >= 0.5):
+            if not mean and progress >= 0.5:
                 mean = [parameter.clone() for parameter in parameters]
             elif mean:
-                torch._foreach_lerp_(mean, parameters, 0.02 if later else 4.5 / steps)
+                torch._foreach_lerp_(mean, parameters, 4.5 / steps)
     with torch.no_grad():
         for parameter, averaged in zip(parameters, mean, strict=True):
             parameter.copy_(averaged)
@@ -274,15 +225,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny_sam2"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="go on from this folder, with what comes later in a video")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.start is None:
-        model = tiny_model(args.seed)
-        report = train(model, args.steps, args.seed)
-    else:
-        model = Sam2VideoModel.from_pretrained(args.start, dtype=torch.float32).eval()
-        report = train(model, args.steps, args.seed, later=True)
+    model = tiny_model(args.seed)
+    report = train(model, args.steps, args.seed)
     model.half().save_pretrained(args.out)
     tiny_processor().save_pretrained(args.out)
     report["megabytes"] = (args.out / "model.safetensors").stat().st_size / 1e6

@@ -3,6 +3,7 @@ What is saved goes to the Hub with a card that says what it is, and comes back b
 whose files are copied to the Hub: it imports nothing of ours.
 """
 
+import glob
 import os
 import tempfile
 from collections.abc import Sequence
@@ -88,30 +89,39 @@ class HubMixin(PushToHubMixin):
         Returns:
             `huggingface_hub.CommitInfo`
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, repo_type=self._repo_type, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, repo_type=self._repo_type, branch=revision, exist_ok=True)
-        for attempt in range(1, _ATTEMPTS + 1):
+        api, repo_id = self._repository(repo_id, token, private, revision)
+        commit: dict[str, Any] = {"commit_description": commit_description, "create_pr": create_pr}
+        attempts = 0
+        while True:
+            attempts += 1
             parent = self._parent_commit(api, repo_id, revision)
             with tempfile.TemporaryDirectory() as folder:
                 self.save_pretrained(folder, **kwargs)
                 self.save_card(folder, repo_id, tags)
                 try:
-                    return api.upload_folder(
-                        repo_id=repo_id,
-                        repo_type=self._repo_type,
-                        folder_path=folder,
-                        commit_message=commit_message or f"Upload {type(self).__name__}",
-                        commit_description=commit_description,
-                        revision=revision,
-                        create_pr=create_pr,
-                        parent_commit=parent,
-                    )
+                    commit |= {"revision": revision, "parent_commit": parent}
+                    return self._upload(api, repo_id, folder, commit_message, **commit)
                 except HfHubHTTPError as error:
-                    if parent is None or error.response.status_code != 412 or attempt == _ATTEMPTS:
+                    if parent is None or error.response.status_code != 412 or attempts == _ATTEMPTS:
                         raise  # else somebody has pushed since
-        raise AssertionError
+
+    def _repository(
+        self, repo_id: str, token: str | bool | None = None, private: bool | None = None, revision: str | None = None
+    ) -> tuple[HfApi, str]:
+        """The Hub and the full name of a repository on it, which is made if need be, and its branch."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, repo_type=self._repo_type, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, repo_type=self._repo_type, branch=revision, exist_ok=True)
+        return api, repo_id
+
+    def _upload(
+        self, api: HfApi, repo_id: str, folder: str | Path, commit_message: str | None = None, **kwargs: Any
+    ) -> CommitInfo:
+        message = commit_message or f"Upload {type(self).__name__}"
+        return api.upload_folder(
+            repo_id=repo_id, repo_type=self._repo_type, folder_path=folder, commit_message=message, **kwargs
+        )
 
     def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
         """The commit that a push must follow, with what others pushed taken in; `None` where the last push counts."""
@@ -136,13 +146,26 @@ class PretrainedHubMixin(HubMixin):
             args, kwargs (*optional*):
                 Passed on to the parent.
         """
-        repo_id = kwargs.pop("repo_id", None)
-        if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in _PUSH}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save_card(save_directory)
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        push = {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
+        if not push_to_hub:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self.save_card(save_directory)
+            return
+        folder, tags = Path(save_directory), push.pop("tags", None)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)  # by the clock of the disk
+        started = folder.stat().st_mtime_ns
+        self.save_pretrained(folder, *args, **kwargs)  # once, and all that subclasses add
+        if not kwargs.get("is_main_process", True):
+            return
+        place = {name: push.pop(name) for name in ("token", "private") if name in push}
+        api, repo_id = self._repository(repo_id, revision=push.get("revision"), **place)
+        self.save_card(folder, repo_id, tags)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        written = [glob.escape(str(p.relative_to(folder))) for p in files if p.stat().st_mtime_ns >= started]
+        self._upload(api, repo_id, folder, allow_patterns=written, **push)
 
 
 def model_card(title: str, text: str, usage: str, bases: Sequence[str | None] = (), **metadata: Any) -> ModelCard:

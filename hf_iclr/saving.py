@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """
-    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there.
+    A path to write to that becomes `path` once everything went well; a kill leaves the file that was there. Who may
+    read it follows the umask, also where its writer (safetensors') lets nobody else.
 
     Args:
         path (`str` or `Path`):
@@ -23,7 +24,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
+        part.unlink()
         yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -136,7 +136,16 @@ def test_concepts_and_videos(hub):
         editor.edit({"a cat": "a owl"})
         editor.push_to_hub("tester/concepts", tags="mine")
         tiny_pipe().push_to_hub("tester/video", tags="mine")
-        tiny_pipe().save_pretrained("video", push_to_hub=True, repo_id="tester/again", private=True)
+        import os
+        from pathlib import Path
+        from unittest.mock import patch
+        Path("video").mkdir()
+        Path("video/mine.txt").write_text("stays here")
+        os.utime("video/mine.txt", (0, 0))
+        pipe = tiny_pipe()
+        with patch.object(pipe.model, "save_pretrained", wraps=pipe.model.save_pretrained) as saved:
+            pipe.save_pretrained("video", push_to_hub=True, repo_id="tester/again", private=True)
+        assert saved.call_count == 1 and "tester/again" in Path("video/README.md").read_text()
     """)
     for name, paper in {"concepts": "2410.02355", "video": "2408.00714", "again": "2408.00714"}.items():
         card = pushed_card(hub, name)
@@ -145,6 +154,8 @@ def test_concepts_and_videos(hub):
         hub.run(usage(card))
     assert pushed_card(hub, "concepts").data.base_model == "tester/diffusion"
     assert hub.repo("models", "tester/again").private
+    assert {"model.safetensors", "processor_config.json"} <= {*hub.files("tester/again")}
+    assert hub.files("tester/again").keys() == hub.files("tester/video").keys()
 
 
 def test_a_pull_request_leaves_the_branch(hub, root):

@@ -20,6 +20,7 @@ FLOORS = {
     "": [["cli"], ["tour"], ["doctor"], AREAS, [""]],
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
+    "trainers.safety_audit": [[""], ["asking"]],
     "generation": [["calibration", "drafting"], [""]],
     "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],

@@ -21,6 +21,7 @@ def tune(videos: Sequence, way: str, rate: float, steps: int, seed: int, folder:
         seed=seed,
         num_frames=WAYS[way]["num_frames"],
         per_device_train_batch_size=WAYS[way]["batch"],
+        augment=False,  # turned and sheared clips are another look still
         mask_share=0.4,
         box_share=0.0,
         max_prompted_frames=1,

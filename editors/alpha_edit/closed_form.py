@@ -4,6 +4,9 @@ import torch
 from torch.nn.functional import pad
 
 
+_MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in float64
+
+
 def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
     """
     P K = K - U (U^T K), the part of the keys that is orthogonal to the preserved directions.
@@ -18,6 +21,26 @@ def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(d, n)`.
     """
     return keys - preserved @ (preserved.T @ keys)
+
+
+def sum_of_squares(keys: torch.Tensor) -> torch.Tensor:
+    """Sum of k k^T over float32 keys of shape `(n, d)`; those much longer than usual are multiplied in float64."""
+    size = keys.square().sum(1)
+    massive = size > _MASSIVE * size.median()
+    huge, usual = keys[massive].double(), keys[~massive]
+    return (usual.T @ usual).double() + huge.T @ huge
+
+
+def main_eigenvectors(moment: torch.Tensor, factor: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Eigenvalues of a symmetric matrix and its eigenvectors in columns, the largest first. With `factor`, of F F^T where
+    F is eigenvectors times the roots of their eigenvalues: only these.
+    """
+    if factor:
+        values = moment.square().sum(0)
+        return values, moment / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    values, vectors = torch.linalg.eigh(moment)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 class EditedKeys:
@@ -119,13 +142,21 @@ def null_space_rule(
 
 
 def count_preserved(
-    values: torch.Tensor, threshold: float | None = None, energy: float | None = None, rank: int | None = None
+    values: torch.Tensor,
+    threshold: float | None = None,
+    energy: float | None = None,
+    rank: int | None = None,
+    total: float | None = None,
 ) -> int:
-    """How many of the eigenvalues, the largest first, one of the three rules of [`check_null_space_rule`] keeps."""
+    """
+    How many of the eigenvalues, the largest first, one of the three rules of [`check_null_space_rule`] keeps. `total`
+    is the sum of all of them where `values` are only the largest.
+    """
     if threshold is not None:
         return int((values >= threshold).sum())
     if energy is not None:
-        rank = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
+        least = energy * (float(values.sum()) if total is None else total) * (1 - 1e-12)
+        rank = int((values.cumsum(0) < least).sum()) + 1 if energy > 0 else 0
     return min(rank or 0, len(values))
 
 

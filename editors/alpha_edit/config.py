@@ -66,6 +66,9 @@ class AlphaEditConfig:
             Weight of KL(now || before) of the next token after "{subject} is a", at the subject.
         num_contexts (`int`, *optional*, defaults to 5):
             Sampled contexts beside the plain prompt. The time an edit takes grows with it.
+        contexts_per_step (`int`, *optional*, defaults to 2):
+            How many of them are in each step beside the plain prompt, in their turn; a request is done once all are
+            likely enough. The paper has all of them in every step, `None` here.
         context_length (`int`, *optional*, defaults to 10):
             Tokens of a context.
         context_templates (`list[str]`, *optional*):
@@ -74,9 +77,9 @@ class AlphaEditConfig:
         chat_template (`bool`, *optional*, defaults to `False`):
             Prompts are turns of a chat, by the tokenizer's chat template, and targets are answers to them. The report
             asks in the same form, and so does [`~hf_iclr.editors.alpha_edit.evaluate_edits`] with `chat_template`.
-        chunk_length (`int`, *optional*, defaults to 8):
-            Longest part of a target, in tokens, that one state has to bring about; longer targets have one for each
-            part, at the token before it.
+        chunk_length (`int`, *optional*, defaults to 1):
+            Of a target of more than eight tokens, how many of them one state has to bring about: there is one for each
+            part of this length, at the token before it. Shorter targets have one state.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
         optimization_dtype (`str`, *optional*, defaults to `"auto"`):
@@ -113,10 +116,11 @@ class AlphaEditConfig:
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     num_contexts: int = 5
+    contexts_per_step: int | None = 2
     context_length: int = 10
     context_templates: list[str] | None = None
     chat_template: bool = False
-    chunk_length: int = 8
+    chunk_length: int = 1
     optimization_batch_size: int = 25
     optimization_dtype: str = "auto"
     seed: int = 0
@@ -148,6 +152,12 @@ class AlphaEditConfig:
         ):
             if getattr(self, name) % 1 != 0:
                 raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
+        if self.contexts_per_step is not None and not (
+            self.contexts_per_step >= 1 and self.contexts_per_step % 1 == 0
+        ):
+            raise ValueError(
+                f"Expected contexts_per_step of at least 1, or None for all, got {self.contexts_per_step}."
+            )
         for name in ("moment_weight", "learning_rate", "clamp_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")

@@ -21,7 +21,7 @@ from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, r
 from .config import AlphaEditConfig
 from .journal import EditJournal, load_null_space
 from .projections import choose_layers, find_down_projections
-from .requests import EditRequest
+from .requests import EditRequest, check_requests
 from .rows import reasons_against, sample_contexts
 from .scoring import edit_probabilities
 from .solver import EditSolver, null_spaces
@@ -145,12 +145,9 @@ class AlphaEditor(HubMixin):
             ValueError: when there is no request, `batch_size` is not positive, or a batch's equations cannot be
                 solved; the batches before it stay, and nothing of that batch.
         """
-        requests = [requests] if isinstance(requests, EditRequest | str) else list(requests)
-        for request in requests:
-            if not isinstance(request, EditRequest):
-                raise TypeError(f"Expected a list of EditRequest, got {type(request).__name__}: {request!r}.")
-        if not requests or batch_size < 1:
-            raise ValueError(f"Expected requests and a positive batch_size, got {len(requests)} and {batch_size}.")
+        requests = check_requests(requests)
+        if batch_size < 1:
+            raise ValueError(f"Expected a positive batch_size, got {batch_size}. Leave it out for 100.")
         self._solver.check_statistics()
         report = EditReport()
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)

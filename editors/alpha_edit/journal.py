@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -73,6 +74,7 @@ class EditJournal:
         self.folder: Path | None = None
         self.events: list[dict[str, Any]] = []
         self.batches: list[EditBatch] = []
+        self._thread = threading.RLock()
 
     def create(self, folder: str | Path) -> None:
         """Write to this folder from now on; raises `ValueError` where it has edits."""
@@ -107,8 +109,8 @@ class EditJournal:
 
     @contextmanager
     def writing(self) -> Iterator[bool]:
-        """Alone with the folder; says whether other editors added edits or took some back, which are then here too."""
-        with ExitStack() as stack:
+        """Alone with editor and folder; says whether others added edits or took some back, which are then here too."""
+        with self._thread, ExitStack() as stack:
             if self.folder is not None:
                 stack.enter_context(self._lock(self.folder))
             yield self.refresh()

@@ -122,6 +122,21 @@ class EditRequest:
         return cls(**{"subject": None} | values)
 
 
+def check_requests(requests: Any) -> list[EditRequest]:
+    """The requests as a list; raises `TypeError` where one is something else and `ValueError` where there is none."""
+    one = isinstance(requests, EditRequest | str | Mapping) or not isinstance(requests, Iterable)
+    requests, example = [requests] if one else list(requests), "editor.edit([EditRequest('{} is in', 'Oslo', 'Peru')])"
+    for request in requests:
+        if not isinstance(request, EditRequest):
+            raise TypeError(
+                f"Expected a list of EditRequest, got {type(request).__name__}: {request!r}. Type `{example}`; rows "
+                "of a data set are read by `edit_requests(rows)`."
+            )
+    if not requests:
+        raise ValueError(f"Expected at least one request, got none. Type `{example}`.")
+    return requests
+
+
 def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None) -> list[EditRequest]:
     """
     Reads rows of CounterFact or zsRE in the layout of ROME (https://huggingface.co/papers/2202.05262), of EasyEdit and
@@ -130,8 +145,8 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
 
     The first answer of a zsRE row is the target. Its neighbour is a question with an answer of its own, so it becomes
     a pair of prompt and answer, as do an EasyEdit row's locality prompts; a CounterFact row's neighbours are prompts
-    whose answer is `target_true`. An EasyEdit prompt that does not name its subject is edited at its last token; the
-    column `portability` is not read.
+    whose answer is `target_true`. A row of MQuAKE has several rewrites, each of which is a request. An EasyEdit prompt
+    that does not name its subject is edited at its last token; the column `portability` is not read.
 
     Args:
         rows (`datasets.Dataset` or iterable of `dict`):
@@ -140,7 +155,7 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
             Read no more than so many rows, from the first on, as the papers do.
 
     Returns:
-        `list[EditRequest]`: one a row, named `counterfact-{case_id}`, as the row says, or by its content.
+        `list[EditRequest]`: one a rewrite, named `counterfact-{case_id}`, as the row says, or by its content.
 
     Raises:
         TypeError: when `rows` is a path, or a row is no mapping.
@@ -163,7 +178,11 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
                 f"Expected row {index} to be a mapping from column to value, got {row!r}. Of a `DatasetDict` choose a "
                 "split: `dataset['train']`."
             )
-        requests.append(_read_row(index, row))
+        rewrites = row.get("requested_rewrite")
+        parts: list[Mapping[str, Any]] = [row]
+        if isinstance(rewrites, list):  # MQuAKE's rows have some each
+            parts = [{**row, "requested_rewrite": rewrite, "case_id": None} for rewrite in rewrites]
+        requests += [_read_row(index, part) for part in parts]
     if not requests:
         raise ValueError("Expected at least one row, got none.")
     return requests
@@ -194,7 +213,7 @@ def _read_counterfact(row: Mapping[str, Any]) -> EditRequest:
         subject=rewrite["subject"],
         target_new=rewrite["target_new"]["str"],
         target_true=rewrite["target_true"]["str"],
-        paraphrases=tuple(row.get("paraphrase_prompts") or ()),
+        paraphrases=tuple(row.get("paraphrase_prompts") or filter(None, [rewrite.get("question")])),
         neighborhood=tuple(row.get("neighborhood_prompts") or ()),
         id=f"counterfact-{row['case_id']}" if row.get("case_id") is not None else "",
         source="CounterFact",
@@ -267,3 +286,15 @@ def _first_text(index: int, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"Expected an answer of row {index} to be text, got {value!r}. Leave the row out.")
     return value
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column of a data set; raises `ValueError` without the column, `TypeError` where it has no text."""
+    if column not in row:
+        raise ValueError(f"Expected a column {column!r} with text, got {sorted(row)}. Pass text_column=...")
+    if not isinstance(row[column], str):
+        raise TypeError(
+            f"Expected text in column {column!r}, got {row[column]!r}. Leave such rows out: "
+            f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
+        )
+    return row[column]

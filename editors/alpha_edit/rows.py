@@ -16,12 +16,14 @@ from .requests import EditRequest
 # What the reference's contexts start with; the model continues them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
+_SHORT = 8  # tokens of a target that one state can bring about
+
 _ANSWER = "An answer."  # to see where a chat template puts one
 
 # Names of characters after which no space is written: Chinese and Japanese with their marks, Thai and its neighbours.
 _WITHOUT_SPACES = (
-    *("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "LEFT CORNER", "RIGHT CORNER"),
-    *("BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "YI SYLLABLE"),
+    *("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO", "YI SYLLABLE"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI"),
 )
 
 
@@ -138,7 +140,10 @@ def _ids_and_spans(
 
 
 def _ends_without_space(text: str) -> bool:
-    return unicodedata.name(text[-1:] or " ", "").startswith(_WITHOUT_SPACES)
+    """Whether its last character that is seen opens a quotation or bracket, or is of a script without spaces."""
+    last = next((c for c in reversed(text) if unicodedata.category(c)[0] not in "CM"), " ")
+    name, opens = unicodedata.name(last, ""), unicodedata.category(last) in ("Ps", "Pi")
+    return opens or name.startswith(_WITHOUT_SPACES) or "\u3000" <= last <= "\u303f"  # the last are marks of Chinese
 
 
 def encode_in_contexts(
@@ -149,7 +154,8 @@ def encode_in_contexts(
         encode_request(tokenizer, request.prompt, request.subject, request.target_new, context, config.chat_template)
         for context in config.context_templates or ["{}"]
     ]
-    count = -(-(len(rows[0].ids) - rows[0].start) // config.chunk_length)
+    length = len(rows[0].ids) - rows[0].start
+    count = -(-length // config.chunk_length) if length > _SHORT else 1
     return [row.in_chunks(count) for row in rows]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _ROWS_READ = 64  # in one forward
 
 
+@dataclass
 class EditSolver:
     """
     Solves batches of edits and keeps the weights. `config` has its context templates by the time of the first batch;
@@ -33,18 +34,15 @@ class EditSolver:
     projected; `statistics` are for the solvers `"memit"` and `"memit_seq"`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: AlphaEditConfig,
-        projections: list[DownProjection],
-        preserved: dict[int, torch.Tensor],
-        statistics: KeyStatistics | None,
-    ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.projections, self.preserved, self.statistics = projections, preserved, statistics
-        self._weights = {p.index: EditedWeight(p) for p in projections}
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: AlphaEditConfig
+    projections: list[DownProjection]
+    preserved: dict[int, torch.Tensor]
+    statistics: KeyStatistics | None
+
+    def __post_init__(self) -> None:
+        self._weights = {p.index: EditedWeight(p) for p in self.projections}
         self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
 
     def write(self, batches: Sequence[EditBatch]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from huggingface_hub import ModelCard
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.hub import HubMixin, model_card, pretrained_folder, repository_name
+from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
 from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
-from .closed_form import check_null_space_rule, count_preserved
+from ..cards.statistics import statistics_card
+from .closed_form import check_null_space_rule, count_preserved, main_eigenvectors, sum_of_squares
 from .projections import DownProjection, capture, check_weights, choose_layers, find_down_projections, run_until
+from .requests import text_of
 
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "key_statistics.safetensors"
-_MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in float64
 
 
 @dataclass
@@ -41,7 +42,8 @@ class KeyStatistics(HubMixin):
 
     Args:
         sums (`dict[int, torch.Tensor]`):
-            For each layer the float64 sum of k k^T, of shape `(d, d)`.
+            For each layer the float64 sum of k k^T, of shape `(d, d)`; of compressed statistics a factor of it, of
+            shape `(d, m)`: eigenvectors times the roots of their eigenvalues, the largest first.
         module_names (`dict[int, str]`):
             Path of each layer's down-projection in the model.
         tokens (`int`):
@@ -56,6 +58,8 @@ class KeyStatistics(HubMixin):
             [`~hf_iclr.models.hash_weights`] of the model: statistics of another model are refused.
         datasets (`list[str]`):
             Fingerprints of the texts read, and how they were read.
+        traces (`dict[int, float]`):
+            Of compressed statistics the trace of each layer's sum, see [`~KeyStatistics.compress`].
     """
 
     sums: dict[int, torch.Tensor]
@@ -66,6 +70,7 @@ class KeyStatistics(HubMixin):
     model_revision: str | None
     weights_hash: str
     datasets: list[str] = field(default_factory=list)
+    traces: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def from_dataset(
@@ -125,9 +130,7 @@ class KeyStatistics(HubMixin):
         share = -(-max_tokens // state.num_processes)
         folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
         settings = " ".join(map(str, (text_column, max_tokens, max_length, skip_first_token)))
-        read = (
-            hashlib.sha256()
-        )  # of every text in its turn: what a data set calls itself may be another one's name too
+        read = hashlib.sha256()  # of every text in its turn: two data sets may have one name
         made = cls(
             sums={
                 p.index: torch.zeros(p.in_features, p.in_features, dtype=torch.float64, device=model.device)
@@ -146,8 +149,8 @@ class KeyStatistics(HubMixin):
             kept = cls.from_pretrained(folder)
             kept.check_model(model)
             for row in itertools.islice(own, kept.rows):
-                read.update(_text_of(row, text_column).encode() + b"\0")
-            if (kept.datasets, kept.layers) != ([_fingerprint(read, settings)], made.layers):
+                read.update(text_of(row, text_column).encode() + b"\0")
+            if (kept.datasets, kept.layers, kept.traces) != ([_fingerprint(read, settings)], made.layers, {}):
                 raise ValueError(
                     f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other "
                     "text or settings. Pass another checkpoint folder or remove this one."
@@ -158,7 +161,7 @@ class KeyStatistics(HubMixin):
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
         with evaluation_mode(model), bar:
             for number, rows in enumerate(iter(lambda: list(itertools.islice(own, batch_size)), []), start=1):
-                texts = [_text_of(row, text_column) for row in rows]
+                texts = [text_of(row, text_column) for row in rows]
                 read.update(b"".join(text.encode() + b"\0" for text in texts))
                 made.datasets = [_fingerprint(read, settings)]
                 ids = tokenizer(texts, truncation=True, max_length=max_length)
@@ -201,10 +204,7 @@ class KeyStatistics(HubMixin):
             rows = keys[p.index].reshape(*mask.shape, -1)[counted.to(keys[p.index].device)].float()
             if not rows.isfinite().all():
                 raise ValueError(f"Expected finite keys at {p.name}, got NaN or infinity. Load the model in float32.")
-            size = rows.square().sum(1)
-            massive = size > _MASSIVE * size.median()
-            huge, usual = rows[massive].double(), rows[~massive]
-            self.sums[p.index] += (usual.T @ usual).to(self.sums[p.index]) + (huge.T @ huge).to(self.sums[p.index])
+            self.sums[p.index] += sum_of_squares(rows).to(self.sums[p.index])
         self.tokens += int(counted.sum())
 
     @property
@@ -224,27 +224,24 @@ class KeyStatistics(HubMixin):
             `torch.Tensor` of shape `(d, d)`, float64.
 
         Raises:
-            ValueError: when the layer is not among the statistics or they are not finite.
+            ValueError: when the layer is not among the statistics, or they are compressed or not finite.
         """
         if layer not in self.sums:
             raise ValueError(
                 f"Expected statistics of layer {layer}, got those of {self.layers}. Collect them with layers=[...]."
             )
+        if layer in self.traces:
+            raise ValueError(f"Expected whole statistics of layer {layer}, got compressed ones. Load the whole ones.")
         moment = self.sums[layer] / self.tokens
         if not moment.isfinite().all():
             raise ValueError(f"Expected finite statistics, got NaN or infinity in layer {layer}. Collect them again.")
         return moment
 
     def preserved(
-        self,
-        layer: int,
-        threshold: float | None = None,
-        energy: float | None = None,
-        rank: int | None = None,
+        self, layer: int, threshold: float | None = None, energy: float | None = None, rank: int | None = None
     ) -> torch.Tensor:
         """
-        Directions in which the text's keys lie; their complement is the null space of
-        https://huggingface.co/papers/2410.02355.
+        Directions in which the text's keys lie; the rest is the null space of https://huggingface.co/papers/2410.02355.
 
         Args:
             layer (`int`):
@@ -263,9 +260,44 @@ class KeyStatistics(HubMixin):
             ValueError: unless exactly one of `threshold`, `energy` and `rank` is given, and within its range.
         """
         check_null_space_rule(threshold, energy, rank)
-        values, vectors = torch.linalg.eigh(self.second_moment(layer))
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        return vectors[:, : count_preserved(values, threshold, energy, rank)].contiguous()
+        values, vectors = self._eigen(layer)
+        total = self.traces.get(layer, 0.0) / self.tokens or None
+        count = count_preserved(values, threshold, energy, rank, total)
+        if count == len(values) < len(vectors):
+            raise ValueError(
+                f"Expected a rule that preserves fewer than {count} directions of layer {layer}, which is what these "
+                "compressed statistics have, got one that preserves more. Compress the whole ones by that rule."
+            )
+        return vectors[:, :count].contiguous()
+
+    def _eigen(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer in self.traces:
+            return main_eigenvectors(self.sums[layer] / self.tokens**0.5, factor=True)
+        return main_eigenvectors(self.second_moment(layer))
+
+    def compress(
+        self, threshold: float | None = None, energy: float | None = None, rank: int | None = None
+    ) -> "KeyStatistics":
+        """
+        Statistics that have, of each layer, only the main eigenvectors: d x m numbers in place of d x d. They do for
+        the solver `"alphaedit"` and [`NullSpaceCallback`] with this rule or one that preserves less; `"memit"` and
+        sums of two texts need the whole ones.
+
+        Args:
+            threshold, energy, rank (*optional*):
+                One of them, as in [`~KeyStatistics.preserved`], which raises for the same reasons.
+
+        Returns:
+            [`KeyStatistics`]
+        """
+        factors = {}
+        for layer in self.layers:
+            # One more than is preserved, to tell a rule that preserves as many from one that would preserve more.
+            count = self.preserved(layer, threshold, energy, rank).shape[1] + 1
+            values, vectors = self._eigen(layer)
+            factors[layer] = (vectors[:, :count] * (values[:count] * self.tokens).sqrt()).contiguous()
+        traces = self.traces or {layer: float(total.trace()) for layer, total in self.sums.items()}
+        return replace(self, sums=factors, traces=traces)
 
     def check_model(self, model: PreTrainedModel) -> None:
         """
@@ -292,6 +324,8 @@ class KeyStatistics(HubMixin):
                 f"Expected statistics of the same model and layers, got {self.model_name!r} {self.layers} and "
                 f"{other.model_name!r} {other.layers}."
             )
+        if self.traces or other.traces:
+            raise ValueError("Expected whole statistics to add, got compressed ones. Add them first, then compress.")
         return replace(
             self,
             sums={layer: self.sums[layer] + other.sums[layer] for layer in self.layers},
@@ -343,51 +377,23 @@ class KeyStatistics(HubMixin):
         tensors, metadata = read_safetensors(path)
         with as_written_by("KeyStatistics.save_pretrained", path):
             about = parse_json(metadata["hf_iclr"], path)
-            about["module_names"] = {int(layer): name for layer, name in about["module_names"].items()}
+            for name in ("module_names", "traces"):
+                about[name] = {int(layer): value for layer, value in about.get(name, {}).items()}
             for name in ("tokens", "rows"):
                 whole_number(about[name], f"the number of {name} in {path}")
             read = cls(sums={int(layer): value for layer, value in tensors.items()}, **about)
-            if any(value.dtype != torch.float64 or value.shape != (len(value),) * 2 for value in read.sums.values()):
-                raise TypeError("sums that are no square float64 matrices")
-            if read.layers != sorted(read.module_names):
+            for value in read.sums.values():
+                square = value.ndim == 2 and value.shape[-1] <= len(value) <= value.shape[-1] + len(value) * len(
+                    read.traces
+                )
+                if value.dtype != torch.float64 or not square:
+                    raise TypeError("sums that are no float64 matrices, square unless they are compressed")
+            if read.layers != sorted(read.module_names) or read.traces and read.layers != sorted(read.traces):
                 raise KeyError(f"sums of layers {read.layers} and names of {sorted(read.module_names)}")
         return read
 
     def _card(self, repo_id: str) -> ModelCard:
-        rows = [
-            (layer, f"`{self.module_names[layer]}`", len(total), f"{total.trace() / self.tokens:.4g}")
-            for layer, total in sorted(self.sums.items())
-        ]
-        lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-        return model_card(
-            f"Key statistics of {repository_name(self.model_name) or 'a local model'}",
-            f"""What an edit by [AlphaEdit](https://huggingface.co/papers/2410.02355) must leave alone: float64 sums of
-k k^T over {self.tokens:,} tokens, k the input of each layer's down-projection. Base revision {self.model_revision},
-weights {self.weights_hash}.
-
-| layer | module | size | mean squared norm |
-| --- | --- | --- | --- |
-{lines}""",
-            f"""from hf_iclr import KeyStatistics
-
-statistics = KeyStatistics.from_pretrained("{repo_id}")
-print(statistics.layers, statistics.tokens)
-# editor = AlphaEditor(model, tokenizer, statistics=statistics)""",
-            [self.model_name],
-            library_name="hf_iclr",
-            tags=["knowledge-editing", "alphaedit", "key-statistics"],
-        )
-
-
-def _text_of(row: Mapping[str, Any], column: str) -> str:
-    if column not in row:
-        raise ValueError(f"Expected a column {column!r} with text, got {sorted(row)}. Pass text_column=...")
-    if not isinstance(row[column], str):
-        raise TypeError(
-            f"Expected text in column {column!r}, got {row[column]!r}. Leave such rows out: "
-            f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
-        )
-    return row[column]
+        return statistics_card(self, repo_id)
 
 
 def _fingerprint(read: Any, settings: str) -> str:

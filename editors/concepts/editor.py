@@ -1,24 +1,23 @@
 """Erases or replaces concepts of a text-to-image pipeline and leaves the others alone."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import atomic_file, contiguous_clone, write_safetensors
-from hf_iclr.untrusted import as_written_by, check_links, inside, read_json, read_safetensors, whole_number
+from hf_iclr.saving import contiguous_clone
+from hf_iclr.untrusted import as_written_by, inside, read_json, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
 from ..alpha_edit.projections import DownProjection, EditedWeight
 from ..cards.concepts import concept_card
+from .batches import EDITS_NAME, WEIGHTS_NAME, ConceptBatch, check_repository, name_of, write_edits
 from .pipelines import (
     ROUNDING,
     denoiser_name,
@@ -33,19 +32,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-EDITS_NAME = "concept_edits.json"
-
-
-@dataclass
-class _Batch:
-    """Edits made at once: for each kind of input the keys (d, n), the factor (r, d), and residuals (o, r) by layer."""
-
-    concepts: dict[str, str]
-    keys: dict[str, torch.Tensor]
-    factors: dict[str, torch.Tensor]
-    residuals: dict[str, torch.Tensor]
 
 
 class ConceptEditor(HubMixin):
@@ -134,7 +120,8 @@ class ConceptEditor(HubMixin):
             for layers in self.layers.values()
             for name, layer in layers.items()
         }
-        self._batches: list[_Batch] = []
+        self._batches: list[ConceptBatch] = []
+        self._known: set[str] = set()  # names of all batches that were ever in force here
         self._retained = self._encode(self.retain) if self.retain else {}
         self._preserved = self._preserved_directions()
 
@@ -164,7 +151,7 @@ class ConceptEditor(HubMixin):
         concepts = self._check(concepts)
         targets, others = self._encode(list(concepts)), self._encode(list(concepts.values()))
         table = pd.DataFrame({"concept": list(concepts), "replaced_by": list(concepts.values())})
-        batch, residuals, shifts, editable = _Batch(concepts, {}, {}, {}), [], [0.0], []
+        batch, residuals, shifts, editable = ConceptBatch(concepts), [], [0.0], []
         for kind, layers in self.layers.items():
             keys = targets[kind].flatten(0, 1).T
             wanted = others[kind].flatten(0, 1).T
@@ -248,13 +235,15 @@ class ConceptEditor(HubMixin):
         Args:
             save_directory (`str` or `Path`):
                 Folder, made if need be.
+
+        Raises:
+            ValueError: when the folder has edits that this editor has not made or loaded, or another LoRA.
         """
-        folder = check_links(save_directory)
-        with atomic_file(inside(folder, EDITS_NAME)) as part:
-            part.write_text(json.dumps(self._about(), indent=1, ensure_ascii=False))
         state = {f"{self.component}.{name}": value for name, value in self.lora_state_dict().items()}
-        write_safetensors(state, inside(folder, WEIGHTS_NAME), {"format": "pt"})
-        self.save_card(folder)
+        self.save_card(write_edits(save_directory, self._about(), state, self._known))
+
+    def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
+        return check_repository(api, repo_id, revision, self._known)
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -262,10 +251,7 @@ class ConceptEditor(HubMixin):
             "base_hash": self.base_hash,
             "settings": self.settings,
             "retain": self.retain,
-            "batches": [
-                {"concepts": batch.concepts, "ranks": {kind: len(factor) for kind, factor in batch.factors.items()}}
-                for batch in self._batches
-            ],
+            "batches": [batch.record() for batch in self._batches],
         }
 
     @classmethod
@@ -320,11 +306,13 @@ class ConceptEditor(HubMixin):
         editor._write(editor._batches)
         return editor
 
-    def _read_batch(self, entry: dict[str, Any], state: dict[str, torch.Tensor], starts: dict[str, int]) -> "_Batch":
+    def _read_batch(
+        self, entry: dict[str, Any], state: dict[str, torch.Tensor], starts: dict[str, int]
+    ) -> ConceptBatch:
         """A batch of the file, whose columns begin at `starts`, which are moved on."""
         concepts = self._check(entry["concepts"])
         keys = self._encode([*concepts.values(), *concepts])
-        batch = _Batch(concepts, {}, {}, {})
+        batch = ConceptBatch(concepts, name=name_of(entry))
         for kind, rank in entry["ranks"].items():
             batch.keys[kind] = keys[kind].flatten(0, 1).T
             columns = slice(starts[kind], starts[kind] + whole_number(rank, "the rank of a batch"))
@@ -376,13 +364,14 @@ class ConceptEditor(HubMixin):
                 raise ValueError(f"Expected {concept!r} either edited or retained, got both. Take it out of `retain`.")
         return dict(concepts)
 
-    def _write(self, batches: list[_Batch]) -> None:
+    def _write(self, batches: list[ConceptBatch]) -> None:
         """Put these batches into the weights; they are then the ones in force."""
         for act in (EditedWeight.check, EditedWeight.set):
             for kind, layers in self.layers.items():
                 for name in layers:
                     act(self._weights[name], [(batch.residuals[name], batch.factors[kind]) for batch in batches])
         self._batches = batches
+        self._known |= {batch.name for batch in batches}
 
 
 def _norms(columns: torch.Tensor, parts: int) -> torch.Tensor:

@@ -41,6 +41,7 @@ def edit(
     """Write facts into a model and save them as an adapter, or take the last back; a kill loses no whole batch."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
     from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, check_adapter
@@ -51,7 +52,7 @@ def edit(
             raise ValueError(f"Expected --out to be a folder with edits, got {out}, which is none.")
         editor = AlphaEditor.from_pretrained(out)
         gone = editor.undo(undo)
-        console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.")
+        console.print(f"{len(gone)} edits taken back, {len(editor.edits)} left in {out}.", markup=False)
         return
     kept = (out / JOURNAL_NAME).exists()
     if model is None or requests is None or (statistics is None) == (text is None) and not kept:
@@ -76,7 +77,9 @@ def edit(
         if (out / "statistics").is_dir():
             keys = KeyStatistics.from_pretrained(out / "statistics")
     elif text is not None:
-        rows = Dataset.from_dict({"text": [line for line in text.read_text().splitlines() if line.strip()]})
+        rows = Dataset.from_dict(
+            {"text": [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]}
+        )
         keys = KeyStatistics.from_dataset(
             loaded, tokenizer, rows, max_tokens=max_tokens, checkpoint=out / "statistics" / "part"
         )
@@ -89,10 +92,11 @@ def edit(
         editor = AlphaEditor(loaded, tokenizer, config, keys, folder=out)
     report = editor.edit(facts, batch_size=batch_size)
     table = Table("edit", "new answer", "before", "after", "", title=str(report), title_justify="left")
-    for row in report.edits:
-        asked = row["prompt"].replace("{}", row["subject"])
-        table.add_row(asked, row["target_new"], f"{row['p_before']:.3f}", f"{row['p_after']:.3f}", "")
-    for row in report.rejected:
-        table.add_row(row["prompt"].replace("{}", row["subject"]), row["target_new"], "", "", row["reason"])
+    for row in report.edits + report.rejected:
+        subject, measured = row["subject"], [f"{row[name]:.3f}" for name in ("p_before", "p_after") if name in row]
+        asked = row["prompt"] if subject is None else row["prompt"].replace("{}", subject)
+        cells = [asked, row["target_new"], *(measured or ["", ""]), row.get("reason", "")]
+        table.add_row(*map(Text, cells))  # "[/INST]" is no markup
     console.print(table)
-    console.print(f"Saved to {out}: an adapter for PEFT and `pipeline('text-generation', model={str(out)!r})`.")
+    usage = f"`pipeline('text-generation', model={str(out)!r})`"
+    console.print(f"Saved to {out}: an adapter for PEFT and {usage}.", markup=False)

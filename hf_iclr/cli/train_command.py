@@ -26,7 +26,7 @@ class TrainingSources:
         default_factory=list,
         metadata={
             "help": "Folders to train on: JPEGImages and Annotations as in DAVIS and MOSE, SA-V's JSON beside its "
-            "videos, or what `annotate` wrote."
+            "videos, COCO's annotations and images, images and masks, or what `annotate` wrote."
         },
     )
     eval_data: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate the loss on."})

@@ -10,6 +10,8 @@ from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_iclr.models import share_storage
+
 from .config import DeepSafetySFTConfig
 from .reference_log_probs import CONSTRAIN, check_answer_labels
 
@@ -53,10 +55,11 @@ def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig)
             f"Expected `ref_model` to be a model, got {type(ref_model).__name__}. Type "
             "`ref_model=AutoModelForCausalLM.from_pretrained(...)`."
         )
-    if ref_model is model:
+    if not isinstance(model, str) and share_storage(model, ref_model):
         raise ValueError(
-            "Expected `ref_model` to be another model than the one to train, which it would freeze. Leave it out: the "
-            "model as it is given is the reference."
+            "Expected `ref_model` to be another model than the one to train, got one with the very same weights, also "
+            "where adapters were put into it: it would be frozen. Leave it out: the model as it is given is the "
+            "reference, and the one under an adapter is found by turning that off."
         )
     if args.reference not in ("auto", "frozen"):
         raise ValueError(

@@ -1,3 +1,5 @@
+from .asking.endpoint import OpenAIEndpoint
+from .asking.harm_judge import HarmJudge
 from .attacks import decoding_attack, gcg_attack, prefilling_attack, rank_assisted_prefilling
 from .audit import audit_safety
 from .drift import SafetyDriftCallback
@@ -6,6 +8,8 @@ from .report import SafetyReport
 from .statistics import wilson_rate
 
 __all__ = [
+    "HarmJudge",
+    "OpenAIEndpoint",
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",

@@ -153,6 +153,15 @@ class SqueezeStoppingCallback(TrainerCallback):
                 "`SqueezeDPOTrainer` with an `eval_dataset` and `eval_strategy='steps'`."
             )
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.monitor.sets and state.is_world_process_zero:
+            logger.warning(
+                "SqueezeStoppingCallback can never act: neither this evaluation nor probes tell how likely the chosen "
+                "answers are. Add `SqueezeProbeCallback(build_probe_set(held_out_pairs), trainer=trainer)`."
+            )
+
     def on_log(
         self,
         args: TrainingArguments,

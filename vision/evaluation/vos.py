@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_iclr.extras import new_figure, save_figure
 from hf_iclr.saving import atomic_file
 
-from ..formats.annotated_videos import to_annotated
+from ..formats.annotated_video import to_annotated
 from .j_and_f import j_and_f
 from .simulated_prompts import check_kind, prompt_object
 

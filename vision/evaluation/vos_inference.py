@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from hf_iclr.saving import atomic_file
 
-from ..formats.annotated_videos import AnnotatedVideo, read_object_png_videos, read_videos
+from ..formats.annotated_video import AnnotatedVideo
+from ..formats.annotated_videos import read_object_png_videos, read_videos
 from ..formats.mask_folders import save_labels, to_labels
 from ..formats.segment_files import atomic_folder, read_json, write_json
 from ..session.prompts import to_boolean_mask

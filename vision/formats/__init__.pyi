@@ -1,11 +1,11 @@
+from .annotated_images import read_coco_images, read_image_masks
+from .annotated_video import AnnotatedVideo, to_annotated
 from .annotated_videos import (
-    AnnotatedVideo,
     read_object_png_videos,
     read_png_videos,
     read_rows,
     read_sav_videos,
     read_videos,
-    to_annotated,
 )
 from .annotation_json import read_coco, read_sav, read_ytvis, write_coco, write_sav, write_ytvis
 from .mask_folders import (
@@ -26,7 +26,9 @@ __all__ = [
     "draw_overlay",
     "given_segments",
     "read_coco",
+    "read_coco_images",
     "read_davis",
+    "read_image_masks",
     "read_object_folders",
     "read_object_png_videos",
     "read_png_videos",

@@ -160,14 +160,14 @@ def read_coco(path: str | Path) -> dict[str, VideoSegments]:
         ValueError: if the file has no images and annotations.
     """
     record = read_json(path, ("images", "annotations"))
-    by_image = _annotations_by(record, "image_id")
+    by_image = annotations_by(record, "image_id")
     videos: dict[str, list] = {}
     for image in record["images"]:
         size = image["height"], image["width"]
         masks, scores = {}, {}
         for number, annotation in enumerate(by_image.get(image["id"], []), start=1):
             obj = int(annotation.get("object", number))
-            masks[obj] = _as_rle(annotation["segmentation"], size)
+            masks[obj] = as_rle(annotation["segmentation"], size)
             scores[obj] = float(annotation.get("score", 1.0))
         name = image.get("video", image["file_name"])
         videos.setdefault(name, []).append(given_segments(image.get("frame", 0), size, masks, scores))
@@ -218,7 +218,7 @@ def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
         ValueError: if the file has no videos and annotations.
     """
     record = read_json(path, ("videos", "annotations"))
-    by_video = _annotations_by(record, "video_id")
+    by_video = annotations_by(record, "video_id")
     videos = {}
     for video in record["videos"]:
         size = video["height"], video["width"]
@@ -227,14 +227,15 @@ def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
         frames = []
         for place, file in enumerate(video["file_names"]):
             masks = {o: track["segmentations"][place] for o, track in objects.items()}
-            masks = {o: _as_rle(mask, size) for o, mask in masks.items() if mask is not None}
+            masks = {o: as_rle(mask, size) for o, mask in masks.items() if mask is not None}
             scores = {o: float(track.get("score", 1.0)) for o, track in objects.items()}
             frames.append(given_segments(int(Path(file).stem), size, masks, scores))
         videos[Path(video["file_names"][0]).parent.name] = VideoSegments(frames)
     return videos
 
 
-def _annotations_by(record: Mapping[str, Any], key: str) -> dict[Any, list[dict[str, Any]]]:
+def annotations_by(record: Mapping[str, Any], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """The annotations of a COCO or YouTube-VIS file by the number of their image or video."""
     found: dict[Any, list[dict[str, Any]]] = {}
     for annotation in record["annotations"]:
         found.setdefault(annotation[key], []).append(annotation)
@@ -257,8 +258,8 @@ def _with_list(rle: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": list(rle["size"]), "counts": np.diff(ends, prepend=0).tolist()}
 
 
-def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Any segmentation of COCO (polygons, RLE with a list or with text) as RLE with text."""
+def as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Any segmentation of COCO (polygons, RLE with a list or with text) as RLE with text, of an image of a size."""
     if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], str):
         return dict(segmentation)
     if not isinstance(segmentation, Mapping):  # pycocotools trusts polygons with its memory

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..formats.annotated_videos import AnnotatedVideo, read_rows, stream_videos, to_annotated
+from ..formats.annotated_video import AnnotatedVideo, to_annotated
+from ..formats.annotated_videos import read_rows, stream_videos
 from ..session.prompts import to_boolean_mask
 from ..session.videos import open_video
 from .augmentation import augment_clip

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -271,8 +272,10 @@ def test_requests_that_cannot_be_made_stand_in_the_report(word_tokenizer):
     assert again.rejected[0]["reason"] == "this edit is in force already" and len(editor.batches) == 1
     with pytest.raises(TypeError, match="list of EditRequest, got dict"):
         editor.edit([{"prompt": "w1"}])
-    with pytest.raises(ValueError, match="requests and a positive batch_size, got 0"):
+    with pytest.raises(ValueError, match=r"at least one request, got none. Type `editor.edit\("):
         editor.edit([])
+    with pytest.raises(ValueError, match="positive batch_size, got 0"):
+        editor.edit(REQUESTS, batch_size=0)
 
 
 def test_a_target_state_that_is_not_finite_rejects_its_request_alone(word_tokenizer, monkeypatch):
@@ -420,9 +423,10 @@ def test_a_generator_of_requests_is_read_and_other_things_get_a_sentence(word_to
     editor = make_editor(word_tokenizer)
     assert len(editor.edit((request for request in REQUESTS[:2]), progress=False).edits) == 2
     assert len(editor.edit(REQUESTS[2], progress=False).edits) == 1
-    with pytest.raises(TypeError, match="list of EditRequest, got str"):
-        editor.edit("w1", progress=False)
-    with pytest.raises(ValueError, match="Expected requests"):
+    for wrong in ("w1", None, 3, {"prompt": "w1"}, [None]):
+        with pytest.raises(TypeError, match=r"list of EditRequest, got \w+: .* Type `editor.edit\("):
+            editor.edit(wrong, progress=False)
+    with pytest.raises(ValueError, match="Expected at least one request"):
         editor.edit((request for request in ()), progress=False)
     with pytest.raises(ValueError, match=r"got an empty list. Type \['{}'\]"):
         quick_config(context_templates=[])
@@ -449,3 +453,15 @@ def test_a_correction_takes_the_place_of_the_earlier_edit(word_tokenizer):
     assert report.rejected[0]["reason"] == "this edit is in force already"
     named = editor.edit([EditRequest("w9 {}", "w8", "w31", id=right.id)], progress=False)
     assert f"with its id {right.id} is in force" in named.rejected[0]["reason"]
+
+
+def test_two_threads_of_one_editor_wait_for_each_other(word_tokenizer):
+    editor = make_editor(word_tokenizer)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda request: editor.edit([request], progress=False).edits, REQUESTS[:3]))
+    assert [len(edits) for edits in done] == [1, 1, 1] and len(editor.edits) == 3
+    alone = make_editor(word_tokenizer)
+    for request in editor.edits:
+        alone.edit([request], progress=False)
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(editor.model.state_dict()[name], value)

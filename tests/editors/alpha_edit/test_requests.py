@@ -108,6 +108,20 @@ def test_rows_of_easy_edit_and_know_edit_are_read():
         edit_requests([EASY_EDIT | {"target_new": 5}])
 
 
+def test_each_rewrite_of_a_row_is_a_request():
+    """As in MQuAKE, whose rewrites have a question each."""
+    rewrites = [
+        {"prompt": f"{{}} is in {place}", "subject": place, "question": f"Where is {place}?",
+         "target_new": {"str": "Peru", "id": "Q419"}, "target_true": {"str": "Oman", "id": "Q842"}}
+        for place in ("w1", "w2")
+    ]  # fmt: skip
+    first, second = edit_requests([{"case_id": 3, "requested_rewrite": rewrites, "questions": ["Who?"]}])
+    assert (first.text, second.text, second.paraphrases) == ("w1 is in w1", "w2 is in w2", ("Where is w2?",))
+    assert first.id != second.id and (first.target_new, first.target_true) == ("Peru", "Oman")
+    (one,) = edit_requests([{"case_id": 3, "requested_rewrite": rewrites[0]}])
+    assert one.id == "counterfact-3"
+
+
 def test_the_name_of_a_row_is_that_of_its_content():
     """Two shards of a data set have a first row each."""
     other = {**ZSRE, "answers": ["Ann Moss"]}

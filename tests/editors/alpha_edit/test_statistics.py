@@ -176,6 +176,31 @@ def test_rules_of_the_null_space(model, word_tokenizer):
             made.preserved(0, **rules)
 
 
+def test_compressed_statistics_have_the_same_directions(model, word_tokenizer, tmp_path):
+    whole = tiny_statistics(model, word_tokenizer, layers=[1, 2])
+    small = whole.compress(rank=6)
+    assert [value.shape for value in small.sums.values()] == [(32, 7)] * 2
+    small.save_pretrained(tmp_path)
+    loaded = KeyStatistics.from_pretrained(tmp_path)
+    loaded.check_model(model)
+    values = torch.linalg.eigvalsh(whole.second_moment(2)).flip(0)
+    share = float(values[:5].sum() / values.sum()) - 1e-6
+    for rule in ({"rank": 6}, {"rank": 3}, {"threshold": float(values[4:6].mean())}, {"energy": share}):
+        basis, again = whole.preserved(2, **rule), loaded.preserved(2, **rule)
+        assert basis.shape == again.shape
+        torch.testing.assert_close(again @ again.T, basis @ basis.T, rtol=0, atol=1e-10)
+        torch.testing.assert_close(again.T @ again, torch.eye(again.shape[1], dtype=torch.float64), rtol=0, atol=1e-10)
+    assert loaded.compress(rank=3).sums[1].shape == (32, 4) and loaded.traces == whole.compress(energy=1.0).traces
+    for rule in ({"rank": 7}, {"threshold": 0.0}, {"energy": 1.0}):
+        with pytest.raises(ValueError, match="preserves fewer than 7 directions of layer 2"):
+            loaded.preserved(2, **rule)
+    with pytest.raises(ValueError, match="whole statistics of layer 1, got compressed"):
+        loaded.second_moment(1)
+    with pytest.raises(ValueError, match="Add them first"):
+        loaded + whole
+    assert whole.compress(rank=32).preserved(1, rank=32).shape == (32, 32)
+
+
 def test_saved_loaded_and_pushed(model, word_tokenizer, tmp_path, hub):
     made = tiny_statistics(model, word_tokenizer)
     made.save_pretrained(tmp_path / "saved")

@@ -1,6 +1,7 @@
 """Concepts erased and replaced in whole pipelines, prompt to image; what is retained, undone, saved and pushed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
 )
+from safetensors.torch import save_file
 
 from hf_iclr.editors.concepts.editor import EDITS_NAME, WEIGHTS_NAME, ConceptEditor
 from hf_iclr.editors.concepts.pipelines import find_text_layers
@@ -142,6 +144,55 @@ def test_saving_after_the_last_undo_leaves_no_edit(kind, tmp_path):
     assert ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline(kind)).concepts == {}
 
 
+def test_other_edits_in_a_folder_are_not_replaced(tmp_path):
+    first, second = make_editor(build_demo_pipeline()), make_editor(build_demo_pipeline())
+    first.edit({"a cat": "a owl"})
+    second.edit({"a cat": "a owl"})  # the same, and yet not the first's
+    first.save_pretrained(tmp_path)
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="with other edits.*a owl.*from_pretrained"):
+        second.save_pretrained(tmp_path)
+    assert there == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    loaded = ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline())
+    loaded.undo()
+    loaded.edit({"a jug": ""})
+    loaded.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with other edits"):
+        first.save_pretrained(tmp_path)
+    assert ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline()).concepts == {"a jug": ""}
+    (tmp_path / EDITS_NAME).unlink()  # as after a kill at the first saving
+    first.save_pretrained(tmp_path)
+    (tmp_path / "style").mkdir()
+    save_file({"other": torch.ones(1)}, tmp_path / "style" / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="another LoRA"):
+        first.save_pretrained(tmp_path / "style")
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 2])
+def test_a_kill_leaves_the_edits_before_or_a_part_of_the_new_ones(tmp_path, monkeypatch, kill_at):
+    editor = make_editor(build_demo_pipeline())
+    for concept in ("a cat", "a jug"):
+        editor.edit({concept: ""})
+        editor.save_pretrained(tmp_path)
+    editor.undo()
+    editor.edit({"a owl": ""})
+    replace, count = os.replace, iter(range(9))
+
+    def killed(*paths):
+        if next(count) == kill_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        editor.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    concepts = list(ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline()).concepts)
+    assert concepts == (["a cat", "a jug"] if kill_at == 0 else ["a cat"])
+    editor.save_pretrained(tmp_path)
+    assert list(ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline()).concepts) == ["a cat", "a owl"]
+
+
 def pixart():
     words = build_demo_pipeline("transformer")
     torch.manual_seed(0)
@@ -248,7 +299,14 @@ def test_pushed_edits_are_loaded_from_the_hub(hub, tmp_path):
         print(ConceptEditor.from_pretrained("user/no-cats", second).concepts)
         same = zip(first.unet.state_dict().values(), second.unet.state_dict().values())
         print(all(torch.equal(a, b) for a, b in same))
+        other = ConceptEditor(build_demo_pipeline(), [])
+        other.edit({{"a jug": ""}})
+        try:
+            other.push_to_hub("user/no-cats")
+        except ValueError as error:
+            print(error)
     """)
+    assert "got user/no-cats with other edits" in printed
     assert "{'a cat': 'a owl'}\nTrue" in printed
 
 

@@ -8,7 +8,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback, build_probe_set
-from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
+from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer, SqueezeMixin
 from hf_iclr.trainers.squeeze.warning import SqueezeMonitor, SqueezeStoppingCallback
 from tests.trainers.squeeze.toy import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama, word_rows
@@ -190,6 +190,15 @@ def test_refused_before_the_first_step_where_nothing_is_scored_again(train, sett
         train(SqueezeStoppingCallback(), SFTTrainer, SFTConfig, word_rows())
 
 
+def test_an_evaluation_without_chosen_answers_is_named(train, caplog):
+    class Evaluating(SqueezeMixin, SFTTrainer): ...
+
+    settings = {"eval_dataset": word_rows(4, seed=2), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    with caplog.at_level(logging.WARNING, logger="hf_iclr"):
+        train(SqueezeStoppingCallback(), Evaluating, SFTConfig, word_rows(), **settings)
+    assert caplog.text.count("can never act") == 1
+
+
 def test_probes_added_after_it_to_a_trainer_of_trl(word_tokenizer, tmp_path):
     callback = SqueezeStoppingCallback("stop")
     trainer = DPOTrainer(
@@ -200,7 +209,7 @@ def test_probes_added_after_it_to_a_trainer_of_trl(word_tokenizer, tmp_path):
         processing_class=word_tokenizer,
         callbacks=[callback],
     )
-    trainer.add_callback(SqueezeProbeCallback(pair_rows(), trainer=trainer, every=1, decode_every=0))
+    trainer.add_callback(SqueezeProbeCallback(pair_rows(), trainer=trainer, every=1, probe_budget=1.0, decode_every=0))
     trainer.train()
     assert trainer.state.global_step == callback.monitor.alarms["probe"] < 8
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hf_iclr import evaluate_vos
 from hf_iclr.vision.evaluation.j_and_f import j_and_f
-from hf_iclr.vision.formats.annotated_videos import AnnotatedVideo
+from hf_iclr.vision.formats.annotated_video import AnnotatedVideo
 from tests.vision.session.drifting import DriftingPipe, iou, pixels, truth
 from tests.vision.tiny import clip, tiny_pipe
 

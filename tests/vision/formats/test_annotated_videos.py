@@ -10,13 +10,12 @@ from PIL import Image
 
 from hf_iclr.vision.annotation.store import FEATURES, AnnotationStore
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
+from hf_iclr.vision.formats.annotated_video import AnnotatedVideo, to_annotated
 from hf_iclr.vision.formats.annotated_videos import (
-    AnnotatedVideo,
     read_png_videos,
     read_rows,
     read_sav_videos,
     read_videos,
-    to_annotated,
 )
 from hf_iclr.vision.formats.annotation_json import read_sav, write_sav
 from hf_iclr.vision.formats.mask_folders import write_davis

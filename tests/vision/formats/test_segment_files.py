@@ -1,8 +1,12 @@
 """Files and folders are whole or not there."""
 
-import pytest
+import os
 
-from hf_iclr.saving import atomic_file
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_iclr.saving import atomic_file, write_safetensors
 from hf_iclr.vision.formats.segment_files import PALETTE, atomic_folder, read_json, write_json
 
 
@@ -15,6 +19,19 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         part.write_text("tw")
         raise RuntimeError
     assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+
+
+def test_who_may_read_a_file_follows_the_umask(tmp_path):
+    """Also of safetensors, whose writer keeps its files to oneself."""
+    before = os.umask(0o027)
+    try:
+        write_safetensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+        with atomic_file(tmp_path / "b.txt") as part:
+            part.write_text("b")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())] == [0o640, 0o640]
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):

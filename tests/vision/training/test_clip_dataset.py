@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
-from hf_iclr.vision.formats.annotated_videos import AnnotatedVideo
+from hf_iclr.vision.formats.annotated_video import AnnotatedVideo
 from hf_iclr.vision.formats.segment_files import given_segments
 from hf_iclr.vision.session.segments import VideoSegments
 from hf_iclr.vision.training.clip_dataset import ClipDataset
