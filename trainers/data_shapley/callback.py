@@ -88,6 +88,10 @@ class InRunDataShapleyCallback(TrainerCallback):
             model's own in a plain loop.
         token_values_for (sequence of `int` or `str`, *optional*):
             Rows of which the value of each token is kept.
+        per_target_rows (`bool`, *optional*, defaults to `False`):
+            Whether to keep values for each row of `val_dataset`, too: which training row taught which answer, see
+            [`~DataShapleyResult.target_rows`]. Every such row is a direction of its own, with its validation pass and
+            its share in scoring: for a few dozen.
 
     Raises:
         ValueError: if an option is out of range; and when the training begins, if a validation set is empty, has other
@@ -119,19 +123,26 @@ class InRunDataShapleyCallback(TrainerCallback):
         batch_size: int | None = None,
         compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         token_values_for: Sequence[int | str] = (),
+        per_target_rows: bool = False,
     ) -> None:
+        if not isinstance(per_target_rows, bool):
+            raise TypeError(f"Expected per_target_rows=True or per_target_rows=False, got {per_target_rows!r}.")
+        names = targets or ()
+        if not isinstance(targets, Mapping | None) or not all(
+            isinstance(n, str) and n and n[-1] != "]" for n in names
+        ):
+            raise TypeError(f"Expected validation sets by name in targets, `{{'safety': rows}}`, got {targets!r:.80}.")
         if VALIDATION in (targets or {}):
             raise ValueError(f"Expected names other than {VALIDATION!r} in targets: it is the name of val_dataset.")
-        if isinstance(token_values_for, int | str):
-            raise TypeError(
-                f"Expected a list of rows in token_values_for, got {token_values_for!r}. Type "
-                f"`token_values_for=[{token_values_for!r}]`."
-            )
+        if not isinstance(id_column, str | None):
+            raise TypeError(f"Expected the name of a column as id_column, such as 'uid', got {id_column!r}.")
+        if not (compute_loss is None or callable(compute_loss)):
+            raise TypeError(f"Expected a function as compute_loss, compute_loss(model, batch), got {compute_loss!r}.")
         self.datasets = {VALIDATION: val_dataset, **(targets or {})}
         self.settings = EngineSettings(
-            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, frozenset(token_values_for)
+            refresh_every, cost, exact, rank, adam_warmup, min_scored_share, token_values_for, batch_size
         )
-        self.id_column, self.batch_size, self.compute_loss = id_column, batch_size, compute_loss
+        self.id_column, self.compute_loss, self.per_target_rows = id_column, compute_loss, per_target_rows
         self._warmup = 0  # steps of this run that have no values
         self._restore: Callable[[], Any] = lambda: None
         self._engine: Any = None  # while a training runs
@@ -175,11 +186,14 @@ class InRunDataShapleyCallback(TrainerCallback):
                 f"Expected more than adam_warmup={self._warmup} steps, got {state.max_steps}: no row would get a "
                 f"value. Type `adam_warmup={state.max_steps // 10}`, say."
             )
-        batch_size = self.batch_size or args.per_device_eval_batch_size
+        batch_size = self.settings.batch_size or args.per_device_eval_batch_size
         batches = {
             name: support.trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
             for name, dataset in self.datasets.items()
         }
+        if self.per_target_rows:
+            rows = support.trainer_batches(trainer, VALIDATION, self.datasets[VALIDATION], loader, 1, self.id_column)
+            batches |= support.single_rows(rows, self.datasets[VALIDATION])
         compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
         base = getattr(loader, "base_dataloader", loader)
         trained = TrainedRows.of(trainer.train_dataset, base.dataset, self.id_column)
@@ -294,6 +308,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         check_loader(dataloader, self.id_column)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
+        if self.per_target_rows:
+            alone = support.loop_batches(VALIDATION, self.datasets[VALIDATION], dataloader, model, batch_size=1)
+            batches |= support.single_rows(alone, self.datasets[VALIDATION])
         base = getattr(dataloader, "base_dataloader", dataloader)
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)

@@ -1,7 +1,7 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_iclr.saving import contiguous_clone
 from .gradients.direction import (
     Direction,
     decay_gain,
+    dense,
     pack_directions,
     preconditioner,
     sketch,
@@ -23,7 +24,7 @@ from .gradients.direction import (
     validation_gradient,
 )
 from .gradients.schedule import RefreshSchedule
-from .gradients.scores import TappedModule, dense
+from .gradients.scores import TappedModule
 
 
 CHECK_SKETCH_EVERY = 50  # scored refreshes between two comparisons of sketched with exact scores
@@ -44,16 +45,30 @@ class EngineSettings:
     rank: int | None = None
     adam_warmup: int = 20
     min_scored_share: float = 0.8
-    token_values_for: frozenset[int | str] = frozenset()
+    token_values_for: Any = frozenset()
+    batch_size: int | None = None
     seed: int = 0
     steps: int = 1000  # about how many the run has
     rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
-        for name in ("refresh_every", "adam_warmup", "rank"):
+        for name in ("refresh_every", "adam_warmup", "rank", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
+        rows = self.token_values_for
+        if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
+            raise TypeError(
+                f"Expected a list of rows in token_values_for, got {rows!r}. Type `token_values_for=[{rows!r}]`."
+            )
+        rows = list(rows)
+        if not all(isinstance(row, str) or hasattr(row, "__index__") for row in rows):
+            raise TypeError(f"Expected positions or ids of rows in token_values_for, such as [3], got {rows!r:.80}.")
+        self.token_values_for = frozenset(row if isinstance(row, str) else int(row) for row in rows)
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"Expected exact=True or exact=False, got {self.exact!r}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"Expected a batch_size of at least 1, got {self.batch_size}.")
         if isinstance(self.cost, bool) or not isinstance(self.cost, int | float) or not 0 < self.cost <= 1:
             raise ValueError(f"Expected a cost above 0 and up to 1, as a share of the training's, got {self.cost!r}.")
         if (self.refresh_every is not None and self.refresh_every < 1) or self.adam_warmup < 0:
@@ -61,7 +76,8 @@ class EngineSettings:
                 "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
                 f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
             )
-        if not 0 <= self.min_scored_share <= 1:
+        share = self.min_scored_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
@@ -173,7 +189,7 @@ class TargetDirections:
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if not self._low_rank[index]:
                     direction = contiguous_clone(direction)
-                if check:
+                if check and name[-1] != "]":  # of single rows they would take too much memory
                     exact.append(direction)
                 if self._low_rank[index]:
                     total += float(squared_norm(direction))
@@ -182,7 +198,7 @@ class TargetDirections:
                 directions.append(direction)
             self.energy[which] = kept / total if total else 1.0
             self.found.append(directions)
-            if self.exact is not None:
+            if self.exact is not None and exact:
                 self.exact.append(exact)
         self.point_taps()
 

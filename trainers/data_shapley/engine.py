@@ -14,9 +14,11 @@ from torch import nn
 from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
+from .gradients.fused_head import tap_fused_head
+from .gradients.modules import split_by_rate
 from .gradients.rows import RowLayout, find_layout
 from .gradients.scores import TappedModule
-from .gradients.taps import Taps, split_by_rate
+from .gradients.taps import Taps
 from .records import StepValues
 
 
@@ -80,7 +82,7 @@ class ShapleyEngine:
         self.step = 0
         self.open = False
         self.pending: StepValues | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     # Before the step
 
@@ -100,17 +102,20 @@ class ShapleyEngine:
 
     def attach(self) -> None:
         """Hook the model, if the step is scored and it isn't yet."""
-        if self.open and self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+        if self.open and not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
+                self.model.register_forward_hook(lambda model, args, output: tap_fused_head(self.taps, output)),
+            ]
             self.taps.attach()
             self.taps.on = True
 
     def detach(self) -> None:
         """Remove all hooks."""
         self.taps.detach()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def close_step(self) -> None:
         """Score no more of this step."""
@@ -141,7 +146,7 @@ class ShapleyEngine:
             self._rows_are_known = found is not None
             self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
-        self.taps.start(micro.layout, len(self.names) * (2 if self.targets.exact else 1), wanted)
+        self.taps.start(micro.layout, len(self.names) + len(self.targets.exact or ()), wanted)
 
     # After the backward passes
 
@@ -231,7 +236,11 @@ class ShapleyEngine:
             dist.all_reduce(totals)
         for which, name in enumerate(self.names):
             found.record[f"sum_{name}"] = float(totals[which])
-            if self._fresh and (rest := self.targets.unattributed(which, float(totals[which]))) is not None:
+            if (
+                self._fresh
+                and name[-1] != "]"
+                and (rest := self.targets.unattributed(which, float(totals[which]))) is not None
+            ):
                 found.record[f"unattributed_{name}"] = rest
         return found
 
@@ -278,8 +287,8 @@ class ShapleyEngine:
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
 
     def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
-        sketched, exact = np.split(rows, 2, axis=1)
-        for which, name in enumerate(self.names):
+        sketched, exact = np.split(rows, [len(self.names)], axis=1)
+        for which, name in enumerate(self.names[: exact.shape[1]]):
             if len(rows) > 2:
                 record[f"sketch_pearson_{name}"] = float(np.corrcoef(sketched[:, which], exact[:, which])[0, 1])
         self.targets.exact = None

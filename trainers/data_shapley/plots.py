@@ -85,6 +85,24 @@ class SourceValues:
         return figure
 
 
+def target_rows_figure(table: pd.DataFrame, k: int, path: str | Path | None) -> "Figure":
+    """See [`DataShapleyResult.plot_target_rows`]."""
+    table = table.loc[table.abs().max(axis=1).sort_values(ascending=False, kind="stable").index[:k]]
+    table = table.iloc[table.to_numpy().argmax(axis=1).argsort(kind="stable")]  # by the answer they taught most
+    figure = new_figure("DataShapleyResult.plot_target_rows", (2 + 0.3 * table.shape[1], 1 + 0.25 * len(table)))
+    axes = figure.subplots()
+    largest = np.abs(table.to_numpy()).max() or 1.0
+    image = axes.imshow(table, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(table.shape[1]), table.columns)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.set_xlabel("validation row")
+    axes.set_ylabel("training row")
+    figure.colorbar(image, label="value, nats")
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
+
+
 def label_rows(
     keys: pd.Series,
     source: str | Sequence[Hashable],
@@ -106,6 +124,8 @@ def label_rows(
             )
         labels = train_dataset[source][:]
     else:
+        if not isinstance(source, Iterable):
+            raise TypeError(f"Expected a column of the training data or one label for each row, got {source!r}.")
         labels = list(source)
         if keys.name == "index":
             length = keys.max() + 1 if trained.length is None else trained.length

@@ -111,7 +111,7 @@ class RunRecords:
         """What to log about the last measurement; counts of rows start anew."""
         logs = {}
         if self._is_new:
-            logs = {f"shapley/loss_{name}": self._measured[name][0] for name in self.targets}
+            logs = {f"shapley/loss_{name}": self._measured[name][0] for name in self.targets if name[-1] != "]"}
             ratio = self._explained_ratio()
             if not np.isnan(ratio):
                 logs["shapley/explained_ratio"] = ratio

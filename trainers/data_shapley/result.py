@@ -14,13 +14,14 @@ import hf_iclr
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.untrusted import as_written_by, check_links, inside
 
-from .plots import SourceValues, label_rows, token_page
+from .plots import SourceValues, label_rows, target_rows_figure, token_page
 from .store import VALIDATION, check_columns, column_of, read_parquet, read_run
 from .trained_rows import TrainedRows
-from .values import add_columns, explain, select_rows, value_table
+from .values import add_columns, explain, select_rows, summarise, value_table
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 _COLUMNS = {None: "value", "exposure": "value_per_exposure", "token": "value_per_token", "step": "step_share"}
@@ -81,7 +82,7 @@ class DataShapleyResult(HubMixin):
             FileNotFoundError: when there are no values.
             ValueError: when a file is damaged, or something else.
         """
-        rows, steps, trained = read_run(Path(folder))
+        rows, steps, trained = read_run(folder)
         return cls(rows, steps, train_dataset, trained)
 
     @property
@@ -120,17 +121,17 @@ class DataShapleyResult(HubMixin):
         Returns:
             `pandas.Series` by `index` (or `id`), nats unless normalised by step.
         """
-        if normalize not in _COLUMNS:
+        if not isinstance(normalize, str | None) or normalize not in _COLUMNS:
             raise ValueError(f"Expected normalize=None, 'exposure', 'token' or 'step', got {normalize!r}.")
         return self.table(target)[_COLUMNS[normalize]]
 
     def top(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
         """The `k` most helpful rows, best first, as in [`~DataShapleyResult.table`]."""
-        return self._sorted(target, normalize).head(k)
+        return self._sorted(target, normalize).head(_count(k))
 
     def bottom(self, k: int = 10, target: str = VALIDATION, normalize: Normalize = None) -> pd.DataFrame:
         """The `k` least helpful rows, worst first, as in [`~DataShapleyResult.table`]."""
-        return self._sorted(target, normalize).iloc[::-1].head(k)
+        return self._sorted(target, normalize).iloc[::-1].head(_count(k))
 
     def _sorted(self, target: str, normalize: Normalize) -> pd.DataFrame:
         order = self.values(target, normalize).sort_values(ascending=False, kind="stable").index
@@ -149,27 +150,27 @@ class DataShapleyResult(HubMixin):
             that is momentum of earlier steps and thus no row's; negative if momentum took back part of what their rows
             gained).
         """
-        lines = []
-        for target in self.targets:
-            values = self.values(target)
-            losses = self._record("loss", target)
-            momentum = self._record("unattributed", target)
-            gained = momentum + self._record("sum", target).reindex(momentum.index)
-            lines.append(
-                {
-                    "target": target,
-                    "rows": len(values),
-                    "value": values.sum(),
-                    "harmful": (values < 0).mean(),
-                    "loss_first": losses.iloc[0] if len(losses) else math.nan,
-                    "loss_last": losses.iloc[-1] if len(losses) else math.nan,
-                    "explained": self.explained_ratio(target),
-                    "energy": self._record("energy", target).mean(),
-                    "scored_share": self.steps.get("scored_share", pd.Series(dtype=float)).mean(),
-                    "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
-                }
-            )
-        return pd.DataFrame(lines).set_index("target")
+        return pd.DataFrame([summarise(self, target) for target in self.targets]).set_index("target")
+
+    def target_rows(self) -> pd.DataFrame:
+        """
+        Which training row taught which answer: values for each row of `val_dataset`, of which those of
+        [`~DataShapleyResult.values`] are the mean where directions are exact and equally fresh.
+
+        Returns:
+            `pandas.DataFrame` by `index` (or `id`), with the position of the validation row as its columns, nats.
+
+        Raises:
+            ValueError: if the callback was not given `per_target_rows=True`.
+        """
+        columns = {name: int(name.rpartition("_")[2]) for name in self.rows if str(name).startswith("row_value_")}
+        if not columns:
+            raise ValueError("Expected values for each validation row, got none. Give `per_target_rows=True`.")
+        return self.rows.groupby(self.key)[list(columns)].sum().rename(columns=columns)
+
+    def plot_target_rows(self, path: str | Path | None = None, k: int = 30) -> "Figure":
+        """A heat map of [`~DataShapleyResult.target_rows`] for the `k` rows with the largest values."""
+        return target_rows_figure(self.target_rows(), _count(k), path)
 
     def explained(self, target: str = VALIDATION) -> pd.DataFrame:
         """
@@ -184,7 +185,7 @@ class DataShapleyResult(HubMixin):
             and `ratio`, which is 1 where values add up to the change of loss and far from it where steps are too
             large for their sizes to mean anything (ranks last longer).
         """
-        return explain(self._of_target(target), self._record("loss", target))
+        return explain(self._of_target(target), self.recorded("loss", target))
 
     def explained_ratio(self, target: str = VALIDATION) -> float:
         """Sum of values over the fall of loss between its first and last measurement; NaN if measured once."""
@@ -388,7 +389,12 @@ class DataShapleyResult(HubMixin):
         kept = [name for name in ("step", self.key, "tokens", *columns) if name in self.rows]
         return self.rows[kept].rename(columns=columns)
 
-    def _record(self, name: str, target: str) -> pd.Series:
+    def recorded(self, name: str, target: str) -> pd.Series:
         """What was recorded of a target, by step; empty if nothing was."""
-        steps = self.steps.set_index("step")
-        return steps.get(f"{name}_{target}", pd.Series(dtype=float)).dropna()
+        return self.steps.set_index("step").get(f"{name}_{target}", pd.Series(dtype=float)).dropna()
+
+
+def _count(k: int) -> int:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or k < 0:
+        raise ValueError(f"Expected a number of rows such as 10, got {k!r}.")
+    return int(k)

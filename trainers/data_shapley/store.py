@@ -142,7 +142,7 @@ class ShapleyStore:
         return path.name
 
 
-def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
+def read_run(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
     """
     Rows, steps and what is known of the rows of the run in `folder`, or of the one in its `shapley/` written last.
 
@@ -150,7 +150,11 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
         FileNotFoundError: when there is none.
         ValueError: when a part is damaged, or something else.
     """
-    runs = [path for path in (folder / _FOLDER).glob("run-*") if any(path.glob("part-*.parquet"))]
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"Expected the output folder of a run, got {folder!r}.")
+    folder = Path(folder)
+    inside = folder if folder.name == _FOLDER else folder / _FOLDER
+    runs = [path for path in inside.glob("run-*") if any(path.glob("part-*.parquet"))]
     if any(folder.glob("part-*.parquet")):
         runs = [folder]
     if not runs:
@@ -168,7 +172,9 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
 
 
 def column_of(target: str, name: str = "value") -> str:
-    """The column with the values, or another quantity, of a target."""
+    """The column with the values, or another quantity, of a target; `"validation[3]"` is a row of the first one."""
+    if target.endswith("]"):
+        return f"row_{name}_{target[len(VALIDATION) + 1 : -1]}"
     return name if target == VALIDATION else f"{name}_{target}"
 
 

@@ -18,6 +18,7 @@ from transformers import Trainer
 from .gradients.coverage import check_uncompiled
 from .gradients.direction import is_sharded, untouched
 from .identity import RowKeys, take_rows
+from .store import VALIDATION
 
 
 logger = logging.getLogger(__name__)
@@ -164,11 +165,18 @@ def trainer_batches(
     return _check_batches(name, batches, trainer.model)
 
 
-def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batches:
-    """
-    Batches of a validation set for a plain loop: those of a data loader or list of batches, or of a dataset or list of
-    rows, collated as the training loader does.
-    """
+def single_rows(batches: Batches, dataset: Any) -> dict[str, Batches]:
+    """A target of each validation row."""
+    if any(rows != 1 for _, rows in batches) or len(batches) != len(dataset):
+        raise ValueError(
+            f"Expected validation rows with something to predict, one by one, for per_target_rows, got {len(batches)} "
+            f"batches of the {len(dataset)} that were given. Give a dataset of rows, none of them without labels."
+        )
+    return {f"{VALIDATION}[{place}]": [batch] for place, batch in enumerate(batches)}
+
+
+def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module, batch_size: int | None = None) -> Batches:
+    """For a plain loop: those of a data loader or list of batches, or of rows, collated as training rows are."""
     listed = isinstance(dataset, list | tuple)
     made = (
         isinstance(dataset, DataLoader)
@@ -182,7 +190,7 @@ def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module) -> Batc
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
             base = getattr(loader, "base_dataloader", loader)
-            batches = _collate(name, dataset, base.collate_fn, base.batch_size or 8)
+            batches = _collate(name, dataset, base.collate_fn, batch_size or base.batch_size or 8)
     return _check_batches(name, batches, model)
 
 
@@ -198,7 +206,15 @@ def check_mean(
     device = next(model.parameters()).device
     twice = _repeat(batch, rows)
     with untouched(model, device, 0), torch.no_grad():
-        once = compute_loss(model, send_to_device(copy.copy(batch), device))
+        try:
+            once = compute_loss(model, send_to_device(copy.copy(batch), device))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if str(error).startswith("Expected"):  # which is a sentence already
+                raise
+            raise ValueError(
+                f"Expected rows like those of the training set in the validation set {name!r}, got some whose loss "
+                f"can't be computed ({type(error).__name__}: {error}). Prepare them like the training set."
+            ) from error
         if not isinstance(once, torch.Tensor) or once.dim() != 0:
             raise ValueError(
                 f"Expected the loss of {name!r} to be a tensor with one number, the mean over rows, got "
@@ -281,10 +297,11 @@ def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     for batch, rows in batches:
         entries = batch if isinstance(batch, Mapping) else {}
         ids, labels = entries.get("input_ids"), entries.get("labels")
-        if size is not None and ids is not None and int(ids.max()) >= size:
+        least, most = (int(ids.min()), int(ids.max())) if size is not None and ids is not None else (0, -1)
+        if size is not None and (least < 0 or most >= size):
             raise ValueError(
                 f"Expected token ids below {size}, the model's vocabulary, in the validation set {name!r}, got "
-                f"{int(ids.max())}. Tokenise it with the model's own tokenizer."
+                f"{most if most >= size else least}. Tokenise it with the model's own tokenizer."
             )
         floats = (value for value in _tensors(batch) if value.is_floating_point())
         if any(value.isnan().any() for value in floats):

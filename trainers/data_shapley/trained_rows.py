@@ -102,7 +102,10 @@ class TrainedRows:
             ValueError: if it can't be told which of these rows were trained on.
         """
         if not isinstance(dataset, Dataset):
-            raise TypeError(f"Expected a datasets.Dataset, got {type(dataset).__name__}.")
+            raise TypeError(
+                f"Expected a datasets.Dataset, got {type(dataset).__name__}. Give trainer.train_dataset, one split of "
+                "a DatasetDict, or `Dataset.from_list(rows)`."
+            )
         keys: Sequence[Any]
         if known.name == "index":
             keys = self._positions(dataset, int(known.max()) + 1)
@@ -165,12 +168,15 @@ class TrainedRows:
         for name in self.digests:
             known.setdefault(_BEGINNING.sub("", name), []).append(name)
         common = [names for column, names in known.items() if column in dataset.column_names]
-        return all(any(_digest(dataset, name) == self.digests[name] for name in names) for names in common)
+        agree = all(any(_digest(dataset, name) == self.digests[name] for name in names) for names in common)
+        return agree and bool(common or not known)
 
 
 def _digests(dataset: Dataset) -> dict[str, str]:
     names = []
     for name in dataset.column_names:
+        if not _varies(dataset, name):  # which tells nothing of the order
+            continue
         names.append(name)
         if getattr(dataset.features[name], "dtype", "") == "string" and len(dataset):
             shortest = min(len(value or "") for value in _values(_sample(dataset), name))
@@ -189,6 +195,13 @@ def _sample(dataset: Dataset) -> Dataset:
     return dataset.select(np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int)) if len(dataset) else [])
 
 
+def _varies(dataset: Dataset, name: str) -> bool:
+    """Whether not all values of a column are alike; of a single row there is no other order."""
+    values = _values(dataset, name)
+    first = next(values, None)
+    return len(dataset) == 1 or any(value != first for value in values)
+
+
 def _values(dataset: Dataset, name: str) -> Iterator[Any]:
     """Those of a column as they are stored: images and sounds stay bytes."""
     stored = dataset.with_format("arrow").select_columns([name])
@@ -204,7 +217,8 @@ def _match(trained: Dataset, dataset: Dataset) -> Sequence[int] | None:
     common = [name for name in trained.column_names if name in dataset.column_names]
     in_order = range(len(dataset))
     if len(trained) == len(dataset) and _agree(trained, dataset, common, in_order):
-        return in_order
+        # Without a column that both have and that tells rows apart, they may be in another order
+        return in_order if any(_varies(trained, name) for name in common) else None
     ours, theirs = [""] * len(trained), [""] * len(dataset)
     for name in common:
         mine, others = ([content_id(value) for value in _values(rows, name)] for rows in (trained, dataset))

@@ -28,6 +28,25 @@ def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
     return table
 
 
+def summarise(result: Any, target: str) -> dict[str, Any]:
+    """A line of [`DataShapleyResult.summary`]."""
+    values, losses = result.values(target), result.recorded("loss", target)
+    momentum = result.recorded("unattributed", target)
+    gained = momentum + result.recorded("sum", target).reindex(momentum.index)
+    return {
+        "target": target,
+        "rows": len(values),
+        "value": values.sum(),
+        "harmful": (values < 0).mean(),
+        "loss_first": losses.iloc[0] if len(losses) else math.nan,
+        "loss_last": losses.iloc[-1] if len(losses) else math.nan,
+        "explained": result.explained_ratio(target),
+        "energy": result.recorded("energy", target).mean(),
+        "scored_share": result.steps.get("scored_share", pd.Series(dtype=float)).mean(),
+        "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
+    }
+
+
 def explain(rows: pd.DataFrame, losses: pd.Series) -> pd.DataFrame:
     """As [`DataShapleyResult.explained`] has it, from the lines of one target and its losses by step, in nats."""
     first, end = losses.index[:-1], losses.index[1:]
@@ -54,6 +73,8 @@ def add_columns(
         )
     keys: pd.Index | None = None  # alike for all columns
     for name, column in columns.items():
+        if name in dataset.column_names:  # of an earlier result
+            dataset = dataset.remove_columns(name)
         keys = trained.keys(dataset, column.index) if keys is None else keys
         dataset = dataset.add_column(name, [_plain(value) for value in column.reindex(keys)])
     return dataset
@@ -68,7 +89,7 @@ def select_rows(
     trained: TrainedRows,
 ) -> Dataset | IterableDataset:
     """See [`DataShapleyResult.filter`]."""
-    if keep != "positive" and not (isinstance(keep, int | float) and 0 < keep <= 1):
+    if keep != "positive" and (isinstance(keep, bool) or not (isinstance(keep, int | float) and 0 < keep <= 1)):
         raise ValueError(f"Expected keep='positive' or a share in (0, 1] such as 0.8, got {keep!r}.")
     if isinstance(dataset, IterableDataset):
         if within is not None:
@@ -77,6 +98,8 @@ def select_rows(
         seen, kept = set(values.index), set(values.index[_is_kept(values, keep)])
         return dataset.filter(lambda row: (key := trained.row_id(row)) in kept or (keep_unseen and key not in seen))
     aligned = values.reindex(trained.keys(dataset, values.index)).reset_index(drop=True)
+    if within is not None and within not in dataset.column_names:
+        raise ValueError(f"Expected a column of the rows as `within`, one of {dataset.column_names}, got {within!r}.")
     groups = [0] * len(aligned) if within is None else dataset[within][:]
     kept_rows = aligned.groupby(groups, dropna=False).transform(_is_kept, keep).astype(bool)
     return dataset.select(np.flatnonzero(kept_rows | (aligned.isna() & keep_unseen)))

@@ -620,3 +620,40 @@ def test_a_loader_of_whole_batches_is_refused():
         InRunDataShapleyCallback.attach(model, optimizer, loader, torch.randn(3, 3), compute_loss=linear_loss),
     ):
         raise AssertionError("the loop has begun")
+
+
+def test_values_for_each_validation_row_tell_which_row_taught_which_answer(tmp_path):
+    """Every validation row is a copy of a training row, whose gradient is most like its own."""
+    rows, model = token_rows(4), lora(tiny_llama())
+    shapley = callback(per_target_rows=True, exact=True)
+    shapley.datasets["validation"] = rows.select([2, 0])
+    make(tmp_path, model, [shapley], rows=rows, max_steps=1).train()
+    table, alone = shapley.result.target_rows(), callback(exact=True)
+    assert list(table.columns) == [0, 1] and list(table.idxmax()) == [2, 0]
+    assert table.mean(axis=1).tolist() == pytest.approx(shapley.result.values().sort_index().tolist(), rel=1e-4)
+    alone.datasets["validation"] = rows.select([0])
+    make(tmp_path / "b", lora(tiny_llama()), [alone], rows=rows, max_steps=1).train()
+    assert table[1].tolist() == pytest.approx(alone.result.values().sort_index().tolist(), rel=1e-4)
+    stored = DataShapleyResult.from_store(tmp_path)
+    assert stored.target_rows().equals(table) and stored.targets == ["validation"]
+    shapley.result.plot_target_rows(tmp_path / "map.png", 3)
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="got none. Give `per_target_rows=True`"):
+        alone.result.target_rows()
+
+
+def test_validation_rows_that_cannot_be_told_apart_have_no_values_of_their_own(tmp_path):
+    blank = {"input_ids": [1] * 8, "labels": [-100] * 8}
+    shapley = InRunDataShapleyCallback([blank, *token_rows(2)], 1, per_target_rows=True)
+    with pytest.raises(ValueError, match="one by one, for per_target_rows, got 2 batches of the 3"):
+        make(tmp_path, callbacks=[shapley]).train()
+
+
+def test_a_direction_of_each_validation_row_is_sketched_and_resumed(tmp_path):
+    options, settings = {"per_target_rows": True, "rank": 2}, {"save_strategy": "steps", "save_steps": 2}
+    whole, resumed = callback(**options), callback(**options)
+    make(tmp_path, tiny_llama(), [whole], **settings).train()
+    again = make(tmp_path, tiny_llama(seed=1), [resumed], **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    table = whole.result.target_rows()
+    assert resumed.result.target_rows().equals(table) and table.shape == (12, 5)

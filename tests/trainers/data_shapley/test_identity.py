@@ -278,11 +278,25 @@ def test_packing_that_loses_rows_or_their_ids_is_refused(settings, word_tokenize
         trainer.train()
 
 
-def test_a_trl_trainer_with_a_fused_output_layer_in_full_fine_tuning(word_tokenizer, tmp_path, caplog):
-    shapley = raw_callback(exact=True)
-    sft(tmp_path, word_tokenizer, shapley, peft=None, model=tiny_llama(tie_word_embeddings=True)).train()
-    assert "embed_tokens.weight, lm_head.weight (lm_head is used without being called" in caplog.text
-    assert caplog.text.count("Values leave out") == 1 and len(shapley.result.rows) == 12
+@pytest.mark.parametrize("settings", [{}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fused_output_layer_of_trl_is_scored(tied, settings, word_tokenizer, tmp_path, caplog):
+    """Values are those of a plain Trainer, which calls the layer."""
+    fused, called = raw_callback(exact=True, token_values_for=[3]), callback(exact=True)
+    model = tiny_llama(tie_word_embeddings=tied)
+    sft(tmp_path / "fused", word_tokenizer, fused, model=model, peft=None, **settings).train()
+    called.datasets["validation"] = sft(tmp_path, word_tokenizer, called, word_rows(5, seed=3)).train_dataset
+    plain = sft(tmp_path, word_tokenizer, called, peft=None)
+    again = make(tmp_path / "called", tiny_llama(tie_word_embeddings=tied), [called], plain.train_dataset)
+    again.data_collator = plain.data_collator
+    again.train()
+    assert "leave out" not in caplog.text
+    assert fused.result.steps["scored_share"].iloc[0] == pytest.approx(1)
+    expected = called.result.rows.set_index(["step", "index"])["value"]
+    found = fused.result.rows.set_index(["step", "index"])
+    assert found["value"].to_dict() == pytest.approx(expected.to_dict(), rel=1e-3, abs=1e-7)
+    of_tokens = found.dropna(subset="token_values")
+    assert of_tokens["token_values"].map(sum).tolist() == pytest.approx(of_tokens["value"].tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("full", [False, True])

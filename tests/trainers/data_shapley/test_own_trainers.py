@@ -27,8 +27,7 @@ def weights(trainer):
     [({}, False), ({"reference": "frozen"}, False), ({"constrain": "none"}, False), ({"safety_ratio": 0.25}, True)],
 )
 def test_deep_safety(settings, recovery, full, word_tokenizer, tmp_path):
-    share = 0.5 if full else 0.8  # TRL uses an untied head without calling it
-    found, shapley = [], InRunDataShapleyCallback(word_rows(5, seed=3), 1, adam_warmup=0, min_scored_share=share)
+    found, shapley = [], InRunDataShapleyCallback(word_rows(5, seed=3), 1, adam_warmup=0, min_scored_share=0.99)
     for callbacks in ([], [shapley]):
         trainer = DeepSafetySFTTrainer(
             tiny_llama(),

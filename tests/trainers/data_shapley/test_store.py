@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from hf_iclr.trainers.data_shapley.records import RunRecords, StepValues
 from hf_iclr.trainers.data_shapley.store import ShapleyStore, read_run
 from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
@@ -208,3 +210,25 @@ def test_what_is_stored_grows_with_the_steps(tmp_path):
         train(tmp_path / str(last), 1, last, flush_every=50)
         sizes.append(sum(path.stat().st_size for path in (tmp_path / str(last)).rglob("*") if path.is_file()))
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.02)
+
+
+def test_what_a_run_of_a_thousand_steps_writes_grows_linearly(tmp_path):
+    """Each checkpoint writes what is new, and no copy of what there is."""
+    records, sizes = RunRecords(tmp_path, TRAINED, ["validation"], False), []
+    for step in range(1, 1001):
+        values = np.random.default_rng(step).normal(size=(8, 1))
+        ids = list(range(8))
+        records.add(
+            StepValues(step, ids, values, np.ones(8, dtype=int), [None] * 8, {"lr": 0.1, "loss_validation": 1.0})
+        )
+        if step % 50 == 0:
+            records.flush()
+        if step % 100 == 0:
+            checkpoint = tmp_path / f"checkpoint-{step}"
+            checkpoint.mkdir()
+            records.save(checkpoint, {"0.0.0": torch.zeros(3)})
+            written = [path for path in tmp_path.rglob("*") if path.is_file()]
+            sizes.append(sum(path.stat().st_size for path in written))
+    growth = np.diff(sizes)
+    assert growth.max() <= 1.1 * growth.min()
+    assert len(read_run(tmp_path)[0]) == 8000

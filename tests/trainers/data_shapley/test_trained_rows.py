@@ -115,3 +115,14 @@ def test_stored_facts_are_enough_for_the_same_rows_in_their_order():
 def test_a_stream_has_no_positions():
     with pytest.raises(ValueError, match="by position in trainer.train_dataset, got a stream"):
         TrainedRows.of(TEXTS).check_stream(TEXTS.to_iterable_dataset(), all_of(6))
+
+
+@pytest.mark.parametrize("columns", [[], ["source"]])
+def test_rows_that_share_no_column_that_tells_them_apart_are_refused(columns):
+    """They may have been shuffled before they were tokenised; only the trainer's own are known."""
+    trained = prepared(TEXTS).select_columns([*columns, "input_ids"])
+    stored = TrainedRows.from_facts(TrainedRows.of(trained).facts())
+    for known in (TrainedRows.of(trained), stored):
+        with pytest.raises(ValueError, match="can't be told which those are.*Give trainer.train_dataset"):
+            known.keys(TEXTS.select_columns(["answer", *columns]), all_of(6))
+        assert list(known.keys(trained, all_of(6))) == list(range(6))

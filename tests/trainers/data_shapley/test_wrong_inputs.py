@@ -27,6 +27,10 @@ BLANK = {"input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "labels": [-100] * 8}
         (TensorDataset(torch.ones(3, 8)), "validation set 'validation', for its collator, got TensorDataset"),
         (DataLoader(token_rows(3)), "validation set 'validation', for its collator, got DataLoader"),
         (["a", "b"], "validation set 'validation', for its collator, got list"),
+        (torch.ones(3, 8, dtype=torch.long), "validation set 'validation', got some whose loss can't be computed"),
+        (Dataset.from_list([{"input_ids": "abc", "labels": "abc"}]), "validation set 'validation', got some whose"),
+        (Dataset.from_list([{**BLANK, "labels": [800] * 8}]), "got some whose loss can't be computed .*800"),
+        (Dataset.from_list([{"input_ids": [-1] * 8, "labels": [1] * 8}]), "set 'validation', got -1. Tokenise"),
         (Dataset.from_list([BLANK]), "rows with labels in the validation set 'validation', got none"),
     ],
 )
@@ -64,10 +68,25 @@ def test_validation_rows_without_a_label_are_left_out(tmp_path, caplog):
         ({"rank": "8"}, "rank.*got '8'"),
         ({"token_values_for": 3}, r"`token_values_for=\[3\]`"),
         ({"token_values_for": "abc"}, r"`token_values_for=\['abc'\]`"),
+        ({"token_values_for": 2.5}, r"`token_values_for=\[2.5\]`"),
+        ({"token_values_for": None}, "list of rows in token_values_for, got None"),
+        ({"token_values_for": [[1]]}, r"positions or ids of rows in token_values_for.*got \[\[1\]\]"),
+        ({"targets": [1]}, r"by name in targets.*got \[1\]"),
+        ({"targets": {3: token_rows(2)}}, "by name in targets"),
+        ({"batch_size": "8"}, "batch_size.*got '8'"),
+        ({"exact": "yes"}, "exact=True or exact=False, got 'yes'"),
+        ({"compute_loss": "mean"}, "function as compute_loss.*got 'mean'"),
+        ({"id_column": 3}, "name of a column as id_column.*got 3"),
     ],
 )
 def test_options_of_another_kind_are_a_sentence(settings, message):
     with pytest.raises(TypeError, match=message):
+        InRunDataShapleyCallback(token_rows(2), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"min_scored_share": "0.8"}, {"cost": "0.05"}])
+def test_options_out_of_range_are_a_sentence(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}.*got"):
         InRunDataShapleyCallback(token_rows(2), **settings)
 
 
@@ -128,3 +147,31 @@ def test_raw_rows_are_not_needed_twice(word_tokenizer, tmp_path):
     for run in range(2):
         sft(tmp_path / str(run), word_tokenizer, shapley).train()
         assert len(shapley.result.values()) == 12
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda result: result.top("10"), "number of rows such as 10, got '10'"),
+        (lambda result: result.bottom(-1), "number of rows such as 10, got -1"),
+        (lambda result: result.values(normalize=["token"]), "'step', got .'token'."),
+        (lambda result: result.filter(token_rows(12), True), "a share in .0, 1. such as 0.8, got True"),
+        (lambda result: result.filter(token_rows(12), 0.5, within="no"), "`within`, one of .*got 'no'"),
+        (lambda result: result.filter(token_rows(12).to_list()), "got list. Give .*`Dataset.from_list"),
+        (lambda result: result.by_source(3), "one label for each row, got 3"),
+        (lambda result: result.from_store(None), "output folder of a run, got None"),
+    ],
+)
+def test_what_a_result_is_asked_by_mistake_is_a_sentence(call, message, tmp_path):
+    shapley = InRunDataShapleyCallback(token_rows(5, seed=9), 1)
+    make(tmp_path, callbacks=[shapley]).train()
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(shapley.result)
+
+
+def test_values_can_be_added_again_and_read_from_the_folder_of_runs(tmp_path):
+    shapley = InRunDataShapleyCallback(token_rows(5, seed=9), 1)
+    make(tmp_path, callbacks=[shapley]).train()
+    once = shapley.result.to_dataset(token_rows(12))
+    again = DataShapleyResult.from_store(tmp_path / "shapley").to_dataset(once)
+    assert again["shapley_value"][:] == once["shapley_value"][:]

@@ -65,6 +65,11 @@ def inner(direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
     return torch.dot(gradient.flatten(), direction.flatten())
 
 
+def dense(direction: Direction) -> torch.Tensor:
+    """A direction as one tensor."""
+    return direction.left @ direction.right if isinstance(direction, LowRank) else direction
+
+
 def squared_norm(direction: Direction) -> torch.Tensor:
     """(`torch.Tensor` scalar): the squared Frobenius norm; the left factor is orthonormal."""
     tensor = direction.right if isinstance(direction, LowRank) else direction

@@ -35,11 +35,15 @@ class RowLayout:
     tokens: torch.Tensor
     mask: torch.Tensor | None = None
 
+    def owner(self) -> torch.Tensor:
+        """(`torch.Tensor` of shape `(batch * length,)`): the row of each token."""
+        if self.segments is not None:
+            return self.segments
+        return torch.arange(self.batch).remainder(self.rows).repeat_interleave(self.length or 1)
+
     def positions(self) -> list[np.ndarray]:
         """Where the tokens of each row are, as masks of shape `(batch, length)` without padding."""
-        owner = torch.arange(self.batch).remainder(self.rows)[:, None].expand(-1, self.length or 1)
-        if self.segments is not None:
-            owner = self.segments.view(self.batch, -1).cpu()
+        owner = self.owner().view(self.batch, -1).cpu()
         if self.mask is not None:
             owner = owner.masked_fill(~self.mask.cpu(), self.rows)
         return [(owner == row).numpy() for row in range(self.rows)]

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from hf_iclr.trainers.measuring import forked_random
 
 from . import follow
-from .direction import Direction, LowRank, wide
+from .direction import Direction, LowRank, dense, wide
 
 
 _EXPERTS = "_experts_implementation"  # of a configuration of transformers
@@ -32,6 +32,7 @@ class TappedModule:
     kind: str  # "linear", "conv1d", "embedding", "norm", "scale" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
     starts_at_zero: bool | None = None  # whether a scale's output is zero where its weight is, once it is known
+    is_rms: bool | None = None  # whether a scale is an RMSNorm, once it is known
 
 
 @dataclass
@@ -79,14 +80,7 @@ def token_scores(
         return _sum_product(b, moved.to(b.dtype), max(b.dim() - 1, 1))
     u = directions.get("weight")
     if tapped.kind in ("linear", "conv1d"):
-        scores = None
-        if u is not None:
-            scores = _linear_scores(u, first_input(call.args, call.kwargs), b, tapped.kind == "linear", product)
-        if "bias" in directions:
-            bias = (b @ dense(directions["bias"]).to(b.dtype)).to(wide(b.dtype))
-            scores = bias if scores is None else scores + bias
-        assert scores is not None
-        return scores
+        return fast_scores(tapped, directions, first_input(call.args, call.kwargs), b, product, b.shape[:-1])
     if tapped.kind == "embedding" and isinstance(u, LowRank):
         x = first_input(call.args, call.kwargs)
         scores = _sum_product(b @ u.right.T.to(b.dtype), F.embedding(x, u.left).to(b.dtype))
@@ -136,29 +130,52 @@ def thin_rows(tapped: TappedModule, directions: dict[str, Direction]) -> torch.T
     return weight if 8 * weight.shape[0] <= weight.shape[1] else None
 
 
-def _linear_scores(
-    u: Direction, x: torch.Tensor, b: torch.Tensor, out_first: bool, product: torch.Tensor | None
+def fast_scores(
+    tapped: TappedModule,
+    directions: dict[str, Direction],
+    x: torch.Tensor,
+    b: torch.Tensor,
+    product: torch.Tensor | None,
+    shape: Sequence[int],
 ) -> torch.Tensor:
-    if isinstance(u, LowRank):
-        assert product is not None
-        return _sum_product(b @ (u.left if out_first else u.right.T).to(b.dtype), product)
-    if product is not None:
-        return _sum_product(b, product)
-    weight, x = u.to(b.dtype) if out_first else u.T.to(b.dtype), x.to(b.dtype)
-    if weight.shape[0] <= weight.shape[1]:
-        return _sum_product(b, F.linear(x, weight))
-    return _sum_product(b @ weight, x)
+    """
+    The derivative of a linear layer, `b . (U x)`, multiplied on its thin side first, or of an RMSNorm.
+
+    Args:
+        tapped ([`TappedModule`]), directions (`dict`), b (`torch.Tensor`), product (`torch.Tensor`, *optional*):
+            As of [`token_scores`].
+        x (`torch.Tensor`):
+            The input.
+        shape (sequence of `int`):
+            Of the result: `b.shape[:-1]` for positions, `(batch,)` for sums over the positions of an input.
+    """
+    u, bias = directions.get("weight"), directions.get("bias")
+    if tapped.kind not in ("linear", "conv1d"):  # a scale, or what seemed to be one until its first call was scored
+        u = dense(directions["weight"]).to(wide(b.dtype))
+        factor = rms_factor(tapped, u, x) if tapped.kind == "scale" else None
+        if factor is not None:
+            return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor).reshape(*shape, -1).sum(-1)
+        return token_scores(tapped, directions, Call((x,), {}), b, None).reshape(*shape, -1).sum(-1)
+    parts = [] if bias is None else [(b @ dense(bias).to(b.dtype)).to(wide(b.dtype))]
+    if u is not None:
+        right: torch.Tensor
+        if isinstance(u, LowRank):
+            assert product is not None
+            left, right = b @ (u.left if tapped.kind == "linear" else u.right.T).to(b.dtype), product
+        elif product is not None:
+            left, right = b, product
+        else:
+            weight, x = (u if tapped.kind == "linear" else u.T).to(b.dtype), x.to(b.dtype)
+            narrow = weight.shape[0] <= weight.shape[1]
+            left, right = (b, F.linear(x, weight)) if narrow else (b @ weight, x)
+        parts.append(left.to(wide(left.dtype)) * right.to(wide(right.dtype)))
+    sums = [part.reshape(*shape, -1).sum(-1) for part in parts]
+    return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
 
 def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = None) -> torch.Tensor:
-    left, right = left.to(wide(left.dtype)), right.to(wide(right.dtype))
-    product = left * right
+    product = left.to(wide(left.dtype)) * right.to(wide(right.dtype))
     return product.flatten(leading if leading is not None else product.dim() - 1).sum(-1)
-
-
-def dense(direction: Direction) -> torch.Tensor:
-    """A direction as one tensor."""
-    return direction.left @ direction.right if isinstance(direction, LowRank) else direction
 
 
 def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
@@ -173,6 +190,29 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
         return F.rms_norm(x, module.normalized_shape, weight, module.eps)
     running = (None, None) if module.training else (module.running_mean, module.running_var)
     return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
+
+
+def rms_factor(tapped: TappedModule, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """
+    (`torch.Tensor` of shape `(...)`): what an input times a direction of the weight is multiplied by to be the
+    derivative of an RMSNorm: less than running it. `None` if the module's first call shows that it is something else.
+    """
+    module: Any = tapped.module
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if tapped.is_rms is False or not isinstance(eps, float) or x.shape[-1] != len(u):
+        return None
+    values = x.to(wide(x.dtype))
+    factor = (torch.linalg.vector_norm(values, dim=-1).square() / len(u) + eps).rsqrt()
+    if tapped.is_rms is None:
+        moved = _scaled(tapped, {next(iter(tapped.parameters)): u}, Call((x,), {})).to(values.dtype)
+        rough = 1.0 if x.dtype != torch.float64 else 1e-9  # doubles may be normalised in single precision
+        largest = float(moved.abs().max())
+        tapped.is_rms = (
+            tapped.kind == "scale"
+            and moved.shape == x.shape
+            and torch.allclose(values * u * factor[..., None], moved, 2e-2 * rough, 1e-3 * rough * largest)
+        )
+    return factor if tapped.is_rms else None
 
 
 def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from . import follow
 from .direction import wide
+from .modules import find_tapped
 from .rows import RowLayout
-from .scores import Call, TappedModule, count_leading, first_input, thin_rows, token_scores
+from .scores import Call, TappedModule, count_leading, fast_scores, first_input, thin_rows, token_scores
 
 
 class Taps:
@@ -116,25 +115,36 @@ class Taps:
 
     @torch.no_grad()
     def score(
-        self, tapped: TappedModule, layout: RowLayout, call: Call, b: torch.Tensor, shared: "_SharedInput | None"
+        self,
+        tapped: TappedModule,
+        layout: RowLayout,
+        call: Call,
+        b: torch.Tensor,
+        shared: "_SharedInput | None",
+        fast: bool = False,
     ) -> None:
         """Add the scores of one call of a module, from its inputs and the gradient of its output."""
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
+        whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
+        shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
         try:
             products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
                 products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
             with self.paused():
                 by_target = [
-                    token_scores(tapped, which, call, b, product)
+                    fast_scores(tapped, which, call.args[0], b, product, shape)
+                    if fast
+                    else token_scores(tapped, which, call, b, product)
                     for which, product in zip(tapped.directions, products, strict=True)
                 ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
-        scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
+        scores = torch.stack(by_target, dim=-1)
         self.fired.add(tapped.index)
-        self.scores[tapped.index] += layout.sum_rows(scores).to(self.scores.dtype)
+        rows = scores.view(-1, layout.rows, len(by_target)).sum(0) if whole else layout.sum_rows(scores)
+        self.scores[tapped.index] += rows.to(self.scores.dtype)
         if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
             self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
 
@@ -187,8 +197,17 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
-        if not self.taps.hears():
+        taps, tapped, layout = self.taps, self.tapped, self.taps.layout
+        if layout is None or not taps.hears():
             return None
+        if tapped.kind in ("linear", "conv1d", "scale") and type(output) is torch.Tensor and output.requires_grad:
+            # What most modules are, and most calls: with the least that has to be done
+            x, shape = first_input(args, kwargs), output.shape[:-1]
+            in_common = layout.segments is None and layout.batch > 1 and len(shape) > 0 and shape[0] == 1
+            apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
+            if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
+                shared = None if tapped.kind == "scale" else taps.read(tapped, x)
+                return _FastTap.apply(output, x, self, layout, shared)
         call = follow.replace((args, kwargs), follow.plain)
         if isinstance(output, torch.Tensor):
             return self._behind(output, Call(*call))
@@ -291,32 +310,25 @@ class _Tap(torch.autograd.Function):
         return (b, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
+class _FastTap(torch.autograd.Function):
+    """The same behind a module that is scored from its one input."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, hook: _Hook, layout: RowLayout, shared: Any):
+        ctx.hook, ctx.layout, ctx.shared = hook, layout, shared
+        ctx.save_for_backward(x)
+        return output.data
+
+    @staticmethod
+    def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
+        if ctx.hook.taps.on:
+            call = Call((ctx.saved_tensors[0].detach(),), {})
+            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared, fast=True)
+        return b, None, None, None, None
+
+
 class _Hole:
     """Where a tensor stood among a module's arguments."""
-
-
-def find_tapped(model: nn.Module) -> list[TappedModule]:
-    """Modules that own trainable parameters; those of lists, dicts and parametrisations are their parent's."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    seen: set[tuple[int, str]] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        owner, _, local = name.rpartition(".")
-        while isinstance(modules[owner], (nn.ParameterDict, nn.ParameterList, ParametrizationList)):
-            owner, _, last = owner.rpartition(".")
-            local = f"{last}.{local}"
-            if isinstance(modules[owner], nn.ModuleDict):  # of parametrisations
-                owner, _, last = owner.rpartition(".")
-                local = f"{last}.{local}"
-        if (id(modules[owner]), local) not in seen:
-            seen.add((id(modules[owner]), local))
-            found.setdefault(owner, {})[local] = parameter
-    return [
-        TappedModule(name, modules[name], parameters, index, _kind(modules[name], parameters))
-        for index, (name, parameters) in enumerate(found.items())
-    ]
 
 
 def _find_around(taps: Taps, model: nn.Module) -> list[_Around]:
@@ -337,41 +349,3 @@ def _find_around(taps: Taps, model: nn.Module) -> list[_Around]:
         and type(modules[name.rpartition(".")[0]]) is not type(modules[name])
         and not any(isinstance(child, PreTrainedModel) for child in modules[name].modules())
     ]
-
-
-def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
-    """
-    Modules with those of their parameters that are trained, once for each learning rate among them, numbered anew.
-
-    Args:
-        modules (list of [`TappedModule`]):
-            As [`find_tapped`] finds them.
-        groups (`dict`):
-            The optimizer's group of a parameter, by its `id`.
-    """
-    found: list[TappedModule] = []
-    for tapped in modules:
-        by_rate: dict[float, dict[str, nn.Parameter]] = {}
-        for name, parameter in tapped.parameters.items():
-            if id(parameter) in groups:
-                group = groups[id(parameter)]
-                by_rate.setdefault(float(group.get("initial_lr", group["lr"])), {})[name] = parameter
-        for parameters in by_rate.values():
-            found.append(replace(tapped, parameters=parameters, index=len(found), directions=[]))
-    return found
-
-
-def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
-    plain = set(parameters) <= {"weight", "bias"}
-    forward = type(module).forward
-    if plain and forward is nn.Linear.forward:
-        return "linear"
-    if plain and forward is Conv1D.forward:
-        return "conv1d"
-    if plain and forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
-        return "embedding"
-    if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
-        return "norm"
-    if type(module).__name__.endswith("RMSNorm") and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:
-        return "scale"
-    return "other"

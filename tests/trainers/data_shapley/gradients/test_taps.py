@@ -13,6 +13,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from hf_iclr.trainers.data_shapley.gradients import taps as shapley_taps
 from hf_iclr.trainers.data_shapley.gradients.direction import inner, sketch
@@ -338,3 +341,27 @@ def test_a_sketched_score_is_that_of_the_low_rank_direction():
             taps.detach()
             scores.append(taps.scores)
         torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-12)
+
+
+class Odd(nn.Module):
+    """Has what an RMSNorm has, and is none."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width)), 1e-6
+
+    def forward(self, x):
+        return (x * self.weight).tanh()
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm, Odd])
+def test_normalisations_are_told_from_what_only_looks_like_one(kind):
+    """Called twice before either call is scored."""
+    torch.manual_seed(0)
+    norm = kind(8)
+    norm.weight.data.normal_()
+    model = nn.ModuleDict({"norm": norm, "out": nn.Linear(8, 1)})
+    model.forward = lambda x: model["out"](norm(norm(x) + x)).square().mean()
+    taps = check(model, {"x": torch.randn(3, 5, 8)}, lambda model, batch: model(**batch) * len(batch["x"]) / 3)
+    (found,) = (tapped for tapped in taps.modules if tapped.name == "norm")
+    assert found.is_rms is (kind is not Odd) and found.kind == ("other" if kind is Odd else "scale")
