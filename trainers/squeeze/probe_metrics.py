@@ -31,6 +31,7 @@ SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
 FORWARDS_OF_A_STEP = 3  # at least: a backward is two
 PASSES_BETWEEN = 4  # that there should be room for
 PILOT_TOKENS = 4
+MIN_PROMPTS = 12  # fewer say nothing, however short a run is
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
 
 
@@ -280,7 +281,7 @@ def take_what_fits(
     broadcast_object_list(shares)  # every process has timed its own
     before = sum(probes.count for probes in sets)
     for probes in sets:
-        probes.take(max(int(shares[0] * probes.count), 1), int(shares[1] * len(probes.prompts)))
+        probes.take(max(int(shares[0] * probes.count), MIN_PROMPTS), int(shares[1] * len(probes.prompts)))
     after, decoded = sum(probes.count for probes in sets), sum(len(probes.prompts) for probes in sets)
     if (after < before or decoded < len(prompts)) and trainer.is_world_process_zero():
         logger.warning(

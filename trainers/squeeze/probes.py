@@ -146,7 +146,7 @@ class SqueezeProbeCallback(TrainerCallback):
     bit those of a run without it.
 
     All passes together take the share `probe_budget` of the run. From what a few answers take to score, the prompts
-    are chosen that fit, at random and once, and from what a step takes, the interval. Both are logged and kept in
+    are chosen that fit, at random, once, and at least 12; from what a step takes, the interval. Both are logged and in
     checkpoints, so that a resumed run makes the passes that it would have made in one go.
 
     For each kind of answer it logs `probe/{kind}/logp`, its mean log-probability in nats per token, and

@@ -61,6 +61,7 @@ def clock(monkeypatch):
         clock.decoded.append(len(prompts))
         return decode(trainer, tokenizer, prompts, max_new_tokens, *args, **kwargs)
 
+    monkeypatch.setattr(probe_metrics, "MIN_PROMPTS", 1)
     monkeypatch.setattr(probe_metrics, "score_answers", timed_score)
     monkeypatch.setattr(probe_metrics, "decode_answers", timed_decode)
     for module in (probe_metrics, probes_module):
@@ -238,3 +239,11 @@ def test_choosing_the_prompts_disturbs_nothing(tmp_path, word_tokenizer, clock):
     (plain, state), (probed, probed_state) = outcomes
     assert len(clock.scored) == 4  # two to measure by, the first pass and the last
     assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True)) and torch.equal(state, probed_state)
+
+
+def test_twelve_prompts_are_always_probed(tmp_path, word_tokenizer):
+    trainer = make(tmp_path, word_tokenizer, build_probe_set(pair_rows(14)), max_steps=1, probe_budget=1e-6)
+    trainer.train()
+    (probing,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
+    assert (probing._sets[0].count, probing._sets[0].prompts) == (12, [])
+    assert [entry["step"] for entry in records(trainer)] == [0, 1]

@@ -450,6 +450,6 @@ def test_errors_say_what_to_do(tmp_path, word_tokenizer):
 
     trainer = make("sft", tmp_path, word_tokenizer, max_steps=1)
     trainer.add_callback(Diverge())
-    trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer))
+    trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer, probe_budget=1.0))
     with pytest.raises(ValueError, match="those of chosen, initial_greedy, other_train, permuted, .* are not"):
         trainer.train()

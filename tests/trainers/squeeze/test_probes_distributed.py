@@ -29,7 +29,9 @@ def train(processes, tokenizer, folder):
         tiny_llama(), SFTConfig(str(folder / "out"), **settings), train_dataset=rows, processing_class=tokenizer
     )
     probes = build_probe_set(pair_rows(), num_probes=5)
-    trainer.add_callback(SqueezeProbeCallback(probes, trainer=trainer, every=1, max_new_tokens=4, batch_size=3))
+    trainer.add_callback(
+        SqueezeProbeCallback(probes, trainer=trainer, every=1, probe_budget=1.0, max_new_tokens=4, batch_size=3)
+    )
     trainer.train()
     assert trainer.accelerator.num_processes == processes
     logged = [entry for entry in trainer.state.log_history if "probe/chosen/logp" in entry]
