@@ -189,7 +189,6 @@ def main(absent: list[str]) -> None:
         "pipeline(task, model)": lambda: pipeline("promptable-video-segmentation", model=object()),
         "ConceptEditor": lambda: hf_iclr.ConceptEditor(object(), ["a cat"]),
         "load_metric": lambda: hf_iclr.load_metric("fluency"),
-        "RefusalJudge": hf_iclr.RefusalJudge,
         "write_squeeze_report": lambda: write_squeeze_report(log, tempfile.mkdtemp()),
         "hf-iclr": command,
     }

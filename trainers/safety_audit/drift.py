@@ -253,13 +253,9 @@ class SafetyDriftCallback(TrainerCallback):
                 "Type `action='stop'`, or train with `DeepSafetySFTConfig(constrain='all')`."
             )
         if self.trainer.beta_schedule is not None:
-            raise ValueError(
-                "action='raise_beta' can't raise the trainer's beta_schedule. Give `betas` or `beta_first` instead."
-            )
+            raise ValueError("action='raise_beta' can't raise the trainer's beta_schedule. Give `beta_first` instead.")
 
     def _raise_betas(self, args: Any, factor: float) -> None:
         self.beta_scale *= factor
         for name in ("beta_first", "beta_initial", "beta_rest"):
             setattr(args, name, getattr(args, name) * factor)
-        if args.betas is not None:
-            args.betas = [beta * factor for beta in args.betas]
