@@ -84,9 +84,9 @@ class SqueezeMonitor:
             name = match[1] or match[2].rstrip("_")
             values = self.sets.setdefault(name, {})
             at = logs.get("step", len(values)) if step is None else step
-            if isinstance(at, bool) or not isinstance(at, (int, float)):
+            if isinstance(at, bool) or not isinstance(at, int):
                 raise ValueError(  # noqa: TRY004  of a file, not of a caller
-                    f"The step of a log entry should be a number, that with `{key}` has {at!r}."
+                    f"The step of a log entry should be a whole number, that with `{key}` has {at!r}."
                 )
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(

@@ -108,7 +108,7 @@ def test_odd_json(tmp_path, text):
 
 @pytest.mark.parametrize("step", ["x", None, [1]])
 def test_a_step_that_is_none(step):
-    with pytest.raises(ValueError, match="The step of a log entry should be a number"):
+    with pytest.raises(ValueError, match="The step of a log entry should be a whole number"):
         replay_log([*LOG, {"step": step, "probe/chosen/logp": -1.0}])
 
 
