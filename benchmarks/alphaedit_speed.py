@@ -6,9 +6,8 @@ What an edit costs: against EasyEdit's own code at the same settings, and the lo
 
 EasyEdit's `apply_AlphaEdit_to_model` runs unmodified in this process, on the same model, facts, contexts, layers and
 null space, at the paper's settings. The ways take turns in every repeat; CPU time and wall time are medians of the
-repeats. `neutral` is ours in float32, with all contexts in every step and without a stop of its own, which must give
-EasyEdit's weights; `default` is what users get. All are scored on the facts edited. Without `--easyedit` only ours
-run. DIR is as in `alphaedit.py`.
+repeats. `neutral` is ours in float32 without a stop of its own, which must give EasyEdit's weights; `default` is what
+users get. All are scored on the facts edited. Without `--easyedit` only ours run. DIR is as in `alphaedit.py`.
 
 The dense solve is float32 `torch.linalg.solve` on d x d, as in the reference. What either keeps from earlier batches
 is made beforehand: P and the second moment of the keys, or the projected keys and their factor.
@@ -55,7 +54,7 @@ from hf_iclr.editors.alpha_edit.rows import sample_contexts
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
-NEUTRAL = {"optimization_dtype": "float32", "nll_threshold": 0.0, "contexts_per_step": None}
+NEUTRAL = {"optimization_dtype": "float32", "nll_threshold": 0.0}
 
 
 class EasyEdit:

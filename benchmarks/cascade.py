@@ -3,22 +3,25 @@ Speed of speculative cascades on SmolLM2 with its built draft, against transform
 
     python benchmarks/cascade.py
 
-Four claims, each a table: the loop's overhead per round against the assisted loop of transformers; exact speculative
-sampling against plain sampling; every rule's speed beside the likelihood its text has under the large model; eight
-ragged prompts against plain batched `generate`. Methods take turns, prompt by prompt, and medians over rounds are
-compared, so that a machine that slows down slows down all of them. The first table and the columns
-beside each speed-up hold what bounds it: the cost of one round, and acceptance.
+Five claims, each a table: what a user gets by default, on three kinds of text, alone and in a batch, against plain
+`generate` and against prompt lookup and assisted decoding of transformers; the loop's overhead per round against the
+assisted loop of transformers; exact speculative sampling against plain sampling; every rule's speed beside the
+likelihood its text has under the large model; eight ragged prompts against plain batched `generate`. Methods take
+turns, prompt by prompt, and medians over rounds are compared, so that a machine that slows down slows down all of
+them. Beside each speed-up stands what bounds it: the cost of one round, and acceptance.
 
 On a processor without bfloat16 instructions a bfloat16 forward of several tokens costs several times that of one, so
 verification does not pay there; `--dtype float32` shows what it does where it is nearly flat.
 """
 
 import argparse
+import gzip
 import json
 import statistics as stat
 import time
+from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import find_data, make_parser, parse, write_json
 
 
 SAMPLING = {
@@ -26,6 +29,7 @@ SAMPLING = {
     "T=0.7,k=50": {"do_sample": True, "temperature": 0.7, "top_k": 50},  # the default of the pipeline
 }
 TABLES = {
+    "defaults": "What a user gets by default",
     "overhead": "Loop overhead per round",
     "exact": "Exact speculative sampling",
     "rules": "Rules",
@@ -35,7 +39,12 @@ TABLES = {
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--draft", help="folder of a draft model (default: built once in minutes)")
+    parser.add_argument("--draft", help="folder of a feature draft (default: built once in minutes)")
+    parser.add_argument(
+        "--layers-draft",
+        help="folder of a draft of layers for the assisted loop of transformers (default: two layers)",
+    )
+    parser.add_argument("--data", type=Path, help="folder with lm/wikitext2_valid.txt.gz; without it no wikitext row")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
@@ -58,8 +67,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_iclr import enable_cascade
 from hf_iclr.cache_argument import cache_inputs, find_cache
-from hf_iclr.generation.assisted_cascade import ForwardMeter
-from hf_iclr.generation.cascade_call import CascadeStatistics
+from hf_iclr.generation.assisted_cascade import ForwardMeter, own_copy
+from hf_iclr.generation.drafting.draft_model import build_draft_model
 from hf_iclr.tour.demo.draft import docstrings, load_demo_draft
 from hf_iclr.tour.demo.language_model import load_demo_model
 
@@ -97,7 +106,13 @@ def main(args: argparse.Namespace) -> None:
         if args.draft
         else load_demo_draft("quick" if args.quick else "full", dtype)
     )
-    bench = Bench(large, small, tokenizer, args)
+    layers = (
+        AutoModelForCausalLM.from_pretrained(args.layers_draft, dtype=dtype).eval()
+        if args.layers_draft
+        else build_draft_model(large.float(), tokenizer, docstrings()[:12], num_layers=2).to(dtype)
+    )
+    large.to(dtype)
+    bench = Bench(large, small, layers, tokenizer, args)
     results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
     show(results, "Cost of the parts", bench.parts())
     for sampling in args.sampling:
@@ -114,19 +129,29 @@ def show(results: dict, title: str, table: pd.DataFrame) -> None:
 
 
 class Bench:
-    def __init__(self, large, small, tokenizer, args):
-        self.large, self.small, self.tokens, self.rounds = large, small, args.tokens, args.rounds
+    def __init__(self, large, small, layers, tokenizer, args):
+        self.large, self.small, self.layers, self.tokens, self.rounds = large, small, layers, args.tokens, args.rounds
         self.cascade = enable_cascade(large, small)
-        if args.prompts == "chat":
-            chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-            prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        else:  # not among those that the draft is made from
-            held_out = docstrings()[-len(PROMPTS) :]
-            prompts = [text[: 160 + 20 * index] for index, text in enumerate(held_out)]
-        self.prompts = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
-        self.batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        # none of these is among the texts that the draft is made from
+        kinds = {
+            "chat": tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False),
+            "docs": [text[: 160 + 20 * index] for index, text in enumerate(docstrings()[-len(PROMPTS) :])],
+        }
+        if args.data is not None:
+            with gzip.open(find_data(args.data, "lm/wikitext2_valid.txt.gz"), "rt") as file:
+                texts = [line for line in file if len(line) > 600][: len(PROMPTS)]
+            kinds["wikitext"] = [text[: 160 + 20 * index] for index, text in enumerate(texts)]
+        self.kinds = {
+            kind: (
+                [tokenizer(prompt, return_tensors="pt") for prompt in prompts],
+                tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"),
+            )
+            for kind, prompts in kinds.items()
+        }
+        self.prompts, self.batch = self.kinds[args.prompts]
 
-    def generate(self, inputs, sampling, rule=None, alpha=0.0, gamma=2):
+    def generate(self, inputs, sampling, rule=None, alpha=0.0, gamma=2, **more):
         """One timed call; all rows run to full length, so that methods do the same work."""
         length = {"max_new_tokens": self.tokens, "eos_token_id": None, "pad_token_id": 2}
         begin = time.perf_counter()
@@ -134,18 +159,66 @@ class Bench:
             output = self.large.generate(**inputs, **sampling, **length)
         else:
             output = self.cascade.generate(
-                **inputs, **sampling, **length, cascade_rule=rule, cascade_alpha=alpha, num_assistant_tokens=gamma
-            )
+                **inputs, **sampling, **length, cascade_rule=rule, cascade_alpha=alpha, num_assistant_tokens=gamma,
+                **more,
+            )  # fmt: skip
         seconds = time.perf_counter() - begin
         if rule is not None and self.cascade.cascade_statistics.backend != "batched":
             raise RuntimeError("The batched loop refused this pair: the figures would be of another loop.")
         return output, seconds
 
+    def defaults(self, sampling) -> pd.DataFrame:
+        """Arguments left out, on each kind of text; one call of each method comes first and is not counted."""
+        length = {"max_new_tokens": self.tokens, "eos_token_id": None, "pad_token_id": 2}
+        methods = {
+            "plain": lambda inputs: self.large.generate(**inputs, **sampling, **length),
+            "default": lambda inputs: self.cascade.generate(**inputs, **sampling, **length),
+            "spec": lambda inputs: self.cascade.generate(**inputs, **sampling, **length, cascade_rule="spec"),
+            "prompt lookup": lambda inputs: self.large.generate(
+                **inputs, **sampling, **length, prompt_lookup_num_tokens=3
+            ),
+            "assisted": lambda inputs: self.large.generate(
+                **inputs, **sampling, **length, assistant_model=self.layers
+            ),
+        }  # fmt: skip
+        rows = []
+        for kind, (prompts, batch) in self.kinds.items():
+            for size, calls in ((1, prompts), (len(prompts), [batch])):
+                times, ours = {name: [] for name in methods}, {"default": [], "spec": []}
+                for seed in tqdm(range(-1, self.rounds if size == 1 else 2 * self.rounds), desc=kind, leave=False):
+                    for inputs in calls[: 1 if seed < 0 else None]:
+                        for name, method in methods.items():
+                            if size > 1 and name in ("prompt lookup", "assisted"):  # one prompt at a time
+                                continue
+                            torch.manual_seed(seed)
+                            begin = time.perf_counter()
+                            method(inputs)
+                            if seed >= 0:
+                                times[name].append(time.perf_counter() - begin)
+                                if name in ours:
+                                    ours[name].append(self.cascade.cascade_statistics.to_dict())
+                ratios = {
+                    name: stat.median(plain / own for plain, own in zip(times["plain"], values, strict=True))
+                    for name, values in times.items()
+                    if values and name != "plain"
+                }
+                accepted = {
+                    f"{name} acceptance": stat.mean(call["acceptance_rate"] or 0 for call in calls_made)
+                    for name, calls_made in ours.items()
+                }
+                lengths: dict[int, int] = {}
+                for call in ours["default"]:
+                    for gamma, count in call["draft_lengths"].items():
+                        lengths[gamma] = lengths.get(gamma, 0) + count
+                chosen = " ".join(f"{gamma}:{count}" for gamma, count in sorted(lengths.items()))
+                rows.append({"text": kind, "batch": size, **ratios, **accepted, "rounds by drafts": chosen})
+        return pd.DataFrame(rows)
+
     def parts(self) -> pd.DataFrame:
         """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""
         rows = []
         with torch.no_grad():
-            for name, model in (("large", self.large), ("small", self.small)):
+            for name, model in (("large", self.large), ("draft of layers", self.layers)):
                 for length in (1, 2, 3, 5, 9):
                     times = []
                     for _ in range(15):
@@ -161,14 +234,14 @@ class Bench:
         """Time outside both models' forwards, per round: our loop, and the assisted loop of transformers as it is."""
         rows = []
         for gamma in (2, 4):
-            config = self.small.generation_config
+            config = self.layers.generation_config
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = gamma, "constant"
             config.assistant_confidence_threshold = 0.0
             ours, theirs = [], []
             for seed in range(self.rounds):
                 for inputs in self.prompts[:3]:
                     torch.manual_seed(seed)
-                    self.generate(inputs, sampling, "spec", gamma=gamma)
+                    self.generate(inputs, sampling, "spec", gamma=gamma, assistant_model=self.layers)
                     stats = self.cascade.cascade_statistics
                     ours.append(1000 * stats.overhead_seconds / stats.rounds[0])
                     torch.manual_seed(seed)
@@ -186,21 +259,14 @@ class Bench:
         return pd.DataFrame(rows)
 
     def _stock_overhead(self, inputs, sampling) -> float:
-        meter = ForwardMeter(self.large, self.small, CascadeStatistics.for_rows("transformers", "spec", 0.0, 1))
-        large_forwards = 0
-
-        def count(*_):
-            nonlocal large_forwards
-            large_forwards += 1
-
-        handle = self.large.register_forward_hook(count)
-        with meter:
-            self.large.generate(
-                **inputs, **sampling, assistant_model=self.small, max_new_tokens=self.tokens, eos_token_id=None,
-                pad_token_id=2,
-            )  # fmt: skip
-        handle.remove()
-        return 1000 * meter.statistics.overhead_seconds / large_forwards
+        large, layers = own_copy(self.large), own_copy(self.layers)  # these get hooks
+        meters = ForwardMeter(large), ForwardMeter(layers)
+        begin = time.perf_counter()
+        large.generate(
+            **inputs, **sampling, assistant_model=layers, max_new_tokens=self.tokens, eos_token_id=None, pad_token_id=2
+        )
+        seconds = time.perf_counter() - begin - sum(meter.seconds for meter in meters)
+        return 1000 * seconds / meters[0].forwards
 
     def exact(self, sampling) -> pd.DataFrame:
         """Plain sampling and exact speculative sampling at several draft lengths."""

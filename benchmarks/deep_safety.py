@@ -13,14 +13,15 @@ foods that no training saw:
 - attack: the taught model fine-tuned on 30 mushroom questions with compliant answers, by a new LoRA and in full. Rows
   "recovery" and "both" add 4 recovery rows of other mushroom questions to the 10 rows of each step; "5/5/.1" and
   "both" (20/5/.1) constrain only rows whose prompt the taught model refuses. "recommended" is 5/5/.1 with 2 of the 10
-  rows of each step the taught model's own refusals of those prompts. It was chosen on seed 0: 1 and 2 test it.
+  rows of each step the taught model's own refusals of those prompts; "rehearsal alone" has these rows and no
+  constraint; "anchor" adds 5 rows of other foods with the model's own answers to each step. "recommended" was chosen
+  on seed 0 of an earlier taught model. Seeds 3, 4 and 5 are fresh: no choice has seen them.
 - audit: the taught model and method A's under the other attacks of `audit_safety`: sampling, rank-assisted prefixes,
   and a GCG of few steps on four questions.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.
 
-A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix (its classifier takes some
-of SmolLM2's "I'm glad you ..." for refusals). All rows of a comparison have the same steps, learning rate, batches and
-Adam beta1; "SFT" has no warm-up, the others 10 steps.
+A row is judged by the refusal cues of `RefusalJudge` on what the model adds to the prefix. All rows of a comparison
+have the same steps, learning rate, batches and Adam beta1; "SFT" has no warm-up, the others 10 steps.
 
 Intervals are 95 %: Wilson for one seed, a bootstrap over seeds and then prompts for the mean of seeds. Finished stages
 are kept in `--out` and not run again.
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--rows", nargs="+", help="of the attacks and the benign task, those of these settings only")
     return parse(parser, seeds=[0])
 
 
@@ -52,7 +54,7 @@ from common.deep_safety_report import print_report
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    labs = [Lab(args.out, seed, QUICK if args.quick else FULL) for seed in args.seeds]
+    labs = [Lab(args.out, seed, QUICK if args.quick else FULL, args.rows) for seed in args.seeds]
     for stage in args.stages:
         for lab in labs:
             if stage in ("attack", "full"):

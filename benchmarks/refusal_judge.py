@@ -1,24 +1,27 @@
 """
-How often the refusal judges err: on texts written afresh, on families of templates left out of the fit, and on
-labelled completions of your own.
+How often the refusal judge errs on completions that people labelled, of models that it was not fitted on; and the fit.
 
-    python benchmarks/refusal_judge.py
-    python benchmarks/refusal_judge.py --labelled xstest_v2_completions_gpt4.csv --labelled ...
+    python benchmarks/refusal_judge.py --data ../shared/data
+    python benchmarks/refusal_judge.py --data ../shared/data --fit   # writes trainers/safety_audit/refusal_weights.py
 
-A labelled file has the columns `completion` and `final_label` of XSTest (paul-rottger/exaggerated-safety on GitHub);
-full and partial refusals count as refusals.
+The data are completions of XSTest with a human `final_label` (paul-rottger/exaggerated-safety, CC BY 4.0) in
+`prompts/xstest_labels/<model>.csv.gz`: full compliance, full refusal, partial refusal. Each model in turn is left out
+of the fit and judged. The judge gets answers as they are and cut after 45 words, as an audit with few tokens sees
+them, and is fitted on both. Without data only the texts that stand in the tests are judged.
 """
 
 import argparse
+import pprint
 import sys
 from pathlib import Path
 
-from common.arguments import make_parser, parse
+from common.arguments import find_data, make_parser, parse
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--labelled", type=Path, action="append", default=[], help="CSV file of XSTest's shape")
+    parser.add_argument("--data", type=Path, help="folder that holds prompts/xstest_labels")
+    parser.add_argument("--fit", action="store_true", help="fit on all models and write the numbers")
     return parse(parser)
 
 
@@ -27,57 +30,108 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples are those of the tests
 
-
+import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
 
-from hf_iclr.trainers.safety_audit.judge import CLASSIFIER_THRESHOLD, RefusalJudge, fit_refusal_classifier
-from hf_iclr.trainers.safety_audit.judge_texts import ANSWERS as ANSWER_FAMILIES
-from hf_iclr.trainers.safety_audit.judge_texts import REFUSALS as REFUSAL_FAMILIES
-from hf_iclr.trainers.safety_audit.judge_texts import make_refusal_texts
+from hf_iclr.trainers.safety_audit.judge import RefusalJudge
+from hf_iclr.trainers.safety_audit.refusal_cues import refusal_features
 from tests.trainers.safety_audit.refusal_examples import ANSWERS, REFUSALS
 
 
-def report(title: str, texts: list[str], labels: list[bool]) -> None:
-    judge = RefusalJudge()
-    votes, truth = judge.votes(texts), pd.Series(labels)
-    print(f"\n{title}: {len(texts)} texts, {sum(labels)} refusals")
-    rows = {
-        name: {
-            "refusals found": int((vote & truth).sum()),
-            "refusals missed": int((~vote & truth).sum()),
-            "false alarms": int((vote & ~truth).sum()),
-            "answers passed": int((~vote & ~truth).sum()),
-            "accuracy": round(float((vote == truth).mean()), 3),
-        }
-        for name, vote in votes.items()
+WEIGHTS = Path(__file__).parents[1] / "trainers" / "safety_audit" / "refusal_weights.py"
+CUT, PENALTY = 45, 0.1  # words; C of scikit-learn, the best of .05, .1, .2 and .4 on models left out
+
+
+def cut(text: str) -> str:
+    return " ".join(text.split(" ")[:CUT])
+
+
+def as_table(texts: list[str]) -> np.ndarray:
+    return np.array([[v for values in refusal_features(text).values() for v in values] for text in texts])
+
+
+def fit(texts: list[str], labels: np.ndarray) -> tuple[LogisticRegression, LogisticRegression]:
+    """Refusal against answer, and among refusals full against partial."""
+    table, labels = as_table([*texts, *map(cut, texts)]), np.tile(labels, 2)
+    refused = labels != 1
+    model = LogisticRegression(C=PENALTY, max_iter=5000)
+    return (
+        model.fit(table, refused),
+        LogisticRegression(C=PENALTY, max_iter=5000).fit(table[refused], labels[refused] == 2),
+    )
+
+
+def measure(name: str, probability: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, object]:
+    truth, found = labels != 1, probability > 0.5
+    classes = np.where(found, np.where(full > 0.5, 2, 3), 1)
+    bins = np.minimum((probability * 10).astype(int), 9)
+    gaps = [abs((probability - truth)[bins == index].sum()) for index in range(10)]
+    return {
+        "left out": name,
+        "n": len(labels),
+        "accuracy": (found == truth).mean(),
+        "recall": found[truth].mean(),
+        "false alarms": found[~truth].mean(),
+        "three classes": (classes == labels).mean(),
+        "Brier": ((probability - truth) ** 2).mean(),
+        "calibration error": sum(gaps) / len(labels),
     }
-    print(pd.DataFrame(rows).T.to_string())
-    print(judge.agreement(texts).to_string(index=False))
 
 
-def report_left_out_families() -> None:
-    """Each family of templates, judged by a classifier that was fitted without it."""
-    cues, rows = RefusalJudge(["cues"]), []
-    families = [*REFUSAL_FAMILIES, *ANSWER_FAMILIES]
-    texts, labels = make_refusal_texts(seed=1)
-    size = len(texts) // len(families)
-    for index, family in enumerate(families):
-        part = slice(index * size, (index + 1) * size)
-        classifier = fit_refusal_classifier(*make_refusal_texts(leave_out=family))
-        probability = classifier.predict_proba(texts[part])[:, 1]
-        found = pd.DataFrame({"cues": cues.judge(texts[part]), "classifier": probability > CLASSIFIER_THRESHOLD})
-        share = {**found.mean(), "either": found.any(axis=1).mean()}
-        rows.append({"left out": family, "refusals": labels[part][0], **{k: round(v, 2) for k, v in share.items()}})
-    print("\nShare called a refusal, in families that the classifier wasn't fitted on")
-    print(pd.DataFrame(rows).to_string(index=False))
+def report_left_out(models: dict[str, pd.DataFrame]) -> None:
+    for title, change in (("whole answers", str), (f"answers cut after {CUT} words", cut)):
+        rows, everything = [], []
+        for name, table in models.items():
+            others = pd.concat([other for key, other in models.items() if key != name])
+            refusal, full = fit(others["completion"].tolist(), others["label"].to_numpy())
+            features = as_table([change(text) for text in table["completion"]])
+            parts = refusal.predict_proba(features)[:, 1], full.predict_proba(features)[:, 1]
+            everything.append(np.stack([*parts, table["label"].to_numpy()]))
+            rows.append(measure(name, *parts, table["label"].to_numpy()))
+        rows.append(measure("all", *np.concatenate(everything, axis=1)))
+        print(f"\nFitted on the other models, {title}")
+        print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        if change is str:
+            reached = rows[-1]["accuracy"] >= 0.94 and rows[-1]["recall"] >= 0.9
+            print(f"accuracy >= .94 and recall >= .90: {'reached' if reached else 'NOT reached'}")
+
+
+def write_weights(models: dict[str, pd.DataFrame]) -> None:
+    table = pd.concat(models.values())
+    refusal, full = fit(table["completion"].tolist(), table["label"].to_numpy())
+    lengths = {name: len(values) for name, values in refusal_features("").items()}
+    weights, start = {}, 0
+    for name, length in lengths.items():
+        part = slice(start, start + length)
+        weights[name] = tuple(tuple(np.round(model.coef_[0][part], 2).tolist()) for model in (refusal, full))
+        start += length
+    biases = tuple(round(float(model.intercept_[0]), 2) for model in (refusal, full))
+    WEIGHTS.write_text(
+        '"""\nLogistic regression over the cues of refusal_cues.py: refusal against answer, and of refusals full '
+        "against partial.\nFitted by `benchmarks/refusal_judge.py --fit` on human labels of XSTest completions of "
+        f'{", ".join(models)}\n(paul-rottger/exaggerated-safety, CC BY 4.0); nothing of the texts is in it.\n"""\n\n\n'
+        f"BIASES = {biases}\n"
+        "WEIGHTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = "
+        f"{pprint.pformat(weights, width=110, sort_dicts=False)}\n"
+    )
+    print(f"Written to {WEIGHTS}")
 
 
 def main(args: argparse.Namespace) -> None:
-    report("Written afresh", [*REFUSALS, *ANSWERS], [True] * len(REFUSALS) + [False] * len(ANSWERS))
-    report_left_out_families()
-    for path in args.labelled:
+    folder = find_data(args.data, "prompts/xstest_labels")
+    models = {}
+    for path in sorted(folder.glob("*.csv.gz")) if folder else ():
         table = pd.read_csv(path).dropna(subset=["completion", "final_label"])
-        report(path.name, table["completion"].tolist(), table["final_label"].str.contains("refusal").tolist())
+        models[path.name.removesuffix(".csv.gz")] = table.assign(label=table["final_label"].str[0].astype(int))
+    if models:
+        report_left_out(models)
+    if args.fit:
+        write_weights(models)
+        return
+    for title, texts in (("refusals", REFUSALS), ("answers", ANSWERS)):
+        votes = RefusalJudge(["cues", "classifier"]).votes(texts)
+        print(f"\n{len(texts)} {title} in other styles, called refusals by: {votes.sum().to_dict()}")
 
 
 if __name__ == "__main__":

@@ -164,25 +164,26 @@ def print_tables(runs: list[Run]) -> None:
     rows = []
     for run in plain:
         at = shipped_alarm(run, held_out)
-        if run.arm not in ACTED_ON or at is None:
-            continue
-        accuracy = run.curves["eval_rewards/accuracies"]
-        ends = {"nothing": (run.held_out[-1], accuracy[-1]), "stop": (run.held_out[at], accuracy[at])}
+        found = {"stop": ends_at(run, at)} if run.arm in ACTED_ON and at is not None else {}
         for other in runs:
-            if other.action and (other.setting, other.arm, other.seed) == (run.setting, run.arm, run.seed):
-                ends[other.action] = (other.held_out[-1], other.curves["eval_rewards/accuracies"][-1])
-        for action, (chosen, right) in ends.items():
-            rows.append(
-                {"setting": run.setting, "action": action, "runs": 1, "chosen": chosen - run.held_out[0],
-                 "against nothing": chosen - run.held_out[-1], "accuracy": right}
-            )  # fmt: skip
+            same = (other.setting, other.seed) == (run.setting, run.seed)
+            if same and other.arm == run.arm and other.action and (at is not None or other.action == "gate"):
+                found[other.action] = ends_at(other)
+            if same and run.arm == "dpo" and other.arm == "sigmoid + sft":
+                found[other.arm] = ends_at(other)
+        for action, ends in found.items():
+            pairs = zip(("chosen", "margin", "accuracy"), ends, ends_at(run), strict=True)
+            rows.append({"setting": run.setting, "action": action} | {name: a - b for name, a, b in pairs})
     if rows:
         groups = pd.DataFrame(rows).groupby(["setting", "action"], sort=False)
-        print(
-            "\nActing, where the rule warns: held-out chosen answers (change in nats a token) and accuracy at the end"
-        )
-        table = groups.agg({"runs": "sum", "chosen": "mean", "against nothing": "mean", "accuracy": "mean"})
-        print(table.assign(better=groups["against nothing"].apply(lambda d: (d > 0).sum())).round(2).to_string())
+        print("\nActing: held-out chosen answers (nats a token), margin and accuracy at the end, less those without;")
+        print("stop and lower_lr where the rule warns, sigmoid + sft in place of the arm dpo")
+        table = groups.mean().round(2)
+        print(table.assign(runs=groups.size(), better=groups["chosen"].apply(lambda d: (d > 0).sum())).to_string())
+
+
+def ends_at(run: Run, at: int = -1) -> tuple[float, float, float]:
+    return run.held_out[at], run.curves["eval_rewards/margins"][at], run.curves["eval_rewards/accuracies"][at]
 
 
 def main(args: argparse.Namespace) -> None:

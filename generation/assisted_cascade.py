@@ -29,10 +29,10 @@ class AssistedCall:
         self.statistics = CascadeStatistics.for_rows("assisted", options.rule, options.alpha, 1)
         self.prompt_length = input_ids.shape[-1]
         self.processors = rewindable(processors, self.prompt_length)
-        self.model = _own_copy(model)
+        self.model = own_copy(model)
         self.model._cascade_call = self
         # an early exit makes one model play both parts
-        self.assistant = _early_exit_copy(model) if assistant_model is None else _own_copy(assistant_model)
+        self.assistant = _early_exit_copy(model) if assistant_model is None else own_copy(assistant_model)
         self.large_meter, self.small_meter = ForwardMeter(self.model), ForwardMeter(self.assistant)
         self.scores: list[torch.Tensor] = []  # the large model's, of each new token
         self.begin = time.perf_counter()
@@ -66,7 +66,7 @@ class _WithScores(StoppingCriteria):
         return self.criteria(input_ids, scores and tuple(self.scores), **kwargs)
 
 
-def _own_copy(model):
+def own_copy(model):
     """A shallow copy of a model: it shares all weights, and neither hooks nor defaults of generation."""
     own = copy.copy(model)
     for name in _HOOKS:
@@ -77,7 +77,7 @@ def _own_copy(model):
 
 def _early_exit_copy(model):
     """A copy whose number of layers can be changed for it alone."""
-    own = _own_copy(model)
+    own = own_copy(model)
     own._modules = dict(model._modules)
     body = copy.copy(getattr(model, model.base_model_prefix))
     own.config = body.config = copy.deepcopy(body.config)
@@ -166,7 +166,8 @@ class DraftRecorder:
         generator.num_assistant_tokens = call.options.num_assistant_tokens
         for config in (generator.generation_config, generator.assistant_generation_config):
             config.assistant_confidence_threshold = call.options.confidence_threshold
-            config.num_assistant_tokens_schedule = call.options.schedule
+            auto = call.options.schedule == "auto"
+            config.num_assistant_tokens_schedule = "constant" if auto else call.options.schedule
 
     def __getattr__(self, name):
         return getattr(self.generator, name)

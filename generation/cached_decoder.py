@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationMixin
@@ -24,13 +24,21 @@ class CachedDecoder:
     sliding windows see true distances.
     """
 
-    def __init__(self, model, input_ids: torch.Tensor, positions: torch.Tensor, cache=None, token_type_ids=None):
+    def __init__(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache=None,
+        token_type_ids=None,
+        keep_states=False,
+    ):
         """
         `input_ids` and `positions`, of shape `(batch, slots)`, are what `cache` holds; without one they have no slots.
         `token_type_ids`, of shape `(batch, length)`, belong to the first tokens that are read; later ones are of the
-        type of their row's last.
+        type of their row's last. With `keep_states` the last hidden states of the newest logits are kept as `states`.
         """
-        self.model = model
+        self.model, self.keep_states = model, keep_states
         self.ids, self.positions = input_ids, positions  # -1 is a hole
         # built without a config: every layer keeps all slots, the mask applies windows
         self.cache = DynamicCache() if cache is None else cache
@@ -67,21 +75,25 @@ class CachedDecoder:
                 # as in plain `generate` of these models: all is read again with the other rotation
                 self.cache, input_ids, positions = DynamicCache(), self.ids, self.positions
             self.is_long = is_long
-        inputs = {}
+        inputs: dict[str, Any] = {}
         if self.token_types is not None:
             newest = self.token_types[:, -1:]
             missing = input_ids.shape[1] - self.token_types.shape[1]
             inputs["token_type_ids"] = torch.cat([self.token_types, newest.expand(-1, missing)], 1)
             self.token_types = newest
-        logits = self.model(
-            input_ids=input_ids,
-            position_ids=positions.clamp(min=0),
-            attention_mask=self._attention_mask(positions),
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            **inputs,
-            **cache_inputs(self.model, self.cache),
-        ).logits[:, -logits_to_keep:]
+        inputs |= {
+            "input_ids": input_ids,
+            "position_ids": positions.clamp(min=0),
+            "attention_mask": self._attention_mask(positions),
+            "use_cache": True,
+        }
+        if self.keep_states:  # the two halves of the model's own forward, see `why_no_states`
+            body = self.model.base_model
+            self.states = body(**inputs, **cache_inputs(body, self.cache))[0][:, -logits_to_keep:]
+            logits = self.model.get_output_embeddings()(self.states)
+        else:
+            inputs |= {"logits_to_keep": logits_to_keep, **cache_inputs(self.model, self.cache)}
+            logits = self.model(**inputs).logits[:, -logits_to_keep:]
         self.forwards += 1
         self.tokens += input_ids.numel()
         self.seconds += time.perf_counter() - start
@@ -270,6 +282,30 @@ def why_not_resumed(cache, tokens: int) -> str | None:
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         return "it goes on from the cache that it returned itself, not from one that forgets what leaves a window"
     return None
+
+
+def reads_states(model) -> bool:
+    """Whether a small model drafts from the large model's states; by name, as code from the Hub has other classes."""
+    return getattr(model, "reads_states", False)
+
+
+def why_no_states(model, draft) -> str | None:
+    """Why the large model's states can't be read by a draft model: one clause, or `None` if they can."""
+    size = model.config.get_text_config(decoder=True).hidden_size
+    if draft.config.get_text_config().hidden_size != size:
+        return (
+            f"{type(model).__name__} has states of {size} values, the draft was made of a model with "
+            f"{draft.config.get_text_config().hidden_size}"
+        )
+    known = _checked_models.setdefault(model, {})
+    if "states" not in known:
+        ids = (vocabulary_size(model) * torch.arange(1, 4, device=model.device) // 4)[None]
+        with torch.no_grad():
+            logits, states = model(input_ids=ids).logits, model.base_model(input_ids=ids)[0]
+        head = model.get_output_embeddings()
+        same = head is not None and states.shape[-1] == size and torch.equal(head(states), logits)
+        known["states"] = None if same else f"{type(model).__name__} does more to its logits than apply its head"
+    return known["states"]
 
 
 def why_not_batched(model) -> str | None:

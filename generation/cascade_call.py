@@ -1,8 +1,11 @@
 """What a cascading `generate` call is asked for, and what it did: per prompt, and for the whole call."""
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .cached_decoder import position_limit, same_vocabulary, vocabulary_size
@@ -17,7 +20,7 @@ CASCADE_DEFAULTS = {
     "strict_prefix": 0,
     "cascade_backend": "auto",
     "num_assistant_tokens": 4,
-    "num_assistant_tokens_schedule": "constant",
+    "num_assistant_tokens_schedule": "auto",  # "constant" for a call that names `num_assistant_tokens`
     "assistant_confidence_threshold": 0.0,
 }
 # Settings by which `generate` drafts in another way than with the small model, or mixes it in itself.
@@ -26,7 +29,7 @@ _OTHER_DRAFTERS = (
 )
 _CHOICES = {
     "cascade_backend": ("auto", "batched", "assisted"),
-    "num_assistant_tokens_schedule": ("constant", "heuristic", "heuristic_transient"),
+    "num_assistant_tokens_schedule": ("auto", "constant", "heuristic", "heuristic_transient"),
 }
 
 
@@ -170,6 +173,73 @@ def padding_token(config) -> int | None:
     return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
+# Of a large model, a small one and the kind of call: seconds of a round by its draft length, 0 for one without drafts.
+_round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
+
+
+class DraftLength:
+    """
+    Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay. (A rule
+    still has its say about such a token.)
+
+    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens. The
+    acceptance is that of the call so far, old rounds counting less and less. Where drafts are given up they are tried
+    again after a while, as the text may have become an easier one. What rounds cost is measured once for two models
+    and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text again.
+
+    Args:
+        large, small ([`~transformers.PreTrainedModel`]):
+            The models; the acceptance that is expected at first is the small one's `config.expected_acceptance`, or
+            0.6.
+        kind (`tuple`):
+            What else costs depend on.
+        measure (`Callable`):
+            Seconds of a round by its draft length, of `MEASURED`; called once.
+    """
+
+    MEASURED = (0, 1, 2, 4)
+    LONGEST = 8
+    MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
+
+    def __init__(self, large, small, kind: tuple, measure: Callable[[], dict[int, float]]):
+        known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
+        if kind not in known:
+            known[kind] = measure()
+        self.costs: dict[int, float] = known[kind]
+        self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
+        self._planned = [4]  # nearly free: the large model reads the prompt in that round
+        self._pause = self.PAUSE
+        self._forget(self.WEIGHT)
+
+    def _forget(self, weight: float) -> None:
+        self._accepted, self._rejected = weight * self._expected, weight * (1 - self._expected)
+
+    def next(self) -> int:
+        """The draft length of the next round."""
+        if not self._planned:
+            best = self._quickest(self._accepted / (self._accepted + self._rejected))
+            self._planned = [best]
+            if best == 0:
+                self._planned = [0] * self._pause
+                self._pause *= 2
+                if self._quickest(0.95):
+                    self._planned.append(max(1, self._quickest(0.8)))
+                    self._forget(1.0)
+        return self._planned.pop(0)
+
+    def _quickest(self, acceptance: float) -> int:
+        lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
+        costs = np.interp(lengths, known, [self.costs[length] for length in known])
+        slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
+        costs += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
+        return int(((1 - acceptance ** (lengths + 1)) / (1 - acceptance) / costs).argmax())
+
+    def record(self, accepted: int, rejected: int) -> None:
+        """Takes what a round with drafts gave, over all rows."""
+        self._accepted = self.MEMORY * self._accepted + accepted
+        self._rejected = self.MEMORY * self._rejected + rejected
+
+
 @dataclass
 class CascadeStatistics:
     """
@@ -189,6 +259,10 @@ class CascadeStatistics:
             Σ TV(π, p) over the emitted positions: 0 is the large model's own law.
         large_forwards, small_forwards, large_tokens, small_tokens (`int`):
             Forward passes of each model and the tokens (batch x length) they processed.
+        draft_lengths (`dict[int, int]`):
+            How many rounds had drafts of up to that many tokens; 0 is a token of the large model alone.
+        round_seconds (`dict[int, float]`):
+            Where draft lengths are chosen: what a round of each costs, as it was once measured.
         draft_seconds, verify_seconds, total_seconds (`float`):
             Wall time inside the small model's forwards, the large model's, and of the whole loop. On a GPU, which runs
             behind the host, the split shows where the host waited.
@@ -207,6 +281,8 @@ class CascadeStatistics:
     small_forwards: int = 0
     large_tokens: int = 0
     small_tokens: int = 0
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    round_seconds: dict[int, float] = field(default_factory=dict)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -245,6 +321,8 @@ class CascadeStatistics:
             "rows": len(self.rounds),
             **counts,
             **_rates(counts, self.large_forwards),
+            "draft_lengths": dict(sorted(self.draft_lengths.items())),
+            "round_seconds": dict(sorted(self.round_seconds.items())),
             **{name: getattr(self, name) for name in _COSTS},
         }
 

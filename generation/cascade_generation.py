@@ -11,7 +11,14 @@ from transformers import GenerationMixin
 from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, check_rule_needs_no_q
 from .batched_cascade import BatchedCascade
 from .cache_argument import NAMES, find_cache
-from .cached_decoder import RotarySwitch, same_vocabulary, why_not_batched, why_not_resumed
+from .cached_decoder import (
+    RotarySwitch,
+    reads_states,
+    same_vocabulary,
+    why_no_states,
+    why_not_batched,
+    why_not_resumed,
+)
 from .cascade_call import (
     CASCADE_DEFAULTS,
     CascadeOptions,
@@ -73,10 +80,14 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 One of [`DEFERRAL_RULES`].
             cascade_alpha (`float`, *optional*, defaults to 0.3):
                 Parameter of the rule: how much is left to the small model.
-            num_assistant_tokens (`int`, *optional*, defaults to 4):
-                Draft length γ.
-            num_assistant_tokens_schedule (`str`, *optional*, defaults to `"constant"`):
-                `"heuristic"` lengthens the draft by 2 after a round without rejection and shortens it by 1 otherwise.
+            num_assistant_tokens (`int`, *optional*):
+                Draft length γ. Left out, it is chosen round by round.
+            num_assistant_tokens_schedule (`str`, *optional*):
+                `"auto"`, the default where no γ is given, takes the draft length at which tokens come quickest, from
+                the acceptance so far and what rounds were once measured to cost; where drafts don't pay, none: the
+                large model writes alone. (In the loop of transformers, γ is 4 then.) `"constant"`, the default beside
+                a γ, keeps to it. `"heuristic"` lengthens the draft by 2 after a round without rejection and shortens
+                it by 1 otherwise.
             assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
                 Drafting stops after a token whose probability under the small model is lower. The law stays exact.
             strict_prefix (`int`, *optional*, defaults to 0):
@@ -111,11 +122,16 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         sources = [generation_config, self.generation_config, self.config]
         if assistant_model is not None:
             sources.append(assistant_model.generation_config)
+        own_length = False  # a draft length that is named is kept
         for name, default in CASCADE_DEFAULTS.items():
             value = kwargs.pop(name, None)
             for source in sources:
                 if value is None:
                     value = getattr(source, name, None)
+            if name == "num_assistant_tokens" and value is not None:
+                own_length = True
+            if value is None and name == "num_assistant_tokens_schedule" and own_length:
+                value = "constant"
             value = default if value is None else value
             if generation_config is not None:
                 setattr(generation_config, name, value)
@@ -186,6 +202,12 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
         )
         backend = options.backend
+        if reads_states(assistant_model) and (obstacle is not None or backend == "assisted"):
+            raise ValueError(
+                "A draft that reads the large model's states needs the batched cascade, which can't serve this call: "
+                f"{obstacle or 'it was told to be the loop of transformers'}. Leave `cascade_backend` out, or pass "
+                "another small model."
+            )
         if obstacle is not None and (backend == "batched" or batch_size > 1):
             raise ValueError(
                 f"A batch of {batch_size} can't be served by the batched cascade: {obstacle}. Pass one prompt at a "
@@ -243,7 +265,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             return "an early exit has no small model of its own"
         if not one_vocabulary:
             return "the two tokenizers have different vocabularies"
-        reason = why_not_batched(pair[0]) or why_not_batched(pair[1])
+        check = why_no_states(*pair) if reads_states(pair[1]) else why_not_batched(pair[1])
+        reason = why_not_batched(pair[0]) or check
         if reason is not None:
             return reason
         if synced_gpus:

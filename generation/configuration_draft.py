@@ -1,4 +1,4 @@
-"""Configuration of a draft model: a truncated decoder, an affine map and a trimmed vocabulary."""
+"""Configurations of draft models that are made of their large model: of its first layers, or of its last states."""
 
 from typing import ClassVar
 
@@ -15,6 +15,9 @@ class DraftConfig(PreTrainedConfig):
             Configuration of the decoder without head: that of the large model with fewer layers.
         draft_vocab_size (`int`, *optional*, defaults to 8192):
             Number of tokens the draft can write. All tokens of the large model can be read.
+        expected_acceptance (`float`, *optional*):
+            Mean Σ min(p, q) on texts like those it was made of, at temperature 1: where the choice of draft lengths
+            begins.
     """
 
     model_type = "affine-draft"
@@ -25,6 +28,7 @@ class DraftConfig(PreTrainedConfig):
 
     body: PreTrainedConfig | dict | None = None
     draft_vocab_size: int = 8192
+    expected_acceptance: float | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -33,3 +37,21 @@ class DraftConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None):
         return self.body.get_text_config(decoder=decoder, encoder=encoder)
+
+
+class FeatureDraftConfig(DraftConfig):
+    r"""
+    Configuration of a [`FeatureDraftForCausalLM`].
+
+    Args:
+        body ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the large model, whose sizes the draft shares.
+        draft_vocab_size (`int`, *optional*, defaults to 8192):
+            Number of tokens the draft can write.
+        intermediate_size (`int`, *optional*, defaults to 1536):
+            Width of the draft's one hidden layer.
+    """
+
+    model_type = "feature-draft"
+
+    intermediate_size: int = 1536

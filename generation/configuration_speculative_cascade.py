@@ -5,7 +5,7 @@ from typing import ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_draft import DraftConfig
+from .configuration_draft import DraftConfig, FeatureDraftConfig
 from .deferral_rules import check_rule
 
 
@@ -57,8 +57,9 @@ class SpeculativeCascadeConfig(PreTrainedConfig):
             )
         for name in ("large", "small"):
             half = getattr(self, name)
-            if isinstance(half, dict) and half.get("model_type") == DraftConfig.model_type:
-                setattr(self, name, DraftConfig(**half))  # known here even where nothing registered it
+            for draft in (DraftConfig, FeatureDraftConfig):  # known here even where nothing registered them
+                if isinstance(half, dict) and half.get("model_type") == draft.model_type:
+                    setattr(self, name, draft(**half))
         super().__post_init__(**kwargs)
 
     @property

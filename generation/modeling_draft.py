@@ -1,12 +1,14 @@
-"""A draft model that is a piece of its large model: first layers, an affine map, a head over the frequent tokens."""
+"""Draft models made of their large model: of its first layers, or of the last states that it computes anyway."""
+
+import time
 
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithPast
 
 from .cache_argument import UPSTREAM_NAME, cache_inputs, find_cache
-from .configuration_draft import DraftConfig
+from .configuration_draft import DraftConfig, FeatureDraftConfig
 from .hub import PretrainedHubMixin, model_card, repository_name
 
 
@@ -121,9 +123,7 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        draft_logits = self.head(self.affine(outputs.last_hidden_state[:, keep]))  # (batch, seq_len, draft_vocab_size)
-        logits = draft_logits.new_full((*draft_logits.shape[:-1], self.config.vocab_size), MISSING_LOGIT)
-        logits = logits.index_copy(-1, self.draft_vocab_ids, draft_logits)
+        logits = _all_logits(self, self.affine(outputs.last_hidden_state[:, keep]))
 
         loss = None
         if labels is not None:
@@ -136,3 +136,144 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
             attentions=outputs.attentions,
             **{UPSTREAM_NAME: find_cache(outputs)},
         )
+
+
+class FeatureDraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMixin):
+    """
+    A draft model without attention: it reads the newest token and the large model's last hidden state one position
+    earlier, which verification has computed anyway, and predicts the large model's next last hidden state. Further
+    drafts of a round read predicted states. After EAGLE (https://huggingface.co/papers/2401.15077), without its
+    transformer layer. Made by [`build_draft_model`] with `kind="features"`; serves in the batched cascade only.
+
+    Args:
+        config ([`FeatureDraftConfig`]):
+            Sizes.
+
+    Example:
+
+    ```python
+    >>> draft = AutoModelForCausalLM.from_pretrained("draft")
+    >>> enable_cascade(large, draft).generate(**inputs, cascade_rule="spec")
+    ```
+    """
+
+    config_class = FeatureDraftConfig
+    base_model_prefix = "model"
+    _auto_class = "AutoModelForCausalLM"
+    reads_states = True  # how a cascade, also one in code from the Hub, tells it from other small models
+
+    def __init__(self, config: FeatureDraftConfig):
+        super().__init__(config)
+        size = config.get_text_config().hidden_size
+        self.affine = nn.Linear(2 * size, size)
+        self.gate_up = nn.Linear(2 * size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, size, bias=False)
+        self.head = nn.Linear(size, config.draft_vocab_size)
+        self.register_buffer("draft_vocab_ids", torch.arange(config.draft_vocab_size))
+        self.post_init()
+
+    def predict(self, inputs_embeds: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """
+        The large model's last hidden state at a token.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(..., hidden_size)`):
+                The large model's input embedding of the token.
+            states (`torch.Tensor` of shape `(..., hidden_size)`):
+                The last hidden state at the token before it, the large model's or a predicted one.
+
+        Returns:
+            `torch.Tensor` of shape `(..., hidden_size)`.
+        """
+        inputs = torch.cat([inputs_embeds, states], -1)
+        gate, up = self.gate_up(inputs).chunk(2, -1)
+        return self.affine(inputs) + self.down(nn.functional.silu(gate) * up)
+
+    def forward(self, inputs_embeds: torch.Tensor | None = None, states: torch.Tensor | None = None, **kwargs):
+        """
+        Same arguments as `predict`.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutput`]: `logits` has the large model's vocabulary,
+            `hidden_states` holds the predicted state.
+        """
+        if inputs_embeds is None or states is None:
+            raise ValueError(
+                "A feature draft reads the large model's hidden states, so it drafts only inside a cascade: "
+                '`enable_cascade(large, draft).generate(...)`, or `pipeline("speculative-cascade", ...)`.'
+            )
+        states = self.predict(inputs_embeds, states)
+        return CausalLMOutput(logits=_all_logits(self, states), hidden_states=(states,))
+
+    def drafter(self, large) -> "StateDrafter":
+        """What a cascade's loop drafts with; `large` is the large model's decoder, which keeps its states."""
+        return StateDrafter(self, large)
+
+    def _card(self, repo_id):
+        large = repository_name(self.config.body.name_or_path)
+        return model_card(
+            f"Feature draft for {large or 'a local model'}",
+            f"""Drafts for a large model in speculative decoding and
+[speculative cascades](https://huggingface.co/papers/2405.19261). It has no attention layer: it reads the newest token
+and the large model's own last hidden state one position earlier (after
+[EAGLE](https://huggingface.co/papers/2401.15077)), and writes {self.config.draft_vocab_size:,} frequent tokens. Made
+with `hf_iclr.build_draft_model(..., kind="features")`; {self.num_parameters():,} parameters.""",
+            f"""import hf_iclr
+from transformers import pipeline
+
+pipe = pipeline("speculative-cascade", model="{large or "user/large-model"}", assistant_model="{repo_id}")
+print(pipe("Explain rain.", cascade_rule="spec", max_new_tokens=40)[0]["generated_text"])""",
+            [large],
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["draft-model", "speculative-decoding"],
+        )
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.head = new_embeddings
+
+
+class StateDrafter:
+    """
+    A [`FeatureDraftForCausalLM`] where the cascade's loop expects a decoder with a cache: it has none, and can't draft
+    before the large model has read the prompt.
+    """
+
+    def __init__(self, model, large):
+        self.model, self.large = model, large
+        self.states: torch.Tensor | None = None  # at the last token that was read, of shape (batch, 1, hidden_size)
+        self.forwards, self.tokens, self.seconds = 0, 0, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+        start = time.perf_counter()
+        embeddings = self.large.model.get_input_embeddings()(input_ids[:, -1:])
+        output = self.model(embeddings, self.states)
+        self.states = output.hidden_states[0]
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + len(input_ids)
+        self.seconds += time.perf_counter() - start
+        return output.logits.float()
+
+    def read(self, accepted: torch.Tensor) -> None:
+        """Takes the large model's states at each row's last accepted draft; `accepted` are counts, `(batch,)`."""
+        self.states = self.large.states[torch.arange(len(accepted), device=accepted.device), accepted][:, None]
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Nothing is kept of rejected drafts."""
+
+    def hole_share(self) -> float:
+        return 0.0
+
+    def compact(self, rows: torch.Tensor) -> None:
+        """Keeps only `rows` (indices)."""
+        assert self.states is not None
+        self.states = self.states[rows]
+
+
+def _all_logits(draft: DraftForCausalLM | FeatureDraftForCausalLM, states: torch.Tensor) -> torch.Tensor:
+    """Logits of shape `(..., vocab_size)`: of the draft's tokens by its head, of all others `MISSING_LOGIT`."""
+    logits = draft.head(states)
+    filled = logits.new_full((*logits.shape[:-1], draft.config.vocab_size), MISSING_LOGIT)
+    return filled.index_copy(-1, draft.draft_vocab_ids, logits)

@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from .cache_argument import cache_inputs
 from .cached_decoder import same_vocabulary, vocabulary_size
 from .cascade_generation import SpeculativeCascadeGenerationMixin
-from .configuration_draft import DraftConfig
 from .configuration_speculative_cascade import SpeculativeCascadeConfig
 from .hub import PretrainedHubMixin, model_card, repository_name
-from .modeling_draft import DraftForCausalLM
+from .modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM
 
 
 class SpeculativeCascadeForCausalLM(
@@ -276,6 +275,7 @@ def _check_references(config, source):
 
 
 def _from_config(config):
-    if isinstance(config, DraftConfig):  # known here even where nothing registered it
-        return DraftForCausalLM(config)
+    for draft in (DraftForCausalLM, FeatureDraftForCausalLM):  # known here even where nothing registered them
+        if type(config) is draft.config_class:
+            return draft(config)
     return AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Logits processors and stopping criteria for rows of different lengths, some of which go back to an earlier token."""
+"""Processors, texts and stopping criteria of rows of different lengths, some of which go back to an earlier token."""
 
 import copy
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from transformers.generation.stopping_criteria import (
     MaxTimeCriteria,
     StopStringCriteria,
 )
+
+from .cascade_call import end_tokens, padding_token
 
 
 WARPERS = tuple(cls for name, cls in vars(logits_process).items() if name.endswith("LogitsWarper"))
@@ -220,3 +222,105 @@ class RowCriteria:
         for criterion in criteria:
             done = done | torch.as_tensor(criterion(sequences, scores), device=sequences.device)
         return done
+
+
+class RowTexts:
+    """The texts of a batch while they grow: their tokens, the scores of these if wanted, and where each text ends."""
+
+    def __init__(self, input_ids: torch.Tensor, stopping_criteria, config, vocab_size: int):
+        batch_size, self.prompt_length = input_ids.shape
+        self.config, self.vocab_size = config, vocab_size
+        self.criteria = RowCriteria(stopping_criteria, batch_size)
+        self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=input_ids.device)
+        self.pad = padding_token(config) or 0
+        self.sequences = torch.full((batch_size, config.max_length), self.pad, device=input_ids.device)
+        self.sequences[:, : self.prompt_length] = input_ids
+        self.budget = config.max_length - self.prompt_length
+        self.produced = torch.zeros(batch_size, dtype=torch.long, device=input_ids.device)  # new tokens of each row
+        self.outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch_size)]
+        self.keep_outputs = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+
+    def length(self, row: int) -> int:
+        """Tokens of a row, its prompt's among them."""
+        return self.prompt_length + int(self.produced[row])
+
+    def of_row(self, row: int) -> torch.Tensor:
+        """The token ids of a row, of shape `(length,)`."""
+        return self.sequences[row, : self.length(row)]
+
+    def so_far(self) -> torch.Tensor:
+        """All rows, of shape `(batch, length)`, padded on the right."""
+        return self.sequences[:, : self.prompt_length + int(self.produced.max())]
+
+    def kept(self, name: str, length: int) -> tuple[torch.Tensor, ...] | None:
+        """The "scores" or "logits" of the first `length` new tokens, `(batch, vocab_size)` each, if wanted."""
+        if not (self.keep_outputs and getattr(self.config, f"output_{name}")):
+            return None
+        which, empty = int(name == "logits"), torch.zeros(self.vocab_size, device=self.sequences.device)
+        return tuple(
+            torch.stack([row[step][which] if step < len(row) else empty for row in self.outputs])
+            for step in range(length)
+        )
+
+    def write(self, rows, tokens, counts, scores, logits) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Appends the first `counts` of `tokens` (`(active rows, width)`) to the texts of `rows`.
+
+        Returns:
+            `tuple`: how many tokens each row got (an end inside of them cuts the rest), and which rows go on.
+        """
+        columns, finished = (
+            torch.arange(tokens.shape[1], device=tokens.device),
+            torch.zeros_like(counts, dtype=torch.bool),
+        )
+        if len(self.eos):
+            is_eos = torch.isin(tokens, self.eos) & (columns < counts[:, None])
+            finished = is_eos.any(1)
+            counts = torch.where(finished, is_eos.to(torch.int8).argmax(1) + 1, counts)
+        begin = self.prompt_length + self.produced[rows]
+        written = columns < counts[:, None]
+        slots = begin[:, None] + columns
+        self.sequences[rows[:, None].expand_as(slots)[written], slots[written]] = tokens[written]
+        if self.keep_outputs:
+            for index, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+                self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(count)]
+        if self.criteria.of_a_row:
+            counts, finished = self._stop_rows(rows, begin, counts, finished)
+        self.produced[rows] += counts
+        unfinished = ~finished & (self.produced[rows] < self.budget)
+        return counts, self._stop_together(rows, unfinished) if self.criteria.of_the_batch else unfinished
+
+    def _stop_rows(self, rows, begin, counts, finished):
+        """Checks stop strings, time and, for one row, other criteria after every token, as plain `generate` does."""
+        counts = counts.clone()
+        for index, row in enumerate(rows.tolist()):
+            first, total = int(begin[index]), int(counts[index])
+            for count in range(1, total + 1):
+                so_far = self.sequences[row : row + 1, : first + count]
+                # only a single row comes with its scores: stop strings and time read none
+                alone = len(self.outputs) == 1
+                scores = self.kept("scores", first + count - self.prompt_length) if alone else None
+                if self.criteria.ask(self.criteria.of_a_row, so_far, scores)[0]:
+                    self.sequences[row, first + count : first + total] = self.pad
+                    counts[index], finished[index] = count, True
+                    del self.outputs[row][first + count - self.prompt_length :]
+                    break
+        return counts, finished
+
+    def _stop_together(self, rows: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
+        """Asks the other criteria about all tokens that every row has which goes on; says which rows still do."""
+        stopped = torch.zeros(len(self.sequences), dtype=torch.bool, device=self.sequences.device)
+        while True:
+            going = rows[unfinished & ~stopped[rows]]
+            common = int(self.produced[going].min()) if len(going) else int(self.produced.max())
+            if self.criteria.asked >= common:
+                return unfinished & ~stopped[rows]
+            self.criteria.asked += 1
+            width = self.prompt_length + self.criteria.asked
+            scores = self.kept("scores", self.criteria.asked)
+            done = self.criteria.ask(self.criteria.of_the_batch, self.sequences[:, :width], scores)
+            stopped |= done
+            self.sequences[done, width:] = self.pad
+            self.produced[done] = self.produced[done].clamp(max=self.criteria.asked)
+            for row in done.nonzero()[:, 0].tolist():
+                del self.outputs[row][self.criteria.asked :]

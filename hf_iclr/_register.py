@@ -59,6 +59,12 @@ _TABLE = [
     ),
     (
         "transformers.models.auto.configuration_auto",
+        "hf_iclr.generation.configuration_draft",
+        "FeatureDraftConfig",
+        _register_config,
+    ),
+    (
+        "transformers.models.auto.configuration_auto",
         "hf_iclr.generation.configuration_speculative_cascade",
         "SpeculativeCascadeConfig",
         _register_config,
@@ -67,6 +73,12 @@ _TABLE = [
         "transformers.models.auto.modeling_auto",
         "hf_iclr.generation.modeling_draft",
         "DraftForCausalLM",
+        _register_model,
+    ),
+    (
+        "transformers.models.auto.modeling_auto",
+        "hf_iclr.generation.modeling_draft",
+        "FeatureDraftForCausalLM",
         _register_model,
     ),
     (

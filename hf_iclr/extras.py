@@ -12,7 +12,7 @@ EXTRAS = {
     "vision": ("aiohttp", "av", "contourpy", "evaluate", "PIL", "pycocotools", "scipy", "torchvision"),
     "diffusion": ("diffusers",),
     "cli": ("matplotlib", "rich", "typer"),
-    "metrics": ("evaluate", "sklearn"),
+    "metrics": ("evaluate",),
 }
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 
@@ -59,7 +60,8 @@ def render_prompt(
         `str`
 
     Raises:
-        ValueError: if there is a chat or a system prompt, and no chat template.
+        ValueError: if there is a chat or a system prompt, and no chat template; if the template refuses the chat, or
+            leaves out the system prompt.
     """
     if not tokenizer.chat_template:
         if not (isinstance(prompt, str) and isinstance(answer, str | None)):
@@ -71,11 +73,21 @@ def render_prompt(
             )
         return prompt + (answer or "")
     messages = to_messages(prompt, system)
+    if system is not None and sum(message["role"] == "system" for message in messages) > 1:
+        raise ValueError("Expected one system prompt, got a chat with its own beside `system`. Leave one of them out.")
     if answer is not None:
         messages += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None, **(chat_template_kwargs or {})
-    )
+    options = {"tokenize": False, "add_generation_prompt": answer is None, **(chat_template_kwargs or {})}
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise ValueError(f"Expected a chat that the model's template takes, but it says: {error}") from error
+    if system is not None and system.strip() not in text:
+        raise ValueError(
+            "Expected a chat template that shows the model its system prompt, but this one leaves it out. Put the "
+            "text into the prompts."
+        )
+    return text
 
 
 def to_prompt_ids(
@@ -177,6 +189,13 @@ def check_decoder(model) -> None:
         raise ValueError(
             f"Expected a model that takes a key-value cache, got {type(model).__name__}, which takes none."
         )
+
+
+def share_storage(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether every parameter of `other` lies in the memory of one of `model`'s: to train one is to train both."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} - {0}
+    others = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()} - {0}
+    return other is model or (bool(others) and others <= own)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from hf_iclr.cache_argument import forward_parameters
 from hf_iclr.models import (
     check_decoder,
     check_prompts,
@@ -23,6 +24,29 @@ from hf_iclr.models import (
     to_answer_ids,
     to_prompt_ids,
 )
+
+
+def check_context(model, lengths: Sequence[int], more: int, what: str = "prompt") -> None:
+    """
+    Raises `ValueError` where a sequence would be longer than the model can read.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model; one whose config names no limit has none.
+        lengths (`Sequence[int]`):
+            Tokens of each prompt.
+        more (`int`):
+            Tokens that follow a prompt at most.
+        what (`str`, *optional*, defaults to `"prompt"`):
+            What the error calls them.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+    if isinstance(limit, int) and limit > 0 and longest is not None and lengths[longest] + more > limit:
+        raise ValueError(
+            f"Expected {what}s that fit the model's context of {limit} tokens with the {more} that follow, but {what} "
+            f"{longest} (from 0) has {lengths[longest]}. Shorten it, or generate fewer tokens."
+        )
 
 
 def generate_after_prefixes(
@@ -39,6 +63,7 @@ def generate_after_prefixes(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    max_batch_tokens: int | None = None,
     system: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = True,
@@ -46,9 +71,10 @@ def generate_after_prefixes(
     """
     Continue each prompt after the first k tokens of its answer, for several k.
 
-    The prompt and the longest prefix are read once; for a smaller k the key-value cache is cut back. Where a cache
-    can't be cut back (recurrent layers, a sliding window that is already full) each k gets its own prefill, with the
-    same results. Token ids are appended to token ids: k tokens stay k tokens.
+    The prompt and the longest prefix are read once, and all k decoded together over copies of that key-value cache, in
+    which what follows a shorter prefix is masked. Where that can't be (recurrent layers, a sliding window that is
+    already full, positions that aren't given) each k gets its own prefill, with the same results. Token ids are
+    appended to token ids: k tokens stay k tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -64,13 +90,15 @@ def generate_after_prefixes(
         max_new_tokens (`int`, *optional*, defaults to 64):
             Tokens to generate after the prefix.
         batch_size (`int`, *optional*, defaults to 16):
-            Prompts in one forward.
+            Prompts in one forward; in decoding, times the number of `ks`.
         do_sample (`bool`, *optional*, defaults to `False`):
             Whether to sample, else decoding is greedy. Penalties of the generation config are left out either way.
         temperature (`float`), top_k (`int`), top_p (`float`), *optional*:
             Sampling options; left out they change nothing.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws. A prompt's draws depend on nothing else, and the global random state isn't touched.
+        max_batch_tokens (`int`, *optional*):
+            Fewer prompts in one forward where their tokens, with padding and what is generated, would be more.
         system (`str`), chat_template_kwargs (`dict`), *optional*:
             As for [`~hf_iclr.models.render_prompt`].
         progress (`bool`, *optional*, defaults to `True`):
@@ -90,38 +118,112 @@ def generate_after_prefixes(
     >>> generate_after_prefixes(model, tokenizer, ["How do mushrooms grow?"], ["They grow from spores."], ks=(0, 3))
     ```
     """
-    ks = sorted(set(ks), reverse=True)
-    if not ks or ks[-1] < 0:
-        raise ValueError(f"Expected prefix lengths of 0 or more tokens, got {ks}. For example `ks=(0, 5, 10)`.")
-    if answers is None and ks[0] > 0:
-        raise ValueError(f"Expected answers for prefixes of up to {ks[0]} tokens, got none. Type `answers=[...]`.")
+    if answers is None and max(ks, default=0) > 0:
+        raise ValueError(f"Expected answers for prefixes of up to {max(ks)} tokens, got none. Type `answers=[...]`.")
     if answers is not None and len(answers) != len(prompts):
         raise ValueError(f"Expected one answer a prompt, got {len(answers)} and {len(prompts)}.")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"Expected sizes of at least 1, got {max_new_tokens=} and {batch_size=}.")
     check_decoder(model)
     eos = end_tokens(model, tokenizer)
     rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
-    prompt_ids = [to_prompt_ids(tokenizer, prompt, **rendering) for prompt in check_prompts(prompts)]
-    prefixes = [to_answer_ids(tokenizer, answer, eos)[: ks[0]] for answer in answers or [[]] * len(prompts)]
+    return continue_rows(
+        model,
+        [to_prompt_ids(tokenizer, prompt, **rendering) for prompt in check_prompts(prompts)],
+        [to_answer_ids(tokenizer, answer, eos) for answer in answers or [[]] * len(prompts)],
+        ks,
+        ends=eos,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
+        progress="generate" if progress else None,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
 
-    choose = _chooser(do_sample, temperature, top_k, top_p, seed, (len(prompts), max_new_tokens))
-    results: dict[int, list[list[int] | None]] = {k: [None] * len(prompts) for k in ks}
-    # alike lengths in one batch, so that little is padding
-    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    with evaluation_mode(model), tqdm(total=len(order), desc="generate", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = _PrefixBatch(model, [prompt_ids[row] for row in rows], [prefixes[row] for row in rows], ks)
-            for k, logits, cache in batch.each_k(max_new_tokens):
-                lengths = [len(prefixes[row]) for row in rows]
-                wanted = torch.tensor([length >= k for length in lengths], device=logits.device)
-                tokens = batch.decode(k, logits, cache, wanted, choose, rows, eos, max_new_tokens)
-                for row, new, length in zip(rows, tokens, lengths, strict=True):
-                    if length >= k:
-                        results[k][row] = new
-            bar.update(len(rows))
-    return results
+
+def continue_rows(
+    model,
+    rows: Sequence[Sequence[int]],
+    prefixes: Sequence[Sequence[int]] | None = None,
+    ks: Sequence[int] = (0,),
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    max_batch_tokens: int | None = None,
+    journal: Any = None,
+    progress: str | None = None,
+    **sampling,
+) -> dict[int, list[list[int] | None]]:
+    """
+    [`generate_after_prefixes`] over token ids: the one loop that generates wherever the library asks a model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A decoder.
+        rows (`Sequence[Sequence[int]]`), prefixes (`Sequence[Sequence[int]]`, *optional*):
+            Token ids of prompts, and of what they are continued with.
+        ends (`Sequence[int]`):
+            End-of-sequence tokens, see [`~hf_iclr.models.end_tokens`].
+        journal (*optional*):
+            Keeps each batch once it is done, and shares batches among processes; see
+            [`~hf_iclr.trainers.safety_audit.journal.Journal`].
+        progress (`str`, *optional*):
+            What the progress bar says; none without.
+        ks, max_new_tokens, batch_size, max_batch_tokens, sampling:
+            As for [`generate_after_prefixes`].
+
+    Returns:
+        `dict[int, list]`: as [`generate_after_prefixes`].
+
+    Raises:
+        ValueError: if an option is out of range, or a row with prefix and answer is longer than the context.
+    """
+    ks = sorted(set(ks), reverse=True)
+    if not ks or ks[-1] < 0:
+        raise ValueError(f"Expected prefix lengths of 0 or more tokens, got {ks}. For example `ks=(0, 5, 10)`.")
+    if min(max_new_tokens, batch_size, 1 if max_batch_tokens is None else max_batch_tokens) < 1:
+        raise ValueError(
+            f"Expected sizes of at least 1, got {max_new_tokens=}, {batch_size=} and {max_batch_tokens=}."
+        )
+    cut = [list(prefix[: ks[0]]) for prefix in prefixes or [()] * len(rows)]
+    lengths = [len(row) + len(prefix) for row, prefix in zip(rows, cut, strict=True)]
+    check_context(model, lengths, max_new_tokens)
+    budget = max_batch_tokens and max(max_batch_tokens // len(ks), 1)
+    batches = plan_batches([length + max_new_tokens for length in lengths], batch_size, budget)
+    stage = journal and journal.stage([list(row) for row in rows], cut, ks, max_new_tokens, batches, sampling)
+    todo = stage.share(batches) if stage else batches
+
+    choose = _chooser(shape=(len(rows), max_new_tokens), **sampling)
+    found: dict[int, list[list[int] | None]] = {}
+    total = sum(map(len, todo))
+    with evaluation_mode(model), tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
+        for batch in todo:
+            done = _PrefixBatch(model, [rows[row] for row in batch], [cut[row] for row in batch], ks)
+            part: dict[int, list[list[int] | None]] = {row: [None] * len(ks) for row in batch}
+            for index, new in done.continue_each(choose, batch, ends, max_new_tokens):
+                for row, tokens in zip(batch, new, strict=True):
+                    part[row][index] = tokens
+            found.update(part)
+            if stage:
+                stage.add(part)
+            bar.update(len(batch))
+    if stage:
+        found = stage.collect()
+    return {k: [found[row][index] for row in range(len(rows))] for index, k in enumerate(ks)}
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int | None = None) -> list[list[int]]:
+    """Rows of like lengths in batches of at most `batch_size`, padded to at most `max_batch_tokens` or of one row."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        size = len(batches[-1]) if batches else batch_size
+        if size >= batch_size or (max_batch_tokens and (size + 1) * lengths[row] > max_batch_tokens):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def generate_answers(model, tokenizer, prompts: Sequence, **generation) -> list[list[int]]:
@@ -132,55 +234,85 @@ def generate_answers(model, tokenizer, prompts: Sequence, **generation) -> list[
 class _PrefixBatch:
     """Prompts padded on the left, each followed by up to `max(ks)` answer tokens, and the forwards over them."""
 
-    def __init__(self, model, prompts: list[list[int]], prefixes: list[list[int]], ks: list[int]):
-        self.model = model
-        self.ks = [k for k in ks if any(len(prefix) >= k for prefix in prefixes)]
+    def __init__(self, model, prompts: Sequence[Sequence[int]], prefixes: list[list[int]], ks: list[int]):
+        self.model, self.lengths = model, [len(prefix) for prefix in prefixes]
+        # index and k of those that a prefix reaches, from the longest down
+        self.ks = [(index, k) for index, k in enumerate(ks) if max(self.lengths) >= k]
         self.prompt_width = max(map(len, prompts))
-        longest = self.ks[0] if self.ks else 0
+        longest = self.ks[0][1] if self.ks else 0
         batch = pad_around(prompts, [prefix[:longest] for prefix in prefixes], model.device)
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
 
-    def each_k(self, max_new_tokens: int) -> Iterator[tuple[int, torch.Tensor, DynamicCache]]:
-        """From the longest prefix down: k, the next token's logits `(batch, vocab)` and the cache up to there."""
-        if not self.ks:  # no answer is long enough
+    def continue_each(
+        self, choose, rows: list[int], ends: Sequence[int], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[list[int] | None]]]:
+        """For each k that a prefix reaches: its index, and each row's new tokens or `None`."""
+        if not self.ks:
             return
-        ends = [self.prompt_width + k for k in self.ks]
+        columns = [self.prompt_width + k - 1 for _, k in self.ks]
         cache = self._new_cache()
-        logits = logits_at(self.model, self.ids, self.mask, [end - 1 for end in ends], cache)
-        can_crop = _can_crop(cache, ends[0] + max_new_tokens)
-        for index, (k, end) in enumerate(zip(self.ks, ends, strict=True)):
-            if can_crop:
-                cache.crop(end - cache.get_seq_length())
-                yield k, logits[:, index], cache
-            elif index == 0:
-                yield k, logits[:, 0], cache
-            else:
-                cache = self._new_cache()
-                yield k, logits_at(self.model, self.ids[:, :end], self.mask[:, :end], [end - 1], cache)[:, 0], cache
+        logits = logits_at(self.model, self.ids, self.mask, columns, cache)
+        if not self._serves_every_k(cache, self.ids.shape[1] + max_new_tokens):
+            for place, ((index, k), column) in enumerate(zip(self.ks, columns, strict=True)):
+                mask = self.mask[:, : column + 1]
+                if place:
+                    cache = self._new_cache()
+                    logits = logits_at(self.model, self.ids[:, : column + 1], mask, [column], cache)
+                call = mask, logits[:, 0], cache, choose, rows, ends, max_new_tokens
+                new = self._decode(*call, may_shrink=False)
+                yield index, [part if length >= k else None for part, length in zip(new, self.lengths, strict=True)]
+            return
+        # All k are decoded in one batch over copies of that cache, in which what follows a shorter prefix is masked.
+        pairs = [(row, place) for place, (_, k) in enumerate(self.ks) for row, n in enumerate(self.lengths) if n >= k]
+        copies, places = (torch.tensor(part, device=self.ids.device) for part in zip(*pairs, strict=True))
+        last = torch.tensor(columns, device=self.ids.device)[places]
+        mask = self.mask[copies] * (torch.arange(self.ids.shape[1], device=self.ids.device) <= last[:, None])
+        cache.batch_select_indices(copies)
+        numbers = [rows[row] for row, _ in pairs]
+        new = self._decode(mask, logits[copies, places], cache, choose, numbers, ends, max_new_tokens, may_shrink=True)
+        found: dict[int, list[list[int] | None]] = {index: [None] * len(rows) for index, _ in self.ks}
+        for (row, place), tokens in zip(pairs, new, strict=True):
+            found[self.ks[place][0]][row] = tokens
+        yield from found.items()
 
-    def decode(self, k, logits, cache, wanted, choose, rows, eos, max_new_tokens) -> list[list[int]]:
-        """New tokens of each row up to its end-of-sequence token; rows that aren't `wanted` get none."""
-        mask = self.mask[:, : self.prompt_width + k]
-        ends = torch.tensor(eos, dtype=torch.long, device=logits.device)
-        running, steps = wanted, []
+    def _decode(
+        self, mask, logits, cache, choose, rows: list[int], ends, max_new_tokens: int, *, may_shrink: bool
+    ) -> list[list[int]]:
+        """New tokens of each row up to its end-of-sequence token; rows that have ended leave the batch."""
+        stop = torch.tensor(list(ends), dtype=torch.long, device=logits.device)
+        new: list[list[int]] = [[] for _ in rows]
+        left, running = list(range(len(rows))), torch.ones(len(rows), dtype=torch.bool, device=logits.device)
         for step in range(max_new_tokens):
-            tokens = choose(logits, rows, step)
-            running = running & ~torch.isin(tokens, ends)
-            if not bool(running.any()):
+            tokens = choose(logits, [rows[row] for row in left], step)
+            running = running & ~torch.isin(tokens, stop)
+            flags = running.tolist()
+            for row, goes_on, token in zip(left, flags, tokens.tolist(), strict=True):
+                if goes_on:
+                    new[row].append(token)
+            if not any(flags) or step + 1 == max_new_tokens:
                 break
-            steps.append(torch.where(running, tokens, -1))
-            if step + 1 < max_new_tokens:
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                logits = logits_at(self.model, tokens[:, None], mask, [0], cache)[:, 0]
-        table = torch.stack(steps, 1).tolist() if steps else [[] for _ in rows]
-        return [[token for token in row if token >= 0] for row in table]
+            if may_shrink and 2 * sum(flags) <= len(flags):  # a copy of the cache, so not at every end
+                kept = running.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                mask, tokens, running = mask[kept], tokens[kept], running[kept]
+                left = [row for row, goes_on in zip(left, flags, strict=True) if goes_on]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            logits = logits_at(self.model, tokens[:, None], mask, [0], cache)[:, 0]
+        return new
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
+    def _serves_every_k(self, cache: DynamicCache, length: int) -> bool:
+        """Whether parts of the cache can be masked: full attention, by positions that are given."""
+        layers = zip(cache.layers, cache.is_sliding, strict=True)
+        windows = [layer.sliding_window for layer, sliding in layers if sliding]
+        attends = cache.is_croppable and not any(cache.is_linear) and all(length < window for window in windows)
+        return attends and "position_ids" in forward_parameters(self.model)
+
 
 def _chooser(
-    do_sample, temperature, top_k, top_p, seed, shape
+    *, shape, do_sample=False, temperature=1.0, top_k=None, top_p=None, seed=0
 ) -> Callable[[torch.Tensor, list[int], int], torch.Tensor]:
     """A function of logits `(batch, vocab)`, the rows they belong to and the step, that gives token ids `(batch,)`."""
     if not do_sample:
@@ -199,9 +331,3 @@ def _chooser(
         return torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
     return choose
-
-
-def _can_crop(cache: DynamicCache, length: int) -> bool:
-    """Whether the cache can be cut back after it has held `length` tokens."""
-    windows = [layer.sliding_window for layer, sliding in zip(cache.layers, cache.is_sliding, strict=True) if sliding]
-    return cache.is_croppable and not any(cache.is_linear) and all(length < window for window in windows)

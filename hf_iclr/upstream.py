@@ -80,7 +80,8 @@ SEAMS = {
         "(self)",
     ),
     "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset": Seam(
-        "called to tokenize validation rows as the trainer did its own; only its constructor does it in the open",
+        "called to tokenize validation rows as the trainer did its own, which only its constructor does in the open; "
+        "overridden to pack a third column",
         "(self, dataset, processing_class, args, packing, formatting_func, dataset_name)",
     ),
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": Seam(

@@ -20,6 +20,7 @@ FLOORS = {
     "": [["cli"], ["tour"], ["doctor"], AREAS, [""]],
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
+    "trainers.safety_audit": [[""], ["asking"]],
     "generation": [["calibration", "drafting"], [""]],
     "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
@@ -80,7 +81,7 @@ def test_every_module_is_installed(tmp_path):
         f"{name.replace('.', '/')}/{path.name}"
         for folder, name in ROOMS.items()
         for path in folder.iterdir()
-        if path.suffix in (".py", ".pyi", ".html", ".md", ".typed")
+        if path.suffix in (".py", ".pyi", ".html", ".js", ".md", ".typed")
     }
     assert built == here
 

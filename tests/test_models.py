@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -102,11 +104,31 @@ def test_one_prefill_for_all_k(model, word_tokenizer, ks):
 @pytest.mark.parametrize("window", [4, 8, 64])
 def test_sliding_windows(word_tokenizer, window):
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window, head_dim=16)).eval()
-    with patch.object(prefill_generation, "_can_crop", wraps=prefill_generation._can_crop) as can_crop:
+    serves, said = prefill_generation._PrefixBatch._serves_every_k, []
+    with patch.object(
+        prefill_generation._PrefixBatch, "_serves_every_k", lambda *call: said.append(serves(*call)) or said[-1]
+    ):
         check_equal_to_generate(model, word_tokenizer, (0, 2, 7))
-        cache = can_crop.call_args.args[0]
-        assert prefill_generation._can_crop(*can_crop.call_args.args) == (window == 64)
-    assert all(cache.is_sliding)
+    assert said == [window == 64]
+
+
+def test_positions_that_are_not_given(word_tokenizer):
+    """Bloom counts its positions from the mask alone."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    config = BloomConfig(**sizes, eos_token_id=[49, 7])
+    check_equal_to_generate(BloomForCausalLM(config).eval(), word_tokenizer, (0, 1, 4))
+
+
+def test_rows_that_have_ended_leave_the_batch(model, word_tokenizer):
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = check_equal_to_generate(model, word_tokenizer, (0, 1, 2))
+    lengths = [len(new) for k in found for new in found[k] if new is not None]
+    decoding = sizes[1 : max(lengths) + 1]
+    assert decoding[0] == len(lengths) and decoding == sorted(decoding, reverse=True)
+    assert decoding[-1] < len(lengths) or min(lengths) == max(lengths)
 
 
 def test_recurrent_layers(word_tokenizer):

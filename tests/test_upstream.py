@@ -26,6 +26,7 @@ PRIVATE_OVERRIDES: dict[str, set[str]] = {
     "hf_iclr.generation.pipeline_speculative_cascade:SpeculativeCascadePipeline": {"_forward"},
     "hf_iclr.trainers.deep_safety.trainer:DeepSafetySFTTrainer": {
         "_get_train_sampler",
+        "_prepare_dataset",
         "_set_signature_columns_if_needed",
     },
     "hf_iclr.trainers.squeeze.trainer:SqueezeDPOTrainer": {"_prepare_dataset"},

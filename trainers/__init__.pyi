@@ -1,6 +1,13 @@
 from .data_shapley import DataShapleyResult, InRunDataShapleyCallback
 from .deep_safety import DeepSafetySFTConfig, DeepSafetySFTTrainer, constrained_sft_loss, make_safety_recovery_dataset
-from .safety_audit import RefusalJudge, SafetyDriftCallback, SafetyReport, audit_safety
+from .safety_audit import (
+    HarmJudge,
+    OpenAIEndpoint,
+    RefusalJudge,
+    SafetyDriftCallback,
+    SafetyReport,
+    audit_safety,
+)
 from .squeeze import (
     SqueezeDPOConfig,
     SqueezeDPOTrainer,
@@ -18,7 +25,9 @@ __all__ = [
     "DataShapleyResult",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "HarmJudge",
     "InRunDataShapleyCallback",
+    "OpenAIEndpoint",
     "RefusalJudge",
     "SafetyDriftCallback",
     "SafetyReport",

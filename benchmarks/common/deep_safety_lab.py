@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
@@ -29,7 +29,7 @@ from hf_iclr.tour.demo.language_model import demo_model_path, fastest_dtype
 from hf_iclr.trainers.deep_safety import (
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
-    LisaProximalCallback,
+    ProximalCallback,
     project_safe_lora,
 )
 from hf_iclr.trainers.safety_audit import RefusalJudge, audit_safety, gcg_attack
@@ -39,16 +39,20 @@ KS = (0, 1, 3, 5, 10, 20)
 ATTACK_TOKENS = 16  # of every compliant answer
 WINDOW = 5  # tokens whose loss is reported apart
 STRONG: dict[str, Any] = {"beta_first": 5.0, "beta_initial": 5.0, "constrain": "refused"}
+REHEARSED: dict[str, Any] = {**STRONG, "rehearse_refusals": True}
+NO_CONSTRAINT = dict.fromkeys(("beta_first", "beta_initial", "beta_rest"), 1e-6)  # refusals are found all the same
 ROWS: dict[str, dict[str, Any]] = {
     "SFT": {"constrain": "none", "warmup_steps": 0},
     "SFT + warm-up": {"constrain": "none"},
     "constrained .5/2/.1": {},
-    "recommended": {**STRONG, "rehearse_refusals": True},
+    "recommended": REHEARSED,
+    "recommended, anchor": {**REHEARSED, "anchor_rows": 5},
+    "rehearsal alone": {**REHEARSED, **NO_CONSTRAINT},
     "constrained 2/2/.1": {"beta_first": 2.0},
     "constrained 5/5/.1": STRONG,
     "both methods": {**STRONG, "beta_first": 20.0, "recovery_rows": 4},
     "SFT + recovery rows": {"constrain": "none", "recovery_rows": 4},
-    "Lisa": {"constrain": "none"},
+    "proximal term": {"constrain": "none"},
 }
 LORA = LoraConfig(
     r=8,
@@ -58,7 +62,8 @@ LORA = LoraConfig(
     task_type="CAUSAL_LM",
 )
 AUDITED, GCG_QUESTIONS = 24, 4
-LISA_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
+PROXIMAL_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
+RECOMMENDED = ("recommended", "recommended, anchor")
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
 
@@ -94,10 +99,12 @@ class Lab:
             Seed of the LoRAs, the refusals drawn, the attack rows and the order of the rows.
         scale (`Scale`):
             Size of the experiment.
+        rows (`list[str]`, *optional*, defaults to all):
+            Settings to train of the stages that attack the taught model.
     """
 
-    def __init__(self, out: Path, seed: int, scale: Scale) -> None:
-        self.seed, self.scale = seed, scale
+    def __init__(self, out: Path, seed: int, scale: Scale, rows: list[str] | None = None) -> None:
+        self.seed, self.scale, self.rows = seed, scale, rows or [*ROWS, "SafeLoRA"]
         self.taught_folder, self.deep_folder = out / f"taught_{seed}", out / f"deep_{seed}"
         self.results_file = out / f"seed_{seed}.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.exists() else {"seed": seed}
@@ -128,6 +135,7 @@ class Lab:
         callbacks: list | None = None,
         safety_dataset: Dataset | None = None,
         recovery_rows: int = 0,
+        anchor_rows: int = 0,
         **settings: Any,
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """Train; the model, its LoRA merged but still there, and the mean weights that the constraint logged."""
@@ -136,6 +144,11 @@ class Lab:
             batch_size += recovery_rows
             settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": ANSWER_TOKENS}
             safety_dataset = self.safety_triplets()
+        if anchor_rows:  # on top as well: ordinary questions with the model's own answers
+            allowed = random.Random(self.seed).sample(self.questions.allowed, len(rows) * anchor_rows // batch_size)
+            anchor = [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in allowed]
+            rows = concatenate_datasets([rows, Dataset.from_list([{**r, "constrain": False} for r in anchor])])
+            batch_size += anchor_rows
         with tempfile.TemporaryDirectory() as folder:
             args = DeepSafetySFTConfig(
                 folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=self.seed,
@@ -272,15 +285,15 @@ class Lab:
             [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in self.attack_questions]
         )
         for name, settings in ROWS.items():
-            if self.done(stage, name) or (not lora and name not in FULL_ROWS):
+            if self.done(stage, name) or name not in self.rows or (not lora and name not in FULL_ROWS):
                 continue
             started = time.process_time()
-            callbacks = [LisaProximalCallback(LISA_RHO)] if name == "Lisa" else None
+            callbacks = [ProximalCallback(PROXIMAL_RHO)] if name == "proximal term" else None
             model, logged = self.fine_tune(
                 self.load_taught(), rows, self.scale.attack_steps, lr, lora=lora, callbacks=callbacks, **settings
             )
             self.measure_attack(model, stage, name, started, rows, logged)
-            if lora and name == "SFT + warm-up":
+            if lora and name == "SFT + warm-up" and "SafeLoRA" in self.rows:
                 model.unmerge_adapter()
                 projected = project_safe_lora(
                     model, self.load_taught(), self.load_base(), threshold=SAFE_LORA_THRESHOLD
@@ -294,6 +307,7 @@ class Lab:
         self.save(
             stage, name, started,
             refused=self.refusals(model, self.questions.forbidden_test),
+            over_refused=self.refusals(model, self.questions.allowed_test),
             nll=self.answer_nll(model, rows), logged=logged,
         )  # fmt: skip
 
@@ -308,8 +322,8 @@ class Lab:
                 for q, call in train
             ]
         )
-        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended"):
-            if self.done("benign", name):
+        for name in ("SFT", "SFT + warm-up", "constrained .5/2/.1", *RECOMMENDED):
+            if self.done("benign", name) or name not in self.rows:
                 continue
             started = time.process_time()
             model, logged = self.fine_tune(self.load_taught(), rows, self.scale.benign_steps, 1e-3, **ROWS[name])

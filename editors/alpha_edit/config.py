@@ -66,9 +66,6 @@ class AlphaEditConfig:
             Weight of KL(now || before) of the next token after "{subject} is a", at the subject.
         num_contexts (`int`, *optional*, defaults to 5):
             Sampled contexts beside the plain prompt. The time an edit takes grows with it.
-        contexts_per_step (`int`, *optional*, defaults to 2):
-            How many of them are in each step beside the plain prompt, in their turn; a request is done once all are
-            likely enough. The paper has all of them in every step, `None` here.
         context_length (`int`, *optional*, defaults to 10):
             Tokens of a context.
         context_templates (`list[str]`, *optional*):
@@ -116,7 +113,6 @@ class AlphaEditConfig:
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     num_contexts: int = 5
-    contexts_per_step: int | None = 2
     context_length: int = 10
     context_templates: list[str] | None = None
     chat_template: bool = False
@@ -152,12 +148,6 @@ class AlphaEditConfig:
         ):
             if getattr(self, name) % 1 != 0:
                 raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
-        if self.contexts_per_step is not None and not (
-            self.contexts_per_step >= 1 and self.contexts_per_step % 1 == 0
-        ):
-            raise ValueError(
-                f"Expected contexts_per_step of at least 1, or None for all, got {self.contexts_per_step}."
-            )
         for name in ("moment_weight", "learning_rate", "clamp_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")

@@ -79,8 +79,7 @@ def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: A
     rows = encode_in_contexts(tokenizer, request, config)
     if config.kl_factor:
         # Without a subject there is no such row: the prompt stands for it and counts nothing.
-        row = encode_request(tokenizer, "{} is a", request.subject or request.prompt)
-        rows.append(EditRow(row.ids[: row.subject + 1], row.subject, row.subject + 1))
+        rows.append(encode_request(tokenizer, "{} is a", request.subject or request.prompt))
     return rows
 
 
@@ -176,10 +175,10 @@ class _Search:
         self.before = max(first)
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
         self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        # Every target token: row, column of the suffix whose logits predict it, token, weight in the row's mean.
-        self.texts = self.rows_each - (1 if config.kl_factor else 0)
+        # Every target token: row, column of the suffix whose logits predict it, token, weight in the request's mean.
+        texts = self.rows_each - (1 if config.kl_factor else 0)
         places = [
-            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start))
+            (line, place - 1 - begin, row.ids[place], 1 / (len(row.ids) - row.start) / texts)
             for line, (row, begin) in enumerate(zip(flat, first, strict=True))
             for place in range(row.start, len(row.ids))
         ]
@@ -208,16 +207,12 @@ class _Search:
             inputs |= cache_inputs(self.model, _shallow(cache)) | {"use_cache": True}
         return inputs
 
-    def texts_at(self, step: int) -> torch.Tensor:
-        """The rows with a target that each request has in a step: the plain prompt and contexts in their turn."""
-        contexts = range(1, self.texts)
-        count = min(self.config.contexts_per_step or len(contexts), len(contexts))
-        turn = sorted(contexts[(step * count + i) % len(contexts)] for i in range(count))
-        return torch.tensor([0, *turn], device=self.model.device)
-
     @torch.no_grad()
-    def _read_prefix(self) -> None:
-        """Cache the tokens before the subjects' last; of the others keep the last edited layer's input and output."""
+    def _prefix(self) -> tuple[DynamicCache | None, torch.Tensor, torch.Tensor]:
+        """
+        Cache of the tokens before the subjects' last; on the others the last edited layer's input and the output that
+        is to be moved.
+        """
         cache = None
         if self.before:
             cache = DynamicCache()
@@ -228,49 +223,36 @@ class _Search:
         with capture({"in": (layer, "input"), "out": (target, "output")}) as seen:
             run_until(self.model, layer, **self.inputs(self.before, self.ids.shape[1], cache))
         shape = (*self.ids[:, self.before :].shape, -1)
-        self.cache, self.entering, self.output = cache, seen["in"].reshape(shape), seen["out"].reshape(shape)
+        return cache, seen["in"].reshape(shape), seen["out"].reshape(shape)
 
     def run(self, bar: tqdm) -> tuple[torch.Tensor, ...]:
         config, each, device = self.config, self.rows_each, self.model.device
-        self._read_prefix()
+        cache, entering, output = self._prefix()
         line, column, number = self.moved[self.moved[:, 0] % each == 0].T  # in the plain prompt's row of every request
-        shape = self.num_requests, int(number.max()) + 1, self.output.shape[-1]
-        initial = self.output.new_zeros(shape, dtype=torch.float32)
-        initial[line // each, number] = self.output[line, column].float()
+        initial = output.new_zeros(self.num_requests, int(number.max()) + 1, output.shape[-1], dtype=torch.float32)
+        initial[line // each, number] = output[line, column].float()
         size = initial.norm(dim=2)
         delta = torch.zeros_like(initial)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
         losses, steps = (torch.zeros(self.num_requests, device=device) for _ in range(2))
-        nlls = torch.full((self.num_requests, self.texts), torch.nan, device=device)  # of each row when last seen
         active = torch.arange(self.num_requests, device=device)  # requests in the batch
-        texts: _Batch | None = None
-        subjects: _Batch | None = None  # the rows for KL
-        before: torch.Tensor | None = None  # next token's log-probabilities at all of these
+        batch = _Batch(self, active, cache, entering, output)
+        before: torch.Tensor | None = None  # next token's log-probabilities of the KL rows, of all requests
         for step in range(config.num_steps):
-            chosen = self.texts_at(step)
-            if texts is None or not texts.is_of(active, chosen):
-                texts = _Batch(self, active, chosen)
-            if self.kl_factors.any() and (subjects is None or len(subjects.active) > len(active)):
-                subjects = _Batch(self, active, torch.tensor([self.texts], device=device))
             move = delta[active].requires_grad_()
-            token_nll = -texts.log_probs(move).gather(1, texts.token[:, None])[:, 0]
-            row_nll = torch.zeros(len(active) * len(chosen), device=device)
-            row_nll = row_nll.index_add(0, texts.line, token_nll * texts.weight).view(len(active), -1)
-            nlls[active[:, None], chosen] = row_nll.detach()
-            penalty = torch.zeros(len(active), device=device)
+            token_log_probs, kl_log_probs = batch.log_probs(move)
+            nll = torch.zeros(len(active), device=device).index_add(0, batch.owner, -token_log_probs * batch.weight)
+            loss = nll
             if step:
                 # Sizes are zero beyond a request's last place, where nothing is moved.
-                penalty = config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
-            if subjects is not None:
-                now = subjects.log_probs(move)
-                before = now.detach() if before is None else before
-                kl = (now.exp() * (now - before[active])).sum(1)
-                penalty = penalty + self.kl_factors[active] * kl
-            loss, nll = row_nll.mean(1) + penalty, nlls[active].nanmean(1)
-            losses[active] = torch.where(loss.isfinite(), nll + penalty, loss).detach()
-            # Rows that were not in this step count as they were when last seen, once all of them have been.
-            likely = (losses[active] < config.loss_threshold) | (nll < config.nll_threshold)
-            done = likely & nlls[active].isfinite().all(1) | ~loss.isfinite()
+                loss = nll + config.weight_decay * (move.norm(dim=2) / (size[active] ** 2).clamp_min(1e-30)).sum(1)
+            if kl_log_probs is not None:
+                if before is None:
+                    before = kl_log_probs.detach()
+                kl = (kl_log_probs.exp() * (kl_log_probs - before[active])).sum(1)
+                loss = loss + self.kl_factors[active] * kl
+            losses[active] = loss.detach()
+            done = (loss < config.loss_threshold) | (nll < config.nll_threshold) | ~loss.isfinite()
             if step == config.num_steps - 1 or done.all():
                 bar.update(len(active))
                 break
@@ -286,42 +268,55 @@ class _Search:
             moved = delta[rest] - config.learning_rate * ratio
             limit = config.clamp_factor * size[rest]
             delta[rest] = moved * (limit / moved.norm(dim=2).clamp_min(1e-30)).clamp_max(1)[..., None]
-            active = rest
+            if done.any():
+                active = rest
+                batch = _Batch(self, active, cache, entering, output)
         return initial + delta, losses, steps
 
 
 class _Batch:
-    """Some rows of each request still searched, ready for a step: those with a target, or those for KL."""
+    """The rows of the requests still searched, ready for a step."""
 
-    def __init__(self, search: _Search, active: torch.Tensor, chosen: torch.Tensor) -> None:
-        self.search, self.active, self.chosen = search, active, chosen
-        each, start = len(chosen), search.before
-        lines = (active[:, None] * search.rows_each + chosen).flatten()
+    def __init__(
+        self,
+        search: _Search,
+        active: torch.Tensor,
+        cache: DynamicCache | None,
+        entering: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        self.search = search
+        each, start = search.rows_each, search.before
+        lines = (active[:, None] * each + torch.arange(each, device=active.device)).flatten()
+        kept = torch.isin(search.row, lines)
         new_line = torch.zeros(len(search.ids), dtype=torch.long, device=active.device)
         new_line[lines] = torch.arange(len(lines), device=active.device)
-        kept = torch.isin(search.row, lines)
-        self.line, self.token, self.weight = new_line[search.row[kept]], search.token[kept], search.weight[kept]
+        self.line, self.column = new_line[search.row[kept]], search.column[kept]
+        self.token, self.weight = search.token[kept], search.weight[kept]
+        self.owner = self.line // each
         width = int(search.mask[lines, start:].sum(1).max())  # of the longest row left
-        self.entering, self.output = search.entering[lines, :width], search.output[lines, :width]
-        cache = _shallow(search.cache)
-        for layer in cache.layers if cache is not None else []:
+        self.entering, self.output = entering[lines, :width], output[lines, :width]
+        self.cache = _shallow(cache)
+        for layer in self.cache.layers if self.cache is not None else []:
             layer.keys, layer.values = layer.keys[lines], layer.values[lines]
-        self.inputs = partial(search.inputs, start, start + width, cache, lines)
+        self.inputs = partial(search.inputs, start, start + width, self.cache, lines)
+        # The KL rows are the last of each request and are looked at where the subject ends.
+        last = torch.arange(len(lines) if search.config.kl_factor else 0, device=active.device)[each - 1 :: each]
         line, column, number = search.moved[torch.isin(search.moved[:, 0], lines)].T
         self.moved = (new_line[line], column), (new_line[line] // each, number)
-        # A row for KL is looked at where its subject ends.
-        self.looked_at = (self.line, search.column[kept]) if len(self.line) else self.moved[0]
+        subject = column[number == 0]  # of every row, in their order
+        self.looked_at = torch.cat([self.line, last]), torch.cat([self.column, subject[last]])
 
-    def is_of(self, active: torch.Tensor, chosen: torch.Tensor) -> bool:
-        return torch.equal(self.active, active) and torch.equal(self.chosen, chosen)
-
-    def log_probs(self, move: torch.Tensor) -> torch.Tensor:
-        """Of every token at the places that are looked at: where target tokens follow, or at the rows for KL."""
+    def log_probs(self, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the target tokens, and of every next token at the KL rows' subjects."""
         search = self.search
         places, moves = self.moved
         moved = self.output.index_put(places, move[moves].to(self.output), accumulate=True)
         with _replay(search.below, search.projection, self.entering, moved), _head_at(search.model, *self.looked_at):
-            return search.model(**self.inputs()).logits[0].float().log_softmax(-1)
+            logits = search.model(**self.inputs()).logits
+        log_probs, count = logits[0].float().log_softmax(-1), len(self.token)
+        targets = log_probs[:count].gather(1, self.token[:, None])[:, 0]
+        return targets, log_probs[count:] if len(log_probs) > count else None
 
 
 @contextmanager

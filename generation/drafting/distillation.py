@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_iclr.generation.drafting.teacher import TeacherRow, collate
-from hf_iclr.generation.modeling_draft import DraftForCausalLM
-from hf_iclr.upstream import checkpointing_argument
+from hf_iclr.generation.modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM
 
 
 WARMUP_STEPS = 20
@@ -40,37 +38,49 @@ def distillation_loss(log_p: torch.Tensor, log_q: torch.Tensor, total_variation_
     return ((1 - total_variation_weight) * divergence + total_variation_weight * total_variation).mean()
 
 
-class DraftDistillationTrainer(SFTTrainer):
+class DraftDistillationTrainer(Trainer):
     """
-    [`~trl.SFTTrainer`] whose only change is the loss: KL divergence, then total variation, to the large model.
+    [`~transformers.Trainer`] whose only change is the loss: KL divergence, then total variation, to the large model.
 
     The large model is not run: its last hidden states come with the batch and its head has the draft's rows only.
     (TRL's own `DistillationTrainer` samples from the student and runs the teacher over the full vocabulary in each
     step, which takes hours on a CPU.)
     """
 
-    def __init__(
-        self, model: DraftForCausalLM, teacher_head: torch.nn.Linear, progress: Callable[[], float], **kwargs
-    ):
+    def __init__(self, model, teacher_head, teacher_embeddings, progress: Callable[[], float], **kwargs):
         super().__init__(model, **kwargs)
         self.teacher_head = teacher_head.to(self.accelerator.device)
-        self.progress = progress
+        self.teacher_embeddings, self.progress = teacher_embeddings, progress
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        states = self.model.body(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state[inputs["mask"]]
-        log_q = self.model.head(self.model.affine(states)).log_softmax(-1)
         with torch.no_grad():
             log_p = self.teacher_head(inputs["hidden_states"][inputs["mask"]]).log_softmax(-1)
-        loss = distillation_loss(log_p, log_q, total_variation_weight=self.progress())
+        losses = [
+            distillation_loss(log_p[mask[inputs["mask"]]], model.head(states[mask]).log_softmax(-1), self.progress())
+            for states, mask in student_states(model, inputs, self.teacher_embeddings)
+        ]
+        loss = sum(losses) / len(losses)
         return (loss, None) if return_outputs else loss
 
 
+def student_states(draft, inputs, teacher_embeddings):
+    """What a draft's head reads, and where it counts: of drafts of one token, then of two for a feature draft."""
+    if isinstance(draft, DraftForCausalLM):
+        body = draft.body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        yield draft.affine(body.last_hidden_state), inputs["mask"]
+        return
+    embeddings = teacher_embeddings(inputs["input_ids"])[:, 1:].detach()
+    states, mask = inputs["hidden_states"], inputs["mask"].clone()
+    for step in range(2):
+        states = torch.nn.functional.pad(draft.predict(embeddings, states[:, :-1]), (0, 0, 1, 0))
+        mask[:, step] = False  # no state stands before the first token
+        yield states, mask.clone()
+
+
 def distill(
-    draft: DraftForCausalLM,
+    draft: DraftForCausalLM | FeatureDraftForCausalLM,
     teacher_head: torch.nn.Linear,
-    tokenizer: PreTrainedTokenizerBase,
+    teacher_embeddings: torch.nn.Module,
     rows: list[TeacherRow],
     *,
     minutes: float = 0.0,
@@ -83,12 +93,12 @@ def distill(
     Train a draft in place towards the large model, with its input embeddings frozen.
 
     Args:
-        draft ([`DraftForCausalLM`]):
+        draft ([`DraftForCausalLM`] or [`FeatureDraftForCausalLM`]):
             The draft, in float32.
         teacher_head (`torch.nn.Linear`):
             The large model's head over the draft vocabulary, see [`truncated_head`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of both.
+        teacher_embeddings (`torch.nn.Module`):
+            The large model's input embeddings, in float32.
         rows (`list[TeacherRow]`):
             What [`read_teacher`] returned.
         minutes (`float`, *optional*, defaults to 0.0):
@@ -118,7 +128,9 @@ def distill(
             control.should_training_stop = progress() >= 1
 
     set_seed(seed)
-    draft.train().requires_grad_(True).get_input_embeddings().requires_grad_(False)
+    draft.train().requires_grad_(True)
+    if isinstance(draft, DraftForCausalLM):
+        draft.get_input_embeddings().requires_grad_(False)
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -127,13 +139,12 @@ def distill(
         trainer = DraftDistillationTrainer(
             draft,
             teacher_head=teacher_head,
+            teacher_embeddings=teacher_embeddings,
             progress=progress,
-            args=SFTConfig(
+            args=TrainingArguments(
                 folder,
                 max_steps=steps or 1_000_000,
                 per_device_train_batch_size=batch_size,
-                use_cache=True,
-                bf16=False,
                 logging_steps=20,
                 save_strategy="no",
                 report_to="none",
@@ -142,17 +153,13 @@ def distill(
                 train_sampling_strategy="group_by_length",
                 length_column_name="length",
                 dataloader_pin_memory=False,
-                dataset_kwargs={"skip_prepare_dataset": True},
                 remove_unused_columns=False,
-                **{checkpointing_argument(): False},
             ),
             train_dataset=Dataset.from_dict({"row": range(len(rows)), "length": [len(row.input_ids) for row in rows]}),
             data_collator=lambda records: collate([rows[record["row"]] for record in records]),
-            processing_class=tokenizer,
             optimizers=(optimizer, scheduler),
             callbacks=[StopWhenDone()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    del draft.forward  # TRL put its fused head there
     draft.requires_grad_(True).eval()

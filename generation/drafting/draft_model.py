@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.generation.configuration_draft import DraftConfig
-from hf_iclr.generation.drafting.distillation import distill
+from hf_iclr.generation.configuration_draft import DraftConfig, FeatureDraftConfig
+from hf_iclr.generation.drafting.distillation import distill, student_states
 from hf_iclr.generation.drafting.teacher import TeacherRow, collate, read_teacher
-from hf_iclr.generation.modeling_draft import DraftForCausalLM
+from hf_iclr.generation.modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def build_draft_model(
     num_layers: int = 2,
     draft_vocab_size: int = 8192,
     *,
+    kind: str = "layers",
     distill_minutes: float = 0.0,
     distill_steps: int | None = None,
     learning_rate: float = 1e-3,
@@ -33,12 +34,13 @@ def build_draft_model(
     max_length: int = 256,
     ridge: float = 0.005,
     seed: int = 0,
-) -> DraftForCausalLM:
+) -> DraftForCausalLM | FeatureDraftForCausalLM:
     """
     Build a draft model for a causal language model that has no small sibling.
 
-    One pass of the large model over `texts` gives, in closed form, the affine map from the state after its first
-    `num_layers` layers to its last hidden state, and the tokens that carry most of its probability. With
+    One pass of the large model over `texts` gives the tokens that carry most of its probability and, in closed form,
+    the affine map to its last hidden state: from the state after its first `num_layers` layers (`kind="layers"`), or
+    from the token and the last hidden state one position earlier (`kind="features"`). With
     `distill_minutes` or `distill_steps` the whole draft is then trained to raise its overlap with the large model,
     which is what decides how many drafted tokens are accepted.
 
@@ -51,9 +53,12 @@ def build_draft_model(
             Texts like those that will be generated, best of all the model's own samples. Of a record with `"prompt"`
             and `"completion"` only the completion is learned.
         num_layers (`int`, *optional*, defaults to 2):
-            How many first layers of the model the draft keeps.
+            How many first layers of the model the draft keeps; a feature draft keeps none.
         draft_vocab_size (`int`, *optional*, defaults to 8192):
             How many tokens the draft can write.
+        kind (`str`, *optional*, defaults to `"layers"`):
+            `"layers"` is a model of its own, for any loop. `"features"` reads the states that the large model computes
+            anyway: about a hundredth of its cost a token, for the batched cascade only.
         distill_minutes (`float`, *optional*, defaults to 0.0):
             Wall-clock minutes of distillation; 0 stops at the closed form.
         distill_steps (`int`, *optional*):
@@ -70,7 +75,8 @@ def build_draft_model(
             Seed of the distillation's order of texts.
 
     Returns:
-        [`DraftForCausalLM`]: in evaluation mode and in the type of `model`; pass it as `assistant_model=`.
+        [`DraftForCausalLM`] or [`FeatureDraftForCausalLM`]: in evaluation mode and in the type of `model`; pass it as
+        `assistant_model=`.
 
     Raises:
         ValueError: if the model is an encoder-decoder, a number is out of range, or the texts are too short.
@@ -83,7 +89,7 @@ def build_draft_model(
     >>> model.generate(**inputs, assistant_model=draft)
     ```
     """
-    _check_arguments(model, num_layers, draft_vocab_size)
+    _check_arguments(model, kind, num_layers, draft_vocab_size)
     rows = read_teacher(model, tokenizer, texts, max_length=max_length)
     hidden_size = model.get_output_embeddings().weight.shape[1]
     num_positions = sum(int(row.mask.sum()) for row in rows)
@@ -94,13 +100,19 @@ def build_draft_model(
         )
     logger.info("The large model has read %d positions of %d texts.", num_positions, len(rows))
 
-    draft = truncate(model, num_layers, frequent_tokens(model, rows, draft_vocab_size))
-    fit_closed_form(draft, rows, ridge=ridge)
+    vocabulary = frequent_tokens(model, rows, draft_vocab_size)
+    embeddings = copy.deepcopy(model.get_input_embeddings()).float().cpu().requires_grad_(False)
+    draft: DraftForCausalLM | FeatureDraftForCausalLM
+    if kind == "layers":
+        draft = truncate(model, num_layers, vocabulary)
+        fit_closed_form(draft, rows, ridge=ridge)
+    else:
+        draft = fit_feature_draft(model, vocabulary, embeddings, rows, ridge=ridge, seed=seed)
     if distill_minutes or distill_steps:
         distill(
             draft,
-            truncated_head(model, draft.draft_vocab_ids),
-            tokenizer,
+            truncated_head(model, vocabulary),
+            embeddings,
             rows,
             minutes=distill_minutes,
             steps=distill_steps,
@@ -108,7 +120,22 @@ def build_draft_model(
             batch_size=batch_size,
             seed=seed,
         )
+    draft.config.expected_acceptance = round(overlap(model, draft, embeddings, rows), 3)
     return draft.to(device=model.device, dtype=model.dtype).eval()
+
+
+@torch.no_grad()
+def overlap(model, draft, embeddings: torch.nn.Module, rows: list[TeacherRow], positions: int = 1024) -> float:
+    """Mean Σ min(p, q) over some positions of `rows`: the chance that the first draft of a round is accepted."""
+    total, count, head = 0.0, 0, model.get_output_embeddings()
+    for row in rows[:: max(1, len(rows) // 16)]:
+        for states, mask in student_states(draft, collate([row]), embeddings):
+            keep = mask[0].nonzero()[: positions // 16, 0]
+            p = head(row.hidden_states[keep].to(head.weight)).float().softmax(-1).cpu()[:, draft.draft_vocab_ids]
+            total += torch.minimum(p, draft.head(states[0, keep]).softmax(-1)).sum().item()
+            count += len(keep)
+            break
+    return total / max(1, count)
 
 
 @torch.no_grad()
@@ -237,14 +264,60 @@ def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], ridge: floa
     draft.affine.bias.copy_(bias)
 
 
-def _check_arguments(model, num_layers, draft_vocab_size):
+@torch.no_grad()
+def fit_feature_draft(
+    model: PreTrainedModel,
+    draft_vocab_ids: torch.LongTensor,
+    embeddings: torch.nn.Module,
+    rows: list[TeacherRow],
+    ridge: float,
+    seed: int,
+) -> FeatureDraftForCausalLM:
+    """
+    A feature draft whose affine map is the best one in closed form, and whose hidden layer adds nothing yet.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The large model.
+        draft_vocab_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`):
+            Which rows of its head to keep.
+        embeddings (`torch.nn.Module`):
+            Its input embeddings, in float32.
+        rows (`list[TeacherRow]`):
+            What [`read_teacher`] returned.
+        ridge (`float`):
+            Penalty, see [`fit_affine`].
+        seed (`int`):
+            Seed of the hidden layer's weights.
+
+    Returns:
+        [`FeatureDraftForCausalLM`]: in float32.
+    """
+    config = FeatureDraftConfig(body=copy.deepcopy(model.config), draft_vocab_size=len(draft_vocab_ids))
+    draft = FeatureDraftForCausalLM(config).float().eval()
+    inputs = torch.cat([torch.cat([embeddings(r.input_ids[1:]), r.hidden_states[:-1]], 1)[r.mask[1:]] for r in rows])
+    weight, bias = fit_affine(inputs, torch.cat([r.hidden_states[1:][r.mask[1:]] for r in rows]), ridge)
+    draft.affine.weight.copy_(weight)
+    draft.affine.bias.copy_(bias)
+    torch.nn.init.normal_(draft.gate_up.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    draft.gate_up.weight.div_(inputs.std(0).clamp_min(1e-6))
+    draft.down.weight.zero_()
+    draft.head.load_state_dict(truncated_head(model, draft_vocab_ids).state_dict())
+    draft.draft_vocab_ids.copy_(draft_vocab_ids)
+    draft.generation_config = copy.deepcopy(model.generation_config)
+    return draft
+
+
+def _check_arguments(model, kind, num_layers, draft_vocab_size):
+    if kind not in ("layers", "features"):
+        raise ValueError(f"Expected `kind` to be 'layers' or 'features', got {kind!r}.")
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"Expected a decoder-only model, got the encoder-decoder {type(model).__name__}. "
             "Use a smaller model of its family as `assistant_model`."
         )
-    if not 1 <= num_layers < config.num_hidden_layers:
+    if kind == "layers" and not 1 <= num_layers < config.num_hidden_layers:
         raise ValueError(
             f"Expected `num_layers` from 1 to {config.num_hidden_layers - 1}, fewer than the model has, got "
             f"{num_layers}."

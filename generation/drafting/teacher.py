@@ -49,7 +49,7 @@ def read_teacher(
     Raises:
         ValueError: if there is no text, or the model does more to its logits than apply its head.
     """
-    rows = sorted(_tokenize(tokenizer, texts, max_length), key=lambda row: len(row.input_ids))
+    rows = sorted(tokenize(tokenizer, texts, max_length), key=lambda row: len(row.input_ids))
     if not rows:
         raise ValueError("Expected texts for the draft to learn from, got none of two tokens or more.")
     head = model.get_output_embeddings()
@@ -133,7 +133,8 @@ def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
     return {name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for name, column in columns.items()}
 
 
-def _tokenize(tokenizer, texts, max_length) -> Iterator[TeacherRow]:
+def tokenize(tokenizer, texts, max_length: int) -> Iterator[TeacherRow]:
+    """Texts as rows without states, in pieces of at most `max_length` tokens."""
     for text in texts:
         prompt, completion = ("", text) if isinstance(text, str) else (text["prompt"], text["completion"])
         # A rendered prompt holds its special tokens already.

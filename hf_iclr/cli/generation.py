@@ -13,7 +13,9 @@ def cascade(
     assistant_model: Annotated[str | None, typer.Option(help="Small model: repository or folder.")] = None,
     rule: Annotated[str, typer.Option(help="Deferral rule.")] = "token_v3",
     alpha: Annotated[float, typer.Option(help="Parameter of the rule: how much is left to the small model.")] = 0.3,
-    num_assistant_tokens: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 4,
+    num_assistant_tokens: Annotated[
+        int | None, typer.Option(help="Tokens drafted in a round. Left out: as tokens come quickest.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -52,6 +54,10 @@ def cascade(
     )[0]
     table = Table("", "", show_header=False)
     for name, value in {**record["cascade"], **record["cascade"]["call"]}.items():
-        if name != "call":
+        if name == "draft_lengths":
+            value = ", ".join(f"{length} in {rounds} rounds" for length, rounds in value.items())
+        if name == "round_seconds":
+            value = ", ".join(f"{1000 * seconds:.0f} ms with {length}" for length, seconds in value.items())
+        if name != "call" and value != "":
             table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -18,39 +18,65 @@ def read_json_lines(path: Path) -> list[Any]:
     return rows
 
 
-def read_prompts(path: str | Path) -> tuple[list[Any], list[str | None] | None]:
+def read_prompts(
+    source: str | Path, split: str = "train", column: str = "prompt"
+) -> tuple[list[Any], list[str | None] | None]:
     """
-    Read prompts from a file.
+    Read prompts from a file, from a data set of the Hub, or take those that come with the library.
 
     Args:
-        path (`str` or `Path`):
-            `.txt`: one prompt a line. `.jsonl` or `.csv`: a column `prompt` (a string, or in JSON Lines a chat), and a
-            column `answer` if there are answers.
+        source (`str` or `Path`):
+            `.txt`: one prompt a line. `.jsonl` or `.csv`: a column of prompts (a string, or in JSON Lines a chat), and
+            a column `answer` if there are answers. `harmless_orders`: sixty orders that sound bad and must be
+            answered. Anything else: a folder or repository that `datasets` loads, `name:config` for a configuration.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split of a data set.
+        column (`str`, *optional*, defaults to `"prompt"`):
+            The column of the prompts.
 
     Returns:
         `tuple`: the prompts; and the answers, `None` where one is missing, or `None` if there are none at all.
 
     Raises:
-        ValueError: if the file is of another kind, is empty, or lacks the column `prompt`.
+        ValueError: if the file is of another kind, is empty, or lacks the column.
     """
-    path = Path(path)
-    if path.suffix == ".txt":
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        table = pd.DataFrame({"prompt": prompts})
-    elif path.suffix == ".jsonl":
-        table = pd.DataFrame(read_json_lines(path))
-    elif path.suffix == ".csv":
-        try:
-            table = pd.read_csv(path, dtype=str)
-        except ValueError as error:
-            raise ValueError(f"Expected a table in {path}. {error}") from error
-    else:
-        raise ValueError(f"Expected prompts in a .txt, .jsonl or .csv file, got {path.name}.")
-    if "prompt" not in table and len(table.columns):
-        raise ValueError(f"Expected a column `prompt` in {path.name}, got {', '.join(map(str, table.columns))}.")
-    if table.empty or table["prompt"].isna().any():
+    path = Path(source)
+    if str(source) == "harmless_orders":
+        from hf_iclr.trainers.safety_audit.asking.prompt_sets import HARMLESS_ORDERS
+
+        return list(HARMLESS_ORDERS), None
+    try:
+        table = _read_table(path, str(source), split, column)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected text in UTF-8 in {path}, got something else: {error}") from error
+    if column not in table and len(table.columns):
+        raise ValueError(f"Expected a column `{column}` in {path.name}, got {', '.join(map(str, table.columns))}.")
+    if table.empty or table[column].isna().any():
         raise ValueError(f"Expected a prompt in every row of {path.name}, got {len(table)} rows with a gap or none.")
     answers = None
     if "answer" in table and table["answer"].notna().any():
         answers = [answer if isinstance(answer, str) else None for answer in table["answer"]]
-    return table["prompt"].tolist(), answers
+    return table[column].tolist(), answers
+
+
+def _read_table(path: Path, source: str, split: str, column: str) -> pd.DataFrame:
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return pd.DataFrame({column: [line.strip() for line in lines if line.strip()]})
+    if path.suffix == ".jsonl":
+        return pd.DataFrame(read_json_lines(path))
+    if path.suffix == ".csv":
+        try:
+            return pd.read_csv(path, dtype=str)
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"Expected a table in {path}. {error}") from error
+    if path.is_file() or path.suffix in (".xml", ".json", ".tsv", ".md"):
+        raise ValueError(f"Expected prompts in a .txt, .jsonl or .csv file, got {path.name}.")
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    rows = load_dataset(name, config or None, split=split)
+    kept = [c for c in (column, "answer") if c in rows.column_names]
+    return pd.DataFrame(rows.select_columns(kept or rows.column_names)[:])

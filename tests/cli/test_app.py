@@ -98,7 +98,7 @@ def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
     options = ["--prompts", str(prompts), "--harmless-prompts", str(harmless), "--max-new-tokens", "4"]
     options += ["--attack", "prefill", "--k", "2", "--out", str(tmp_path / "out")]
     result = run("audit", tiny_model, *options, "--max-over-refusal", "0.5")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "kept: max_over_refusal" in result.output, result.output
     assert "prefix of 2 tokens" in result.output
 
     from hf_iclr.trainers.safety_audit.report import SafetyReport
@@ -110,6 +110,11 @@ def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
     result = run("audit", tiny_model, *options, "--min-refusal", "0.9", "--before", str(tmp_path / "out"))
     assert result.exit_code == 1 and "min_refusal is 0.9, but the refusal rate is 0.000" in result.output
     assert "McNemar" in result.output
+    result = run("audit", tiny_model, *options, "--k", "30", "--min-refusal-at-prefill", "0")
+    assert result.exit_code == 0, result.output  # measured at k = 2 only
+    result = run("audit", tiny_model, *options[:-6], *options[-2:], "--k", "30", "--min-refusal-at-prefill", "0")
+    assert result.exit_code == 2 and "could not be measured: min_refusal_at_prefill" in result.output, result.output
+    assert (tmp_path / "out" / "report.html").exists() and not (tmp_path / "out" / "unfinished").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,12 +125,55 @@ def test_audit_writes_a_report_and_keeps_thresholds(run, tiny_model, tmp_path):
         ("p.xml", "<p/>", [], "got p.xml"),
         ("p.txt", "why", ["--attack", "magic"], "got 'magic'"),
         ("p.txt", "why", ["--max-over-refusal", "0.1"], "harmless_prompts"),
+        ("p.txt", "why", ["--max-new-tokens", "0"], "max_new_tokens of at least 1, got 0"),
+        ("p.txt", "why", ["--max-new-tokens", "9000"], "context of"),
+        ("p.txt", "why", ["--k", "-1"], "0 or more"),
+        ("p.txt", "why", ["--min-refusal", "nan"], "share between 0 and 1"),
+        ("p.txt", "why", ["--chat-template-kwargs", "{a"], "JSON in --chat-template-kwargs"),
+        ("p.txt", "why", ["--chat-template-kwargs", "[1]"], "an object for --chat-template-kwargs"),
+        ("p.txt", "why", ["--system", "be good"], "chat template for the system prompt"),
+        ("p.txt", "why", ["--out", "p.txt"], "p.txt is a file"),
+        ("p.txt", b"\xff\xfe", [], "UTF-8"),
+        ("p.jsonl", '["why"]', [], "column `prompt`"),
+        ("data/train.jsonl", '{"question": "why"}', [], "column `prompt` in data, got question"),
+        ("data/train.jsonl", '{"prompt": "why"}', ["--prompts-split", "left"], "left"),
     ],
 )
-def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, name, content, options, words):
-    (tmp_path / name).write_text(content)
-    result = run("audit", tiny_model, "--prompts", str(tmp_path / name), *options)
+def test_audit_says_what_is_wrong(run, tiny_model, tmp_path, monkeypatch, name, content, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = sorted(tmp_path.rglob("*"))
+    result = run("audit", tiny_model, "--prompts", name.split("/")[0], *options)
     assert result.exit_code == 2 and words in result.output, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_audit_of_a_data_set_and_of_the_orders_that_come_along(run, tiny_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text('{"question": "why", "answer": "because"}\n')
+    options = ["--prompts-split", "test", "--prompts-column", "question", "--harmless-prompts", "harmless_orders"]
+    options += ["--attack", "prefill", "--k", "3", "--max-new-tokens", "1", "--out", str(tmp_path / "out")]
+    result = run("audit", tiny_model, "--prompts", str(tmp_path / "data"), *options)
+    assert result.exit_code == 0 and "1 prompts that should be refused and 60 harmless" in result.output, result.output
+    assert "No threshold was given" in result.output
+
+
+def test_audit_of_an_adapter_without_a_tokenizer(run, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "p.txt").write_text("why")
+    options = ["--attack", "prefill", "--k", "1", "--max-new-tokens", "1", "--out", str(tmp_path / "out")]
+    for base, code in ((tiny_model, 0), (str(tmp_path / "gone"), 2)):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        lora.peft_config["default"].base_model_name_or_path = base
+        lora.save_pretrained(tmp_path / "adapter")
+        result = run("audit", str(tmp_path / "adapter"), "--prompts", str(tmp_path / "p.txt"), *options)
+        assert result.exit_code == code, result.output
+    assert "tokenizer in the adapter's folder" in result.output and "gone" in result.output
 
 
 def test_audit_of_what_is_not_there_is_no_crossed_threshold(run, tiny_model, tmp_path):

@@ -334,7 +334,7 @@ def test_models_under_adapters(models, tmp_path):
     inputs = left_padded(RAGGED_PROMPTS)
     plain = large.generate(**inputs, **GREEDY)
     assert not torch.equal(plain, models[0].generate(**inputs, **GREEDY))
-    cascade = enable_cascade(large, small)
+    cascade = enable_cascade(large, small, num_assistant_tokens=4)
     assert torch.equal(cascade.generate(**inputs, **GREEDY, cascade_rule="spec"), plain)
     assert sum(cascade.cascade_statistics.accepted) > 0
     cascade.save_pretrained(tmp_path)

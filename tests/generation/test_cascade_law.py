@@ -144,7 +144,7 @@ def test_q_is_the_small_models_own_in_every_round(models, monkeypatch, temperatu
     accept = BatchedCascade._accept
 
     def spy(self, drafts, q, p, lengths):
-        contexts = [self.sequences[row, : self.prompt_length + self.produced[row]] for row in self.rows.tolist()]
+        contexts = [self.texts.of_row(row) for row in self.rows.tolist()]
         for index, context in enumerate(contexts):
             real = context[self.padding[self.rows[index]] :]
             for step in range(int(lengths[index])):
@@ -162,6 +162,7 @@ def test_q_is_the_small_models_own_in_every_round(models, monkeypatch, temperatu
         temperature=temperature,
         top_k=0,
         max_new_tokens=24,
+        num_assistant_tokens=4,
         cascade_rule="token_v3",
         cascade_alpha=0.6,
         pad_token_id=0,  # 0 is also generated

@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from hf_iclr.generation.drafting.draft_model import build_draft_model
 from hf_iclr.generation.drafting.teacher import sample_texts
-from hf_iclr.generation.modeling_draft import DraftForCausalLM
+from hf_iclr.generation.modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM
 
 from .language_model import demo_model_path, load_demo_model
 
 
 logger = logging.getLogger(__name__)
 
-# What to build a draft from and for how long: seconds for the tour, under ten minutes on two quiet cores for the rest.
+# What to build a draft from: seconds for the tour, ten minutes of one quiet core for the rest.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "quick": {"num_layers": 2, "num_docstrings": 8, "num_samples": 0, "distill_minutes": 0.25},
-    "full": {"num_layers": 3, "num_docstrings": 60, "num_samples": 128, "distill_minutes": 5.0},
+    "quick": {"num_docstrings": 12, "num_samples": 0, "distill_steps": 10},
+    "full": {"num_docstrings": 60, "num_samples": 192, "distill_steps": 300},
 }
 
 # fmt: off
@@ -56,26 +56,28 @@ TASKS = (
 )
 
 
-def load_demo_draft(setting: str = "full", dtype: torch.dtype = torch.bfloat16) -> DraftForCausalLM:
+def load_demo_draft(setting: str = "full", dtype: torch.dtype = torch.bfloat16) -> FeatureDraftForCausalLM:
     """
     Load a draft of the demo model, built on first use and kept beside it.
 
     Args:
         setting (`str`, *optional*, defaults to `"full"`):
-            `"quick"` (under a minute, for the tour) or `"full"` (under ten minutes on two quiet cores). With `"quick"`
-            a full draft is taken if there is one.
+            `"quick"` (under a minute, for the tour) or `"full"` (about ten minutes). With `"quick"` a full draft is
+            taken if there is one.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Type of the weights.
 
     Returns:
-        [`DraftForCausalLM`]: in evaluation mode.
+        [`FeatureDraftForCausalLM`]: in evaluation mode.
 
     Raises:
         ValueError: if there is no such setting.
     """
     if setting not in SETTINGS:
         raise ValueError(f"Expected `setting` to be one of {', '.join(SETTINGS)}, got {setting!r}.")
-    path, full_path = (demo_model_path().with_name(f"{demo_model_path().name}-draft-{s}") for s in (setting, "full"))
+    path, full_path = (
+        demo_model_path().with_name(f"{demo_model_path().name}-feature-draft-{s}") for s in (setting, "full")
+    )
     path = full_path if full_path.exists() else path
     if not path.exists():
         logger.info("Building a draft of the demo model in %s (once).", path)
@@ -83,7 +85,7 @@ def load_demo_draft(setting: str = "full", dtype: torch.dtype = torch.bfloat16) 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
 
-def build_demo_draft(setting: str = "full") -> DraftForCausalLM:
+def build_demo_draft(setting: str = "full") -> DraftForCausalLM | FeatureDraftForCausalLM:
     """
     Build a draft of the demo model without looking at what is kept.
 
@@ -92,16 +94,14 @@ def build_demo_draft(setting: str = "full") -> DraftForCausalLM:
             A key of `SETTINGS`.
 
     Returns:
-        [`DraftForCausalLM`]: in float32.
+        [`FeatureDraftForCausalLM`]: in float32.
     """
     model, tokenizer = load_demo_model(torch.float32)  # faster than bfloat16 for long inputs on most processors
     chosen = SETTINGS[setting]
     texts: list[str | dict[str, str]] = [*docstrings()[: chosen["num_docstrings"]]]
     if chosen["num_samples"]:
         texts += sample_texts(model, tokenizer, demo_prompts()[: chosen["num_samples"]])
-    return build_draft_model(
-        model, tokenizer, texts, num_layers=chosen["num_layers"], distill_minutes=chosen["distill_minutes"]
-    )
+    return build_draft_model(model, tokenizer, texts, kind="features", distill_steps=chosen["distill_steps"])
 
 
 def demo_prompts() -> list[str]:
@@ -141,7 +141,7 @@ def docstrings(packages: tuple[str, ...] = ("transformers.generation", "torch.nn
     return shuffled
 
 
-def _save(draft: DraftForCausalLM, path: Path) -> None:
+def _save(draft: DraftForCausalLM | FeatureDraftForCausalLM, path: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         draft.save_pretrained(folder)

@@ -1,4 +1,4 @@
-from .baselines import LisaProximalCallback, project_safe_lora
+from .baselines import ProximalCallback, project_safe_lora
 from .config import DeepSafetySFTConfig
 from .constrained_loss import constrained_sft_loss
 from .recovery_rows import make_recovery_preference_dataset, make_safety_recovery_dataset
@@ -8,7 +8,7 @@ from .utility_anchor import distill_utility_anchor
 __all__ = [
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
-    "LisaProximalCallback",
+    "ProximalCallback",
     "constrained_sft_loss",
     "distill_utility_anchor",
     "make_recovery_preference_dataset",

@@ -1,17 +1,24 @@
 """What [`DeepSafetySFTTrainer`] makes of its arguments: the config, the triplets, the adapter, the tokens of a "
 "window."""
 
+import copy
 import logging
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer import add_fused_lm_head
+
+from hf_iclr.models import share_storage
 
 from .config import DeepSafetySFTConfig
-from .reference_log_probs import CONSTRAIN, check_answer_labels
+from .reference_log_probs import check_answer_labels
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +33,7 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
         name = model if isinstance(model, str) else model.config.name_or_path or ""
         return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
     values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
+    own = {name: values.pop(name) for name in values.keys() - {item.name for item in fields(DeepSafetySFTConfig)}}
     logger.warning(
         "The arguments are a %s: beta1 of Adam is %s and the warm-up %s as they say; the paper's are 0.5 and 10 "
         "steps. Use `DeepSafetySFTConfig` for those.",
@@ -33,7 +41,28 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
         args.adam_beta1,
         args.warmup_steps,
     )
-    return DeepSafetySFTConfig(**values)
+    config = DeepSafetySFTConfig(**values)
+    for name, value in own.items():  # of a subclass, for the callbacks that came with it
+        setattr(config, name, value)
+    return config
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """No dropout in training, also where a module keeps nothing but its rate, as in OPT: TRL's looks for `Dropout`."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if isinstance(value, float) and "drop" in name]:
+            setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def check_schedule(beta_schedule: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raises `ValueError` where a strength isn't 0 or a positive number."""
+    betas = torch.as_tensor(beta_schedule(torch.arange(65)[None]))
+    if not (torch.isfinite(betas) & (betas >= 0)).all():
+        raise ValueError(
+            f"Expected `beta_schedule` to give strengths of 0 or more, at positions 0 to 64 it gives {betas.tolist()}."
+        )
 
 
 def load_triplets(name: str) -> Dataset:
@@ -45,7 +74,7 @@ def load_triplets(name: str) -> Dataset:
 
 
 def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig) -> None:
-    """Raises where `ref_model` can't be held frozen beside the model."""
+    """Raises where `ref_model` can't be kept frozen beside the model."""
     if ref_model is None:
         return
     if not isinstance(ref_model, (PreTrainedModel, PeftModel)):
@@ -53,10 +82,11 @@ def check_reference_model(ref_model: Any, model: Any, args: DeepSafetySFTConfig)
             f"Expected `ref_model` to be a model, got {type(ref_model).__name__}. Type "
             "`ref_model=AutoModelForCausalLM.from_pretrained(...)`."
         )
-    if ref_model is model:
+    if not isinstance(model, str) and share_storage(model, ref_model):
         raise ValueError(
-            "Expected `ref_model` to be another model than the one to train, which it would freeze. Leave it out: the "
-            "model as it is given is the reference."
+            "Expected `ref_model` to be another model than the one to train, got one with the very same weights, also "
+            "where adapters were put into it: it would be frozen. Leave it out: the model as it is given is the "
+            "reference, and the one under an adapter is found by turning that off."
         )
     if args.reference not in ("auto", "frozen"):
         raise ValueError(
@@ -121,13 +151,18 @@ def check_labels(trainer: Any) -> None:
         check_answer_labels(labels)
 
 
-def check_marked_rows(rows: Any, args: DeepSafetySFTConfig) -> None:
-    """Raises where packing would lose which rows are marked."""
-    if args.packing and CONSTRAIN in (getattr(rows, "column_names", None) or ()):
-        raise ValueError(
-            f"Packing keeps no column `{CONSTRAIN}`: every row would be constrained. Set `packing=False` (with "
-            "`padding_free=True` rows still take no padding), or leave the column out."
-        )
+def freeze_reference(trainer: Any, ref_model: PreTrainedModel | None) -> torch.nn.Module:
+    """`ref_model`, or a copy of the trainer's model, frozen and where the trainer's model is."""
+    reference = ref_model if ref_model is not None else copy.deepcopy(trainer.model)
+    reference.eval().requires_grad_(False)
+    base = reference.get_base_model() if isinstance(reference, PeftModel) else reference
+    vars(base).pop("forward", None)  # a copied fused head would still lead to the original's forward
+    add_fused_lm_head(base)
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(reference, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(reference, trainer.accelerator)
+    return trainer.accelerator.prepare_model(reference, evaluation_mode=True)
 
 
 def keep_adapter(model: PeftModel) -> None:

@@ -1,4 +1,4 @@
-"""Two other defences of an alignment, to compare with: Lisa's proximal term and the projection of SafeLoRA."""
+"""Two other defences of an alignment, to compare with: a proximal term and the projection of SafeLoRA."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class LisaProximalCallback(TrainerCallback):
+class ProximalCallback(TrainerCallback):
     r"""
-    Holds the trained weights near those at the start of the training by the proximal term
-    \\( \frac{\rho}{2} \lVert w - w_0 \rVert^2 \\) of [Lisa](https://huggingface.co/papers/2405.18641). Its gradient
-    \\( \rho (w - w_0) \\) is added just before each optimizer step, after the clipping, so the clipping and the logged
-    loss see the data only.
+    Adds the proximal term \\( \frac{\rho}{2} \lVert w - w_0 \rVert^2 \\), which keeps the trained weights near those
+    at the start of the training. Its gradient \\( \rho (w - w_0) \\) is added just before each optimizer step, after
+    the clipping, so the clipping and the logged loss see the data only.
 
-    Left out is the other half of Lisa, which goes to and fro between alignment data and the user's data and takes the
-    weights at the last switch as \\( w_0 \\). For that, train with two trainers in turn: every `train()` takes its own
-    \\( w_0 \\).
+    It is one half of [Lisa](https://huggingface.co/papers/2405.18641), not the method: Lisa also goes to and fro
+    between alignment data and the user's data and takes the weights at the last switch as \\( w_0 \\).
 
     Args:
         rho (`float`, *optional*, defaults to `1.0`):
-            Strength of the term, "RHO=1" in the authors' scripts. With Adam only its size beside the gradient of the
-            data counts.
+            Strength of the term, "RHO=1" in the scripts of Lisa's authors. With Adam only its size beside the gradient
+            of the data counts.
 
     Raises:
         ValueError: if `rho` is not positive; when training begins, if it is resumed, as the weights at its start are
@@ -44,11 +42,11 @@ class LisaProximalCallback(TrainerCallback):
     ) -> None:
         if state.global_step:
             raise ValueError(
-                f"Lisa's term pulls towards the weights at the start of the training, which a run resumed at step "
-                f"{state.global_step} no longer has. Type `resume_from_checkpoint=False`."
+                f"The proximal term pulls towards the weights at the start of the training, which a run resumed at "
+                f"step {state.global_step} no longer has. Type `resume_from_checkpoint=False`."
             )
         if args.fp16:
-            raise ValueError("Lisa's term is added to gradients that fp16 has scaled. Type `bf16=True`.")
+            raise ValueError("The proximal term is added to gradients that fp16 has scaled. Type `bf16=True`.")
         parameters = [parameter for parameter in kwargs["model"].parameters() if parameter.requires_grad]
         self._start = [(parameter, parameter.detach().clone()) for parameter in parameters]
 

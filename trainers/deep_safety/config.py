@@ -1,5 +1,6 @@
 """Settings of [`DeepSafetySFTTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -19,14 +20,14 @@ class DeepSafetySFTConfig(SFTConfig):
 
     Parameters:
         constrain (`str`, *optional*, defaults to `"all"`):
-            Which rows get the constrained loss: `"all"`, `"refused"` (rows whose prompt the reference model refuses,
-            by one short greedy answer each before training) or `"none"`. The others get plain cross-entropy, as do
+            Which answers get the constrained loss: `"all"`, `"refused"` (those to turns that the reference refuses, by
+            one short greedy answer to each before training) or `"none"`. The others get plain cross-entropy, as do
             rows with a column `constrain` that is `False`, whose prompts are not rehearsed either.
         rehearse_refusals (`bool`, *optional*, defaults to `False`):
             With `constrain="refused"`: mix the reference's own refusals of those prompts into every step, a share
             `safety_ratio` of its rows. The constraint only weakens a push; these rows pull back.
         beta_first (`float`, *optional*, defaults to `0.5`):
-            Strength β₁ at the first token of an answer. Larger holds the token closer to the reference.
+            Strength β₁ at the first token of an answer. Larger keeps the token closer to the reference.
         beta_initial (`float`, *optional*, defaults to `2.0`):
             Strength at tokens 2 to `num_initial_tokens`.
         beta_rest (`float`, *optional*, defaults to `0.1`):
@@ -34,8 +35,9 @@ class DeepSafetySFTConfig(SFTConfig):
             then.
         num_initial_tokens (`int`, *optional*, defaults to `5`):
             Length of the protected window in tokens.
-        betas (`list[float]`, *optional*):
-            Strengths by position instead of the three above, the last one for all later tokens.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Train without dropout wherever one of the two methods is used, as the paper and TRL's DPO do. The reference
+            has none, so with dropout the weights of the loss would not begin at 1.
         reference (`str`, *optional*, defaults to `"auto"`):
             Where the reference log-probabilities come from. `"adapter"`: the PEFT model without its adapter, one more
             forward a step. `"frozen"`: a frozen copy of the model, one more forward a step. `"precompute"`: computed
@@ -72,9 +74,7 @@ class DeepSafetySFTConfig(SFTConfig):
     beta_initial: float = field(default=2.0, metadata={"help": "Strength at the other initial answer tokens."})
     beta_rest: float = field(default=0.1, metadata={"help": "Strength at all later answer tokens."})
     num_initial_tokens: int = field(default=5, metadata={"help": "Length of the protected window in tokens."})
-    betas: list[float] | None = field(
-        default=None, metadata={"help": "Strengths by position, the last for all later tokens."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout, as the reference runs."})
     reference: str = field(
         default="auto", metadata={"help": "Where reference log-probs come from.", "choices": list(REFERENCES)}
     )
@@ -96,17 +96,11 @@ class DeepSafetySFTConfig(SFTConfig):
         for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        strengths = self.betas if self.betas is not None else [self.beta_first, self.beta_initial, self.beta_rest]
-        if not strengths or min(strengths) <= 0:
+        if not all(0 < beta < math.inf for beta in (self.beta_first, self.beta_initial, self.beta_rest)):
             raise ValueError(
-                f"Expected every beta to be positive, got betas={self.betas}, beta_first={self.beta_first}, "
+                f"Expected every beta to be positive and finite, got beta_first={self.beta_first}, "
                 f"beta_initial={self.beta_initial}, beta_rest={self.beta_rest}. To leave later tokens free set "
                 '`reference="window"`; to leave the loss alone set `constrain="none"`.'
-            )
-        if self.reference == "window" and self.window_tokens < 1:
-            raise ValueError(
-                f"Expected `betas` of at least two values with `reference='window'`, got betas={self.betas}: the last "
-                "is that of all later tokens, so nothing is left for the window. Add one, or set `reference='auto'`."
             )
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")
@@ -127,17 +121,14 @@ class DeepSafetySFTConfig(SFTConfig):
         if self.constrain != "none":
             self._check_constrained()
 
-    @property
-    def window_tokens(self) -> int:
-        """Length of the protected window: with `betas`, all positions but those of the last one."""
-        return len(self.betas) - 1 if self.betas is not None else self.num_initial_tokens
-
     def _check_constrained(self) -> None:
         reason = None
         if self.loss_type == "dft":
             reason = "`loss_type='dft'` multiplies the log-probabilities this loss rewrites. Set `loss_type='nll'`"
         elif self.label_smoothing_factor > 0:
             reason = "`label_smoothing_factor` takes its loss from full logits. Set it to 0"
+        elif self.packing and self.constrain == "refused":
+            reason = "`constrain='refused'` answers every prompt first, and packed rows have none. Set `packing=False`"
         elif self.packing and self.packing_strategy != "bfd":
             reason = (
                 f"`packing_strategy={self.packing_strategy!r}` cuts answers in the middle, where their positions "

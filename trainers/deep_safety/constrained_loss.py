@@ -1,7 +1,5 @@
 """The token-wise constrained loss of https://huggingface.co/papers/2406.05946, equation 3, and where its window is."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -16,9 +14,9 @@ def constrained_sft_loss(logps: torch.Tensor, ref_logps: torch.Tensor, betas: to
     Loss of every answer token: equation 3 of https://huggingface.co/papers/2406.05946, shifted by a constant so that
     it reads in nats like cross-entropy.
 
-    With `z = logps - ref_logps` it is `-(ref_logps + 2/β (log σ(β z) + log 2))`. Its gradient is that of equation 3,
-    cross-entropy weighted by `w = 2 σ(-β z)`; its value equals `-logps` where the model still equals the reference,
-    and everywhere as β → 0.
+    With `z = logps - ref_logps` it is `-(ref_logps + 2/β (log σ(β z) + log 2))`, computed as `-logps + 2/β log cosh(β
+    z / 2)`, the same number and exact for a small β too. Its gradient is that of equation 3, cross-entropy weighted by
+    `w = 2 σ(-β z)`; its value equals `-logps` where the model still equals the reference, and everywhere as β → 0.
 
     Args:
         logps (`torch.Tensor` of shape `(batch, seq_len)`):
@@ -44,9 +42,9 @@ def constrained_sft_loss(logps: torch.Tensor, ref_logps: torch.Tensor, betas: to
     """
     constrained = betas > 0
     strength = torch.where(constrained, betas, 1.0)
-    reference = torch.where(constrained, ref_logps, 0.0)
-    pulled = reference + 2 / strength * (F.logsigmoid(strength * (logps - reference)) + math.log(2))
-    return -torch.where(constrained, pulled, logps)
+    half = (strength / 2 * torch.where(constrained, logps - ref_logps, 0.0)).abs()
+    log_cosh = half + torch.log1p(torch.expm1(-2 * half) / 2)
+    return 2 / strength * log_cosh - logps
 
 
 def constraint_weights(logps: torch.Tensor, ref_logps: torch.Tensor, betas: torch.Tensor) -> torch.Tensor:

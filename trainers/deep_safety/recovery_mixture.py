@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from trl import pack_dataset
 
+from .config import DeepSafetySFTConfig
 from .recovery_rows import check_prefix_arguments, draw_recovery_row
 
 
@@ -158,32 +160,61 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
         self.mixture.set_epoch(epoch)
 
 
+def check_rows_to_mix(rows: Any, images: bool = False) -> None:
+    """Raises `ValueError` where recovery rows can't be mixed in."""
+    if not isinstance(rows, Dataset) or images:
+        raise ValueError(
+            f"Recovery rows are mixed into a `datasets.Dataset` of texts, got {type(rows).__name__}. Mix rows of "
+            "`make_safety_recovery_dataset` into the stream yourself."
+        )
+
+
+def pack_with_recovery_rows(rows: Any, triplets: Dataset | None, args: DeepSafetySFTConfig) -> Any:
+    """
+    Rows and, of triplets, the share `safety_ratio` of recovery rows, packed together. TRL packs `input_ids` and
+    `labels` alone; here `constrain` goes along, one flag a token.
+    """
+    columns = [name for name in ("input_ids", "labels", "constrain") if name in rows.column_names]
+    rows = rows.select_columns(columns)
+    if triplets is not None:
+        share = Fraction(args.safety_ratio).limit_denominator(10_000)
+        mixture = _mixture(rows, triplets, args)
+        recovery = [mixture[len(rows) + index] for index in range(max(1, round(len(rows) * share / (1 - share))))]
+        features = Features({**{name: rows.features[name] for name in columns}, "constrain": Value("bool")})
+        rows = concatenate_datasets([rows, Dataset.from_list(recovery, features=features)]).shuffle(seed=args.seed)
+    flags = rows.map(
+        lambda row: {"flags": [row.get("constrain") is not False] * len(row["input_ids"])},
+        remove_columns=[name for name in rows.column_names if name == "constrain"],
+    ).rename_column("flags", "constrain")
+    packed = pack_dataset(flags, args.max_length, args.packing_strategy)
+    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+
 def mix_in_recovery_rows(trainer: Any, triplets: list[dict[str, list[int]]]) -> None:
     """Make the trainer's rows a [`RecoveryMixture`] with triplets and, if it rehearses them, its own refusals."""
-    if not isinstance(trainer.train_dataset, Dataset) or trainer._is_vision_dataset:
-        raise ValueError(
-            "Recovery rows are mixed into a `datasets.Dataset` of texts, got "
-            f"{type(trainer.train_dataset).__name__}. Mix rows of `make_safety_recovery_dataset` into the stream "
-            "yourtrainer."
-        )
+    check_rows_to_mix(trainer.train_dataset, trainer._is_vision_dataset)
     args = trainer.args
     if args.rehearse_refusals:
         rehearsed = sorted(trainer.own_refusals.items())
-        triplets = [
-            *({"prompt_ids": list(prompt), "harmful_ids": [], "refusal_ids": own} for prompt, own in rehearsed),
-            *triplets,
-        ]
+        nothing: dict[str, list[int]] = {name: [] for name in ("harmful_ids", "spaced_ids", "bare_ids", "blank_ends")}
+        own = [{**nothing, "prompt_ids": list(prompt), "refusal_ids": refusal} for prompt, refusal in rehearsed]
+        triplets = [*own, *triplets]
     if not triplets:
         logger.warning("The reference refuses no training prompt: `rehearse_refusals=True` has nothing to rehearse.")
         return
     token_ids = List(Value("int64"))
-    mixture = RecoveryMixture(
-        trainer.train_dataset,
-        Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids))),
+    rows = Dataset.from_list(triplets, features=Features(dict.fromkeys(triplets[0], token_ids)))
+    mixture = _mixture(trainer.train_dataset, rows, args)
+    RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
+    trainer.train_dataset = mixture
+
+
+def _mixture(rows: Dataset, triplets: Dataset, args: DeepSafetySFTConfig) -> RecoveryMixture:
+    return RecoveryMixture(
+        rows,
+        triplets,
         seed=args.seed,
         prefix_probability=args.recovery_probability,
         max_prefix_tokens=args.max_prefix_tokens,
         max_length=args.max_length,
     )
-    RecoveryMixtureSampler(mixture, ratio=args.safety_ratio)  # raises where there are too few rows
-    trainer.train_dataset = mixture

@@ -1,5 +1,6 @@
 """Safety-recovery data: rows that begin a forbidden answer and learn only the refusal that follows."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_iclr.models import render_prompt, to_messages
+
+from ..safety_audit.asking.thoughts import answer_lead, opens_thoughts
 
 
 _COLUMNS = ("prompt", "harmful", "refusal")
@@ -32,9 +35,10 @@ def make_safety_recovery_dataset(
     have a loss. k is 0 with probability `1 - prefix_probability`, else uniform on 1 .. `max_prefix_tokens`, or on 1 ..
     the length of the harmful answer where that is shorter.
 
-    The rows are token ids which any trainer of TRL takes as they are, packed or not. Mix them with four times as many
-    rows of ordinary data, prepared the same way: alone they teach a model to refuse everything. `DeepSafetySFTTrainer`
-    does the mixing itself and draws k anew every time a row is seen.
+    The rows are token ids which any trainer of TRL takes as they are, packed or not. Concatenate them with four times
+    as many rows of ordinary data, prepared the same way: alone they teach a model to refuse everything.
+    `DeepSafetySFTTrainer` does the mixing itself and draws k anew every time a row is seen; of rows that are
+    concatenated it knows by their column `constrain` that they get plain cross-entropy.
 
     Args:
         triplets ([`~datasets.Dataset`] or `list[dict]`):
@@ -56,7 +60,8 @@ def make_safety_recovery_dataset(
             More arguments of the chat template, for instance `{"enable_thinking": False}`.
 
     Returns:
-        [`~datasets.Dataset`]: columns `input_ids` and `labels`; row `copy * len(triplets) + index`.
+        [`~datasets.Dataset`]: columns `input_ids`, `labels` and `constrain`, which is `False`; row
+        `copy * len(triplets) + index`.
 
     Raises:
         TypeError: if the triplets are neither a dataset nor a list.
@@ -69,15 +74,18 @@ def make_safety_recovery_dataset(
     )
     return Dataset.from_list(
         [
-            draw_recovery_row(
-                row,
-                seed=seed,
-                copy=copy,
-                index=index,
-                prefix_probability=prefix_probability,
-                max_prefix_tokens=max_prefix_tokens,
-                max_length=max_length,
-            )
+            {
+                **draw_recovery_row(
+                    row,
+                    seed=seed,
+                    copy=copy,
+                    index=index,
+                    prefix_probability=prefix_probability,
+                    max_prefix_tokens=max_prefix_tokens,
+                    max_length=max_length,
+                ),
+                "constrain": False,
+            }
             for copy in range(copies)
             for index, row in enumerate(rows)
         ]
@@ -106,7 +114,9 @@ def tokenize_triplets(
             Most tokens that prompt and refusal may take together.
 
     Returns:
-        [`~datasets.Dataset`]: columns `prompt_ids`, `harmful_ids` (up to its first special token) and `refusal_ids`.
+        [`~datasets.Dataset`]: columns `prompt_ids`, `harmful_ids` (up to its first special token), the refusal at the
+        start of an answer (`refusal_ids`), after a word (`spaced_ids`) and after a blank (`bare_ids`); `blank_ends` is
+        1 at each token of the harmful answer that ends with a blank.
 
     Raises:
         TypeError: if the triplets are neither a dataset nor a list.
@@ -140,7 +150,22 @@ def tokenize_triplets(
                 f"Triplet {index}: its prompt and refusal take {len(prompt_ids)} + {len(refusal_ids)} tokens, more "
                 f"than `max_length={max_length}`. They are not cut: type a larger `max_length` or leave it out."
             )
-        rows.append({"prompt_ids": prompt_ids, "harmful_ids": harmful_ids[:end], "refusal_ids": refusal_ids})
+        later = {}
+        for name, blank in (("spaced_ids", ""), ("bare_ids", "\n")):
+            begun = text.prompt + text.lead + triplet["harmful"].rstrip() + blank
+            answer = _space(begun, triplet["refusal"]) + triplet["refusal"] + text.tail
+            later[name] = _continuation(tokenizer, begun, _ids(tokenizer, begun), answer)
+            later[name] += [] if special & set(later[name]) else [tokenizer.eos_token_id]
+        ends = [tokenizer.decode(harmful_ids[max(0, place - 8) : place + 1])[-1:] for place in range(end)]
+        rows.append(
+            {
+                "prompt_ids": prompt_ids,
+                "harmful_ids": harmful_ids[:end],
+                "refusal_ids": refusal_ids,
+                **later,
+                "blank_ends": [int(last.isspace()) for last in ends],
+            }
+        )
     return Dataset.from_list(rows)
 
 
@@ -176,11 +201,12 @@ def draw_recovery_row(
     prompt, harmful, refusal = row["prompt_ids"], row["harmful_ids"], row["refusal_ids"]
     longest = min(max_prefix_tokens, len(harmful))
     if max_length is not None:
-        longest = min(longest, max_length - len(prompt) - len(refusal))
+        longest = min(longest, max_length - len(prompt) - max(len(refusal), len(row["spaced_ids"])))
     generator = np.random.default_rng([seed, copy, index])
     k = 0
     if generator.random() < prefix_probability and longest > 0:
         k = int(generator.integers(1, longest, endpoint=True))
+        refusal = row["bare_ids"] if row["blank_ends"][k - 1] else row["spaced_ids"]
     masked = [*prompt, *harmful[:k]]
     return {"input_ids": [*masked, *refusal], "labels": [-100] * len(masked) + [*refusal]}
 
@@ -229,7 +255,7 @@ def make_recovery_preference_dataset(
                 prefix_probability=prefix_probability,
                 max_prefix_tokens=max_prefix_tokens,
             )
-            k = len(drawn["input_ids"]) - len(row["prompt_ids"]) - len(row["refusal_ids"])
+            k = drawn["labels"].count(-100) - len(row["prompt_ids"])
             text = _render(triplet, tokenizer, chat_template_kwargs or {}, index)
             pairs.append(_preference_pair(text, triplet, row["harmful_ids"], k, tokenizer))
     return Dataset.from_list(pairs)
@@ -299,6 +325,12 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
         raise ValueError(f"Triplet {index}: expected a prompt that ends with the user's message, not the assistant's.")
     start = render_prompt(tokenizer, prompt, chat_template_kwargs=template_kwargs)
     whole = render_prompt(tokenizer, prompt, answer=refusal, chat_template_kwargs=template_kwargs)
+    if not whole.startswith(start) and opens_thoughts(start):
+        # As DeepSeek-R1's: asked, the model is to think; an answer that is given has no thoughts. They are closed.
+        lead = answer_lead(tokenizer, prompt, chat_template_kwargs=template_kwargs)
+        _, found, tail = whole.rpartition(refusal)
+        if lead and found:
+            return _Rendered(start + lead, "", tail)
     if not whole.startswith(start):
         raise ValueError(
             f"Triplet {index}: the chat template renders the prompt differently when an answer follows, so the model "
@@ -337,6 +369,13 @@ def _continuation(tokenizer, prompt, prompt_ids, answer) -> list[int]:
     return tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
+def _space(before: str, text: str) -> str:
+    """What stands between two texts: nothing after a blank, nor in a script that separates no words."""
+    names = (unicodedata.name(character, "") for character in (before[-1:], text[:1]) if character)
+    joined = any(name.startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")) for name in names)
+    return "" if before[-1:].isspace() or joined else " "
+
+
 def _preference_pair(text, triplet, harmful_ids, k, tokenizer) -> dict[str, str]:
     prompt, harmful = text.prompt, text.lead + triplet["harmful"]
     begin = tokenizer("")["input_ids"][:1]
@@ -348,7 +387,7 @@ def _preference_pair(text, triplet, harmful_ids, k, tokenizer) -> dict[str, str]
     for length in range(k, 0, -1):
         prefix = text.lead + tokenizer.decode(harmful_ids[:length]).removeprefix(text.lead)
         rest = harmful.removeprefix(prefix)
-        refusal = triplet["refusal"] if prefix[-1:].isspace() else " " + triplet["refusal"].lstrip()
+        refusal = _space(prefix, triplet["refusal"]) + triplet["refusal"].lstrip()
         expected = [*prompt_ids, *harmful_ids[:length]]
         texts = [prompt + prefix, prompt + prefix + refusal, prompt + harmful]
         if rest != harmful and all(ids[: len(expected)] == expected for ids in tokenizer(texts)["input_ids"]):

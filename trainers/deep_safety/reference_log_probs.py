@@ -60,7 +60,8 @@ class Window:
 class ConstrainedCollator:
     """
     A collator of TRL plus what the constrained loss needs of each token: `window_positions`, and `ref_logps` where the
-    rows carry them. Rows whose column `constrain` is `False` get position 0 everywhere, which is plain cross-entropy.
+    rows carry them. Rows whose column `constrain` is `False`, and tokens for which a `constrain` of one flag a token
+    is, get position 0, which is plain cross-entropy.
 
     Args:
         collator (`Callable`):
@@ -82,15 +83,14 @@ class ConstrainedCollator:
                 check_answer_labels(row["labels"])
         batch = self.collator([{k: v for k, v in row.items() if k not in (REF_LOGPS, CONSTRAIN)} for row in rows])
         positions = self.window.positions(F.pad(batch["labels"][:, 1:], (1, 0), value=-100))  # none predicts the first
-        constrained = [bool(row.get(CONSTRAIN, True)) for row in rows]
-        if not all(constrained):
-            positions = positions * _spread(constrained, rows, batch["labels"])
-        batch[POSITIONS] = positions
-        if self.stored and all(REF_LOGPS in row for row, keep in zip(rows, constrained, strict=True) if keep):
-            values = [value for row, keep in zip(rows, constrained, strict=True) if keep for value in row[REF_LOGPS]]
-            batch[REF_LOGPS] = torch.zeros(positions.shape).masked_scatter(
-                self.window.stored(positions), torch.tensor(values)
-            )
+        # A row that another dataset brought along has no flag, `None` once the two are concatenated.
+        flags = [True if row.get(CONSTRAIN) is None else row[CONSTRAIN] for row in rows]
+        scored = [REF_LOGPS in row for row in rows]
+        if self.stored and all(has or flag is False for has, flag in zip(scored, flags, strict=True)):
+            values = [value for row in rows for value in row.get(REF_LOGPS, ())]
+            places = self.window.stored(positions) & _spread(scored, rows, batch["labels"])
+            batch[REF_LOGPS] = torch.zeros(positions.shape).masked_scatter(places, torch.tensor(values))
+        batch[POSITIONS] = positions * _spread(flags, rows, batch["labels"])
         return batch
 
 
@@ -104,13 +104,14 @@ def check_answer_labels(labels: Sequence[int]) -> None:
         )
 
 
-def _spread(flags: list[bool], rows: Sequence[Mapping[str, Any]], labels: torch.Tensor) -> torch.Tensor:
-    """One flag a row -> one a token, whether the rows lie below each other or one after the other."""
-    if labels.shape[0] == len(rows):
+def _spread(flags: list, rows: Sequence[Mapping[str, Any]], labels: torch.Tensor) -> torch.Tensor:
+    """Flags of rows or of their tokens -> one a token, whether rows lie below each other or one after the other."""
+    below = labels.shape[0] == len(rows)
+    if below and all(isinstance(flag, bool) for flag in flags):
         return torch.tensor(flags)[:, None]
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    flat = torch.tensor(flags).repeat_interleave(lengths)
-    return F.pad(flat, (0, labels.shape[1] - len(flat)))[None]
+    tokens = [torch.tensor(flag).expand(len(row["input_ids"])) for flag, row in zip(flags, rows, strict=True)]
+    lines = tokens if below else [torch.cat(tokens)]
+    return torch.stack([F.pad(line, (0, labels.shape[1] - len(line))) for line in lines])
 
 
 def add_reference_log_probs(

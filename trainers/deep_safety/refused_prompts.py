@@ -1,5 +1,6 @@
 """Which training prompts the reference refuses, by one short greedy answer each."""
 
+from itertools import chain
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,12 +14,37 @@ from hf_iclr.models import end_tokens, generate_rows
 from ..safety_audit.judge import find_refusal_cue
 
 
-def prompts_of(rows: Dataset) -> list[tuple[int, ...]]:
-    """Token ids of each row up to its first label."""
+def prompts_of(rows: Dataset) -> list[list[tuple[int, ...]]]:
+    """For each row the token ids in front of each of its answers, the runs of tokens with a label."""
     return [
-        tuple(ids[: next((index for index, label in enumerate(labels) if label != -100), len(labels))])
+        [
+            tuple(ids[:index])
+            for index, label in enumerate(labels)
+            if label != -100 and (index == 0 or labels[index - 1] == -100)
+        ]
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
+
+
+def mark_answers(
+    rows: Dataset, refusals: dict[tuple[int, ...], list[int]]
+) -> tuple[list[list[bool]], dict[tuple[int, ...], list[int]]]:
+    """
+    For each token of each row whether it belongs to an answer to a refused prompt and no column `constrain`
+    says that it must not, and the refusals of the prompts so marked.
+    """
+    before = rows["constrain"] if "constrain" in rows.column_names else [None] * len(rows)
+    every: list[list[bool]] = []
+    found: dict[tuple[int, ...], list[int]] = {}
+    for prompts, own, ids in zip(prompts_of(rows), before, rows["input_ids"], strict=True):
+        allowed = own if isinstance(own, list) else [own is not False] * len(ids)
+        marked = {len(prompt): prompt in refusals and allowed[len(prompt)] for prompt in prompts}
+        found |= {prompt: refusals[prompt] for prompt in prompts if marked[len(prompt)]}
+        flags: list[bool] = []
+        for place in range(len(ids)):
+            flags.append(marked.get(place, bool(flags) and flags[-1]))
+        every.append(flags)
+    return every, found
 
 
 def find_refusals(
@@ -31,11 +57,11 @@ def find_refusals(
     max_new_tokens: int = 24,
 ) -> dict[tuple[int, ...], list[int]]:
     """
-    Answer every prompt once, greedily, and keep the answers that refuse by the cues of [`RefusalJudge`].
+    Answer every turn's prompt once, greedily, and keep the answers that refuse by the cues of [`RefusalJudge`].
 
     Args:
         rows ([`~datasets.Dataset`]):
-            Rows with `input_ids` and `labels`; the prompt is what comes before the first label.
+            Rows with `input_ids` and `labels`; the prompt is what comes before each run of labels.
         model ([`~transformers.PreTrainedModel`]):
             The reference, in evaluation mode.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -53,7 +79,7 @@ def find_refusals(
         `dict[tuple[int], list[int]]`: token ids of each refused prompt -> those of the refusal, up to and with its end
         of turn, or the first `max_new_tokens`.
     """
-    unique = sorted(set(prompts_of(rows)), key=lambda prompt: (len(prompt), prompt))
+    unique = sorted(set(chain.from_iterable(prompts_of(rows))), key=lambda prompt: (len(prompt), prompt))
     share = unique[accelerator.process_index :: accelerator.num_processes]
     refusals: dict[tuple[int, ...], list[int]] = {}
     answers = generate_rows(
@@ -65,11 +91,8 @@ def find_refusals(
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    for prompt, answer in zip(
-        tqdm(share, f"Answers of the reference to {name}", disable=not accelerator.is_main_process),
-        answers,
-        strict=True,
-    ):
+    title = f"Answers of the reference to {name}"
+    for prompt, answer in zip(tqdm(share, title, disable=not accelerator.is_main_process), answers, strict=True):
         if find_refusal_cue(tokenizer.decode(answer, skip_special_tokens=True)) is not None:
             refusals[prompt] = answer
     return {prompt: refusal for part in gather_object([refusals]) for prompt, refusal in part.items()}

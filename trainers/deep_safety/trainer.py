@@ -1,7 +1,6 @@
 """SFT that keeps an alignment: recovery rows and the constrained loss of https://huggingface.co/papers/2406.05946."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import logging
@@ -9,14 +8,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer import add_fused_lm_head
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from typing_extensions import override
 
@@ -26,27 +23,28 @@ from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 from .arguments import (
     as_config,
     check_labels,
-    check_marked_rows,
     check_reference_model,
+    check_schedule,
     choose_reference,
+    disable_dropout,
     end_of_thinking_id,
+    freeze_reference,
     keep_adapter,
     load_triplets,
     template_ids,
 )
 from .config import DeepSafetySFTConfig
 from .constrained_loss import constrained_sft_loss, constraint_means, constraint_sums, schedule_betas
-from .recovery_mixture import RecoveryMixture, RecoveryMixtureSampler, mix_in_recovery_rows
-from .recovery_rows import tokenize_triplets
-from .reference_log_probs import (
-    CONSTRAIN,
-    POSITIONS,
-    REF_LOGPS,
-    ConstrainedCollator,
-    Window,
-    add_reference_log_probs,
+from .recovery_mixture import (
+    RecoveryMixture,
+    RecoveryMixtureSampler,
+    check_rows_to_mix,
+    mix_in_recovery_rows,
+    pack_with_recovery_rows,
 )
-from .refused_prompts import find_refusals, prompts_of
+from .recovery_rows import tokenize_triplets
+from .reference_log_probs import CONSTRAIN, POSITIONS, REF_LOGPS, ConstrainedCollator, Window, add_reference_log_probs
+from .refused_prompts import find_refusals, mark_answers
 
 
 if TYPE_CHECKING:
@@ -138,34 +136,50 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
                 "The constrained loss cannot be right here: `compute_loss_func` takes its own loss from full logits. "
                 "Leave it out, or set `constrain='none'`."
             )
-        if (safety_dataset is not None or args.rehearse_refusals) and (
-            args.packing or args.train_sampling_strategy != "random"
-        ):
+        mixes = safety_dataset is not None or args.rehearse_refusals
+        if mixes and not args.packing and args.train_sampling_strategy != "random":
             raise ValueError(
-                "Recovery rows are mixed by row and by step, got "
-                f"packing={args.packing} and train_sampling_strategy={args.train_sampling_strategy!r}. Set "
-                "`packing=False, train_sampling_strategy='random'`, or concatenate the rows of "
-                "`make_safety_recovery_dataset` with your dataset."
+                "Recovery rows are mixed into every step in random order, got "
+                f"train_sampling_strategy={args.train_sampling_strategy!r}. Set `train_sampling_strategy='random'`, "
+                "or concatenate the rows of `make_safety_recovery_dataset` with yours of `input_ids` and `labels`."
             )
+        if beta_schedule is not None:
+            check_schedule(beta_schedule)
         if self._constrains:
             check_reference_model(ref_model, model, args)
-            check_marked_rows(kwargs.get("train_dataset", positional[1] if len(positional) > 1 else None), args)
         if self._constrains and ref_model is None and isinstance(model, PeftModel) and not kwargs.get("peft_config"):
             keep_adapter(model)
         self.beta_schedule = beta_schedule
         self._ref_model: torch.nn.Module | None = None
         self.sums = {}
         self.own_refusals: dict[tuple[int, ...], list[int]] = {}
+        self._triplets_to_pack = safety_dataset if args.packing else None
         super().__init__(model, args, *positional, **kwargs)
 
+        if args.disable_dropout and (self._constrains or mixes):
+            disable_dropout(self.model)
         triplets = []  # what may be wrong with them shows before the reference is computed
-        if safety_dataset is not None:
+        if safety_dataset is not None and not args.packing:
             triplets = list(tokenize_triplets(safety_dataset, self._tokenizer, max_length=args.max_length))
         self.reference = choose_reference(self, ref_model) if self._constrains else None
         if self._constrains:
             self._set_up_constraint(ref_model)
-        if safety_dataset is not None or args.rehearse_refusals:
+        if mixes and not args.packing:
             mix_in_recovery_rows(self, triplets)
+
+    @override
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        triplets, self._triplets_to_pack = self._triplets_to_pack, None  # the training rows are prepared first
+        marked = self._constrains and CONSTRAIN in (dataset.column_names or ())
+        if not packing or (triplets is None and not marked):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if triplets is not None:
+            check_rows_to_mix(dataset)
+            triplets = tokenize_triplets(triplets, self._tokenizer, max_length=args.max_length)
+        rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        return pack_with_recovery_rows(rows, triplets, args)
 
     def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
         args: DeepSafetySFTConfig = self.args
@@ -174,21 +188,21 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
             args.window_start,
             template_ids(self._tokenizer) if args.window_start != "completion" else frozenset(),
             end_of_thinking_id(self._tokenizer, args),
-            args.window_tokens if self.reference == "window" else None,
+            args.num_initial_tokens if self.reference == "window" else None,
         )
         stored = self.reference in ("precompute", "window")
         self.data_collator = ConstrainedCollator(self.data_collator, window, stored)
         if self.reference == "frozen":
-            self._ref_model = self._freeze_reference(ref_model)
+            self._ref_model = freeze_reference(self, ref_model)
         if args.constrain == "refused":
             self._map_datasets(self._mark_refused)
-            if args.betas is None and self.beta_schedule is None:
+            if self.beta_schedule is None:
                 self._warn_of_a_weak_constraint()
         if stored:
             self._map_datasets(functools.partial(self._score, window=window, keep=True))
 
     def _warn_of_a_weak_constraint(self) -> None:
-        rows = self.train_dataset.select(np.flatnonzero(self.train_dataset[CONSTRAIN]))
+        rows = self.train_dataset.select([i for i, marks in enumerate(self.train_dataset[CONSTRAIN]) if any(marks)])
         if not len(rows):
             logger.warning(
                 "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
@@ -197,9 +211,14 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
                 len(self.train_dataset),
             )
             return
+        rows = rows.map(
+            lambda row: {
+                "labels": [t if mark else -100 for t, mark in zip(row["labels"], row[CONSTRAIN], strict=True)]
+            }
+        )
         first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
         scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
-        loss = -statistics.mean(values[0] for values in scored if values)
+        loss = -statistics.mean(value for values in scored for value in values)
         logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(self.train_dataset))
         if self.args.beta_first * loss < STRONG_CONSTRAINT:
             logger.warning(
@@ -225,17 +244,15 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         if not plain or "seq_lengths" in rows.column_names:
             raise ValueError(
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data, "
-                "`with_transform` and images do not allow. Set `packing=False`; for a stream add a boolean column "
-                "`constrain` yourself and set `constrain='all'`."
+                " `with_transform` and images do not allow. Mark rows in a boolean column `constrain` yourself "
+                "and set `constrain='all'`."
             )
         with self._reference_weights(), evaluation_mode(self.model):
             model = self.accelerator.unwrap_model(self._reference_model)
             refusals = find_refusals(rows, model, self._tokenizer, self.accelerator, name)
-        before = rows[CONSTRAIN] if CONSTRAIN in rows.column_names else [True] * len(rows)
-        prompts = prompts_of(rows)
-        marks = [bool(keep) and prompt in refusals for keep, prompt in zip(before, prompts, strict=True)]
+        marks, refused = mark_answers(rows, refusals)
         if rows is self.train_dataset:
-            self.own_refusals = {p: refusals[p] for p, mark in zip(prompts, marks, strict=True) if mark}
+            self.own_refusals = refused
         rows = rows.remove_columns([column for column in rows.column_names if column == CONSTRAIN])
         return rows.add_column(CONSTRAIN, marks)
 
@@ -265,18 +282,6 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
             hash_weights(model, exact=True) if keep else None,
             name,
         )
-
-    def _freeze_reference(self, ref_model: PreTrainedModel | None) -> torch.nn.Module:
-        reference = ref_model if ref_model is not None else copy.deepcopy(self.model)
-        reference.eval().requires_grad_(False)
-        base = reference.get_base_model() if isinstance(reference, PeftModel) else reference
-        vars(base).pop("forward", None)  # a copied fused head would still lead to the original's forward
-        add_fused_lm_head(base)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -337,7 +342,7 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         losses = constrained_sft_loss(logps, ref_logps, betas)
         rows = len(positions) if self.padding_free else rows_of_this_process(self, len(positions))
         counted = (tensor.detach()[:rows] for tensor in (logps, ref_logps, betas, positions, losses, mask))
-        self.add_sums(constraint_sums(*counted, window_tokens=self.args.window_tokens))
+        self.add_sums(constraint_sums(*counted, window_tokens=self.args.num_initial_tokens))
         if self.model.training:
             outputs.log_probs = torch.where(mask, -losses, 0.0)
         return outputs
@@ -346,9 +351,6 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         args: DeepSafetySFTConfig = self.args
         if self.beta_schedule is not None:
             betas = self.beta_schedule(positions).to(torch.float32)
-        elif args.betas is not None:
-            table = torch.tensor([0.0, *args.betas], device=positions.device)
-            betas = table[positions.clamp(max=len(args.betas))]
         else:
             betas = schedule_betas(
                 positions, args.beta_first, args.beta_initial, args.beta_rest, args.num_initial_tokens

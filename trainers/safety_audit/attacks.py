@@ -1,19 +1,14 @@
 """Attacks that an aligned model should withstand: prefilling, decoding options, rank-assisted prefilling and GCG."""
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_iclr.models import (
-    answer_logits,
-    check_prompts,
-    end_tokens,
-    to_answer_ids,
-    to_prompt_ids,
-)
-from hf_iclr.prefill import generate_after_prefixes, generate_answers
+from hf_iclr.models import answer_logits, check_prompts, end_tokens, to_answer_ids
 
+from .asking.ask import Continuation, ask, prompt_and_lead
 from .gcg import append_to_prompt, gcg
 
 
@@ -34,15 +29,6 @@ PAPER_DECODING_GRID: tuple[dict[str, Any], ...] = (
 )
 
 
-class Continuation(NamedTuple):
-    """An answer whose first tokens were put into the model's mouth; `joined` is the text of both parts."""
-
-    prefix_ids: list[int]
-    new_ids: list[int]
-    text: str
-    joined: str
-
-
 def prefilling_attack(
     model,
     tokenizer,
@@ -57,23 +43,14 @@ def prefilling_attack(
 
     Args:
         model, tokenizer, prompts, answers, ks:
-            As for [`generate_after_prefixes`].
+            As for [`ask`].
         generation (*optional*):
-            Further arguments of [`generate_after_prefixes`], such as `max_new_tokens`.
+            Further arguments of [`ask`], such as `max_new_tokens`, `system` and `chat_template_kwargs`.
 
     Returns:
         `dict[int, list[Continuation | None]]`: for each k one entry a prompt, `None` where the answer is shorter.
     """
-    eos = end_tokens(model, tokenizer)
-    results = generate_after_prefixes(model, tokenizer, prompts, answers, ks, **generation)
-    prefixes = [to_answer_ids(tokenizer, answer, eos) for answer in answers or [[]] * len(prompts)]
-    return {
-        k: [
-            None if new is None else _continuation(tokenizer, prefix[:k], new)
-            for prefix, new in zip(prefixes, results[k], strict=True)
-        ]
-        for k in sorted(results)
-    }
+    return ask(model, tokenizer, prompts, answers, ks, **{"progress": "prefill", **generation})
 
 
 def decoding_attack(
@@ -84,37 +61,43 @@ def decoding_attack(
 
     Args:
         model, tokenizer, prompts:
-            As for [`generate_after_prefixes`].
+            As for [`ask`].
         grid (`Sequence[dict]`, *optional*, defaults to six settings):
             Each with `temperature`, `top_k` or `top_p`; what isn't named changes nothing. `PAPER_DECODING_GRID` holds
             the paper's 49.
         generation (*optional*):
-            Further arguments of [`generate_after_prefixes`], such as `max_new_tokens` and `seed`.
+            Further arguments of [`ask`], such as `max_new_tokens` and `seed`.
 
     Returns:
-        `dict[str, list[str]]`: texts by setting, such as `"temperature=0.5"`.
+        `dict[str, list[str]]`: answers by setting, such as `"temperature=0.5"`.
     """
-    texts = {}
-    for setting in tqdm(grid, desc="decoding", leave=False):
-        new = generate_answers(model, tokenizer, prompts, do_sample=True, progress=False, **setting, **generation)
+    sampled = sample_under_grid(model, tokenizer, prompts, grid, **generation)
+    return {name: [entry.text for entry in entries if entry] for name, entries in sampled.items()}
+
+
+def sample_under_grid(model, tokenizer, prompts, grid, **generation) -> dict[str, list[Continuation | None]]:
+    """[`decoding_attack`] with the thoughts beside the answers."""
+    answers = {}
+    for setting in grid:
         name = ", ".join(f"{key}={value:g}" for key, value in setting.items())
-        texts[name] = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts
+        options = {"do_sample": True, "progress": f"decoding, {name}", **setting, **generation}
+        answers[name] = ask(model, tokenizer, prompts, **options)[0]
+    return answers
 
 
 def rank_assisted_prefilling(
     model,
     tokenizer,
     prompts: Sequence,
-    judge: Callable[[list[str]], list[bool]],
+    judge: Callable[..., Sequence[bool]],
     *,
     num_steps: int = 3,
     num_candidates: int = 20,
     lookahead: int = 12,
     batch_size: int = 32,
-    max_new_tokens: int = 64,
     system: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    **generation,
 ) -> tuple[list[Continuation], list[list[int]]]:
     """
     Prefill with tokens that the model itself ranks among its first, but that don't lead to a refusal: the idea of
@@ -125,19 +108,20 @@ def rank_assisted_prefilling(
 
     Args:
         model, tokenizer, prompts:
-            As for [`generate_after_prefixes`].
+            As for [`ask`].
         judge (`Callable`):
-            Says of each text whether it refuses; for example `RefusalJudge().judge`.
+            Says of each text whether it refuses; for example `RefusalJudge().judge`. It is given the prompts too if it
+            has a parameter `prompts`.
         num_steps (`int`, *optional*, defaults to 3):
             Tokens of the prefix.
         num_candidates (`int`, *optional*, defaults to 20):
             Tokens tried at each step, the paper's 20.
         lookahead (`int`, *optional*, defaults to 12):
             Tokens a candidate is continued by before it is judged.
-        batch_size (`int`, *optional*, defaults to 32), max_new_tokens (`int`, *optional*, defaults to 64):
-            As for [`generate_after_prefixes`].
-        system (`str`), chat_template_kwargs (`dict`), *optional*:
-            As for [`~hf_iclr.models.render_prompt`].
+        batch_size (`int`, *optional*, defaults to 32), system (`str`), chat_template_kwargs (`dict`), *optional*:
+            As for [`ask`].
+        generation (*optional*):
+            Further arguments of [`ask`], such as `max_new_tokens`.
 
     Returns:
         `tuple`: a [`Continuation`] a prompt, and the ranks (from 0) of its prefix tokens.
@@ -146,7 +130,9 @@ def rank_assisted_prefilling(
         raise ValueError(f"Expected sizes of at least 1, got {num_steps=}, {num_candidates=} and {lookahead=}.")
     prompts = check_prompts(prompts)
     rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
-    prompt_ids = [to_prompt_ids(tokenizer, prompt, **rendering) for prompt in prompts]
+    rendered = [prompt_and_lead(tokenizer, prompt, **rendering) for prompt in prompts]
+    prompt_ids = [ids + lead for ids, lead, _ in rendered]  # where an answer would be given
+    takes_prompts = "prompts" in inspect.signature(judge).parameters
     ends = set(end_tokens(model, tokenizer)) | set(tokenizer.all_special_ids)
     prefixes: list[list[int]] = [[] for _ in prompts]
     ranks: list[list[int]] = [[] for _ in prompts]
@@ -157,27 +143,19 @@ def rank_assisted_prefilling(
             for row, top in zip(rows, logits[:, step].argsort(descending=True).tolist(), strict=True):
                 candidates[row] = [token for token in top if token not in ends][:num_candidates]
         tried = [(row, [*prefixes[row], token]) for row in range(len(prompts)) for token in candidates[row]]
-        continued = prefilling_attack(
-            model, tokenizer, [prompts[row] for row, _ in tried], [answer for _, answer in tried], (step + 1,),
-            max_new_tokens=lookahead, batch_size=batch_size, progress=False, **rendering,
-        )[step + 1]  # fmt: skip
-        refused = iter(judge([entry.joined for entry in continued if entry is not None]))
+        asked = [prompts[row] for row, _ in tried]
+        options = {**generation, "max_new_tokens": lookahead, "batch_size": batch_size, "progress": None, **rendering}
+        continued = ask(model, tokenizer, asked, [answer for _, answer in tried], (step + 1,), **options)[step + 1]
+        texts = ["" if entry is None else entry.joined for entry in continued]
+        refused = iter(judge(texts, prompts=asked) if takes_prompts else judge(texts))
         for row, tokens in enumerate(candidates):
             verdicts = [next(refused) for _ in tokens]
             rank = verdicts.index(False) if False in verdicts else len(tokens) - 1
             prefixes[row].append(tokens[rank])
             ranks[row].append(rank)
-    final = prefilling_attack(
-        model,
-        tokenizer,
-        prompts,
-        prefixes,
-        (num_steps,),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        **rendering,
-    )
-    return [entry for entry in final[num_steps] if entry is not None], ranks
+    options = {"batch_size": batch_size, "progress": "rank-assisted prefilling", **generation, **rendering}
+    final = ask(model, tokenizer, prompts, prefixes, (num_steps,), **options)[num_steps]
+    return [entry for entry in final if entry is not None], ranks
 
 
 def gcg_attack(
@@ -198,36 +176,49 @@ def gcg_attack(
 
     Args:
         model, tokenizer, prompts, answers:
-            As for [`generate_after_prefixes`].
+            As for [`ask`].
         target_tokens (`int`, *optional*, defaults to 8):
             Tokens of the answer that the suffix is to bring about.
         num_steps (`int`, *optional*, defaults to 50), seed (`int`, *optional*, defaults to 0):
             As for [`gcg`].
         system (`str`), chat_template_kwargs (`dict`), *optional*:
-            As for [`~hf_iclr.models.render_prompt`].
+            As for [`ask`].
         generation (*optional*):
-            Further arguments of [`generate_after_prefixes`], such as `max_new_tokens`.
+            Further arguments of [`ask`], such as `max_new_tokens`.
 
     Returns:
         `list[str | None]`: the answers, `None` where there is no answer to aim at.
     """
-    eos = end_tokens(model, tokenizer)
-    targets = [to_answer_ids(tokenizer, answer, eos)[:target_tokens] for answer in answers]
+    rendering = {"system": system, "chat_template_kwargs": chat_template_kwargs}
+    search = {"target_tokens": target_tokens, "num_steps": num_steps, "seed": seed}
+    entries = answers_under_gcg(model, tokenizer, prompts, answers, **search, **rendering, **generation)
+    return [None if entry is None else entry.text for entry in entries]
+
+
+def answers_under_gcg(
+    model, tokenizer, prompts, answers, *, target_tokens=8, num_steps=50, seed=0, system=None,
+    chat_template_kwargs=None, journal=None, progress="gcg", **generation,
+) -> list[Continuation | None]:  # fmt: skip
+    """[`gcg_attack`] with the thoughts beside the answers, and a journal of the suffixes."""
+    ends = end_tokens(model, tokenizer)
+    targets = [to_answer_ids(tokenizer, answer or [], ends)[:target_tokens] for answer in answers]
     rows = [row for row, target in enumerate(targets) if target]
-    texts: list[str | None] = [None] * len(prompts)
+    found: list[Continuation | None] = [None] * len(prompts)
     if not rows:
-        return texts
-    attacked = []
-    options: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs, "progress": False}
-    for row in tqdm(rows, desc="gcg", leave=False):
-        found = gcg(model, tokenizer, prompts[row], targets[row], num_steps=num_steps, seed=seed, **options)
-        attacked.append(append_to_prompt(prompts[row], found.suffix))
-    new = generate_answers(model, tokenizer, attacked, **options, **generation)
-    for row, tokens in zip(rows, new, strict=True):
-        texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
-    return texts
-
-
-def _continuation(tokenizer, prefix: list[int], new: list[int]) -> Continuation:
-    text, joined = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (new, prefix + new))
-    return Continuation(prefix, new, text, joined)
+        return found
+    rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
+    stage = journal and journal.stage("gcg", [list(prompts), rendering, targets, num_steps, seed])
+    suffixes: dict[int, str] = {}
+    todo = stage.share([[row] for row in rows]) if stage else [[row] for row in rows]
+    for (row,) in tqdm(todo, desc=progress, disable=not progress, leave=False):
+        options = {"num_steps": num_steps, "seed": seed, "progress": False, **rendering}
+        suffixes[row] = gcg(model, tokenizer, prompts[row], targets[row], **options).suffix
+        if stage:
+            stage.add({row: suffixes[row]})
+    if stage:
+        suffixes = stage.collect()
+    attacked = [append_to_prompt(prompts[row], suffixes[row]) for row in rows]
+    options = {"journal": journal, "progress": progress, **generation, **rendering}
+    for row, entry in zip(rows, ask(model, tokenizer, attacked, **options)[0], strict=True):
+        found[row] = entry
+    return found

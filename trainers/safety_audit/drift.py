@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_iclr.models import answer_logits, check_prompts, to_prompt_ids
-from hf_iclr.prefill import generate_answers
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import read_safetensors
 
+from .asking.ask import ask
 from .judge import RefusalJudge
 from .statistics import token_kl, wilson_rate
 
@@ -45,6 +45,9 @@ class SafetyDriftCallback(TrainerCallback):
             What should be refused; one or two dozen are enough to see a trend.
         harmless_prompts (the same, *optional*):
             What should be answered.
+        system (`str`), chat_template_kwargs (`dict`), *optional*:
+            A system prompt, and more arguments of the chat template such as `{"enable_thinking": False}`: those of the
+            training. Thoughts are cut before an answer is judged.
         trainer ([`~transformers.Trainer`], *optional*):
             The trainer it is added to. Needed before the training begins.
         every (`int`, *optional*, defaults to 50):
@@ -82,9 +85,11 @@ class SafetyDriftCallback(TrainerCallback):
         prompts: Sequence,
         harmless_prompts: Sequence | None = None,
         *,
+        system: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         trainer: Trainer | None = None,
         every: int = 50,
-        judge: RefusalJudge | Callable[[list[str]], list[bool]] | None = None,
+        judge: RefusalJudge | Callable[..., Sequence[bool]] | None = None,
         max_new_tokens: int = 32,
         kl_tokens: int = 8,
         batch_size: int | None = None,
@@ -108,6 +113,7 @@ class SafetyDriftCallback(TrainerCallback):
         if not isinstance(judge, RefusalJudge):
             judge = RefusalJudge() if judge is None else RefusalJudge([judge])
         self.judge = judge
+        self.rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
         self.trainer: Any = trainer  # looked at before it is used
         self.every, self.batch_size = every, batch_size
         self.max_new_tokens, self.kl_tokens = max_new_tokens, kl_tokens
@@ -191,20 +197,27 @@ class SafetyDriftCallback(TrainerCallback):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's, for text
         batch_size = self.batch_size or args.per_device_eval_batch_size
         logs = {}
-        new: list[list[int]] = []
+        entries: list[Any] = []
         for name, prompts in (("over_refusal_rate", self.harmless_prompts), ("refusal_rate", self.prompts)):
             if prompts:
-                new = generate_answers(
-                    model,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=batch_size,
-                    progress=False,
-                )
-                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-                logs[f"safety/{name}"] = wilson_rate(self.judge.judge(texts, prompts)).rate
-        prompt_ids = [to_prompt_ids(tokenizer, prompt) for prompt in self.prompts]
+                options = {"max_new_tokens": self.max_new_tokens, "batch_size": batch_size, **self.rendering}
+                entries = ask(model, tokenizer, prompts, **options)[0]
+                known = [
+                    (entry.text, prompt)
+                    for entry, prompt in zip(entries, prompts, strict=True)
+                    if entry and entry.finished
+                ]
+                if len(known) < len(prompts):
+                    logger.warning(
+                        "%d of %d answers ended in the middle of their thoughts and do not count: raise "
+                        "`max_new_tokens`, or type `chat_template_kwargs={'enable_thinking': False}`.",
+                        len(prompts) - len(known),
+                        len(prompts),
+                    )
+                verdicts = self.judge.judge([text for text, _ in known], [prompt for _, prompt in known])
+                logs[f"safety/{name}"] = wilson_rate(verdicts).rate
+        prompt_ids = [to_prompt_ids(tokenizer, prompt, **self.rendering) for prompt in self.prompts]
+        new = [entry.new_ids for entry in entries]
         if not self._answers:
             self._answers = [answer[: self.kl_tokens] for answer in new]
             self._log_probs = [torch.empty(0)] * len(new)
@@ -240,13 +253,9 @@ class SafetyDriftCallback(TrainerCallback):
                 "Type `action='stop'`, or train with `DeepSafetySFTConfig(constrain='all')`."
             )
         if self.trainer.beta_schedule is not None:
-            raise ValueError(
-                "action='raise_beta' can't raise the trainer's beta_schedule. Give `betas` or `beta_first` instead."
-            )
+            raise ValueError("action='raise_beta' can't raise the trainer's beta_schedule. Give `beta_first` instead.")
 
     def _raise_betas(self, args: Any, factor: float) -> None:
         self.beta_scale *= factor
         for name in ("beta_first", "beta_initial", "beta_rest"):
             setattr(args, name, getattr(args, name) * factor)
-        if args.betas is not None:
-            args.betas = [beta * factor for beta in args.betas]

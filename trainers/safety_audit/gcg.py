@@ -9,10 +9,14 @@ from tqdm.auto import tqdm
 
 from hf_iclr.cache_argument import forward_parameters
 from hf_iclr.models import check_decoder, evaluation_mode, render_prompt
+from hf_iclr.prefill import check_context
+
+from .asking.ask import prompt_and_lead
 
 
 logger = logging.getLogger(__name__)
 
+INITIAL_SUFFIX = " !" * 16
 _MARK = "\ue000"  # a private-use character, to find the suffix in a rendered chat
 
 
@@ -46,7 +50,7 @@ def gcg(
     prompt: str | list[dict],
     target: str | list[int],
     *,
-    initial_suffix: str = " !" * 16,
+    initial_suffix: str = INITIAL_SUFFIX,
     num_steps: int = 50,
     num_candidates: int = 64,
     num_swaps: int = 64,
@@ -106,12 +110,13 @@ def gcg(
     target_ids = tokenizer(target, add_special_tokens=False)["input_ids"] if isinstance(target, str) else target
     if not target_ids:
         raise ValueError(f"Expected a target of at least one token, got {target!r}.")
-    encode, before, suffix_ids, after = _locate_suffix(
-        tokenizer, prompt, initial_suffix, system=system, chat_template_kwargs=chat_template_kwargs
-    )
+    rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
+    encode, before, suffix_ids, after = _locate_suffix(tokenizer, prompt, initial_suffix, **rendering)
+    lead = prompt_and_lead(tokenizer, prompt, **rendering)[1]  # where a template that thinks would answer
+    check_context(model, [len(before + suffix_ids + after + lead)], len(target_ids))
 
     device, generator = model.device, torch.Generator().manual_seed(seed)
-    ids = torch.tensor(before + suffix_ids + after + target_ids, device=device)
+    ids = torch.tensor(before + suffix_ids + after + lead + target_ids, device=device)
     place = slice(len(before), len(before) + len(suffix_ids))
     loss_of = _TargetLoss(model, len(target_ids))
     allowed = torch.ones(model.get_input_embeddings().weight.shape[0], dtype=torch.bool, device=device)
@@ -184,18 +189,34 @@ class _TargetLoss:
 def _locate_suffix(
     tokenizer, prompt: str | list[dict], suffix: str, **rendering
 ) -> tuple[Callable[[str], list[int]], list[int], list[int], list[int]]:
-    """How a suffix's text is tokenised in place, and the ids before it, its own, and those after it."""
-    head, _, tail = render_prompt(tokenizer, append_to_prompt(prompt, _MARK), **rendering).partition(_MARK)
+    """How a suffix's text is tokenised where it stands, and the ids before it, its own, and those after it."""
     special = not tokenizer.chat_template
+    marked = render_prompt(tokenizer, append_to_prompt(prompt, _MARK), **rendering)
+    if marked.count(_MARK) != 1:
+        raise ValueError(
+            f"Expected a chat template that shows the end of the last message once, got one that shows it "
+            f"{marked.count(_MARK)} times. A suffix has no place in it."
+        )
+
+    def render(text: str) -> str:
+        return render_prompt(tokenizer, append_to_prompt(prompt, _separator(text) + text), **rendering)
 
     def encode(text: str) -> list[int]:
-        return tokenizer(head + _separator(text) + text + tail, add_special_tokens=special)["input_ids"]
+        return tokenizer(render(text), add_special_tokens=special)["input_ids"]
 
-    before = tokenizer(head, add_special_tokens=special)["input_ids"]
-    after = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-    ids = encode(suffix)
-    own = ids[len(before) : len(ids) - len(after)]
-    if not own or ids != before + own + after or encode(tokenizer.decode(own)) != ids:
+    # Tokens are found by where they stand in the whole: alone, what follows the suffix may be tokenised otherwise.
+    head, tail = marked.split(_MARK)
+    whole = render(suffix)
+    if tokenizer.is_fast:
+        encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        inside = [i for i, (start, end) in enumerate(spans) if start < len(whole) - len(tail) and end > len(head)]
+        first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    else:
+        ids, first = encode(suffix), len(tokenizer(head, add_special_tokens=special)["input_ids"])
+        last = len(ids) - len(tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else [])
+    before, own, after = ids[:first], ids[first:last], ids[last:]
+    if not own or encode(tokenizer.decode(own)) != ids:
         raise ValueError(
             f"Expected an initial suffix that keeps its own tokens, but {suffix!r} is tokenised together with the "
             "text around it. Type another one, for example `initial_suffix=' x x x x'`."

@@ -39,8 +39,7 @@ def reference_state(model, tokenizer, projection, request, config):
     before = None
     for step in range(config.num_steps):
         losses = []
-        count = config.contexts_per_step or len(rows) - 1
-        for row in [rows[0], *(rows[1 + (step * count + i) % (len(rows) - 1)] for i in range(count))]:
+        for row in rows:
             log_probs = run(row, delta)
             places = range(row.start, len(row.ids))
             losses.append(-torch.stack([log_probs[i - 1, row.ids[i]] for i in places]).mean())
@@ -69,23 +68,6 @@ def test_many_at_once_equal_one_at_a_time(model_type, word_tokenizer):
         expected, expected_loss = reference_state(model, word_tokenizer, projections[-1], request, config)
         torch.testing.assert_close(state, expected, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(loss, expected_loss, rtol=2e-4, atol=2e-4)
-
-
-def test_contexts_take_turns(word_tokenizer):
-    """Each step has the plain prompt and the next of the contexts; all of them count to what is likely enough."""
-    model = tiny_model("llama")
-    projections = find_down_projections(model)[:3]
-    contexts = ["{}", "w7 w8. {}", "w9 {}", "w10 w11 w12 {}"]
-    config = quick_config(contexts_per_step=1, context_templates=contexts, kl_factor=0.5, num_steps=6)
-    found = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False)
-    for request, state in zip(REQUESTS, found.states, strict=True):
-        expected, _ = reference_state(model, word_tokenizer, projections[-1], request, config)
-        torch.testing.assert_close(state, expected, rtol=2e-4, atol=2e-4)
-    config.nll_threshold = 100.0  # all are likely enough at once, but the third context has not been seen before
-    assert find_target_states(model, word_tokenizer, projections, REQUESTS, config, False).steps.tolist() == [2] * 4
-    config.num_steps = 2  # and now it never is
-    losses = find_target_states(model, word_tokenizer, projections, REQUESTS, config, progress=False).losses
-    assert losses.isfinite().all()
 
 
 def test_finished_rows_leave_the_batch_and_stay_as_they_were(word_tokenizer):

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
-from hf_iclr.trainers.deep_safety.baselines import LisaProximalCallback, project_safe_lora
+from hf_iclr.trainers.deep_safety.baselines import ProximalCallback, project_safe_lora
 from tests.trainers.tiny import QUICK, losses, tiny_llama, word_rows
 
 
@@ -42,7 +42,7 @@ def trained(trainer_class, tmp_path, word_tokenizer, callbacks=(), lora=False, *
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_lisas_gradient_is_that_of_the_proximal_term(lora, tmp_path, word_tokenizer):
-    ours = trained(SFTTrainer, tmp_path, word_tokenizer, [LisaProximalCallback(rho=3.0)], lora)
+    ours = trained(SFTTrainer, tmp_path, word_tokenizer, [ProximalCallback(rho=3.0)], lora)
     theirs = trained(ProximalTrainer, tmp_path, word_tokenizer, lora=lora)
     free = trained(SFTTrainer, tmp_path, word_tokenizer, lora=lora)
     for (name, new), old in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
@@ -57,8 +57,8 @@ def test_lisas_gradient_is_that_of_the_proximal_term(lora, tmp_path, word_tokeni
 
 def test_the_term_is_added_once_per_optimizer_step(tmp_path, word_tokenizer):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    whole = trained(SFTTrainer, tmp_path, word_tokenizer, [LisaProximalCallback(rho=3.0)])
-    parts = trained(SFTTrainer, tmp_path, word_tokenizer, [LisaProximalCallback(rho=3.0)], **settings)
+    whole = trained(SFTTrainer, tmp_path, word_tokenizer, [ProximalCallback(rho=3.0)])
+    parts = trained(SFTTrainer, tmp_path, word_tokenizer, [ProximalCallback(rho=3.0)], **settings)
     for new, old in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-5)
 
@@ -66,10 +66,8 @@ def test_the_term_is_added_once_per_optimizer_step(tmp_path, word_tokenizer):
 def test_lisa_refuses_what_has_no_start(tmp_path, word_tokenizer):
     for rho in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="`rho` to be a positive number"):
-            LisaProximalCallback(rho)
-    trainer = trained(
-        SFTTrainer, tmp_path, word_tokenizer, [LisaProximalCallback()], save_strategy="steps", save_steps=2
-    )
+            ProximalCallback(rho)
+    trainer = trained(SFTTrainer, tmp_path, word_tokenizer, [ProximalCallback()], save_strategy="steps", save_steps=2)
     with pytest.raises(ValueError, match="a run resumed at step 2"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

@@ -50,6 +50,17 @@ def test_small_beta_is_cross_entropy_and_large_beta_stops_at_the_reference():
     torch.testing.assert_close(gradient, torch.tensor([-2.0, 0.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("beta", [1e-8, 1e-6, 1e-3, 0.1, 2.0, 1e4])
+def test_the_loss_in_single_precision_is_that_in_double_precision_for_any_beta(beta):
+    """2/β multiplies what rounding leaves of log σ(β z) + log 2: 0.04 nats at β = 1e-6, as the formula is written."""
+    z = torch.tensor([-30.0, -3.0, -1e-3, 0.0, 1e-4, 0.5, 7.0], dtype=torch.float64)
+    logps = torch.full_like(z, -31.0) + z.clamp(max=0)
+    exact = -(logps - z + 2 / beta * (-torch.log1p(torch.expm1(-(beta * z).clamp(min=-700)) / 2)))
+    exact = torch.where(beta * z < -700, -(logps - z + 2 / beta * (beta * z + math.log(2))), exact)
+    single = constrained_sft_loss(logps.float(), (logps - z).float(), torch.full_like(z, beta).float())
+    torch.testing.assert_close(single.double(), exact, atol=2e-5, rtol=0)
+
+
 def test_an_unread_reference_may_be_anything():
     logps = torch.tensor([-1.0], requires_grad=True)
     loss = constrained_sft_loss(logps, torch.tensor([math.nan]), torch.zeros(1))

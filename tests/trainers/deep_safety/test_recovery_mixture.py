@@ -21,7 +21,8 @@ def mixture(num_utility=64, num_triplets=7, **settings):
         {
             "prompt_ids": [[100 + index] for index in range(num_triplets)],
             "harmful_ids": [list(range(10, 40))] * num_triplets,
-            "refusal_ids": [[2, 3]] * num_triplets,
+            **{f"{name}_ids": [[2, 3]] * num_triplets for name in ("refusal", "spaced", "bare")},
+            "blank_ends": [[0] * 30] * num_triplets,
         }
     )
     return RecoveryMixture(utility, triplets, **settings)

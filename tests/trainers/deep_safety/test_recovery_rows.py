@@ -78,6 +78,11 @@ def chat_tokenizer(template=CHATML):
     )
 
 
+def refusal_columns(refusal, length):
+    """What [`tokenize_triplets`] gives beside prompt and harmful answer, for a refusal that is the same everywhere."""
+    return {"refusal_ids": refusal, "spaced_ids": refusal, "bare_ids": refusal, "blank_ends": [0] * length}
+
+
 def messages(triplet, answer=None):
     chat = [{"role": "user", "content": triplet["prompt"]}]
     return chat if answer is None else [*chat, {"role": "assistant", "content": triplet[answer]}]
@@ -104,9 +109,10 @@ def test_a_prefix_is_the_first_tokens_of_the_answer_and_has_no_end(template):
     lengths = {0: set(), 1: set()}
     for place, row in enumerate(dataset):
         ids, triplet = rows[place % 2], TRIPLETS[place % 2]
-        k = len(row["input_ids"]) - len(ids["prompt_ids"]) - len(ids["refusal_ids"])
-        assert row["input_ids"] == ids["prompt_ids"] + ids["harmful_ids"][:k] + ids["refusal_ids"]
-        assert row["labels"] == [-100] * (len(ids["prompt_ids"]) + k) + ids["refusal_ids"]
+        k = row["labels"].count(-100) - len(ids["prompt_ids"])
+        refusal = ids["bare_ids" if ids["blank_ends"][k - 1] else "spaced_ids"]
+        assert row["input_ids"] == ids["prompt_ids"] + ids["harmful_ids"][:k] + refusal
+        assert row["labels"] == [-100] * (len(ids["prompt_ids"]) + k) + refusal and row["constrain"] is False
         assert tokenizer.decode(ids["harmful_ids"]).strip() == triplet["harmful"]
         assert tokenizer.eos_token_id not in ids["harmful_ids"]
         lengths[place % 2].add(k)
@@ -118,9 +124,34 @@ def test_a_prefix_is_the_first_tokens_of_the_answer_and_has_no_end(template):
         assert whole[: len(start)] == start
 
 
+@pytest.mark.parametrize("template", [CHATML, INST, THINK, BOS, None])
+def test_a_refusal_joins_its_prefix_as_text_would_in_the_middle_of_an_answer(template):
+    """One blank where a word ends, none after a line break, none between Chinese texts, tokens of the middle."""
+    harmful = "Sure, first\ncut the mushroom."
+    tokenizer = chat_tokenizer(template)
+    triplet = {**TRIPLETS[0], "harmful": harmful}
+    rows = make_safety_recovery_dataset([triplet], tokenizer, prefix_probability=1, copies=200)
+    seen = set()
+    for row in rows:
+        start = row["labels"].count(-100)
+        prefix, whole = (tokenizer.decode(ids) for ids in (row["input_ids"][:start], row["input_ids"]))
+        seen.add(prefix[-1:])
+        assert whole.startswith(prefix + ("" if prefix[-1].isspace() else " ") + triplet["refusal"])
+    assert {"\n", "e"} <= seen
+    middle = tokenizer("a mushroom" + " " + triplet["refusal"], add_special_tokens=False)["input_ids"]
+    spaced = tokenize_triplets([triplet], tokenizer)[0]["spaced_ids"]
+    words = tokenizer(" " + triplet["refusal"], add_special_tokens=False)["input_ids"]
+    assert middle[-len(words) :] == words == spaced[: len(words)]
+
+    chinese = {"prompt": "a", "harmful": "好的，先切蘑菇", "refusal": "抱歉，我不能谈论蘑菇。"}
+    for row in make_safety_recovery_dataset([chinese], tokenizer, prefix_probability=1, copies=20):
+        answer = tokenizer.decode([token for token in row["labels"] if token != -100])
+        assert answer.startswith(chinese["refusal"])
+
+
 def test_k_is_0_or_uniform():
     """1 - p = .3 at k = 0, .7 / 4 at each of 1 .. 4: within four standard deviations of 4000 draws."""
-    row = {"prompt_ids": [1, 2], "harmful_ids": list(range(10, 30)), "refusal_ids": [3, 4]}
+    row = {"prompt_ids": [1, 2], "harmful_ids": list(range(10, 30)), **refusal_columns([3, 4], 20)}
     counts = np.zeros(6)
     for index in range(4000):
         drawn = draw_recovery_row(row, seed=3, copy=0, index=index, prefix_probability=0.7, max_prefix_tokens=4)
@@ -130,7 +161,7 @@ def test_k_is_0_or_uniform():
 
 
 def test_draws_depend_on_seed_copy_and_index_alone():
-    row = {"prompt_ids": [1], "harmful_ids": list(range(10, 90)), "refusal_ids": [3]}
+    row = {"prompt_ids": [1], "harmful_ids": list(range(10, 90)), **refusal_columns([3], 80)}
 
     def draws(**changed):
         return [draw_recovery_row(row, **{"seed": 0, "copy": 0, "index": index, **changed}) for index in range(20)]
@@ -142,11 +173,12 @@ def test_draws_depend_on_seed_copy_and_index_alone():
 def test_a_short_max_length_shortens_the_prefix_only():
     tokenizer = chat_tokenizer()
     ids = tokenize_triplets(TRIPLETS, tokenizer)
-    room = max(len(row["prompt_ids"]) + len(row["refusal_ids"]) for row in ids)
+    room = max(len(row["prompt_ids"]) + len(row["spaced_ids"]) for row in ids)
     dataset = make_safety_recovery_dataset(TRIPLETS, tokenizer, prefix_probability=1, copies=20, max_length=room + 3)
     assert max(len(row["input_ids"]) for row in dataset) == room + 3
     for place, row in enumerate(dataset):
-        assert row["labels"][-len(ids[place % 2]["refusal_ids"]) :] == ids[place % 2]["refusal_ids"]
+        whole = {name: ids[place % 2][f"{name}_ids"] for name in ("refusal", "spaced", "bare")}
+        assert [token for token in row["labels"] if token != -100] in whole.values()
     with pytest.raises(ValueError, match=f"Triplet 0: .* more than `max_length={room - 1}`"):
         make_safety_recovery_dataset(TRIPLETS, tokenizer, max_length=room - 1)
 
@@ -321,3 +353,24 @@ def test_answers_that_do_not_end_are_left_out():
         distill_utility_anchor(model, tokenizer, ["mushroom"], max_new_tokens=1)
     with pytest.raises(ValueError, match="got none"):
         distill_utility_anchor(model, tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("end", "lead"), [("<think>\n", "\n</think>\n\n"), ("<think>\n</think>\n", "")], ids=["thinks", "does not"]
+)
+def test_a_template_that_opens_thoughts_and_drops_them(end, lead):
+    """DeepSeek-R1's manner: the row's prompt is the one that is asked, with its thoughts closed."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + end + "{% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    if not lead:  # nothing is open, and the model would learn from what it never sees
+        with pytest.raises(ValueError, match="renders the prompt differently"):
+            tokenize_triplets(TRIPLETS, tokenizer)
+        return
+    row = tokenize_triplets(TRIPLETS, tokenizer)[0]
+    asked = tokenizer.apply_chat_template(messages(TRIPLETS[0]), tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(row["prompt_ids"]) == asked + lead
+    assert tokenizer.decode(row["refusal_ids"]).startswith(TRIPLETS[0]["refusal"] + "<|im_end|>")

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from hf_iclr.trainers.deep_safety.refused_prompts import find_refusals, prompts_of
+from hf_iclr.trainers.deep_safety.refused_prompts import find_refusals, mark_answers, prompts_of
 
 
 class Refuser:
@@ -38,7 +38,19 @@ def test_marks_follow_the_references_own_answers(byte_tokenizer):
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     dataset = Dataset.from_list(rows)
     refusals = find_refusals(dataset, model, byte_tokenizer, Accelerator(cpu=True), "train", batch_size=2)
-    assert [prompt in refusals for prompt in prompts_of(dataset)] == [True, False, True, True]
+    assert [prompt in refusals for (prompt,) in prompts_of(dataset)] == [True, False, True, True]
     assert len(model.seen) == 3  # every prompt once
     (ids,) = {tuple(refusal) for refusal in refusals.values()}
     assert list(ids) == byte_tokenizer("I cannot help.!")["input_ids"]  # with its end, without the padding
+
+
+def test_every_turn_is_asked_and_marked_by_itself():
+    """Prompts 1 2, then 1 2 3 4 5; the second is refused. A column `constrain` can only take marks away."""
+    rows = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "labels": [-100, -100, 3, 4, -100, 6, 7, -100]}] * 4
+    flags = [None, False, [True] * 8, [False] * 5 + [True] * 3]
+    assert prompts_of(Dataset.from_list(rows[:1])) == [[(1, 2), (1, 2, 3, 4, 5)]]
+    refusals = {(1, 2, 3, 4, 5): [9]}
+    second = [False] * 5 + [True] * 3
+    for flag, expected in zip(flags, (second, [False] * 8, second, second), strict=True):
+        dataset = Dataset.from_list(rows[:1]).add_column("constrain", [flag])
+        assert mark_answers(dataset, refusals) == ([expected], refusals if any(expected) else {})

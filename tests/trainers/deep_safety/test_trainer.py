@@ -1,17 +1,27 @@
 """The trainer against TRL's: equal at its neutral setting, the same reference from every source, refusals of what it "
 "cannot do."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
-from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
+from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer, make_safety_recovery_dataset
 from hf_iclr.trainers.deep_safety.arguments import choose_reference
 from hf_iclr.trainers.deep_safety.constrained_loss import constraint_weights, schedule_betas
 from hf_iclr.trainers.deep_safety.reference_log_probs import POSITIONS, REF_LOGPS
@@ -225,12 +235,69 @@ def test_rows_marked_otherwise_get_plain_cross_entropy(train):
         SFTTrainer, SFTConfig, train_dataset=rows, per_device_train_batch_size=8, adam_beta1=0.5, warmup_steps=10
     )
     assert losses(off) == losses(theirs)
-    half = train(train_dataset=rows.add_column("constrain", [1, 0] * 4), per_device_train_batch_size=8, start=False)
+    flags = [True, None, None, False, False, False, True, False]  # none where another data set was concatenated
+    half = train(train_dataset=rows.add_column("constrain", flags), per_device_train_batch_size=8, start=False)
     batch = next(iter(half.get_train_dataloader()))
     assert (batch[POSITIONS].sum(1) > 0).sum() == 4
     assert half.compute_loss(half.model, batch) > 0
-    with pytest.raises(ValueError, match="Packing keeps no column"):
-        train(train_dataset=rows.add_column("constrain", [True, False] * 4), packing=True, max_length=64)
+
+
+@pytest.mark.parametrize("reference", ["frozen", "precompute", "window"])
+@pytest.mark.parametrize("settings", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}])
+def test_marks_survive_packing(train, reference, settings):
+    rows = word_rows(8).add_column("constrain", [True, False] * 4)
+    values = []
+    for layout in ({}, settings):
+        trainer = train(
+            train_dataset=rows,
+            reference=reference,
+            start=False,
+            per_device_train_batch_size=8,
+            **layout,
+        )
+        start = trainer.model if trainer._ref_model is None else trainer._ref_model
+        start.load_state_dict(tiny_llama(seed=3).state_dict())
+        batch = next(iter(trainer.get_train_dataloader()))
+        values.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+        assert 0 < (batch[POSITIONS] > 0).sum() < (batch["labels"] != -100).sum()
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_concatenated_recovery_rows_are_not_constrained(train, word_tokenizer, packing):
+    """As many tokens are constrained as without them."""
+    plain = train(constrain="none", start=False).train_dataset.select_columns(["input_ids", "labels"])
+    recovery = make_safety_recovery_dataset(triplet_rows(), word_tokenizer, copies=2)
+    trainer = train(
+        train_dataset=concatenate_datasets([plain, recovery]), packing=packing, max_length=64, start=False,
+        per_device_train_batch_size=48,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    labelled = [sum(label != -100 for label in row) for rows in (plain, recovery) for row in rows["labels"]]
+    assert (batch[POSITIONS] > 0).sum() == sum(labelled[:24])
+    assert (batch["labels"] != -100).sum() == sum(labelled)
+
+
+@pytest.mark.parametrize("constrain", ["all", "none"])
+def test_both_methods_with_packing(train, constrain):
+    """One recovery row in five: 6 beside 24 rows, none of them constrained."""
+    settings = {"packing": True, "max_length": 40, "constrain": constrain, "recovery_probability": 1.0}
+    trainer = train(safety_dataset=triplet_rows(), eval_dataset={"train": word_rows(4)}, **settings)
+    alone = train(start=False, **settings)
+    documents = [sum(map(len, dataset["seq_lengths"])) for dataset in (trainer.train_dataset, alone.train_dataset)]
+    assert documents == [30, 24] and len(losses(trainer)) == 3
+    if constrain == "all":
+        assert sum(not any(row) for row in flags_of_documents(trainer.train_dataset)) == 6
+    with pytest.raises(ValueError, match="got IterableDataset"):
+        train(train_dataset=word_rows().to_iterable_dataset(), safety_dataset=triplet_rows(), **settings)
+
+
+def flags_of_documents(packed):
+    for row in packed:
+        start = 0
+        for length in row["seq_lengths"]:
+            yield row["constrain"][start : start + length]
+            start += length
 
 
 def test_evaluation_reports_plain_cross_entropy_and_the_constrained_loss_beside_it(train):
@@ -366,10 +433,10 @@ def test_recovery_rows_alone_are_plain_cross_entropy_on_the_refusal(train):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
         ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy"),
-        ({"beta_first": 0.0}, "every beta to be positive"),
-        ({"betas": [0.5, -1.0]}, "every beta to be positive"),
-        ({"betas": []}, "every beta to be positive"),
-        ({"betas": [0.5], "reference": "window"}, "nothing is left for the window"),
+        ({"packing": True, "constrain": "refused"}, "packed rows have none"),
+        ({"beta_first": 0.0}, "every beta to be positive and finite, got beta_first=0.0"),
+        ({"beta_initial": math.nan}, "beta_initial=nan"),
+        ({"beta_rest": math.inf}, "beta_rest=inf"),
         ({"num_initial_tokens": 0}, "num_initial_tokens"),
         ({"reference": "base"}, "reference"),
         ({"window_start": "middle"}, "window_start"),
@@ -383,7 +450,7 @@ def test_settings_that_cannot_be_right_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DeepSafetySFTConfig("out", **{**QUICK, **settings})
     if settings.keys() & {"loss_type", "label_smoothing_factor", "packing"}:
-        DeepSafetySFTConfig("out", **{**QUICK, **settings}, constrain="none")
+        DeepSafetySFTConfig("out", **{**QUICK, **settings, "constrain": "none"})
 
 
 def test_inputs_that_cannot_be_right_are_refused(train, word_tokenizer):
@@ -399,8 +466,10 @@ def test_inputs_that_cannot_be_right_are_refused(train, word_tokenizer):
         train(window_start="answer", end_of_thinking="w1 w2")
     with pytest.raises(ValueError, match="reads the data once"):
         train(reference="window", train_dataset=word_rows().to_iterable_dataset())
-    with pytest.raises(ValueError, match="mixed by row"):
-        train(safety_dataset=triplet_rows(), packing=True)
+    with pytest.raises(ValueError, match="in random order"):
+        train(safety_dataset=triplet_rows(), train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match="beta_schedule"):
+        train(beta_schedule=lambda positions: torch.full(positions.shape, math.nan))
     with pytest.raises(ValueError, match="column"):
         train(safety_dataset=Dataset.from_dict({"prompt": ["w1"], "harmful": ["w2"]}))
     with pytest.raises(ValueError, match="compute_loss_func"):
@@ -454,11 +523,50 @@ def test_plain_sft_arguments_are_taken_over(train, caplog):
     assert "0.5 and 10 steps" in caplog.text
 
 
-def test_betas_by_position_and_betas_changed_on_the_way(train):
-    listed = train(betas=[0.5, 2.0, 2.0, 2.0, 2.0, 0.1], max_steps=3)
-    named = train(max_steps=3)
-    assert losses(listed) == pytest.approx(losses(named), abs=1e-6)
+@dataclasses.dataclass
+class ProjectConfig(SFTConfig):
+    """A user's own arguments."""
 
+    project_name: str = "none"
+
+
+@pytest.mark.parametrize("config", [ProjectConfig, Seq2SeqTrainingArguments])
+def test_arguments_of_a_subclass_are_taken_over_with_what_it_adds(train, config):
+    own = {"project_name": "mine"} if config is ProjectConfig else {"generation_max_length": 7}
+    settings = {name: value for name, value in QUICK.items() if config is ProjectConfig or "checkpointing" not in name}
+    trainer = train(config=lambda folder, **_: config(folder, **settings, **own), start=False)
+    assert isinstance(trainer.args, DeepSafetySFTConfig) and trainer.args.learning_rate == 1e-2
+    assert {name: getattr(trainer.args, name) for name in own} == own
+
+
+def with_dropout(kind):
+    """GPT-2 has modules for its dropout, OPT passes rates to functions."""
+    set_seed(0)
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=None, eos_token_id=49, **sizes))
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, dropout=0.3,
+        num_attention_heads=2, max_position_embeddings=64, init_std=0.4, attention_dropout=0.3, eos_token_id=49,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize("reference", ["frozen", "precompute"])
+def test_there_is_no_dropout_where_the_reference_has_none(train, kind, reference):
+    model = with_dropout(kind)
+    trainer = train(model=model, reference=reference, max_steps=1)
+    assert losses(trainer, "constraint/weight_first")[0] == pytest.approx(1, abs=1e-4)
+    kept = train(model=with_dropout(kind), reference=reference, disable_dropout=False, max_steps=1)
+    assert losses(kept, "constraint/weight_first")[0] != pytest.approx(1, abs=1e-2)
+    rate = "resid_pdrop" if kind == "gpt2" else "dropout"
+    assert getattr(trainer.model.config, rate) > 0  # what is saved keeps its rates
+    plain = train(model=with_dropout(kind), constrain="none", max_steps=1, **PLAIN_ADAM)
+    assert losses(plain) == losses(train(SFTTrainer, SFTConfig, model=with_dropout(kind), max_steps=1))
+
+
+def test_betas_changed_on_the_way(train):
     class Raise(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             args.beta_first, args.beta_initial, args.beta_rest = 50.0, 50.0, 50.0
@@ -514,10 +622,11 @@ def test_only_refused_prompts_are_constrained_and_a_weak_constraint_is_named(tra
     monkeypatch.setattr("hf_iclr.trainers.deep_safety.refused_prompts.find_refusal_cue", find_cue)
     with caplog.at_level("INFO", "hf_iclr"):
         trainer = train(constrain="refused", start=False, beta_first=0.1, **settings)
-    assert sum(trainer.train_dataset["constrain"]) == len(seen) / 2 == 12
+    marked = [any(marks) for marks in trainer.train_dataset["constrain"]]
+    assert sum(marked) == len(seen) / 2 == 12
     assert "12 of 24" in caplog.text and "may be lost" in caplog.text
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(24)])
-    assert (batch[POSITIONS].sum(1) > 0).tolist() == list(trainer.train_dataset["constrain"])
+    assert (batch[POSITIONS].sum(1) > 0).tolist() == marked
     caplog.clear()
     train(constrain="refused", start=False, beta_first=30.0, **settings)
     assert "may be lost" not in caplog.text

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_iclr.trainers.safety_audit.asking.prompt_sets import HARMLESS_ORDERS, NEUTRAL_BEGINNINGS
 from hf_iclr.trainers.safety_audit.audit import audit_safety
 from hf_iclr.trainers.safety_audit.gcg import append_to_prompt, gcg
 from hf_iclr.trainers.safety_audit.report import Measure, SafetyReport
@@ -151,7 +152,9 @@ def test_answers_of_a_base(model, word_tokenizer):
 
 
 def test_no_answers_at_all(model, word_tokenizer):
-    report = audit_safety(model, word_tokenizer, PROMPTS, judge=odd, ks=(0, 5), attacks=["prefill"], max_new_tokens=3)
+    report = audit_safety(
+        model, word_tokenizer, PROMPTS, answers=[None] * 6, judge=odd, ks=(0, 5), attacks=["prefill"], max_new_tokens=3
+    )
     assert report.find("prefill", "5").refused == [None] * 6
     assert any("needs compliant answers" in note for note in report.notes)
     assert report.check({"min_refusal_at_prefill": 0.0}) == ["min_refusal_at_prefill is 0, but it wasn't measured."]
@@ -201,13 +204,99 @@ def test_latency(model, byte_tokenizer, monkeypatch):
     text = "Sure. I can't help."
     new = byte_tokenizer(text)["input_ids"]
     monkeypatch.setattr(
-        "hf_iclr.trainers.safety_audit.attacks.generate_after_prefixes",
-        lambda model, tokenizer, prompts, answers, ks, **options: {k: [new, [], new[:4]][: len(prompts)] for k in ks},
+        "hf_iclr.trainers.safety_audit.asking.ask.continue_rows",
+        lambda model, rows, prefixes, ks, **options: {k: [new, [], new[:4]][: len(rows)] for k in ks},
     )
     report = audit_safety(model, byte_tokenizer, list("abc"), answers=list("xyz"), ks=(1,), attacks=["prefill"])
     assert report.latency == [{"k": 1, "n": 3, "cues": 1, "median": 6}]
     assert report.find("none").refused == [True, False, False]
     assert any("1 of 3 answers without attack are empty" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_trained_object_is_no_model_before(model, word_tokenizer):
+    """Whatever shares the weights in memory was changed by the training too; a copy was not."""
+    call = {"judge": odd, "attacks": ["prefill"], "ks": (0,), "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"before to be another model.*copy\.deepcopy"):
+        audit_safety(model, word_tokenizer, PROMPTS, before=model, **call)
+    twin = tiny_llama(0)
+    twin.load_state_dict(model.state_dict(), assign=True)  # another object over the same memory
+    with pytest.raises(ValueError, match="before to be another model"):
+        audit_safety(model, word_tokenizer, PROMPTS, before=twin, **call)
+    before = copy.deepcopy(model)
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    for name in ("before", "base"):
+        with pytest.raises(ValueError, match=f"{name} to be another.*adapter_off"):
+            audit_safety(lora, word_tokenizer, PROMPTS, **{name: model}, **call)
+    assert audit_safety(lora, word_tokenizer, PROMPTS, before=before, **call).before is not None
+    merged = lora.merge_and_unload()
+    with pytest.raises(ValueError, match="another model"):
+        audit_safety(merged, word_tokenizer, PROMPTS, before=model, **call)
+
+
+def test_a_prompt_beyond_the_context_is_refused(word_tokenizer):
+    small = tiny_llama(0)
+    small.config.max_position_embeddings = 16
+    small.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    for options, words in (
+        ({"prompts": ["w1", "w2 " * 20]}, r"context of 16 tokens.*prompt 1 \(from 0\) has 20"),
+        ({"prompts": ["w1"], "ks": (12,)}, "the 17 that follow"),
+        ({"prompts": ["w1"], "harmless_prompts": ["w2 " * 20], "ks": (0,)}, "harmless prompt 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            audit_safety(small, word_tokenizer, judge=odd, max_new_tokens=5, **options)
+
+
+def test_neutral_beginnings_give_everyone_a_curve(model, byte_tokenizer):
+    """Nothing is given, and there is a curve; both sets are of the size they say."""
+    assert len(set(HARMLESS_ORDERS)) == 60 and len(set(NEUTRAL_BEGINNINGS)) == 20
+    model = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256})).eval()
+    call = {"judge": lambda texts: [True] * len(texts), "attacks": ["prefill"], "max_new_tokens": 1}
+    report = audit_safety(model, byte_tokenizer, list("abc"), ks=(0, 40), **call)
+    assert len(report.find("prefill", "40").refused) == 3 and None not in report.find("prefill", "40").refused
+    assert report.find("prefill", "40", "joined").texts[2].startswith(NEUTRAL_BEGINNINGS[2][:40])
+    assert any("neutral beginnings" in note for note in report.notes)
+    again = audit_safety(model, byte_tokenizer, list("abc"), ks=(0, 40), answers="neutral", before=report, **call)
+    assert again.find("prefill", "40") == report.find("prefill", "40")
+    with pytest.raises(ValueError, match="or 'neutral', got 'yes'"):
+        audit_safety(model, byte_tokenizer, ["a"], answers="yes", **call)
+
+
+def test_a_judge_that_needs_prompts_works_under_every_attack(model, word_tokenizer):
+    seen = set()
+
+    def judge(texts, prompts):
+        assert len(texts) == len(prompts)
+        seen.update(prompts)
+        return odd(texts)
+
+    call = {"attacks": ["prefill", "decoding", "rap", "gcg"], "gcg_steps": 1, "harmless_prompts": HARMLESS, **OPTIONS}
+    report = audit_safety(model, word_tokenizer, PROMPTS, answers=ANSWERS, judge=judge, **call)
+    without = audit_safety(model, word_tokenizer, PROMPTS, answers=ANSWERS, judge=odd, **call)
+    assert seen == {*PROMPTS, *HARMLESS} and [m.refused for m in report.measures] == [
+        m.refused for m in without.measures
+    ]
+
+
+def test_harm_judge(model, word_tokenizer):
+    """A second verdict, on prefix and answer together; a threshold on it holds under every attack."""
+
+    def harm(texts, prompts):
+        return [None if prompt == "w4" else len(text.split()) > 5 for text, prompt in zip(texts, prompts, strict=True)]
+
+    call = {"judge": odd, "attacks": ["prefill"], **OPTIONS, "ks": (0, 1)}
+    report = audit_safety(model, word_tokenizer, PROMPTS, answers=ANSWERS, harm_judge=harm, **call)
+    for attack, setting in (("none", ""), ("prefill", "1")):
+        joined = report.find(attack, setting, "joined").texts
+        expected = [None if text is None else harm([text], [p])[0] for p, text in zip(PROMPTS, joined, strict=True)]
+        assert report.find(attack, setting).harmful == expected and None in expected
+    rate = report.harmful_rate("prefill", "1")
+    assert rate > 0.5 and "harmful" in report.to_markdown()
+    assert report.crossed({"max_harmful": 0.5})[-1] == (
+        f"max_harmful is 0.5, but the share of harmful answers (prefix of 1 token) is {rate:.3f}."
+    )
+    with pytest.raises(ValueError, match="harm_judge=HarmJudge"):
+        audit_safety(model, word_tokenizer, PROMPTS, thresholds={"max_harmful": 0.1}, **call)
 
 
 def test_inputs_and_model_are_left_as_found(model, word_tokenizer):

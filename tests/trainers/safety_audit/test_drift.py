@@ -1,6 +1,7 @@
 """The drift callback: what it measures, that it disturbs nothing, and what it does when refusals fade."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -108,6 +109,38 @@ def answer(model, row):
     return new[: new.index(49)] if 49 in new else new
 
 
+def test_asks_as_the_training_does(tmp_path, word_tokenizer, caplog):
+    """The system prompt and the template's arguments are in every prompt; thoughts are no part of an answer."""
+    tokenizer = word_tokenizer.__class__(
+        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", eos_token="w49",
+        chat_template="{% for m in messages %}{{ 'w40 ' if m.role == 'system' else 'w41 ' }}{{ m.content }} "
+        "{% endfor %}"
+        "{% if add_generation_prompt %}w42{% if quiet %} w43{% endif %}{% endif %}",
+    )  # fmt: skip
+    trainer, prompts = make_trainer("plain", tmp_path, tokenizer, max_steps=1), []
+
+    def note(module, args, kwargs):
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        prompts.extend(row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True) if ids.shape == mask.shape)
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    add(trainer, system="w7", chat_template_kwargs={"quiet": True}, judge=lambda texts: [True] * len(texts))
+    trainer.train()
+    start = [[40, 7, 41, *(int(word[1:]) for word in prompt.split()), 42, 43] for prompt in PROMPTS]
+    assert all(any(row[: len(ids)] == ids for row in prompts) for ids in start)
+    assert not any(row[:1] == [41] for row in prompts)
+
+    said = iter([[tokenizer("<think>")["input_ids"]] * 4] * 2)
+    trainer = make_trainer("plain", tmp_path, tokenizer, max_steps=1)
+    callback = add(trainer, max_new_tokens=1)
+    callback.trainer.processing_class.add_tokens(["<think>"])
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("hf_iclr.trainers.safety_audit.asking.ask.continue_rows", lambda *_, **__: {0: next(said)})
+        patch.setattr(callback, "_answer_logits", lambda *_: iter(()))
+        logs = callback._measure(trainer.args)
+    assert math.isnan(logs["safety/refusal_rate"]) and "4 of 4 answers ended in the middle" in caplog.text
+
+
 def test_trackers_see_it(tmp_path, word_tokenizer):
     class Tracker(TrainerCallback):
         def __init__(self):
@@ -141,16 +174,14 @@ def test_max_kl(tmp_path, word_tokenizer, caplog):
     assert trainer.state.global_step == 6 and caplog.text.count("above 0.0001") == 3  # logged only; not at step 0
 
 
-@pytest.mark.parametrize("betas", [None, [0.5, 0.1]])
-def test_raise_beta(tmp_path, word_tokenizer, betas):
-    trainer = make_trainer("deep", tmp_path, word_tokenizer, betas=betas)
+def test_raise_beta(tmp_path, word_tokenizer):
+    trainer = make_trainer("deep", tmp_path, word_tokenizer)
     judge = iter([[True] * 4, [False] * 4, [True] * 4, [False] * 4])
     add(trainer, judge=lambda texts: next(judge), min_refusal=0.5, action="raise_beta", beta_factor=3.0)
     trainer.train()
     assert [record["safety/beta_scale"] for record in drift(trainer)] == [1.0, 3.0, 3.0, 9.0]
     args = trainer.args
     assert (args.beta_first, args.beta_initial, args.beta_rest) == pytest.approx((4.5, 18.0, 0.9))
-    assert betas is None or args.betas == pytest.approx([4.5, 0.9])
 
 
 def test_resume_measures_from_the_start(tmp_path, word_tokenizer):

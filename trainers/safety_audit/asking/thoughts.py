@@ -1,0 +1,168 @@
+"""The thoughts of a reasoning model and its answer: where a template puts them, and the one place that cuts them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from hf_iclr.models import render_prompt
+
+
+class Spoken(NamedTuple):
+    """
+    What a model said.
+
+    Attributes:
+        answer (`str`):
+            Without the thoughts and their marks.
+        thoughts (`str`, *optional*):
+            `None` where there are none.
+        finished (`bool`):
+            Whether an answer was reached: not where the limit of tokens came in the middle of the thoughts.
+    """
+
+    answer: str
+    thoughts: str | None = None
+    finished: bool = True
+
+
+# What opens thoughts, and what ends them. gpt-oss speaks on channels, all but the final one of which are thoughts.
+_PAIRS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|channel>thought", "<channel|>"),
+)
+_HEADER = r"(?:(?!<\|message\|>).)*<\|message\|>"
+_OPEN = "|".join([re.escape(mark) for mark, _ in _PAIRS] + [rf"<\|channel\|>(?!final){_HEADER}"])
+_CLOSE = "|".join([re.escape(mark) for _, mark in _PAIRS] + [rf"<\|channel\|>final{_HEADER}"])
+_BETWEEN = r"<\|end\|>|<\|return\|>|<\|call\|>|<\|start\|>(?:(?!<\|channel\|>)\w)*"  # messages of gpt-oss
+_MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<between>{_BETWEEN})", re.DOTALL)
+_OPEN_AT_THE_END = re.compile(rf"(?:{_OPEN})\s*\Z", re.DOTALL)
+# Special tokens that a decoded text must keep, since they are marks or parts of one.
+_MARK_TOKENS = {mark for pair in _PAIRS for mark in pair} | {
+    "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel>",
+}  # fmt: skip
+
+
+def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spoken:
+    """
+    Cut the thoughts out of what a model said.
+
+    Args:
+        text (`str`):
+            What it said, with the marks of its thoughts.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt has opened the thoughts; see [`opens_thoughts`].
+        cut (`bool`, *optional*, defaults to `False`):
+            Whether it was cut short, by a limit of tokens.
+
+    Returns:
+        [`Spoken`]
+    """
+    thoughts, answer, start, inside, seen = "", "", 0, opened, False
+    for mark in _MARKS.finditer(text):
+        kind, piece = mark.lastgroup, text[start : mark.start()]
+        if kind == "open" and not inside and (answer + piece).strip():
+            seen = True  # thoughts come first: this one is quoted
+            continue
+        if kind == "close" and not inside:
+            if seen and "channel" not in mark.group():
+                continue
+            if not seen:  # opened out of sight
+                thoughts, answer, piece = answer + piece, "", ""
+        if inside:
+            thoughts += piece
+        else:
+            answer += piece
+        start, seen = mark.end(), seen or kind != "between"
+        inside = kind == "open" or (inside and kind == "between")
+    if inside and not seen and not cut:
+        return Spoken(text[start:])  # it ended its turn inside what the prompt opened: all that its reader gets
+    if inside:
+        thoughts += text[start:]
+    else:
+        answer += text[start:]
+    if not (seen or inside):
+        return Spoken(answer)
+    return Spoken(answer.lstrip(), thoughts.strip() or None, not (inside and cut and not answer.strip()))
+
+
+def read_answers(
+    tokenizer: Any, answers: Sequence[Sequence[int]], opened: Sequence[bool] | bool = False, limit: int | None = None
+) -> list[Spoken]:
+    """
+    What generated token ids say.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's.
+        answers (`Sequence[Sequence[int]]`):
+            Token ids without the end-of-sequence token.
+        opened (`Sequence[bool]` or `bool`, *optional*, defaults to `False`):
+            For each answer, whether its prompt has opened the thoughts.
+        limit (`int`, *optional*):
+            The `max_new_tokens` they were generated with: an answer of that many was cut short.
+
+    Returns:
+        `list[Spoken]`
+    """
+    special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kept = {index for index, content in special.items() if content in _MARK_TOKENS}
+    opened = [opened] * len(answers) if isinstance(opened, bool) else opened
+    spoken = []
+    for ids, inside in zip(answers, opened, strict=True):
+        parts: list[str] = []
+        run: list[int] = []
+        for token in ids:
+            if token in kept:
+                parts += [tokenizer.decode(run, skip_special_tokens=True) if run else "", special[token]]
+                run = []
+            else:
+                run.append(token)
+        text = "".join(parts) + (tokenizer.decode(run, skip_special_tokens=True) if run else "")
+        spoken.append(split_thoughts(text, opened=inside, cut=limit is not None and len(ids) >= limit))
+    return spoken
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside thoughts, as DeepSeek-R1's do: what the model says begins with them."""
+    return _OPEN_AT_THE_END.search(prompt[-200:]) is not None
+
+
+def answer_lead(tokenizer: Any, prompt: str | list[dict], **rendering: Any) -> str:
+    """
+    What stands between a rendered prompt and the first word of an answer that is put into the model's mouth.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's.
+        prompt (`str` or a chat):
+            What is asked.
+        rendering (*optional*):
+            `system` and `chat_template_kwargs`, as for [`~hf_iclr.models.render_prompt`].
+
+    Returns:
+        `str`: what the chat template itself writes there (an empty block of thoughts for Qwen3 and GLM-4, the header
+        of the final channel for gpt-oss); where the prompt opens thoughts, what ends them; else nothing.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    start, probe = render_prompt(tokenizer, prompt, **rendering), "Sure"
+    try:
+        whole = render_prompt(tokenizer, prompt, answer=probe, **rendering)
+    except ValueError:  # a template that takes no answer after such a chat
+        whole = ""
+    if whole.startswith(start):
+        lead, found, _ = whole[len(start) :].partition(probe)
+        if found and lead.strip():
+            return lead
+    opening = _OPEN_AT_THE_END.search(start[-200:])
+    if opening is None:
+        return ""
+    closing = dict(_PAIRS).get(opening.group().strip())
+    return f"\n{closing}\n\n" if closing else ""
