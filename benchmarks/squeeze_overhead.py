@@ -1,13 +1,19 @@
 """
-What the squeezing metrics cost: a step of `SqueezeDPOTrainer` against one of TRL's `DPOTrainer`, on SmolLM2.
+What the squeezing metrics and probes cost: a step of `SqueezeDPOTrainer` against one of TRL's `DPOTrainer`, and whole
+runs with probes against runs without, on SmolLM2.
 
     python benchmarks/squeeze_overhead.py --repeats 20
+    python benchmarks/squeeze_overhead.py --repeats 0 --runs 5 --tiny
 
 Each repeat takes one step (forward, reference, backward, log) with each trainer in one process and in random order, on
 the same batch, and the medians of the ratios within a repeat are reported, and the ratio of the fastest steps, which
 other work on the machine disturbs least. A "full" step measures the exact argmax mass; with `argmax_every=10` one step
 of ten does, and "full, every 10" is what those ten cost together. The optimiser is left out and every step is logged:
 both count against us. Memory is what a step adds to the resident set at its peak.
+
+Runs are `SqueezeDPOTrainer.train()` of `--steps` steps with 2 and 8 pairs a batch, without probes, with `--probes`
+prompts at the default `probe_budget`, and with a pass every 25 steps whatever it takes (`probe_budget=1.0`, once).
+They alternate in one process, and CPU time is compared.
 """
 
 import argparse
@@ -27,12 +33,16 @@ from common.arguments import make_parser, parse, write_json
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=0, help="whole runs of each kind")
+    parser.add_argument("--steps", type=int, default=200, help="of a run")
+    parser.add_argument("--probes", type=int, default=500, help="prompts to probe in a run")
+    parser.add_argument("--tiny", action="store_true", help="a random Llama of 16 dimensions instead of SmolLM2")
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
     parser.add_argument("--prompt", type=int, default=64, help="words in a prompt")
     parser.add_argument("--answer", type=int, default=128, help="most words in an answer; half of it at least")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--lora", action="store_true", help="train an adapter: a shorter step")
-    return parse(parser, repeats=2, pairs=1, prompt=8, answer=8)
+    return parse(parser, repeats=2, pairs=1, prompt=8, answer=8, runs=2, steps=8, probes=4, tiny=True)
 
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -42,11 +52,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tqdm import tqdm
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from common.report import print_table
+from hf_iclr.tiny_models import tiny_llama, word_tokenizer
 from hf_iclr.tour.demo.language_model import load_demo_model
-from hf_iclr.trainers.squeeze import SqueezeDPOConfig, SqueezeDPOTrainer
+from hf_iclr.trainers.squeeze import SqueezeDPOConfig, SqueezeDPOTrainer, SqueezeProbeCallback, build_probe_set
 
 
 WORDS = ("the", "model", "answers", "a", "question", "about", "rain", "tea", "maps", "birds", "often", "people")
@@ -57,15 +69,23 @@ def text(rng: random.Random, length: int) -> str:
     return " " + " ".join(rng.choice(WORDS) for _ in range(length))
 
 
-def make_trainers(args: argparse.Namespace, folder: str) -> dict[str, DPOTrainer]:
-    model, tokenizer = load_demo_model(getattr(torch, args.dtype))
+def make_rows(args: argparse.Namespace, count: int) -> Dataset:
     rng = random.Random(0)
     lengths = [
-        (rng.randint(args.answer // 2, args.answer), rng.randint(args.answer // 2, args.answer)) for _ in range(16)
+        (rng.randint(args.answer // 2, args.answer), rng.randint(args.answer // 2, args.answer)) for _ in range(count)
     ]
-    rows = Dataset.from_list(
+    return Dataset.from_list(
         [{"prompt": text(rng, args.prompt), "chosen": text(rng, c), "rejected": text(rng, r)} for c, r in lengths]
     )
+
+
+def load(args: argparse.Namespace) -> tuple:
+    return (tiny_llama(), word_tokenizer()) if args.tiny else load_demo_model(getattr(torch, args.dtype))
+
+
+def make_trainers(args: argparse.Namespace, folder: str) -> dict[str, DPOTrainer]:
+    model, tokenizer = load(args)
+    rows = make_rows(args, 16)
     kwargs = {
         "output_dir": folder,
         "use_cpu": True,
@@ -115,8 +135,57 @@ def step_memory(trainer: DPOTrainer, rows: list[dict]) -> int:
     return resident_peak() - before
 
 
-def main(args: argparse.Namespace) -> None:
+def measure_runs(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args)
+    rows = make_rows(args, max(args.probes, 64))
+    probes = build_probe_set(rows, num_probes=args.probes)
+    lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"]) if args.lora else None
 
+    def seconds(pairs: int, budget: float | None) -> tuple[float, int, float]:
+        """CPU seconds of a run, its passes, and what was scored in one."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = SqueezeDPOConfig(
+                folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                max_steps=args.steps, per_device_train_batch_size=pairs, learning_rate=1e-5,
+                activation_checkpointing=False, probe_budget=budget or 1.0,
+            )  # fmt: skip
+            trainer = SqueezeDPOTrainer(
+                copy.deepcopy(model), None if args.lora else copy.deepcopy(model), config, train_dataset=rows,
+                processing_class=tokenizer, peft_config=lora, probe_dataset=probes if budget else None,
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
+            begin = time.process_time()
+            trainer.train()
+            spent = time.process_time() - begin
+        passes = sum("probe/chosen/logp" in entry for entry in trainer.state.log_history)
+        watching = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
+        return spent, passes, watching[0]._sets[0].count if watching else 0
+
+    seconds(2, 0.05)  # to warm up
+    rng, report, table = random.Random(1), {}, []
+    for pairs in (2, 8):
+        times: dict[str, list[float]] = {"without": [], "default": []}
+        for _ in tqdm(range(args.runs)):
+            for name in rng.sample(list(times), 2):
+                spent, passes, prompts = seconds(pairs, None if name == "without" else 0.05)
+                times[name].append(spent)
+                if name == "default":
+                    made = passes, prompts
+        ratios = [probed / plain for probed, plain in zip(times["default"], times["without"], strict=True)]
+        fastest = min(times["default"]) / min(times["without"])
+        without_limit, all_passes, all_prompts = seconds(pairs, 1.0)
+        unlimited = without_limit / statistics.median(times["without"])
+        table.append([pairs, statistics.median(times["without"]), statistics.median(ratios), fastest, *made])
+        table.append([f"{pairs}, probe_budget=1.0", "", unlimited, unlimited, all_passes, all_prompts])
+        report[f"{pairs} pairs"] = {"seconds": times, "ratios": ratios, "without a limit": unlimited}
+    print_table(
+        ["pairs", "s without probes", "times with probes", "fastest to fastest", "passes", "prompts, last run"], table
+    )
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    write_json(args.out / "squeeze_overhead_runs.json", {"arguments": vars(args), **report})
+
+
+def measure_steps(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(args, folder)
         for trainer in trainers.values():
@@ -165,4 +234,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(ARGUMENTS)
+    if ARGUMENTS.repeats:
+        measure_steps(ARGUMENTS)
+    if ARGUMENTS.runs:
+        measure_runs(ARGUMENTS)

@@ -45,6 +45,7 @@ from .trainers import (
     write_squeeze_report,
 )
 from .vision import (
+    AnnotationProject,
     FrameSegments,
     Sam2Trainer,
     Sam2TrainingConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "DEFERRAL_RULES",
     "AlphaEditConfig",
     "AlphaEditor",
+    "AnnotationProject",
     "ConceptEditor",
     "DataShapleyResult",
     "DeepSafetySFTConfig",

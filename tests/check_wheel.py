@@ -66,7 +66,7 @@ def check_sdist(sdist: Path) -> None:
         held = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path.relative_to(ROOT).as_posix() for area in AREAS for path in (ROOT / area).rglob("*.py*")}
     expected |= {"pyproject.toml", "LICENSE", "hf_iclr/py.typed", "tour/page.html"}
-    expected |= {"vision/annotation/page.html", "tour/demo/sam2/model.safetensors"}
+    expected |= {"vision/annotation/page.html", "vision/annotation/page.js", "tour/demo/sam2/model.safetensors"}
     if missing := expected - held:
         sys.exit(f"Expected these files in {sdist.name}, got none of them: {sorted(missing)}.")
 

@@ -118,7 +118,7 @@ def use_parts(folder: Path) -> dict[str, float]:
     from hf_iclr.tiny_models import word_tokenizer
     from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
     from tests.generation.toy import perturbed_copy
-    from tests.trainers.squeeze.toy import pair_rows
+    from tests.trainers.squeeze.pairs_and_logs import pair_rows
     from tests.trainers.tiny import QUICK, tiny_llama, triplet_rows, word_rows
 
     torch.set_num_threads(1)

@@ -86,50 +86,53 @@ def annotate(
     stability_score_thresh: Annotated[float, typer.Option(help="Least stability of a found mask.")] = 0.95,
     every: Annotated[int | None, typer.Option(help="Look for new objects again each so many frames.")] = None,
     browser: Annotated[
-        bool, typer.Option("--browser", help="Correct what does not pass the quality gate, on a page.")
+        bool,
+        typer.Option("--browser", help="Then serve what does not pass the quality gate on a page, to be corrected."),
     ] = False,
+    host: Annotated[str, typer.Option(help="Where the page listens; whoever reaches it can use it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.")] = 7860,
     push: Annotated[str | None, typer.Option(help="Dataset repository for the accepted masklets.")] = None,
 ) -> None:
     """Find and track everything in videos, as a dataset of masklets; a kill loses no whole video."""
+    from contextlib import ExitStack
+
     from rich.console import Console
     from rich.table import Table
     from transformers import pipeline
 
+    from hf_iclr.vision.annotation.browser import listen, serve
     from hf_iclr.vision.annotation.data_engine import annotate
+    from hf_iclr.vision.annotation.page import AnnotationPage
+    from hf_iclr.vision.annotation.project import AnnotationProject
     from hf_iclr.vision.annotation.store import annotation_statistics, review_queue
 
     console = Console()
-
-    def correct_in_browser(masklet):
-        import webbrowser
-
-        from hf_iclr.vision.annotation.page import annotate_in_browser
-
-        def announce(address: str) -> None:
-            console.print(f"{masklet.name}, object {masklet.object}: {masklet.reason}. Correct it at {address}")
-            webbrowser.open(address)
-
-        return annotate_in_browser(pipe, masklet.session, on_ready=announce)
-
-    pipe = pipeline("promptable-video-segmentation", model=model)
-    masklets = annotate(
-        folder,
-        pipe,
-        corrector=correct_in_browser if browser else None,
-        out=out,
-        automatic={
-            "points_per_side": points_per_side,
-            "pred_iou_thresh": pred_iou_thresh,
-            "stability_score_thresh": stability_score_thresh,
-            "every": every,
-        },
-    )
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(host, port)) if browser else None  # before hours of work
+        pipe = pipeline("promptable-video-segmentation", model=model)
+        masklets = annotate(
+            folder,
+            pipe,
+            out=out,
+            automatic={
+                "points_per_side": points_per_side,
+                "pred_iou_thresh": pred_iou_thresh,
+                "stability_score_thresh": stability_score_thresh,
+                "every": every,
+            },
+        )
+        if listener is not None:
+            page = AnnotationPage(AnnotationProject(out, pipe))
+            _serve(page, listener, host, serve, console, "Ctrl+C ends; everything is saved as it is clicked.")
+            masklets = page.project.store.read([])
     table = Table("", "", title=masklets.info.description, title_justify="left", show_header=False)
     for name, value in annotation_statistics(masklets).items():
         table.add_row(name.replace("_", " "), f"{value:.4g}")
     console.print(table)
     for row in review_queue(masklets).select_columns(["name", "object", "reason"]):
         console.print(f"waits for review: {row['name']}, object {row['object']}, {row['reason']}", markup=False)
+    if not browser and "waiting" in masklets["status"]:
+        console.print(f"Look at what waits by `hf-iclr annotate-ui {out} --model {model}`.", markup=False)
     console.print(f"Saved to {out}: `load_dataset('parquet', data_files='{out}/shards/*.parquet')`.", markup=False)
     if push is not None:
         masklets.filter(lambda row: row["status"] == "accepted").push_to_hub(push)
@@ -138,32 +141,63 @@ def annotate(
 
 def annotate_ui(
     video: Annotated[
-        str | None, typer.Argument(help="Video file, URL or folder of images. Left out: chosen on the page.")
+        str | None,
+        typer.Argument(
+            help="Video file, URL or folder of images; a folder of videos; or what `annotate` wrote, whose queue is "
+            "then served. Left out: chosen on the page."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Segmenter: repository or folder.")] = "facebook/sam2.1-hiera-tiny",
-    out: Annotated[Path, typer.Option(help="JSON file for the masks, written on Done.")] = Path("annotations.json"),
+    out: Annotated[Path, typer.Option(help="JSON file (SA-V) for the masks of one video, written on Done.")] = Path(
+        "annotations.json"
+    ),
+    project: Annotated[
+        Path | None,
+        typer.Option(help="Folder to which every edit is saved before it is answered. Left out: beside --out."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; whoever reaches it can use the page.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 7860,
 ) -> None:
-    """Click, track and correct objects of a video in the browser, until Done is pressed."""
+    """Click, draw, track, name and accept objects in the browser; the same command goes on where it ended."""
     from rich.console import Console
     from transformers import pipeline
 
-    from hf_iclr.vision.annotation.page import annotate_in_browser
+    from hf_iclr.vision.annotation.browser import listen, serve
+    from hf_iclr.vision.annotation.page import AnnotationPage
+    from hf_iclr.vision.annotation.project import AnnotationProject
     from hf_iclr.vision.formats.annotation_json import write_sav
 
     console = Console()
-    pipe = pipeline("promptable-video-segmentation", model=model)
-    session = None if video is None else pipe.session(video, output="rle", undo_levels=20)
-    segments = annotate_in_browser(
-        pipe,
-        session,
-        host,
-        port,
-        lambda url: console.print(f"Open {url} in a browser. Ctrl+C ends without saving."),
-    )
-    write_sav(segments, out)
-    console.print(f"Masks of {len(segments)} frames written to {out}.")
+    if out.is_dir():
+        raise ValueError(
+            f"Expected a JSON file for --out, got the folder {out}. Pass --out {out / 'annotations.json'}."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if video is not None and "://" not in video and not Path(video).exists():
+        raise ValueError(f"There is no video {video}.")
+    written = video is not None and (Path(video, "shards").is_dir() or Path(video, "project.sqlite").is_file())
+    with listen(host, port) as listener:
+        pipe = pipeline("promptable-video-segmentation", model=model)
+        folder = Path(str(video)) if written else project or out.with_suffix(".project")
+        opened = AnnotationProject(folder, pipe)
+        names = [] if video is None or written else opened.add_videos([video] if "://" in video else video)
+        single = len(names) == 1
+        page = AnnotationPage(opened, names[0] if single else None, single=single or video is None)
+        said = f"Every edit is saved to {folder}; Ctrl+C ends, and the same command goes on."
+        segments = _serve(page, listener, host, serve, console, said)
+    if segments is None:
+        console.print(f"Saved to {folder}.")
+    else:
+        write_sav(segments, out)
+        console.print(f"Masks of {len(segments)} frames written to {out}.")
+
+
+def _serve(page, listener, host: str, serve, console, said: str):
+    """Serves a page until it is done or Ctrl+C is pressed."""
+    try:
+        return serve(page, listener, host, lambda url: console.print(f"Open {url} in a browser. {said}"))
+    except KeyboardInterrupt:
+        return None
 
 
 def inpaint(

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common.squeeze_step import measure_chosen_change
 from hf_iclr.trainers.squeeze.influence import influence_audit
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import tiny_llama
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hf_iclr.cli.app import app
 from hf_iclr.cli.dataset_files import load_rows
 from tests.cli.test_trl_script import FLAGS, as_flags
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import tiny_llama
 
 

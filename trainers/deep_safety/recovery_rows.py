@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_iclr.models import render_prompt, to_messages
 
+from ..safety_audit.asking.thoughts import answer_lead, opens_thoughts
+
 
 _COLUMNS = ("prompt", "harmful", "refusal")
 
@@ -323,6 +325,12 @@ def _render(triplet, tokenizer, template_kwargs, index) -> _Rendered:
         raise ValueError(f"Triplet {index}: expected a prompt that ends with the user's message, not the assistant's.")
     start = render_prompt(tokenizer, prompt, chat_template_kwargs=template_kwargs)
     whole = render_prompt(tokenizer, prompt, answer=refusal, chat_template_kwargs=template_kwargs)
+    if not whole.startswith(start) and opens_thoughts(start):
+        # As DeepSeek-R1's: asked, the model is to think; an answer that is given has no thoughts. They are closed.
+        lead = answer_lead(tokenizer, prompt, chat_template_kwargs=template_kwargs)
+        _, found, tail = whole.rpartition(refusal)
+        if lead and found:
+            return _Rendered(start + lead, "", tail)
     if not whole.startswith(start):
         raise ValueError(
             f"Triplet {index}: the chat template renders the prompt differently when an answer follows, so the model "

@@ -17,8 +17,8 @@ class SqueezeOptions:
 
     Args:
         squeeze_metrics (`str`, *optional*, defaults to `"default"`):
-            `"off"`: none. `"default"`: at every step, what TRL's fused head tells for free. `"full"`: also the exact
-            argmax mass, every `argmax_every` steps and in every evaluation.
+            `"off"`: none. `"default"`: six keys that the fused head of TRL tells for free. `"full"`: all of them, and
+            the exact argmax mass every `argmax_every` steps and in every evaluation.
         argmax_every (`int`, *optional*, defaults to `10`):
             Optimiser steps between two measurements of the argmax mass. The mean since the last log is logged.
         probe_every (`int`, *optional*, defaults to `25`):
@@ -34,7 +34,7 @@ class SqueezeOptions:
     squeeze_metrics: str = field(
         default="default",
         metadata={
-            "help": "What to measure: 'off', 'default' (every step, nearly free) or 'full' (also the argmax mass).",
+            "help": "What to log: 'off', 'default' (six keys) or 'full' (all, also the argmax mass).",
             "choices": list(SQUEEZE_METRICS),
         },
     )

@@ -15,6 +15,8 @@ SIDES = ("chosen", "rejected")
 TOKEN_METRICS = ("logp_tok", "entropy", "renyi2", "top1_rate", "A_norm", "G_norm", "energy", "pressure", "valley_frac")
 ARGMAX_METRICS = ("logp_argmax", "rest_logmass", "argmax_gap")
 DOWN_METRICS = ("chosen_down", "rejected_down", "both_down")
+# Logged unless everything is asked for, under "squeeze/"
+DEFAULT_METRICS = ("logp_tok_chosen", "logp_tok_rejected", "pressure_rejected", "valley_frac", "force", "both_down")
 # Of the token metrics these two are logged for the rejected answer only, under these names.
 _REJECTED_ONLY = {"pressure": "pressure_rejected", "valley_frac": "valley_frac"}
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,75 +12,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from trl import DPOTrainer
 
 from hf_iclr.models import end_tokens, pad_answers
+from hf_iclr.trainers.measuring import forked_random
 
 from .probe_scoring import COLUMNS, decode_answers, repetition_metrics, score_answers
-from .rows import CHOSEN, CONTEXT, IMAGES, REJECTED, calls_tools, encode_answer, preference_rows, text_of
+from .rows import CHOSEN, CONTEXT, IMAGES, INITIAL_GREEDY, REJECTED, calls_tools, encode_answer, text_of
 
 
 logger = logging.getLogger(__name__)
 
-INITIAL_GREEDY = "initial_greedy"
 LOGP, LOGP_ARGMAX = COLUMNS.index("logp_tok"), COLUMNS.index("logp_argmax")
-KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
-REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
 SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
+FORWARDS_OF_A_STEP = 3  # at least: a backward is two
+PASSES_BETWEEN = 4  # that there should be room for
+PILOT_TOKENS = 4
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
-
-
-def check_kinds(columns: Sequence[str]) -> None:
-    """
-    Refuse columns that are no response kind.
-
-    Args:
-        columns (`Sequence[str]`):
-            Without `prompt` and what belongs to it.
-
-    Raises:
-        `ValueError`: naming them and what would be one.
-    """
-    unknown = [name for name in columns if name not in KINDS and not name.startswith(REPHRASE_PREFIXES)]
-    if unknown:
-        raise ValueError(
-            f"A probe set holds `prompt` and the answers {', '.join(KINDS)}, or others whose names begin with "
-            f"{', '.join(REPHRASE_PREFIXES)}; got {', '.join(unknown)}. Rename what is an answer, for example to "
-            f"`chosen_{unknown[0]}`, and drop the rest with `remove_columns({unknown})`."
-        )
-
-
-def check_probe_sets(probe_dataset: Any) -> dict[str, Dataset]:
-    """
-    Probe sets by name, the empty one for a set without.
-
-    Args:
-        probe_dataset (`Dataset` or an iterable of rows, or a dictionary of such):
-            See [`SqueezeProbeCallback`].
-
-    Raises:
-        `ValueError`, `TypeError`: when one is no probe set.
-    """
-    named = dict(probe_dataset) if isinstance(probe_dataset, dict) else {"": probe_dataset}
-    if not named or not all(isinstance(name, str) for name in named):
-        raise ValueError(
-            f"Expected probe sets by name, got {named!r:.60}. Type `{{'train': build_probe_set(pairs)}}`."
-        )
-    sets = {}
-    for name, rows in named.items():
-        called = f"probe_dataset[{name!r}]" if name else "probe_dataset"
-        sets[name] = preference_rows(rows, called, [CHOSEN])
-        columns = [column for column in sets[name].column_names if column != "prompt" and column not in CONTEXT]
-        check_kinds(columns)
-        preference_rows(sets[name], called, columns)
-    return sets
-
-
-def is_bystander(kind: str) -> bool:
-    """Whether no loss speaks about this kind of answer: all but the pair, the rejected's rephrases and y*."""
-    return kind not in (CHOSEN, INITIAL_GREEDY) and kind != REJECTED and not kind.startswith(f"{REJECTED}_")
 
 
 class ProbeSet:
@@ -160,7 +113,8 @@ class ProbeSet:
                 cut = max(len(prompt) - max(max_length - max_new_tokens, 1), 0) if keep_end and max_length else 0
                 self.prompts.append(prompt[cut:])
                 self.answers += row.values()
-        self.kinds = columns * (len(self.answers) // len(columns))
+        self.columns, self.count = len(columns), len(self.answers) // len(columns)
+        self.kinds = columns * self.count
         if len(self.answers) < len(dataset) * len(columns):
             left_out = len(dataset) - len(self.answers) // len(columns)
             message = (
@@ -170,14 +124,28 @@ class ProbeSet:
             if not self.answers:
                 raise ValueError(f"{message} Raise `max_length`, or probe shorter prompts.")
             logger.warning(message)
-        self.fingerprint = self._hash(whole_rows if with_images else self.answers)
+        # The collator of a `DPOTrainer` cuts off what is too long
+        cut = with_images or any(
+            len(prompt) + len(answer) > (max_length or math.inf) for prompt, answer in self.answers
+        )
+        self.fingerprint = self._hash(
+            whole_rows if with_images else self.answers, [max_length, keep_end] if cut else []
+        )
 
-    def _hash(self, answers: Any) -> str:
-        """A name for what is scored: the same kinds of the same token ids, or of the same text and images."""
-        digest = hashlib.sha256(json.dumps(self.kinds).encode())
+    def _hash(self, answers: Any, cut: list) -> str:
+        """A name for what is scored: the same kinds of the same token ids, or text and images, cut alike."""
+        digest = hashlib.sha256(json.dumps([*self.kinds, *cut]).encode())
         for answer in answers:
             digest.update(json.dumps(answer, default=_bytes_hash, sort_keys=True).encode())
         return digest.hexdigest()
+
+    def take(self, prompts: int, decoded: int) -> None:
+        """Keep some random prompts, always the same for this number of them, and decode from a few of these."""
+        taken = sorted(random.Random(0).sample(range(self.count), min(prompts, self.count)))
+        starts = [self.columns * index for index in taken]
+        self.answers = [answer for start in starts for answer in self.answers[start : start + self.columns]]
+        self.kinds, self.count = self.kinds[: len(self.answers)], len(taken)
+        self.prompts = [self.prompts[index] for index in taken if self.prompts][:decoded]
 
     def set_greedy(self, greedy: list[list[int]]) -> None:
         """Add y*, the answers to watch from now on; a model may also have ended at once, without a token."""
@@ -244,12 +212,12 @@ class ProbeSet:
             logs[f"probe/{kind}/delta0"] = (change[these].sum() / table[these, 0].sum()).item()
             if kind in (CHOSEN, REJECTED):
                 logs[f"probe/{kind}/logp_argmax"] = _token_mean(table[these], "logp_argmax")
-        chosen = rows[CHOSEN]
+        chosen, ours = rows[CHOSEN], (CHOSEN, REJECTED, INITIAL_GREEDY)
         logs["probe/chosen/frac_down"] = (change[chosen] < 0).double().mean().item()
         if REJECTED in rows:
             for name in ("pressure", "valley_frac"):
                 logs[f"probe/rejected/{name}"] = _token_mean(table[rows[REJECTED]], name)
-        if bystanders := [kind for kind in rows if is_bystander(kind)]:
+        if bystanders := [kind for kind in rows if kind not in ours and not kind.startswith(f"{REJECTED}_")]:
             rise = ((table[chosen, LOGP_ARGMAX] - self.start[chosen, 1]).sum() / table[chosen, 0].sum()).item()
             falls = [logs[f"probe/{kind}/delta0"] for kind in bystanders]
             logs["squeeze/index"] = rise - sum(falls) / len(falls)
@@ -266,6 +234,62 @@ class ProbeSet:
             )
 
 
+def take_what_fits(
+    sets: Sequence[ProbeSet], trainer: Trainer, max_steps: int, every: int, budget: float, decode: bool
+) -> None:
+    """
+    Keep as many prompts of probe sets as leave room in the budget for a pass at the start, at the end, and for some in
+    between. How long a step will take is not known before the first one: it is taken for the forward and the backward
+    of as many answers, which it takes at least.
+
+    Args:
+        sets (`Sequence[ProbeSet]`):
+            Which share the budget.
+        trainer ([`~transformers.Trainer`]):
+            Before its first step.
+        max_steps, every (`int`):
+            Of the run, and the least steps between two passes.
+        budget (`float`):
+            In (0, 1).
+        decode (`bool`):
+            Whether passes decode; half of the budget is for that, as far as it is needed.
+    """
+    args, world, begin = trainer.args, trainer.accelerator.num_processes, time.perf_counter()
+    pairs = any(name.startswith(REJECTED) for name in getattr(trainer.train_dataset, "column_names", None) or ())
+    rows = world * args.per_device_train_batch_size * (2 if pairs else 1)
+    some = (sets[0].answers * rows)[:rows]
+    prompts = [prompt for probes in sets for prompt in probes.prompts] if decode else []
+    seconds = []
+    with forked_random(trainer.accelerator.device):
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            score_answers(trainer, some, [False] * rows, rows // world, collate=sets[0].collate)
+            seconds.append(time.perf_counter() - start)
+        start, tokens = time.perf_counter(), max(probes.max_new_tokens for probes in sets)
+        if prompts:
+            decode_answers(trainer, sets[0].tokenizer, (prompts * rows)[:rows], PILOT_TOKENS, rows // world)
+        drawn = (time.perf_counter() - start) / rows * tokens / PILOT_TOKENS
+    step = FORWARDS_OF_A_STEP * min(seconds) * args.gradient_accumulation_steps
+    an_answer = min(seconds) / rows
+    left = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)
+    a_pass = max(left, 0.0) / (2 + min(PASSES_BETWEEN, (max_steps - 1) // every))
+    decoding = len(prompts) * 2 * (drawn + an_answer)  # greedily, and samples
+    for_decoding = min(decoding, a_pass / 2)
+    scoring = sum(len(probes.answers) for probes in sets) * an_answer
+    shares = [min((a_pass - for_decoding) / scoring, 1.0), for_decoding / decoding if decoding else 0.0]
+    broadcast_object_list(shares)  # every process has timed its own
+    before = sum(probes.count for probes in sets)
+    for probes in sets:
+        probes.take(max(int(shares[0] * probes.count), 1), int(shares[1] * len(probes.prompts)))
+    after, decoded = sum(probes.count for probes in sets), sum(len(probes.prompts) for probes in sets)
+    if (after < before or decoded < len(prompts)) and trainer.is_world_process_zero():
+        logger.warning(
+            f"{after} of {before} prompts are probed, taken at random, and {decoded} of them decoded from: an "
+            f"answer takes {an_answer:.3g} s, a step at least {step:.3g} s, and probe_budget={budget:g} is the share "
+            f"of the run's {max_steps} steps that probes may take. Raise it for more; `probe_budget=1.0` takes all."
+        )
+
+
 def _prepare_pairs(
     trainer: DPOTrainer, dataset: Dataset, kinds: list[str], processing_class: Any
 ) -> list[dict[str, tuple[list[int], list[int]]]]:
@@ -278,14 +302,19 @@ def _prepare_pairs(
     couples = [(CHOSEN, REJECTED), *((kind, kind) for kind in kinds if kind not in (CHOSEN, REJECTED))]
     if REJECTED not in kinds:
         couples[0] = (CHOSEN, CHOSEN)
+    alike: dict[str, list[tuple[str, str]]] = {}  # prepared at once, since a preparation takes its time
+    for couple in couples:
+        alike.setdefault(str([dataset.features[kind] for kind in couple]), []).append(couple)
     with _no_progress_bars():
-        for first, second in couples:
-            pairs = dataset.select_columns(["prompt", *context]).add_column("probe", list(range(len(dataset))))
-            for side, kind in ((CHOSEN, first), (REJECTED, second)):
-                pairs = pairs.add_column(side, list(dataset[kind]))
+        for group in alike.values():
+            pairs = dataset.select_columns(["prompt", *context]).select([*range(len(dataset))] * len(group))
+            for side, kinds_of_side in zip((CHOSEN, REJECTED), zip(*group, strict=True), strict=True):
+                pairs = pairs.add_column(side, [answer for kind in kinds_of_side for answer in dataset[kind]])
+            pairs = pairs.add_column("probe", list(range(len(pairs))))
             for row in trainer._prepare_dataset(pairs, processing_class, trainer.args, PROBES):
-                for side, kind in ((CHOSEN, first), (REJECTED, second)):
-                    rows[row["probe"]][kind] = row["prompt_ids"], row[f"{side}_ids"]
+                couple, index = divmod(row["probe"], len(dataset))
+                for side, kind in zip((CHOSEN, REJECTED), group[couple], strict=True):
+                    rows[index][kind] = row["prompt_ids"], row[f"{side}_ids"]
     return [{kind: row[kind] for kind in kinds if kind in row} for row in rows]
 
 

@@ -177,10 +177,10 @@ def repetition_metrics(answers: Sequence[Sequence[int]], ends: Sequence[int]) ->
     }
 
 
-def choose_interval(every: int, max_steps: int, budget: float, step: float, whole: float, between: float) -> int:
+def choose_interval(every: int, max_steps: int, budget: float, step: float, ends: float, between: float) -> int:
     """
     The shortest multiple of `every` with which all passes of a run take the share `budget` of it: with n of them in
-    between, `2 whole + n between <= budget / (1 - budget) * max_steps * step`.
+    between, `ends + n between <= budget / (1 - budget) * max_steps * step`.
 
     Args:
         every (`int`):
@@ -189,13 +189,13 @@ def choose_interval(every: int, max_steps: int, budget: float, step: float, whol
             Of the run.
         budget (`float`):
             In (0, 1).
-        step, whole, between (`float`):
-            Seconds of a step, of the first and the last pass, and of one in between, which decodes less often.
+        step, ends, between (`float`):
+            Seconds of a step, of the first and last pass together, and of one in between, which decodes less often.
 
     Returns:
         `int`: steps; 0 where none in between fits.
     """
-    left = max_steps * step * budget / (1 - budget) - 2 * whole
+    left = max_steps * step * budget / (1 - budget) - ends
     passes = min(math.floor(max(left, 0.0) / between), max_steps // every)
     return every * math.ceil(max_steps / (passes + 1) / every) if passes else 0
 

@@ -25,9 +25,20 @@ from transformers import (
 from hf_iclr.trainers.measuring import forked_random, log_beside
 from hf_iclr.untrusted import as_written_by, read_json, whole_number
 
-from .probe_metrics import ProbeSet, check_kinds, check_probe_sets
+from .probe_metrics import ProbeSet, take_what_fits
 from .probe_scoring import choose_interval
-from .rows import CHOSEN, CONTEXT, REJECTED, preference_rows, text_of, with_text
+from .rows import (
+    CHOSEN,
+    CONTEXT,
+    REJECTED,
+    check_kinds,
+    check_probe_sets,
+    other_row,
+    preference_rows,
+    shuffled,
+    text_of,
+    with_text,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -103,14 +114,14 @@ def build_probe_set(
         if len(probes) == num_probes:
             break
         row = texts[index]
-        chosen, other = row[CHOSEN], _other(texts, row, generator)
+        chosen, other = row[CHOSEN], other_row(texts, row, generator)
         probe = {CHOSEN: chosen, REJECTED: row[REJECTED], "other_train": other[CHOSEN]}
-        unrelated = _other(texts, row, generator)
+        unrelated = other_row(texts, row, generator)
         if test_rows is not None:
-            probe["other_test"] = _other(test_rows, row, generator)[CHOSEN]
-            unrelated = _other(test_rows, row, generator)
-        probe["permuted"] = with_text(chosen, _shuffled(text_of(chosen), generator))
-        probe["random_words"] = with_text(chosen, _shuffled(text_of(unrelated[CHOSEN]), generator))
+            probe["other_test"] = other_row(test_rows, row, generator)[CHOSEN]
+            unrelated = other_row(test_rows, row, generator)
+        probe["permuted"] = with_text(chosen, shuffled(text_of(chosen), generator))
+        probe["random_words"] = with_text(chosen, shuffled(text_of(unrelated[CHOSEN]), generator))
         probe |= {name: with_text(chosen, text_of(row[name])) for name in rephrases}
         if all(text_of(answer).strip() for answer in probe.values()):
             probes.append(probe)
@@ -128,35 +139,15 @@ def build_probe_set(
     return dataset.select_columns(["prompt", *probes[0], *context])
 
 
-def _other(rows: Dataset, row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
-    """A row with another prompt; by chance first, since prompts seldom repeat."""
-    for _ in range(20):
-        other = rows[generator.randrange(len(rows))]
-        if other["prompt"] != row["prompt"]:
-            return other
-    for other in rows:
-        if other["prompt"] != row["prompt"]:
-            return other
-    raise ValueError("Probes need answers to other prompts, but all rows have the same prompt. Give more pairs.")
-
-
-def _shuffled(text: str, generator: random.Random) -> str:
-    words = text.split()
-    shuffled = words[:]
-    while shuffled == words and len(set(words)) > 1:
-        generator.shuffle(shuffled)
-    return " ".join(shuffled)
-
-
 class SqueezeProbeCallback(TrainerCallback):
     """
     Scores a probe set at the start, every `every` steps or more seldom, and at the end of a training, in any trainer
     of a causal language model: DPO, SFT, KTO, GRPO or plain [`~transformers.Trainer`]. Losses and weights are bit for
     bit those of a run without it.
 
-    All passes together take the share `probe_budget` of the run, unless those at the start and the end take more: then
-    there are only these two. What a pass and a step take is measured at the beginning; the interval that is chosen is
-    logged and kept in checkpoints, so that a resumed run makes the passes that it would have made in one go.
+    All passes together take the share `probe_budget` of the run. From what a few answers take to score, the prompts
+    are chosen that fit, at random and once, and from what a step takes, the interval. Both are logged and kept in
+    checkpoints, so that a resumed run makes the passes that it would have made in one go.
 
     For each kind of answer it logs `probe/{kind}/logp`, its mean log-probability in nats per token, and
     `probe/{kind}/delta0`, the change of this since the start; besides
@@ -182,7 +173,8 @@ class SqueezeProbeCallback(TrainerCallback):
         every (`int`, *optional*, defaults to `25`):
             Least optimiser steps between two passes, as in the authors' runs; the interval is a multiple.
         probe_budget (`float`, *optional*, defaults to `0.05`):
-            Share of the run's time that passes may take, in (0, 1]. 1.0: a pass every `every` steps whatever it takes.
+            Share of the run's time that passes may take, in (0, 1]. 1.0: all prompts every `every` steps, whatever it
+            takes.
         decode_every (`int`, *optional*, defaults to `4`):
             Passes between two that decode, besides the last. 0: never, then there is no `initial_greedy` either.
             Prompts with images are not decoded.
@@ -237,6 +229,7 @@ class SqueezeProbeCallback(TrainerCallback):
         self._interval: int | None = self.every if self.probe_budget == 1 else None  # 0: none but first and last
         self._seconds: tuple[float, float] | None = None  # of a pass, and of decoding in it
         self._steps: list[float] = []  # seconds
+        self._spent = 0.0  # seconds before the first step
         self._clock = 0.0
 
     def on_train_begin(
@@ -261,14 +254,17 @@ class SqueezeProbeCallback(TrainerCallback):
             for name, probes in self._datasets.items()
         ]
         self._forget()
-        if state.global_step:
-            self._resume(args, state.global_step)
-        keys = [f"{probes.prefix}probe/chosen/logp" for probes in self._sets if len(probes.start)]
-        here = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-        if len(keys) == len(self._sets) and all(any(key in entry for entry in here) for key in keys):
-            self._last_step = state.global_step  # the checkpoint was written after a pass
-        self._probe(args, state, control)
+        known = self._resume(args, state.global_step) if state.global_step else set()
+        new = [probes for probes in self._sets if probes.name not in known]
+        begin = time.perf_counter()
+        if new and self.probe_budget < 1:
+            take_what_fits(new, trainer, state.max_steps, self.every, self.probe_budget, self.decode_every > 0)
+        if new:
+            self._probe(args, state, control)
+        else:  # the run goes on as if it had not been interrupted
+            self._last_step = state.global_step
         self._clock = time.perf_counter()
+        self._spent = self._clock - begin
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -314,6 +310,7 @@ class SqueezeProbeCallback(TrainerCallback):
                 "passes": self._passes,
                 "interval": self._interval,
                 "seconds": self._seconds,
+                "taken": [probes.count, len(probes.prompts)],
                 "greedy": probes.greedy,
                 "logps": probes.start.tolist(),
             }
@@ -323,7 +320,8 @@ class SqueezeProbeCallback(TrainerCallback):
             own = {**read_json(path, nan=True).get("sets", {}), **own}
         path.write_text(json.dumps({"sets": own}))
 
-    def _resume(self, args: TrainingArguments, step: int) -> None:
+    def _resume(self, args: TrainingArguments, step: int) -> set[str]:
+        """The names of the sets whose start is known."""
         path, given = Path(args.output_dir, f"checkpoint-{step}", STATE_FILE), args.resume_from_checkpoint
         if isinstance(given, str) and Path(given).is_dir():  # of a run that goes on in another folder
             path = Path(given, STATE_FILE)
@@ -343,6 +341,7 @@ class SqueezeProbeCallback(TrainerCallback):
                         "the same tokenized otherwise, whose changes would be measured from the start of those. Give "
                         "the same set, or the new one another name: `probe_dataset={'new': probes}`."
                     )
+                probes.take(*(whole_number(count, f"a number of prompts in {path}") for count in start["taken"]))
                 if start["greedy"] is not None:
                     probes.set_greedy([[whole_number(token, "a token") for token in row] for row in start["greedy"]])
                 logps = torch.tensor(start["logps"], dtype=torch.float64)
@@ -355,24 +354,23 @@ class SqueezeProbeCallback(TrainerCallback):
                 if start["seconds"] is not None:
                     whole, decoding = map(float, start["seconds"])
                     self._seconds = whole, decoding
+        return set(saved)
 
     def _choose_interval(self, max_steps: int) -> None:
         assert self.trainer is not None and self._seconds is not None
         step = statistics.median(self._steps[1:])
         whole, decoding = self._seconds
         between = whole - decoding + decoding / max(self.decode_every, 1)
-        interval = [choose_interval(self.every, max_steps, self.probe_budget, step, whole, between)]
+        ends = max(self._spent, whole) + whole
+        interval = [choose_interval(self.every, max_steps, self.probe_budget, step, ends, between)]
         broadcast_object_list(interval)  # every process has timed its own
         self._interval = interval[0]
         if self._interval == self.every or not self.trainer.is_world_process_zero():
             return
-        prompts = sum(map(len, self._datasets.values()))
-        fitting = prompts * max_steps * step * self.probe_budget / (1 - self.probe_budget) / (2 * whole + 4 * between)
         when = f"every {self._interval} steps" if self._interval else "at the start and the end only"
         logger.warning(
-            f"Probes {when}, not every {self.every}: a pass over {prompts} prompts takes {whole:.3g} s, a step "
-            f"{step:.3g} s, and probe_budget={self.probe_budget:g} is the passes' share of the run. For four in "
-            f"between give about {max(int(fitting), 1)} prompts, or raise `probe_budget`."
+            f"Probes are scored {when}, not every {self.every}: it takes {whole:.3g} s, a step {step:.3g} s, and "
+            f"probe_budget={self.probe_budget:g} is their share of the run. Raise it for more."
         )
 
     def _probe(

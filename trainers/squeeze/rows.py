@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from hf_iclr.models import render_prompt, split_answer
 
 logger = logging.getLogger(__name__)
 
-CHOSEN, REJECTED = "chosen", "rejected"
+CHOSEN, REJECTED, INITIAL_GREEDY = "chosen", "rejected", "initial_greedy"
+KINDS = (CHOSEN, REJECTED, "other_train", "other_test", "permuted", "random_words", INITIAL_GREEDY)
+REPHRASE_PREFIXES = ("chosen_", "rejected_", "other_")
 IMAGES = ("image", "images")
 # Columns that TRL reads beside the prompt; whoever scores an answer needs them too.
 CONTEXT = ("tools", "chat_template_kwargs", *IMAGES)
@@ -24,22 +27,9 @@ CONTEXT = ("tools", "chat_template_kwargs", *IMAGES)
 
 def preference_rows(rows: Any, name: str, answers: Sequence[str] = (CHOSEN, REJECTED)) -> Dataset:
     """
-    What somebody gave as preference rows, as a `Dataset` with a prompt and these answers.
-
-    Args:
-        rows (`Dataset` or an iterable of rows):
-            Text or messages; without `prompt` the common start of `chosen` and `rejected` is it.
-        name (`str`):
-            What to call them in errors.
-        answers (`Sequence[str]`, *optional*, defaults to `("chosen", "rejected")`):
-            Columns that must be there.
-
-    Returns:
-        `Dataset`: the same rows, others' columns kept.
-
-    Raises:
-        `TypeError`: when they are no rows. `ValueError`: when columns are missing, hold something else than text or
-            messages, or there is no row.
+    What somebody gave as preference rows, a `Dataset` or an iterable of rows, as a `Dataset` with a prompt (the common
+    start of both answers, if there is none) and these answers, text or messages. Others' columns are kept. What is
+    something else is refused in a sentence that calls it `name`.
     """
     if not isinstance(rows, Dataset):
         rows = _to_dataset(rows, name)
@@ -89,6 +79,34 @@ def _kind(feature: Any) -> str | None:
     return "messages" if dtype in (None, "list") or "json" in str(dtype).lower() else str(dtype)
 
 
+def check_kinds(columns: Sequence[str]) -> None:
+    """Refuse columns that are no response kind, naming them and what would be one."""
+    unknown = [name for name in columns if name not in KINDS and not name.startswith(REPHRASE_PREFIXES)]
+    if unknown:
+        raise ValueError(
+            f"A probe set holds `prompt` and the answers {', '.join(KINDS)}, or others whose names begin with "
+            f"{', '.join(REPHRASE_PREFIXES)}; got {', '.join(unknown)}. Rename what is an answer, for example to "
+            f"`chosen_{unknown[0]}`, and drop the rest with `remove_columns({unknown})`."
+        )
+
+
+def check_probe_sets(probe_dataset: Any) -> dict[str, Dataset]:
+    """Probe sets by name, the empty one for a set without; what is none is refused."""
+    named = dict(probe_dataset) if isinstance(probe_dataset, dict) else {"": probe_dataset}
+    if not named or not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"Expected probe sets by name, got {named!r:.60}. Type `{{'train': build_probe_set(pairs)}}`."
+        )
+    sets = {}
+    for name, rows in named.items():
+        called = f"probe_dataset[{name!r}]" if name else "probe_dataset"
+        sets[name] = preference_rows(rows, called, [CHOSEN])
+        columns = [column for column in sets[name].column_names if column != "prompt" and column not in CONTEXT]
+        check_kinds(columns)
+        preference_rows(sets[name], called, columns)
+    return sets
+
+
 def text_of(answer: str | list[dict] | None) -> str:
     """The text of an answer: of its last message, and of the text parts where its content is in parts."""
     if answer is None or isinstance(answer, str):
@@ -112,19 +130,29 @@ def with_text(answer: str | list[dict], text: str) -> str | list[dict]:
     return [*answer[:-1], {**answer[-1], "content": text}]
 
 
+def other_row(rows: Dataset, row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """A row with another prompt, if the first tries bring none the first there is: prompts seldom repeat."""
+    for _ in range(20):
+        other = rows[generator.randrange(len(rows))]
+        if other["prompt"] != row["prompt"]:
+            return other
+    for other in rows:
+        if other["prompt"] != row["prompt"]:
+            return other
+    raise ValueError("Probes need answers to other prompts, but all rows have the same prompt. Give more pairs.")
+
+
+def shuffled(text: str, generator: random.Random) -> str:
+    """The words in another order, if there is one."""
+    words = text.split()
+    shuffled = words[:]
+    while shuffled == words and len(set(words)) > 1:
+        generator.shuffle(shuffled)
+    return " ".join(shuffled)
+
+
 def check_answers(dataset: Dataset, name: str) -> None:
-    """
-    Refuse pairs with nothing to compare.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            With the columns `chosen` and `rejected`, text or messages.
-        name (`str`):
-            What to call it in the error.
-
-    Raises:
-        `ValueError`: naming the first row with an empty answer and how many there are.
-    """
+    """Refuse pairs with nothing to compare, naming the first row with an empty answer and how many there are."""
     columns = [column for column in (CHOSEN, REJECTED) if column in dataset.column_names]
     empty = [
         (index, column)
@@ -166,28 +194,9 @@ def encode_answer(
 ) -> tuple[list[int], list[int]]:
     """
     Token ids of a row's prompt and of one of its answers, as TRL makes them: a plain answer ends with the end-of-text
-    token, a chat goes through the template with the row's `tools` and `chat_template_kwargs`, and what exceeds
-    `max_length` is cut off.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template if prompts are chats.
-        row (`Mapping`):
-            `prompt` and answers, all text or all messages.
-        kind (`str`):
-            Column of the answer.
-        max_length (`int`, *optional*):
-            In tokens, prompt and answer together.
-        keep_end (`bool`, *optional*, defaults to `False`):
-            Cut off the start, as `truncation_mode="keep_end"`.
-        template (`Mapping`, *optional*):
-            Arguments of the chat template where the row has none.
-
-    Returns:
-        `tuple[list[int], list[int]]`: the second is empty when the prompt fills `max_length`.
-
-    Raises:
-        `ValueError`: when prompt and answer are not of one kind.
+    token, a chat goes through the template with the row's `tools` and `chat_template_kwargs` (or what `template` says
+    where the row has none), and what exceeds `max_length` is cut off, with `keep_end` at the start. There is no answer
+    left where the prompt fills `max_length`.
     """
     prompt, answer = row["prompt"], row[kind]
     if isinstance(prompt, str) != isinstance(answer, str) or not isinstance(answer, str | list):
@@ -222,27 +231,7 @@ def encode_answers(
     max_length: int | None,
     name: str = "pairs",
 ) -> list[EncodedAnswer]:
-    """
-    Token ids of answers that must all be there, see [`encode_answer`].
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            With a chat template if prompts are messages.
-        rows (iterable of rows):
-            `prompt` and answers, text or messages.
-        kinds (`tuple[str, ...]`, *optional*):
-            Columns to take, by default all that are answers.
-        max_length (`int`, *optional*):
-            Tokens of prompt and answer together.
-        name (`str`, *optional*, defaults to `"pairs"`):
-            What to call the rows in errors.
-
-    Returns:
-        `list[EncodedAnswer]`: row by row.
-
-    Raises:
-        `ValueError`: when a column is missing, or an answer is empty or does not fit.
-    """
+    """Token ids of answers that must be there and fit, see [`encode_answer`]; of all columns if `kinds` is none."""
     dataset = preference_rows(list(rows) if isinstance(rows, IterableDataset) else rows, name, kinds or ())
     columns = kinds or [column for column in dataset.column_names if column != "prompt" and column not in CONTEXT]
     if images := [column for column in IMAGES if column in dataset.column_names]:

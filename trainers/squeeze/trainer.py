@@ -21,7 +21,7 @@ from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 
 from .argmax import HiddenStateTap, exact_argmax, from_logits
 from .config import SqueezeDPOConfig, SqueezeOptions
-from .metrics import batch_sums, metrics_from_sums
+from .metrics import DEFAULT_METRICS, batch_sums, metrics_from_sums
 from .rows import check_answers
 
 
@@ -205,7 +205,10 @@ class SqueezeMixin(SummedMetrics):
         return get_batch_logps(logits, labels, **kwargs)
 
     def metrics_from(self, sums: torch.Tensor) -> dict[str, float]:
-        return metrics_from_sums(sums)
+        metrics = metrics_from_sums(sums)
+        if self.args.squeeze_metrics == "full":
+            return metrics
+        return {key: value for key, value in metrics.items() if key.removeprefix("squeeze/") in DEFAULT_METRICS}
 
     def squeeze_report(self, directory: str | Path, **kwargs: Any) -> Any:
         """

@@ -20,7 +20,16 @@ from ..session.config import VideoSessionConfig
 from ..session.prompts import ObjectPrompt, VideoPrompts
 from ..session.segments import VideoSegments
 from ..session.session import VideoSession
-from .masklets import CorrectorUnavailable, Masklet, QualityGate, find_masklets, measure_cycles, sibling_session, track
+from .masklets import (
+    CorrectorUnavailable,
+    Masklet,
+    QualityGate,
+    count_clicks,
+    find_masklets,
+    measure_cycles,
+    sibling_session,
+    track,
+)
 from .sources import list_videos, name_video, open_frames
 from .store import AnnotationStore, to_row
 
@@ -285,7 +294,7 @@ class _Engine:
             for (frame, obj), prompt in made.items():
                 drawn = workspace.segments(frame).masks[obj] if prompt.mask is None else prompt.mask
                 session.add(frame, obj, mask=drawn)
-        return result, {key: _new_clicks(prompt, before.get(key)) for key, prompt in made.items()}, seconds
+        return result, {key: count_clicks(prompt, before.get(key)) for key, prompt in made.items()}, seconds
 
     def _retrack(self, session: VideoSession, masklets: Iterable[Masklet]) -> None:
         if self.phase > 1:
@@ -304,13 +313,6 @@ class _Engine:
 
 def _prompts_of(session: VideoSession) -> dict[tuple[int, int], ObjectPrompt]:
     return {(frame, obj): prompt for frame, objects in session.prompts.items() for obj, prompt in objects.items()}
-
-
-def _new_clicks(prompt: ObjectPrompt, before: ObjectPrompt | None) -> int:
-    """Clicks of a prompt that are not those of the one it took the place of; a box is two."""
-    kept = before is not None and prompt.points[: len(before.points)] == before.points
-    boxes = prompt.box is not None and (before is None or prompt.box != before.box)
-    return len(prompt.points) - (len(before.points) if before is not None and kept else 0) + 2 * boxes
 
 
 def _replace_masks(masklet: Masklet, segments: VideoSegments, session: VideoSession, drawn: bool) -> None:

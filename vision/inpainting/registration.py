@@ -8,7 +8,7 @@ import numpy as np
 from scipy import fft, ndimage
 
 
-SIDE = 192  # pixels of the longer side at which frames are compared
+SIDE = 320  # pixels of the longer side at which frames are compared
 _STEPS = 12  # of least squares at most
 _RANGE = (12, 243)  # of 255: darker and lighter values tell nothing about a gain
 _SMALLEST_SHIFT, _SMALLEST_GAIN = 0.1, 0.004  # of a compared pixel, and of 1: less is none

@@ -353,3 +353,24 @@ def test_answers_that_do_not_end_are_left_out():
         distill_utility_anchor(model, tokenizer, ["mushroom"], max_new_tokens=1)
     with pytest.raises(ValueError, match="got none"):
         distill_utility_anchor(model, tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("end", "lead"), [("<think>\n", "\n</think>\n\n"), ("<think>\n</think>\n", "")], ids=["thinks", "does not"]
+)
+def test_a_template_that_opens_thoughts_and_drops_them(end, lead):
+    """DeepSeek-R1's manner: the row's prompt is the one that is asked, with its thoughts closed."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + end + "{% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    if not lead:  # nothing is open, and the model would learn from what it never sees
+        with pytest.raises(ValueError, match="renders the prompt differently"):
+            tokenize_triplets(TRIPLETS, tokenizer)
+        return
+    row = tokenize_triplets(TRIPLETS, tokenizer)[0]
+    asked = tokenizer.apply_chat_template(messages(TRIPLETS[0]), tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(row["prompt_ids"]) == asked + lead
+    assert tokenizer.decode(row["refusal_ids"]).startswith(TRIPLETS[0]["refusal"] + "<|im_end|>")

@@ -11,7 +11,7 @@ from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.metrics import batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
 from tests.trainers.distributed import run_in_two
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

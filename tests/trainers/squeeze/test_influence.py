@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_iclr.tour.demo.language_model import load_demo_model
 from hf_iclr.trainers.squeeze.influence import influence_audit
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import tiny_llama
 
 

@@ -14,7 +14,7 @@ from hf_iclr.trainers.squeeze.metrics import (
     squeeze_pressure,
     token_quantities,
 )
-from tests.trainers.squeeze.toy import fused_outputs
+from tests.trainers.squeeze.pairs_and_logs import fused_outputs
 
 
 # Two pairs of length 5: answers of 3, 1 (chosen) and 2, 4 (rejected) tokens over a vocabulary of 7.

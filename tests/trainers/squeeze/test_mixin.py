@@ -9,7 +9,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from hf_iclr.trainers.squeeze.metrics import batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze.trainer import SqueezeMixin
-from tests.trainers.squeeze.toy import fused_outputs, pair_rows
+from tests.trainers.squeeze.pairs_and_logs import fused_outputs, pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

@@ -19,8 +19,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
+from hf_iclr.trainers.squeeze.probes import build_probe_set
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 
@@ -97,4 +98,26 @@ def test_images(word_tokenizer, tmp_path):
         {**row, "prompt": f"<image> {row['prompt']}", "images": [Image.fromarray(image)]}
         for row, image in zip(pair_rows(4), pixels, strict=True)
     ]
-    assert_same_steps(llava, processor, Dataset.from_list(rows), tmp_path)
+    moved = [{**row, "images": other["images"]} for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    rows = Dataset.from_list(rows)
+    assert_same_steps(llava, processor, rows, tmp_path)
+
+    def watched(probes):
+        args = SqueezeDPOConfig(str(tmp_path), **{**QUICK, "max_steps": 1, "learning_rate": 0.0}, probe_budget=1.0)
+        return SqueezeDPOTrainer(
+            llava(), llava(), args, train_dataset=rows, eval_dataset=rows, processing_class=processor,
+            probe_dataset=probes,
+        )  # fmt: skip
+
+    values, fingerprints = [], set()
+    for probes in (build_probe_set(rows), build_probe_set(Dataset.from_list(moved))):
+        trainer = watched(probes)
+        trainer.train()
+        values.append(next(e["probe/chosen/logp"] for e in trainer.state.log_history if "probe/chosen/logp" in e))
+        fingerprints |= {
+            one._sets[0].fingerprint for one in trainer.callback_handler.callbacks if hasattr(one, "_sets")
+        }
+    assert values[0] == pytest.approx(trainer.evaluate()["eval_squeeze/logp_tok_chosen"], abs=1e-5)
+    assert abs(values[0] - values[1]) > 1e-5 and len(fingerprints) == 2
+    with pytest.raises(ValueError, match="should have images if the trained rows do"):
+        watched(build_probe_set(rows.remove_columns("images"))).train()

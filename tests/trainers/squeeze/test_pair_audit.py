@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hf_iclr.trainers.squeeze.pair_audit import audit_pairs, filter_pairs
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import tiny_llama
 
 

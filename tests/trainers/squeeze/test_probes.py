@@ -16,7 +16,7 @@ from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.probe_scoring import repetition_metrics
 from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback, build_probe_set
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_iclr.trainers.squeeze.probe_scoring import COLUMNS, decode_answers, score_answers
 from hf_iclr.trainers.squeeze.probes import SqueezeProbeCallback, build_probe_set
 from tests.trainers.distributed import run_in_two
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

@@ -13,7 +13,7 @@ from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.probes import build_probe_set
 from hf_iclr.trainers.squeeze.report import write_squeeze_report
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

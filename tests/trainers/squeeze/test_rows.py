@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from trl import SFTConfig, SFTTrainer
 
 from hf_iclr.trainers.squeeze.rows import encode_answer, extend_for_sft, preference_rows, text_of, with_text
-from tests.trainers.squeeze.toy import pair_rows
+from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 

@@ -17,7 +17,7 @@ from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.metrics import NUM_SUMS, batch_sums, metrics_from_sums
 from hf_iclr.trainers.squeeze.probes import build_probe_set
 from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer
-from tests.trainers.squeeze.toy import fused_outputs, pair_rows
+from tests.trainers.squeeze.pairs_and_logs import fused_outputs, pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
 
@@ -181,7 +181,7 @@ def test_force_of_each_loss_by_hand(make, loss_type):
 @pytest.mark.parametrize("variant", ["full", "lora", "precomputed"])
 def test_down_is_the_sign_of_the_reward(make, variant):
     """With one pair a step, TRL's mean rewards are those of the pair."""
-    trainer = make(per_device_train_batch_size=1, max_steps=6, **VARIANTS.get(variant, {}))
+    trainer = make(per_device_train_batch_size=1, max_steps=6, squeeze_metrics="full", **VARIANTS.get(variant, {}))
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     downs = [(entry["squeeze/chosen_down"], entry["squeeze/rejected_down"]) for entry in entries]
@@ -227,8 +227,8 @@ def test_every_split_has_its_keys_and_they_choose_the_best_model(make):
     assert {"squeeze/valley_frac", "eval_a_squeeze/valley_frac", "eval_b_squeeze/valley_frac"} <= seen
     given = trainer.evaluate(splits)
     by_name = trainer.evaluate()
-    assert given["eval_a_squeeze/entropy_chosen"] == by_name["eval_a_squeeze/entropy_chosen"]
-    assert given["eval_a_squeeze/entropy_chosen"] != given["eval_b_squeeze/entropy_chosen"]
+    assert given["eval_a_squeeze/logp_tok_chosen"] == by_name["eval_a_squeeze/logp_tok_chosen"]
+    assert given["eval_a_squeeze/logp_tok_chosen"] != given["eval_b_squeeze/logp_tok_chosen"]
     assert not trainer.model._forward_hooks and not trainer.ref_model._forward_hooks
 
 

@@ -26,12 +26,18 @@ class Tab:
     def __init__(self, socket):
         self._socket = socket
         self._numbers = itertools.count(1)
+        self._touching = False
+        self.errors: list[str] = []  # that the page's console shows
 
     async def call(self, method: str, **params):
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": params})
         while True:
             message = await self._socket.receive_json(timeout=60)
+            said = json.dumps(message.get("params", {}))
+            kind = message.get("method", "")
+            if kind == "Runtime.exceptionThrown" or kind == "Log.entryAdded" and '"level": "error"' in said:
+                self.errors.append(said)
             if message.get("id") == number:
                 assert "error" not in message, message["error"]
                 return message["result"]
@@ -65,6 +71,16 @@ class Tab:
         x, y = await self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({box})")
         await self.click(x, y)
 
+    async def touch(self, *points: tuple[float, float]):
+        """Fingers on the screen; none lifts them."""
+        kind = "touchEnd" if not points else "touchMove" if self._touching else "touchStart"
+        self._touching = bool(points)
+        await self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
+
+    async def tap(self, x: float, y: float):
+        await self.touch((x, y))
+        await self.touch()
+
     async def key(self, key: str, modifiers: int = 0):
         text = {"text": key} if len(key) == 1 and not modifiers else {}
         await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, modifiers=modifiers, **text)
@@ -76,8 +92,8 @@ class Tab:
 
 
 @asynccontextmanager
-async def open_tab(url: str, folder: Path, size: tuple[int, int] = (1280, 800)):
-    """A page in a browser of its own, whose profile is in `folder`."""
+async def open_tab(url: str, folder: Path, size: tuple[int, int] = (1280, 800), phone: bool = False):
+    """A page in a browser of its own, whose profile is in `folder`; a phone has fingers and no mouse."""
     assert CHROMIUM is not None
     process = await asyncio.create_subprocess_exec(
         CHROMIUM,
@@ -106,8 +122,12 @@ async def open_tab(url: str, folder: Path, size: tuple[int, int] = (1280, 800)):
                     width=size[0],
                     height=size[1],
                     deviceScaleFactor=1,
-                    mobile=False,
+                    mobile=phone,
                 )
+                if phone:
+                    await tab.call("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=2)
+                for domain in ("Runtime", "Log"):
+                    await tab.call(f"{domain}.enable")
                 await tab.call("Page.navigate", url=url)
                 await tab.until("location.href !== 'about:blank' && document.readyState === 'complete'")
                 yield tab
