@@ -37,7 +37,7 @@ from hf_iclr import DeepSafetySFTConfig, DeepSafetySFTTrainer
 from hf_iclr.tour.demo.language_model import load_demo_model
 
 
-BARS = {"window": 1.03, "adapter": 1.55, "frozen": 1.40}
+BARS = {"window": 1.02, "adapter": 1.55, "frozen": 1.40}
 
 
 def rows(count: int, tokens: int, tokenizer) -> Dataset:

@@ -18,18 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    Sam2HieraDetConfig,
-    Sam2ImageProcessor,
-    Sam2VideoConfig,
-    Sam2VideoMaskDecoderConfig,
-    Sam2VideoModel,
-    Sam2VideoProcessor,
-    Sam2VideoPromptEncoderConfig,
-    Sam2VideoVideoProcessor,
-    Sam2VisionConfig,
-)
+from transformers import Sam2VideoModel
 
+from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
 from hf_iclr.vision.evaluation import procedural_clip
 from hf_iclr.vision.training import MaskPrediction, PromptPlan, predict_clips
 
@@ -40,51 +31,22 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 def tiny_model(seed: int) -> Sam2VideoModel:
     """A model that learns in minutes: torch's own initialisation, where transformers' suits far larger widths."""
-    sizes = [[SIDE // stride] * 2 for stride in (4, 8, 16)]
-    backbone = Sam2HieraDetConfig(
-        hidden_size=WIDTH,
-        image_size=[SIDE, SIDE],
-        embed_dim_per_stage=[WIDTH, 2 * WIDTH, 4 * WIDTH, 8 * WIDTH],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        blocks_per_stage=[1, 1, 2, 1],
-        global_attention_blocks=[3],
-        window_size_per_stage=[8, 4, 4, 2],
-        window_positional_embedding_background_size=[7, 7],
-        mlp_ratio=2.0,
-    )
-    config = Sam2VideoConfig(
-        vision_config=Sam2VisionConfig(
-            backbone_config=backbone,
-            backbone_channel_list=[8 * WIDTH, 4 * WIDTH, 2 * WIDTH, WIDTH],
-            backbone_feature_sizes=sizes,
-            fpn_hidden_size=HIDDEN,
-        ),
-        prompt_encoder_config=Sam2VideoPromptEncoderConfig(hidden_size=HIDDEN, image_size=SIDE, patch_size=16),
-        mask_decoder_config=Sam2VideoMaskDecoderConfig(
-            hidden_size=HIDDEN,
-            mlp_dim=2 * HIDDEN,
-            num_attention_heads=4,
-            iou_head_hidden_dim=HIDDEN,
-            dynamic_multimask_via_stability=False,
-        ),
-        image_size=SIDE,
+    config = tiny_sam2_config(
+        SIDE,
+        WIDTH,
+        mlp_dim=2 * HIDDEN,
         multimask_output_in_sam=False,
         multimask_output_for_tracking=False,
         num_maskmem=4,
         enable_temporal_pos_encoding_for_object_pointers=False,
-        memory_attention_hidden_size=HIDDEN,
         memory_attention_num_layers=2,
-        memory_attention_feed_forward_hidden_size=2 * HIDDEN,
         memory_attention_dropout=0.0,
         memory_attention_rope_dropout=0.0,
-        memory_attention_rope_feat_sizes=sizes[-1],
-        memory_encoder_hidden_size=HIDDEN,
-        memory_encoder_output_channels=64,
-        mask_downsampler_embed_dim=HIDDEN,
-        memory_fuser_embed_dim=HIDDEN,
-        memory_fuser_intermediate_dim=2 * HIDDEN,
         memory_fuser_num_layers=1,
+        memory_fuser_layer_scale_init_value=1e-6,
     )
+    config.mask_decoder_config.num_attention_heads = 4
+    config.mask_decoder_config.dynamic_multimask_via_stability = False
     torch.manual_seed(seed)
     model = Sam2VideoModel(config).eval()  # no dropout, and memories of prompted frames as in inference
     with torch.no_grad():
@@ -111,13 +73,6 @@ def tiny_model(seed: int) -> Sam2VideoModel:
         model.mask_downsample.bias.zero_()
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(3.0)
     return model
-
-
-def tiny_processor() -> Sam2VideoProcessor:
-    """The processor of the tiny model."""
-    size = {"height": SIDE, "width": SIDE}
-    images = Sam2ImageProcessor(size=size, mask_size={"height": SIDE // 4, "width": SIDE // 4})
-    return Sam2VideoProcessor(images, Sam2VideoVideoProcessor(size=size), target_size=SIDE)
 
 
 def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
@@ -230,7 +185,7 @@ def main() -> None:
     model = tiny_model(args.seed)
     report = train(model, args.steps, args.seed)
     model.half().save_pretrained(args.out)
-    tiny_processor().save_pretrained(args.out)
+    sam2_processor(SIDE).save_pretrained(args.out)
     report["megabytes"] = (args.out / "model.safetensors").stat().st_size / 1e6
     print(json.dumps({key: round(float(value), 3) for key, value in report.items()}))
 

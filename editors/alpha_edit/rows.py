@@ -16,8 +16,6 @@ from .requests import EditRequest
 # What the reference's contexts start with; the model continues them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
-_SHORT = 8  # tokens of a target that one state can bring about
-
 _ANSWER = "An answer."  # to see where a chat template puts one
 
 # Names of characters after which no space is written: Chinese and Japanese with their marks, Thai and its neighbours.
@@ -154,8 +152,7 @@ def encode_in_contexts(
         encode_request(tokenizer, request.prompt, request.subject, request.target_new, context, config.chat_template)
         for context in config.context_templates or ["{}"]
     ]
-    length = len(rows[0].ids) - rows[0].start
-    count = -(-length // config.chunk_length) if length > _SHORT else 1
+    count = -(-(len(rows[0].ids) - rows[0].start) // config.chunk_length)
     return [row.in_chunks(count) for row in rows]
 
 

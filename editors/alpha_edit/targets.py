@@ -54,8 +54,8 @@ def find_target_states(
     once. A step runs the layers above on the tokens from there on, with logits at the target's positions only, and
     requests that are done leave the batch.
 
-    A target of more than eight tokens has a move for each `config.chunk_length` tokens, at the token before them, and
-    all are sought together (https://huggingface.co/papers/2502.05628 seeks them one after the other).
+    A target of more than `config.chunk_length` tokens has a move for each chunk, at the token before it, and all of
+    them are sought together (https://huggingface.co/papers/2502.05628 seeks them one after the other).
 
     The model is in evaluation mode, `projections` are those that are edited, and the result is in the order of the
     requests.

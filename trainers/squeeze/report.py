@@ -218,7 +218,9 @@ def _draw(panels: list[tuple[_Panel, dict[str, dict[int, float]]]], alarm: int |
         axes.axhline(0, color="#5c6472", lw=0.6)
         if alarm is not None:
             axes.axvline(alarm, color="#b3261e", ls=":", lw=1.2)
-            axes.set_title("warning" if axes is figure.axes[0] else "", fontsize=8, loc="right", color="#b3261e")
+            axes.set_title(
+                "dotted: warning" if axes is figure.axes[0] else "", fontsize=8, loc="right", color="#b3261e"
+            )
         axes.set_title(panel.title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel(f"change, {panel.unit}", fontsize=8)

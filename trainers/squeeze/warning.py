@@ -22,7 +22,6 @@ ACTIONS = ("warn", "stop", "lower_lr")
 _CHOSEN = re.compile(r"(?:(.*probe)/chosen/logp|(eval_(?:.+_)?)squeeze/logp_tok_chosen)")
 # The log-probability of an answer, summed over its tokens: as TRL evaluates it, and as the paper's authors do.
 _SUMS = re.compile(r"(eval_(?:.+_)?)logps/(chosen|rejected)|logps_eval_[^/]+/(.+)")
-_AUTHORS_ARGMAX = "argmax_prob_logits"
 
 
 @dataclass
@@ -85,6 +84,10 @@ class SqueezeMonitor:
             name = match[1] or match[2].rstrip("_")
             values = self.sets.setdefault(name, {})
             at = logs.get("step", len(values)) if step is None else step
+            if isinstance(at, bool) or not isinstance(at, int):
+                raise ValueError(  # noqa: TRY004  of a file, not of a caller
+                    f"The step of a log entry should be a whole number, that with `{key}` has {at!r}."
+                )
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(
                     f"Log-probabilities should be finite, `{key}` at step {at} is {value}. Drop empty answers; if the "
@@ -222,6 +225,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     text = _text(path)
     try:
         whole = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"Expected log entries in {path}, got JSON nested too deep to read.") from error
     except json.JSONDecodeError:
         entries = _lines(text, path)
     else:
@@ -290,8 +295,6 @@ def _per_token(entry: dict[str, Any], tokens: float) -> dict[str, Any]:
             renamed[f"probe/{match[3]}/logp"] = value / tokens
         elif f"{match[1]}squeeze/logp_tok_{match[2]}" not in entry:
             renamed[f"{match[1]}squeeze/logp_tok_{match[2]}"] = value / tokens
-    if _AUTHORS_ARGMAX in entry:
-        renamed["probe/chosen/logp_argmax"] = entry[_AUTHORS_ARGMAX] / tokens
     return renamed
 
 

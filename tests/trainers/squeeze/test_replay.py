@@ -106,7 +106,16 @@ def test_odd_json(tmp_path, text):
         read_log(path)
 
 
+@pytest.mark.parametrize("step", ["x", None, [1]])
+def test_a_step_that_is_none(step):
+    with pytest.raises(ValueError, match="The step of a log entry should be a whole number"):
+        replay_log([*LOG, {"step": step, "probe/chosen/logp": -1.0}])
+
+
 def test_bad_logs(tmp_path):
+    (deep := tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep to read"):
+        read_log(deep)
     with pytest.raises(ValueError, match="in 1 log entries, found none"):
         replay_log([{"loss": 1.0, "step": 1}])
     with pytest.raises(ValueError, match="tokens_per_answer must be positive, got 0"):
