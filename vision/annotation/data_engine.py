@@ -220,6 +220,7 @@ class _Engine:
     def _settle(self, masklet: Masklet, masklets: dict[int, Masklet]) -> None:
         """Verifies and corrects a masklet until it is accepted, rejected or waits."""
         reason = self.gate.reject_reason(masklet)
+        known = set(masklet.session.objects)
         try:
             while True:
                 if self.verifier is not None and (masklet.rounds or reason is None):
@@ -239,7 +240,9 @@ class _Engine:
             raise
         except Exception as error:
             masklet.status, masklet.reason = "waiting", f"{type(error).__name__}: {error}"
-            logger.warning("Object %d of %s waits for review. %s", masklet.object, masklet.name, error)
+            for obj in (known - set(masklet.session.objects)) & masklets.keys():  # before it failed
+                masklets[obj].status, masklets[obj].reason = "rejected", "removed"
+            logger.warning("Object %d of %s is %s. %s", masklet.object, masklet.name, masklet.status, error)
             logger.debug("Where that came from:", exc_info=error)
 
     def _correct(self, masklet: Masklet, masklets: dict[int, Masklet]) -> str:

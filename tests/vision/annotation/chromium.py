@@ -82,7 +82,8 @@ class Tab:
         await self.touch()
 
     async def key(self, key: str, modifiers: int = 0):
-        text = {"text": key} if len(key) == 1 and not modifiers else {}
+        typed = "\r" if key == "Enter" else key  # without it a text field is not told that its value is final
+        text = {"text": typed} if len(typed) == 1 and not modifiers else {}
         await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, modifiers=modifiers, **text)
         await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, modifiers=modifiers)
 

@@ -277,6 +277,18 @@ def test_what_a_person_finds_good_is_accepted_and_shown_once(tmp_path):
     assert rows["edited_frames"][:] == [[0], [0]]  # as they were pointed at: looking changed nothing
 
 
+@pytest.mark.parametrize("asked", [1, 2])
+def test_what_is_removed_before_a_corrector_fails_is_rejected(tmp_path, asked):
+    def correct(masklet):
+        masklet.session.remove_object(2)
+        masklet.session.correct(2, 2, points=[[70, 8]], labels=[0])
+
+    gate = QualityGate(0, -1, None)
+    rows = run([clip(3)], tmp_path, gate=gate, verifier=lambda one: one.object != asked, corrector=correct)
+    assert rows["status"][:] == ["waiting" if asked == 1 else "accepted", "rejected"]
+    assert rows["reason"][1] == "removed" and (asked == 2 or "no object 2" in rows["reason"][0])
+
+
 def test_what_is_removed_beside_another_is_rejected_and_may_come_back(tmp_path):
     def correct(masklet):
         if 2 in masklet.session.objects:
