@@ -55,10 +55,10 @@ def audit(
     pairs: Pairs,
     split: Split = "train",
     out: Annotated[Path | None, typer.Option(help="CSV file for all scores.")] = None,
-    worst: Annotated[int, typer.Option(help="Riskiest pairs to show.")] = 10,
+    worst: Annotated[int, typer.Option(min=1, help="Riskiest pairs to show.")] = 10,
     beta: Annotated[float, typer.Option(help="β of DPO.")] = 0.1,
     max_length: MaxLength = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs in one forward.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in one forward.")] = 8,
 ) -> None:
     """Rank preference pairs by how likely training on them lowers their own chosen answers."""
     from rich.console import Console
@@ -88,7 +88,7 @@ def influence(
     pairs: Pairs,
     split: Split = "train",
     probes: Annotated[str | None, typer.Option(help="Answers to ask about; by default made of the pairs.")] = None,
-    count: Annotated[int, typer.Option(help="Pairs to take a step on, each alone: the first ones.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Pairs to take a step on, each alone: the first.")] = 1,
     step_size: Annotated[float, typer.Option(help="Learning rate of that step.")] = 1e-4,
     beta: Annotated[float, typer.Option(help="β of DPO.")] = 0.1,
     max_length: MaxLength = None,

@@ -78,7 +78,9 @@ def test_sft_from_yaml_with_lora(files, tmp_path):
         "use_peft": True,
         "lora_target_modules": ["q_proj", "v_proj"],
         "lora_r": 2,
-        "betas": [1.0, 0.1],
+        "beta_first": 1.0,
+        "beta_initial": 0.5,
+        "beta_rest": 0.1,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "run.yaml")])

@@ -112,7 +112,7 @@ def answer(model, row):
 def test_asks_as_the_training_does(tmp_path, word_tokenizer, caplog):
     """The system prompt and the template's arguments are in every prompt; thoughts are no part of an answer."""
     tokenizer = word_tokenizer.__class__(
-        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", eos_token="w49",
+        tokenizer_object=word_tokenizer.backend_tokenizer, unk_token="w0", pad_token="w0", eos_token="w49",
         chat_template="{% for m in messages %}{{ 'w40 ' if m.role == 'system' else 'w41 ' }}{{ m.content }} "
         "{% endfor %}"
         "{% if add_generation_prompt %}w42{% if quiet %} w43{% endif %}{% endif %}",
@@ -130,12 +130,12 @@ def test_asks_as_the_training_does(tmp_path, word_tokenizer, caplog):
     assert all(any(row[: len(ids)] == ids for row in prompts) for ids in start)
     assert not any(row[:1] == [41] for row in prompts)
 
-    said = iter([[tokenizer("<think>")["input_ids"]] * 4] * 2)
+    tokenizer.add_tokens(["<think>"])
+    said = [tokenizer("<think>")["input_ids"]] * 4
     trainer = make_trainer("plain", tmp_path, tokenizer, max_steps=1)
     callback = add(trainer, max_new_tokens=1)
-    callback.trainer.processing_class.add_tokens(["<think>"])
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr("hf_iclr.trainers.safety_audit.asking.ask.continue_rows", lambda *_, **__: {0: next(said)})
+        patch.setattr("hf_iclr.trainers.safety_audit.asking.ask.continue_rows", lambda *_, **__: {0: said})
         patch.setattr(callback, "_answer_logits", lambda *_: iter(()))
         logs = callback._measure(trainer.args)
     assert math.isnan(logs["safety/refusal_rate"]) and "4 of 4 answers ended in the middle" in caplog.text
