@@ -80,11 +80,13 @@ async def _annotate(tmp_path: Path) -> None:
         await tab.until(f"frame === 0 && view.dataset.frame === '0' && {IDLE}")
 
         # A class is typed; a brush draws and an eraser rubs out, also where the frame is magnified.
+        version = await tab.run("state.version")
         await tab.press("#objects input")
         for letter in "dog":
             await tab.key(letter)
         await tab.key("Enter")
-        await tab.until("state.objects[0].category === 'dog'")
+        await tab.until("state.objects[0].category === 'dog' && !unsaved")
+        assert await tab.run("state.version") == version + 1
         await tab.key("e")
         for _ in range(2):
             await tab.press("#in")
@@ -102,7 +104,7 @@ async def _annotate(tmp_path: Path) -> None:
         assert drawn[24, 40] and drawn.sum() >= before
         await tab.key("d")
         await tab.click(x, y)
-        await tab.until("state.version === 10")
+        await tab.until(f"state.version === {version + 3}")
         assert not session.segments(0).binary(1)[24, 40]
         await tab.key("0")
         await tab.key("q")
