@@ -84,8 +84,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 Draft length γ. Left out, it is chosen round by round.
             num_assistant_tokens_schedule (`str`, *optional*):
                 `"auto"`, the default where no γ is given, takes the draft length at which tokens come quickest, from
-                the acceptance so far and what rounds were once measured to cost; where drafts don't pay, none: the
-                large model writes alone. (In the loop of transformers, γ is 4 then.) `"constant"`, the default beside
+                the acceptance so far and what rounds were once measured to cost; where drafts don't pay, none (a rule
+                still has its say). In the loop of transformers, γ is 4 then. `"constant"`, the default beside
                 a γ, keeps to it. `"heuristic"` lengthens the draft by 2 after a round without rejection and shortens
                 it by 1 otherwise.
             assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):

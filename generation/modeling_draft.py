@@ -15,7 +15,33 @@ from .hub import PretrainedHubMixin, model_card, repository_name
 MISSING_LOGIT = -1e4  # finite, so no warper makes it NaN, and its probability is exactly 0 in float32
 
 
-class DraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMixin):
+class _TrimmedHead:
+    """What drafts have in common: a head over the frequent tokens alone, and a card."""
+
+    config: DraftConfig
+    draft_vocab_ids: torch.Tensor
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.head = new_embeddings
+
+    def _all_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(..., vocab_size)`: of the draft's tokens by its head, of all others `MISSING_LOGIT`."""
+        logits = self.head(states)
+        filled = logits.new_full((*logits.shape[:-1], self.config.vocab_size), MISSING_LOGIT)
+        return filled.index_copy(-1, self.draft_vocab_ids, logits)
+
+    @staticmethod
+    def _draft_card(title: str, text: str, usage: str, large: str | None):
+        tags = ["draft-model", "speculative-decoding"]
+        return model_card(
+            title, text, usage, [large], library_name="transformers", pipeline_tag="text-generation", tags=tags
+        )
+
+
+class DraftForCausalLM(_TrimmedHead, PretrainedHubMixin, PreTrainedModel, GenerationMixin):
     """
     A small causal language model over the vocabulary of a large one, made by [`build_draft_model`].
 
@@ -55,7 +81,7 @@ class DraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMixin):
 
     def _card(self, repo_id):
         large = repository_name(self.config.body.name_or_path)
-        return model_card(
+        return self._draft_card(
             f"Draft model for {large or 'a local model'}",
             f"""A small model that drafts for a large one in speculative decoding and
 [speculative cascades](https://huggingface.co/papers/2405.19261), cut out of the large one itself: its first
@@ -70,17 +96,8 @@ tokenizer = AutoTokenizer.from_pretrained("{large or "user/large-model"}")
 draft = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
 inputs = tokenizer("Explain rain.", return_tensors="pt")
 print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_tokens=40)[0]))""",
-            [large],
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["draft-model", "speculative-decoding"],
+            large,
         )
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.head = new_embeddings
 
     def forward(
         self,
@@ -123,7 +140,7 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = _all_logits(self, self.affine(outputs.last_hidden_state[:, keep]))
+        logits = self._all_logits(self.affine(outputs.last_hidden_state[:, keep]))
 
         loss = None
         if labels is not None:
@@ -138,7 +155,7 @@ print(tokenizer.decode(large.generate(**inputs, assistant_model=draft, max_new_t
         )
 
 
-class FeatureDraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMixin):
+class FeatureDraftForCausalLM(_TrimmedHead, PretrainedHubMixin, PreTrainedModel, GenerationMixin):
     """
     A draft model without attention: it reads the newest token and the large model's last hidden state one position
     earlier, which verification has computed anyway, and predicts the large model's next last hidden state. Further
@@ -203,7 +220,7 @@ class FeatureDraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMix
                 '`enable_cascade(large, draft).generate(...)`, or `pipeline("speculative-cascade", ...)`.'
             )
         states = self.predict(inputs_embeds, states)
-        return CausalLMOutput(logits=_all_logits(self, states), hidden_states=(states,))
+        return CausalLMOutput(logits=self._all_logits(states), hidden_states=(states,))
 
     def drafter(self, large) -> "StateDrafter":
         """What a cascade's loop drafts with; `large` is the large model's decoder, which keeps its states."""
@@ -211,7 +228,7 @@ class FeatureDraftForCausalLM(PretrainedHubMixin, PreTrainedModel, GenerationMix
 
     def _card(self, repo_id):
         large = repository_name(self.config.body.name_or_path)
-        return model_card(
+        return self._draft_card(
             f"Feature draft for {large or 'a local model'}",
             f"""Drafts for a large model in speculative decoding and
 [speculative cascades](https://huggingface.co/papers/2405.19261). It has no attention layer: it reads the newest token
@@ -223,17 +240,8 @@ from transformers import pipeline
 
 pipe = pipeline("speculative-cascade", model="{large or "user/large-model"}", assistant_model="{repo_id}")
 print(pipe("Explain rain.", cascade_rule="spec", max_new_tokens=40)[0]["generated_text"])""",
-            [large],
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["draft-model", "speculative-decoding"],
+            large,
         )
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.head = new_embeddings
 
 
 class StateDrafter:
@@ -270,10 +278,3 @@ class StateDrafter:
         """Keeps only `rows` (indices)."""
         assert self.states is not None
         self.states = self.states[rows]
-
-
-def _all_logits(draft: DraftForCausalLM | FeatureDraftForCausalLM, states: torch.Tensor) -> torch.Tensor:
-    """Logits of shape `(..., vocab_size)`: of the draft's tokens by its head, of all others `MISSING_LOGIT`."""
-    logits = draft.head(states)
-    filled = logits.new_full((*logits.shape[:-1], draft.config.vocab_size), MISSING_LOGIT)
-    return filled.index_copy(-1, draft.draft_vocab_ids, logits)

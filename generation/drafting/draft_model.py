@@ -125,16 +125,15 @@ def build_draft_model(
 
 
 @torch.no_grad()
-def overlap(model, draft, embeddings: torch.nn.Module, rows: list[TeacherRow], positions: int = 1024) -> float:
+def overlap(model, draft, embeddings: torch.nn.Module, rows: list[TeacherRow]) -> float:
     """Mean Σ min(p, q) over some positions of `rows`: the chance that the first draft of a round is accepted."""
     total, count, head = 0.0, 0, model.get_output_embeddings()
     for row in rows[:: max(1, len(rows) // 16)]:
-        for states, mask in student_states(draft, collate([row]), embeddings):
-            keep = mask[0].nonzero()[: positions // 16, 0]
-            p = head(row.hidden_states[keep].to(head.weight)).float().softmax(-1).cpu()[:, draft.draft_vocab_ids]
-            total += torch.minimum(p, draft.head(states[0, keep]).softmax(-1)).sum().item()
-            count += len(keep)
-            break
+        states, mask = next(student_states(draft, collate([row]), embeddings))
+        keep = mask[0].nonzero()[:64, 0]
+        p = head(row.hidden_states[keep].to(head.weight)).float().softmax(-1).cpu()[:, draft.draft_vocab_ids]
+        total += torch.minimum(p, draft.head(states[0, keep]).softmax(-1)).sum().item()
+        count += len(keep)
     return total / max(1, count)
 
 
@@ -191,6 +190,11 @@ def truncate(model: PreTrainedModel, num_layers: int, draft_vocab_ids: torch.Lon
     draft.body.load_state_dict({k: v for k, v in model.base_model.state_dict().items() if k in names})
     draft.affine.weight.copy_(torch.eye(len(draft.affine.weight)))
     draft.affine.bias.zero_()
+    return _with_head(draft, model, draft_vocab_ids)
+
+
+def _with_head(draft, model: PreTrainedModel, draft_vocab_ids: torch.LongTensor):
+    """The draft with these rows of the model's head and a copy of its generation config."""
     draft.head.load_state_dict(truncated_head(model, draft_vocab_ids).state_dict())
     draft.draft_vocab_ids.copy_(draft_vocab_ids)
     draft.generation_config = copy.deepcopy(model.generation_config)
@@ -302,10 +306,7 @@ def fit_feature_draft(
     torch.nn.init.normal_(draft.gate_up.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
     draft.gate_up.weight.div_(inputs.std(0).clamp_min(1e-6))
     draft.down.weight.zero_()
-    draft.head.load_state_dict(truncated_head(model, draft_vocab_ids).state_dict())
-    draft.draft_vocab_ids.copy_(draft_vocab_ids)
-    draft.generation_config = copy.deepcopy(model.generation_config)
-    return draft
+    return _with_head(draft, model, draft_vocab_ids)
 
 
 def _check_arguments(model, kind, num_layers, draft_vocab_size):
