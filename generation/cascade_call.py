@@ -194,7 +194,7 @@ class DraftLength:
         kind (`tuple`):
             What else costs depend on.
         measure (`Callable`):
-            Seconds of a round by its draft length, of `MEASURED`; called once.
+            Seconds of a round by its draft length, of `MEASURED`; called once, when the first choice is made.
     """
 
     MEASURED = (0, 1, 2, 4)
@@ -203,9 +203,8 @@ class DraftLength:
 
     def __init__(self, large, small, kind: tuple, measure: Callable[[], dict[int, float]]):
         known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
-        if kind not in known:
-            known[kind] = measure()
-        self.costs: dict[int, float] = known[kind]
+        self.costs: dict[int, float] = known.setdefault(kind, {})
+        self._measure = measure
         self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
         self._planned = [4]  # nearly free: the large model reads the prompt in that round
         self._pause = self.PAUSE
@@ -228,6 +227,8 @@ class DraftLength:
         return self._planned.pop(0)
 
     def _quickest(self, acceptance: float) -> int:
+        if not self.costs:  # not before: a call may end in its first round
+            self.costs.update(self._measure())
         lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
         costs = np.interp(lengths, known, [self.costs[length] for length in known])
         slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
