@@ -98,10 +98,10 @@ def test_the_folder_is_looked_at_before_any_work(word_tokenizer, tmp_path, place
 
 
 def test_a_folder_has_one_audit_at_a_time(tmp_path):
-    with Journal(tmp_path).keep():
-        with pytest.raises(ValueError, match="another audit is writing"), Journal(tmp_path).keep():
-            pass
-    with Journal(tmp_path).keep():
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    with first.keep(), pytest.raises(ValueError, match="another audit is writing"), second.keep():
+        pass
+    with second.keep():
         pass
 
 
