@@ -238,8 +238,8 @@ def test_bans_hold_after_a_short_draft(models, options):
     processed q after the last draft of each."""
     output = enable_cascade(*models).generate(
         **left_padded([[1, 2], [3], [4, 5, 6]]), do_sample=True, top_k=0, num_return_sequences=10, max_new_tokens=9,
-        eos_token_id=None, pad_token_id=0, prefix_allowed_tokens_fn=lambda prompt, ids: [7 + prompt, 17 + prompt], num_assistant_tokens=4,
-        cascade_rule="token_v3", cascade_alpha=1.0, **options,
+        eos_token_id=None, pad_token_id=0, prefix_allowed_tokens_fn=lambda prompt, ids: [7 + prompt, 17 + prompt],
+        num_assistant_tokens=4, cascade_rule="token_v3", cascade_alpha=1.0, **options,
     )  # fmt: skip
     for prompt in range(3):
         assert set(output[10 * prompt : 10 * prompt + 10, 3:].unique().tolist()) == {7 + prompt, 17 + prompt}
