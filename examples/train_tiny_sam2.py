@@ -96,25 +96,33 @@ def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
     return _draw_clips(rng, 10 if early else 6, frames, hard, plan, remember_truth)
 
 
-def draw_long_batch(rng: np.random.Generator) -> list[dict]:
+def draw_long_batch(rng: np.random.Generator) -> tuple[list[dict], set[int]]:
     """
-    Clips of 5 to 10 frames, half of them backwards and a third twice as fast. In half of them, objects get 1 to 3
-    clicks on a later frame; in a quarter they are shown on it from the start, so that the frames before it know of it
-    too, as they do when a video is tracked again after a correction.
+    Clips of 5 to 10 frames, half of them backwards and a third twice as fast, and the frames that do not count.
+
+    In most, objects get 1 to 3 clicks on a later frame, where the model is often made to be wrong, for a click must
+    count for more than what it believes: it remembers another object on the frames between (they do not count), or was
+    shown another one from the start (the frame as it was before the clicks does not count). In some, objects are shown
+    on the later frame from the start, so that the frames before it know of it, as they do when a video is tracked
+    again after a correction.
     """
     frames = int(rng.integers(5, 11))
     kind = str(rng.choice(["mask", "box", "click"], p=[0.2, 0.3, 0.5]))
-    later = int(rng.integers(1, frames))
-    prompted, corrected, clicks = (0,), (), 0
-    chance = rng.random()
-    if chance < 0.5:
-        corrected, clicks = (later,), int(rng.integers(1, 4))
-    elif chance < 0.75:
-        prompted = (0, later)
-        if kind != "mask":
-            corrected, clicks = (later,), int(rng.integers(1, 3))
-    plan = PromptPlan(kind, prompted, corrected, clicks)
-    return _draw_clips(rng, round(30 / frames), frames, 0.6, plan, augment=True)
+    later, clicks = int(rng.integers(2, frames)), int(rng.integers(1, 4))
+    case = str(rng.choice(["drifted", "other", "correct", "twice", "none"], p=[0.3, 0.2, 0.15, 0.15, 0.2]))
+    if case == "other":
+        frames = later + 1
+    prompted = (0, later) if case == "twice" else (0,)
+    corrected = () if case == "none" or case == "twice" and kind == "mask" else (later,)
+    plan = PromptPlan(kind, prompted, corrected, clicks if corrected else 0)
+    clips = _draw_clips(rng, round(30 / frames), frames, 0.6, plan, augment=True, both=case in ("drifted", "other"))
+    for clip in clips if case in ("drifted", "other") else ():
+        wrong = slice(1 if case == "drifted" else 0, later)
+        clip["masks"][:, wrong] = clip["masks"][:, wrong].flip(0)
+        if case == "drifted":
+            clip["remember_truth"] = torch.zeros(clip["masks"].shape[:2], dtype=torch.bool)
+            clip["remember_truth"][:, wrong] = True
+    return clips, {"drifted": {*range(1, later)}, "other": {later}}.get(case, set())
 
 
 def _draw_clips(
@@ -125,10 +133,11 @@ def _draw_clips(
     plan: PromptPlan,
     remember_truth: float | None = None,
     augment: bool = False,
+    both: bool = False,
 ) -> list[dict]:
     """
-    Clips of one length and one plan, so that they run as one. Two objects of each are targets: only the prompt says
-    which.
+    Clips of one length and one plan, so that they run as one. Two objects of each are targets, of some one unless
+    `both`: only the prompt says which.
     """
     clips: list[dict] = []
     while len(clips) < count:
@@ -141,7 +150,7 @@ def _draw_clips(
         if augment and len(masks) and rng.random() < 0.3:
             changed, masks = augment_clip(rng, list(pixels), np.ascontiguousarray(masks))
             pixels = np.stack(changed)
-        if not len(masks) and remember_truth is None:
+        if remember_truth is None and len(masks) < (2 if both else 1):
             continue
         clip = {
             "pixel_values": torch.from_numpy((pixels / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2),
@@ -195,10 +204,15 @@ def train(model: Sam2VideoModel, steps: int, seed: int, peak: float, further: bo
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        clips = draw_long_batch(rng) if further else draw_batch(rng, progress)
+        clips, without = draw_long_batch(rng) if further else (draw_batch(rng, progress), set())
         # Three masks are not used in videos, but by prompts="auto".
         model.config.multimask_output_in_sam = clips[0]["plan"].kind == "click" and bool(rng.random() < 0.2)
-        results = [soft_loss(predicted) for predicted in predict_clips(model, clips)]
+        results = []
+        for predicted in predict_clips(model, clips):
+            if predicted.frame in without:  # of a frame that is corrected, only what was before the clicks
+                without -= {*clips[0]["plan"].corrected}
+            else:
+                results.append(soft_loss(predicted))
         loss = torch.stack([loss for loss, _ in results]).mean()
         optimizer.zero_grad()
         loss.backward()
