@@ -107,7 +107,7 @@ class CachedDecoder:
 
     def _attention_mask(self, positions: torch.Tensor, leaves: int, lengths: list[int] | None):
         length, slots = positions.shape[1], self.positions.shape[1]
-        if (self.window is None or slots <= self.window) and length in (1, slots):
+        if (self.window is None or slots <= self.window) and length in (1, slots) and not leaves:
             if length == 1 < slots and lengths is not None:
                 whole = all(known == slots - 1 for known in lengths)
             else:

@@ -274,7 +274,8 @@ class CascadeStatistics:
         rule (`str`), alpha (`float`):
             The deferral rule and its parameter.
         rounds, drafted, accepted, new_tokens (`list[int]`, one entry a row):
-            Draft-and-verify rounds the row took part in, tokens drafted for it, drafted tokens kept, tokens emitted.
+            Draft-and-verify rounds the row took part in, tokens drafted for it (each candidate counts), drafted tokens
+            kept, tokens emitted.
         deferred (`list[float]`, one entry a row):
             Expected number of emitted positions that the large model decided, Σ r (or Σ_u r(u) q(u) for token rules).
             Deferral is not rejection: a deferred draft is still accepted with probability 1 - TV(π, q).

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_iclr import enable_cascade
 from hf_iclr.generation.batched_cascade import BatchedCascade
+from hf_iclr.generation.cached_decoder import CachedDecoder
 from hf_iclr.generation.cascade_call import DraftLength
 from hf_iclr.generation.deferral_rules import sample
 from tests.generation.drafting.test_feature_draft import feature_draft
@@ -139,6 +140,19 @@ def test_processors_with_a_state_see_one_candidate(large, rounds):
         **left_padded(RAGGED_PROMPTS), **GREEDY, cascade_rule="spec", logits_processor=LogitsProcessorList([_Counts()])
     )
     assert set(cascade.cascade_statistics.candidates) == {1}
+
+
+@pytest.mark.parametrize("read", [0, 2])
+def test_siblings_see_the_text_alone(read):
+    """A chain of two and two siblings of its first, beside a prompt that is read with them or before."""
+    large, ids = tiny_llama(1, layers=2), torch.tensor([[1, 2, 3, 4, 5, 6, 0]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 3]])
+    decoder = CachedDecoder(large, ids[:, :0], ids[:, :0])
+    if read:
+        decoder(ids[:, :read], positions[:, :read], 1)
+    logits = decoder(ids[:, read:], positions[:, read:], 5, leaves=2)[0]
+    for texts, column in (([1, 2, 3], 0), ([1, 2, 3, 4, 5], 2), ([1, 2, 3, 6], 3), ([1, 2, 3, 0], 4)):
+        assert torch.allclose(logits[column], large(torch.tensor([texts])).logits[0, -1], atol=1e-5)
 
 
 def test_siblings_are_chosen_where_they_pay(large):
