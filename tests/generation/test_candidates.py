@@ -218,7 +218,7 @@ def test_looks_at_the_device_in_a_round(rounds, monkeypatch, rule, wanted, kind)
 
     monkeypatch.setattr(BatchedCascade, "_round", counted)
     enable_cascade(large, small).generate(
-        **left_padded(RAGGED_PROMPTS), do_sample=True, top_k=5, eos_token_id=VOCAB - 1, min_new_tokens=0,
+        **left_padded(RAGGED_PROMPTS), do_sample=True, top_k=5, eos_token_id=VOCAB - 1,
         max_new_tokens=40, cascade_rule=rule, pad_token_id=0,
     )  # fmt: skip
     assert statistics.mode(found[1:]) == wanted  # the first reads the prompt; where rows end, caches are compacted
