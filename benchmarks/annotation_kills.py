@@ -5,7 +5,7 @@ that it answered there again?
     python benchmarks/annotation_kills.py --kills 50
 
 They click, draw, name, remove, undo and redo, track, accept and reject, one request after another over HTTP; each life
-of the server begins with the folder as the SIGKILL left it, and ends at a time drawn from 0 to `--seconds`. Told is
+of the server begins with the folder as the SIGKILL left it, and ends at a time drawn from 0 to `--seconds`. Printed is
 during which request each kill came ("starting" is before the first answer), and counted: edits and decisions that were
 answered and are not in the database; states (prompts, objects with class and decision, undo and redo) and masks that
 differ from those of the last answer. An edit that was not answered may have been kept.

@@ -237,7 +237,7 @@ def test_a_project_follows_its_videos(tmp_path):
     assert again.session(name).objects == [1]
 
 
-def test_a_damaged_database_is_told(tmp_path):
+def test_a_damaged_database_raises(tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "project.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(ValueError, match="Expected a project's database"):
