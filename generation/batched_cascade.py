@@ -193,7 +193,8 @@ class BatchedCascade:
             return drafts, self._small_step(ids, positions, drafts, lengths >= 0, first=0), lengths
         parts = []
         for step in range(gamma):
-            parts.append(self._small_step(ids, positions, drafts, step < lengths, first=step))
+            # π after a row's last draft needs q there, too: a row may draft less than others
+            parts.append(self._small_step(ids, positions, drafts, step <= lengths, first=step))
             probs = parts[-1].probs[:, 0]
             token = probs.argmax(-1) if self.greedy else sample(probs)
             drafts = torch.cat([drafts, token[:, None]], 1)

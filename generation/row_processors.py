@@ -195,8 +195,9 @@ def _for_row(processors: LogitsProcessorList, row: int, batch_size: int) -> Logi
             prompt = row * len(processor.generated_ngrams) // batch_size
             processor.batch_size, processor.generated_ngrams = 1, processor.generated_ngrams[prompt : prompt + 1]
         elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+            allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams  # sequences of a prompt
+            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed, prompt=prompt: allowed(prompt, ids)
+            processor._num_beams = 1
     return processors
 
 
