@@ -186,7 +186,8 @@ def annotate_ui(
         said = f"Every edit is saved to {folder}; Ctrl+C ends, and the same command goes on."
         segments = _serve(page, listener, host, serve, console, said)
     if segments is None or not segments.objects:
-        console.print(f"Saved to {folder}." + " There is no object, so no masks were written." * (segments is not None))
+        without = "" if segments is None else " There is no object, so no masks were written."
+        console.print(f"Saved to {folder}.{without}")
     else:
         write_sav(segments, out)
         console.print(f"Masks of {len(segments)} frames written to {out}.")
