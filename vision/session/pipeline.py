@@ -273,7 +273,7 @@ print(result[3].masks[1], result[3].scores[1])""",
             if segments.frame > searched and since >= 0:
                 if since == 0 or config.every and since % config.every == 0:
                     highest = max(highest, *session.objects, 0)
-                    self._add_found(session, segments.frame, finder, highest)
+                    self._add_found(session, segments.frame, config, finder, highest)
                     segments = session.segments(segments.frame)
                 searched = segments.frame
             segments.labels = {obj: labels[obj] for obj in segments.objects if obj in labels}
@@ -290,20 +290,27 @@ print(result[3].masks[1], result[3].scores[1])""",
         begin, end = finder.config.frame, session.num_frames or 0
         frames = range(begin, end, finder.config.every or end) or range(begin, begin + 1)
         for frame in frames:
-            self._add_found(session, frame, finder)
+            self._add_found(session, frame, finder.config, finder)
             if session.objects:
                 return frame
         where = f"frame {begin}" if len(frames) == 1 else f"any of frames {', '.join(map(str, frames))}"
         lower = "pred_iou_thresh" if finder.detector is None else "the threshold of the detector"
         raise ValueError(f"Nothing was found on {where:.80}. Lower {lower}, or prompt by hand.")
 
-    def _add_found(self, session: VideoSession, frame: int, finder: _Finder, numbered: int = 0) -> None:
+    def _add_found(
+        self,
+        session: VideoSession,
+        frame: int,
+        config: AutomaticMaskConfig,
+        finder: _Finder | None = None,
+        numbered: int = 0,
+    ) -> None:
         """Adds the objects found on a frame that are not tracked yet, numbered on from `numbered` at least."""
-        image, segments, most = session.frames[frame], session.segments(frame), finder.config.max_overlap
+        image, segments, most = session.frames[frame], session.segments(frame), config.max_overlap
         known = [segments.binary(obj) for obj in segments.objects]
         obj = max(numbered, *session.objects, 0) + 1
-        if finder.detector is None:
-            found = generate_masks(self.model, self.processor, image, finder.config)
+        if finder is None or finder.detector is None:
+            found = generate_masks(self.model, self.processor, image, config)
             for place, record in enumerate(new_objects(found, known, most)):
                 session.add(frame, obj + place, mask=record["segmentation"])
             return
