@@ -93,7 +93,8 @@ def section(out_dir: Path, quick: bool, progress):
 
     table = pd.DataFrame(rows)
     best = table["ms/token"][1:-1].idxmin()  # the small model alone is no cascade
-    quickest = f"{table['method'][best]}, alpha {table['alpha'][best]:g}"
+    alpha = table["alpha"][best]
+    quickest = table["method"][best] if pd.isna(alpha) else f"{table['method'][best]}, alpha {alpha:g}"
     about = (
         f"SmolLM2-135M-Instruct ({str(dtype).removeprefix('torch.')}) goes on with {len(prompts)} "
         "docstrings at temperature 0.7; a draft made of its own weights and other docstrings proposes "
