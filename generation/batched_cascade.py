@@ -167,10 +167,10 @@ class BatchedCascade:
         step = q if gamma == 0 else None
         if gamma and self.reads_q:
             # π after the last draft needs q there; the small model must read that draft anyway
-            flag, *facts = torch.cat([broken[None], found.node, found.ends]).tolist()
-            self._check_numbers(flag)
-            if any(facts[len(self.rows) :]) or self.measured:
-                self._keep_in_small(found, facts[: len(self.rows)])
+            flags, nodes, ends = torch.stack([broken.expand_as(found.node), found.node, found.ends]).tolist()
+            self._check_numbers(flags[0])
+            if any(ends) or self.measured:
+                self._keep_in_small(found, nodes)
                 last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
                 place = torch.where(found.ends, self.last_position + found.counts, -1)
                 step = self._small_step(last, place[:, None], found.drafts, found.ends, found.counts)[1]

@@ -234,8 +234,8 @@ class DraftLength:
 
     def _quickest(self, acceptance: float) -> tuple[int, int]:
         if not self.costs:  # not before: a call may end in its first round
-            costs, sibling = self._measure()
-            self.costs.update(costs)
+            measured, sibling = self._measure()
+            self.costs.update(measured)
             self._sibling.append(sibling)
         lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
         costs = np.interp(lengths, known, [self.costs[length] for length in known])
