@@ -43,7 +43,7 @@ DEFERRAL_RULES: dict[str, DeferralRule] = {
 
 def check_rule(rule: str, alpha: float) -> None:
     """Raises `ValueError` when `rule` is unknown or `alpha` lies outside the rule's range."""
-    if rule not in DEFERRAL_RULES:
+    if not isinstance(rule, str) or rule not in DEFERRAL_RULES:
         raise ValueError(f"Unknown cascade_rule {rule!r}. Choose one of {', '.join(DEFERRAL_RULES)}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or math.isnan(alpha):
         raise ValueError(f"cascade_alpha must be a number, got {alpha!r}. For example `cascade_alpha=0.3`.")
