@@ -8,7 +8,7 @@ bars under noise), with `annotate` in phase 3 and an annotator who knows the tru
 a time on the frame with the lowest IoU of those not clicked yet, all tracked anew after each, until J&F of the object
 over the video reaches 0.8. Where 4 clicks do not get there, he draws the worst frame by hand, and the next worst, and
 so on. On all masklets so far, as the engine wrote them, the first model is then trained with the settings of
-sam2_finetuning.py. Told of each round, of its own videos and of videos that are the same in all rounds and never
+sam2_finetuning.py. Printed of each round, of its own videos and of videos that are the same in all rounds and never
 trained on: clicks an object, the share of objects that reached 0.8 by clicks alone, masks drawn by hand an object. The
 rounds are compared object by object on the latter.
 """

@@ -25,9 +25,9 @@ from .masklets import (
     Masklet,
     QualityGate,
     count_clicks,
+    empty_session,
     find_masklets,
     measure_cycles,
-    sibling_session,
     track,
 )
 from .sources import list_videos, name_video, open_frames
@@ -133,7 +133,8 @@ def annotate(
         raise ValueError(f"Expected max_rounds of at least 0, got {max_rounds}.")
     pipe._sanitize_parameters(**options)
     gate = gate or QualityGate()
-    passes: dict[str, Any] = {"keep": "window" if corrector is None else "all"}
+    # What corrections of any frame need grows with the video: it waits on the disk.
+    passes: dict[str, Any] = {"keep": "window"} if corrector is None else {"keep": "all", "offload": "disk"}
     if corrector is None and gate.min_cycle_iou is None:  # no frame is looked at twice
         passes["feature_cache_bytes"] = 0
     options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
@@ -287,7 +288,7 @@ class _Engine:
         Calls a hook with a session, in phase 2 an empty one, whose masks the session then gets. Returned are what the
         hook gave, clicks by frame and object prompted, and seconds.
         """
-        workspace = sibling_session(session) if self.phase == 2 else session
+        workspace = empty_session(session) if self.phase == 2 else session
         before = _prompts_of(workspace)
         started = time.perf_counter()
         result = hook(workspace)

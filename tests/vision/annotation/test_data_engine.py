@@ -26,9 +26,9 @@ from hf_iclr.vision.annotation.masklets import (
     CorrectorUnavailable,
     Masklet,
     QualityGate,
+    empty_session,
     find_masklets,
     measure_cycles,
-    sibling_session,
     track,
 )
 from hf_iclr.vision.annotation.sources import name_video
@@ -59,9 +59,11 @@ def masks_of(row) -> np.ndarray:
 
 @pytest.fixture
 def encoded():
-    """Images encoded, one entry a call."""
+    """Images encoded, one entry each."""
     calls: list[int] = []
-    hook = tiny_pipe().model.vision_encoder.register_forward_hook(lambda *args: calls.append(1))
+    hook = tiny_pipe().model.vision_encoder.register_forward_hook(
+        lambda *args: calls.extend(args[2].last_hidden_state)
+    )
     yield calls
     hook.remove()
 
@@ -223,6 +225,17 @@ def test_phase_3_refines_by_clicks_and_leaves_other_objects_alone(tmp_path):
     assert rows["status"][:] == ["accepted", "accepted"]
 
 
+def test_with_a_corrector_what_grows_with_the_video_is_on_the_disk(tmp_path):
+    sessions = []
+
+    def correct(masklet):
+        sessions.append((masklet.session.config.keep, masklet.session.config.offload))
+        masklet.session.correct(3, masklet.object, [[30, 20]])  # a frame that a window has forgotten
+
+    run([clip()], tmp_path, verifier=lambda masklet: masklet.rounds, corrector=correct)
+    assert sessions == [("all", "disk")] * 2
+
+
 def test_time_in_the_functions_is_counted(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("hf_iclr.vision.annotation.data_engine.time.perf_counter", lambda: next(clock))
@@ -367,7 +380,7 @@ def test_cycle_iou_is_that_of_looking_for_the_last_mask_on_the_first_frame():
         returned = back.propagate("backward", start=frames[0], max_frames=1)[frames[0]].binary(1)
         start = masklet.binary(frames[0])
         assert masklet.cycle_iou == pytest.approx((returned & start).sum() / (returned | start).sum(), abs=1e-9)
-    assert sibling_session(session).features is session.features
+    assert empty_session(session).features is session.features
 
 
 def test_stability_and_uncertainty_of_a_masklet():
@@ -412,7 +425,7 @@ def write_png(frame, path):
     Image.fromarray(frame).save(path)
 
 
-def test_masks_of_other_sizes_are_told(tmp_path):
+def test_masks_of_other_sizes_raise(tmp_path):
     wrong = {0: {1: {"mask": np.ones((10, 10))}}}
     rows = run([clip(2), clip(2, seed=1)], tmp_path, lambda video, _: wrong if (video == clip(2)).all() else CLICK)
     assert len(rows) == 2
@@ -591,7 +604,7 @@ def test_rows_of_a_dataset(tmp_path):
     assert annotated["num_frames"][:] == [2, 2] and annotated["video"][:] == [None, None]
 
 
-def test_streams_are_told_to_be_lists(tmp_path):
+def test_streams_are_listed_as_skipped(tmp_path):
     rows = run([iter(clip(2))], tmp_path)
     assert len(rows) == 0 and "list(frames)" in rows.info.description
 
@@ -609,13 +622,13 @@ def test_streams_are_told_to_be_lists(tmp_path):
         ({"colour": "red"}, TypeError, "colour"),
     ],
 )
-def test_bad_arguments_are_told_before_any_work(tmp_path, change, error, sentence):
+def test_bad_arguments_raise_before_any_work(tmp_path, change, error, sentence):
     with pytest.raises(error, match=sentence):
         run(**{"videos": [clip(2)], "out": tmp_path / "out", **change})
     assert not (tmp_path / "out" / "shards").exists()
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_raises(tmp_path):
     with pytest.raises(ValueError, match="folders of images"):
         run(tmp_path, tmp_path / "out")
 

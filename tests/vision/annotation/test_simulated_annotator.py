@@ -113,6 +113,6 @@ def test_the_engine_takes_it_and_stops(tmp_path, phase):
 
 
 @pytest.mark.parametrize("wrong", [{"phase": 0}, {"min_iou": 0.0}, {"min_iou": 2.0}, {"max_clicks": 0}])
-def test_bad_options_are_told(wrong):
+def test_bad_options_raise(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SimulatedAnnotator(**wrong)

@@ -261,3 +261,22 @@ def test_objects_shown_at_different_times_go_through_the_model_together(monkeypa
         for frame in alone:
             assert np.abs(frame.masks[obj] - together[frame.frame].masks[obj]).max() < 1e-4
             assert frame.scores[obj] == pytest.approx(together[frame.frame].scores[obj], abs=1e-5)
+
+
+def test_memories_on_the_disk_are_the_same_and_none_is_held_in_memory():
+    """All that grows with the frames is mapped from files, corrections and what can be undone included."""
+    masks = []
+    for offload in (False, "disk"):
+        session = near_pipe().session(LONG, output="logits", offload=offload)
+        session.add(0, 1, **CLICK)
+        session.add(0, 2, box=[40, 5, 70, 40])
+        session.propagate()
+        session.correct(3, 1, [[20, 20]], [0])
+        masks.append([session.propagate("both")[frame].masks for frame in range(len(LONG))])
+    for one, other in zip(*masks, strict=True):
+        assert all(np.array_equal(one[obj], other[obj]) for obj in (1, 2))
+    for memory in session._memories.values():
+        outputs = [*memory.conditioning.values(), *memory.tracked.values()]
+        assert len(outputs) == len(LONG)
+        for output in outputs:
+            assert all(output[key].untyped_storage().filename for key in ("maskmem_features", "pred_masks"))
