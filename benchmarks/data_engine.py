@@ -97,7 +97,7 @@ def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
             hooks = {"prompts": hand.point, "verifier": hand.verify, "corrector": hand.correct}
-            rows = annotate(clips, pipe, phase=phase, out=out, gate=ANY_QUALITY, **hooks)
+            rows = annotate(clips, pipe, out=out, gate=ANY_QUALITY, **hooks)
         masks = {(row["name"], row["object"]): masks_of(row, truth[row["name"]][row["object"]].shape) for row in rows}
         first = first or masks
         agreement = np.concatenate([region_similarity(masks[key], first[key]) for key in masks])

@@ -1,6 +1,6 @@
 """What scoring rows costs a training step, beside the ghost dot product on concatenated batches.
 
-    python benchmarks/data_shapley_overhead.py --steps 5 --rows 4 --tokens 256
+    python benchmarks/data_shapley_overhead.py --steps 4 --rows 4 --tokens 256
 
 Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time
 of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of

@@ -41,8 +41,6 @@ class Masklet:
             Number of the object.
         session (`VideoSession`):
             Where a corrector clicks, see [`annotate`].
-        phase (`int`):
-            Of the data engine: 1, 2 or 3.
         provenance (`str`, *optional*, defaults to `"auto"`):
             "auto", or "manual" once it was prompted by hand.
         masks (`dict[int, dict]`):
@@ -70,7 +68,6 @@ class Masklet:
     name: str
     object: int
     session: VideoSession = field(repr=False)
-    phase: int = 3
     provenance: str = "auto"
     masks: dict[int, Any] = field(default_factory=dict, repr=False)
     scores: dict[int, float] = field(default_factory=dict, repr=False)

@@ -65,7 +65,7 @@ class AnnotationProject:
         self.keep = True  # whether sessions and rows are written at all
         self._model, self._weights = pipe.model.config.name_or_path, hash_weights(pipe.model)
         self._revision = model_revision(pipe.model) or f"weights-{self._weights}"
-        self.store = AnnotationStore(folder, {"phase": 3, "model": self._model, "weights": self._weights})
+        self.store = AnnotationStore(folder, {"model": self._model, "weights": self._weights})
         (self.folder / "sessions").mkdir(exist_ok=True)
         self.queue = Queue(self.folder / "project.sqlite")
         self._sessions: dict[str, VideoSession] = {}

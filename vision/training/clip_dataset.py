@@ -87,6 +87,8 @@ class ClipDataset(_Clips, Dataset):
             raise ValueError("Expected at least one video to train on, got none.")
         rows = _is_row(videos[0])
         read = read_rows(videos) if rows else [to_annotated(video, n) for n, video in enumerate(videos)]
+        if not read:
+            raise ValueError(f"Expected at least one accepted masklet to train on, got none in {len(videos)} rows.")
         super().__init__(read, processor, *args, **kwargs)
 
     def __len__(self) -> int:
