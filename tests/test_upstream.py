@@ -58,7 +58,6 @@ PRIVATE_ATTRIBUTES = {
     "_fingerprint": "datasets: shown in its guide to the cache, without a public name",
     "_formatting_func": "trl: an argument of the constructor that is kept nowhere else",
     "_forward_hooks": "torch: a shallow copy of a model counts its forwards by hooks of its own",
-    "_forward_hooks": "torch: whether somebody listens to a part of a model, which is then called itself",
     "_forward_params": "transformers: options a pipeline was made with; `stream` is a call of ours beside `__call__`",
     "_forward_pre_hooks": "torch: as `_forward_hooks`",
     "_from_auto": "transformers: an argument that auto classes add to `from_pretrained`",
