@@ -28,16 +28,17 @@ _SUMS = re.compile(r"(eval_(?:.+_)?)logps/(chosen|rejected)|logps_eval_[^/]+/(.+
 class SqueezeMonitor:
     """
     Reads logs one at a time and says whether the chosen answers are being lost: they lie `delta` below the highest
-    they have been, for `patience` evaluations in a row. Only answers that are scored again and again can tell: probe
-    sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged alone.
+    they have been, at one evaluation or `patience` in a row. Only answers that are scored again and again can tell:
+    probe sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged
+    alone.
 
     The rule and its numbers are not the paper's (https://huggingface.co/papers/2407.10490); how often it is right
     stands in docs/squeeze_theory.md.
 
     Args:
-        delta (`float`, *optional*, defaults to `0.2`):
+        delta (`float`, *optional*, defaults to `0.25`):
             In nats per token.
-        patience (`int`, *optional*, defaults to `2`):
+        patience (`int`, *optional*, defaults to `1`):
             Evaluations in a row.
 
     Attributes:
@@ -48,16 +49,16 @@ class SqueezeMonitor:
         `ValueError`: when an option lies outside of its range.
     """
 
-    delta: float = 0.2
-    patience: int = 2
+    delta: float = 0.25
+    patience: int = 1
     sets: dict[str, dict[int, float]] = field(default_factory=dict, init=False)
     alarms: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
-            raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.2`.")
+            raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.25`.")
         if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=2`.")
+            raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=1`.")
 
     def update(self, logs: dict[str, Any], step: int | None = None) -> list[str]:
         """

@@ -39,6 +39,7 @@ def alarm(values, key="probe/chosen/logp", **rule):
     [
         (FALLS, {}, 4),
         (FALLS, {"patience": 1}, 3),
+        ([-2.0, -1.95, -2.14, -2.16], {"patience": 1}, 3),  # of the highest, not of the start
         (FALLS, {"patience": 3}, 5),
         (FALLS, {"delta": 0.1}, 3),
         (FALLS, {"delta": 0.45}, None),
