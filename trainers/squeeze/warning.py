@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class SqueezeMonitor:
     alarms: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if not self.delta > 0:
+        if not (isinstance(self.delta, int | float) and self.delta > 0):
             raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.25`.")
-        if self.patience < 1:
+        if not (isinstance(self.patience, int) and self.patience >= 1):
             raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=1`.")
 
     def update(self, logs: dict[str, Any], step: int | None = None) -> list[str]:
@@ -84,11 +84,7 @@ class SqueezeMonitor:
                 continue
             name = match[1] or match[2].rstrip("_")
             values = self.sets.setdefault(name, {})
-            at = logs.get("step", len(values)) if step is None else step
-            if isinstance(at, bool) or not isinstance(at, int):
-                raise ValueError(  # noqa: TRY004  of a file, not of a caller
-                    f"The step of a log entry should be a whole number, that with `{key}` has {at!r}."
-                )
+            at = step_of(logs, key, len(values)) if step is None else step_of({"step": step}, key)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(
                     f"Log-probabilities should be finite, `{key}` at step {at} is {value}. Drop empty answers; if the "
@@ -242,6 +238,28 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def log_entries(entries: Any, name: str) -> list[dict[str, Any]]:
+    """What somebody gave as a log history; something else is refused in a sentence that calls it `name`."""
+    expected = f"Expected {name} as a list of log entries, such as `trainer.state.log_history`"
+    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
+        more = " Type `state['log_history']`." if isinstance(entries, Mapping) and "log_history" in entries else ""
+        raise TypeError(f"{expected}, got {entries!r:.60}.{more}")
+    entries = list(entries)
+    if not all(isinstance(entry, dict) for entry in entries):
+        got = next(entry for entry in entries if not isinstance(entry, dict))
+        raise TypeError(f"{expected}, each a dictionary, got {got!r:.60}.")
+    return entries
+
+
+def step_of(entry: dict[str, Any], key: str, default: int = 0) -> int:
+    step = entry.get("step", default)
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise ValueError(  # noqa: TRY004  of a file, not of a caller
+            f"The step of a log entry should be a whole number, that with `{key}` has {step!r:.60}."
+        )
+    return step
+
+
 def replay_log(
     source: "str | Path | Sequence[dict[str, Any]]", tokens_per_answer: float = 50.0, **rule: Any
 ) -> pd.DataFrame:
@@ -267,7 +285,7 @@ def replay_log(
     """
     if not tokens_per_answer > 0:
         raise ValueError(f"tokens_per_answer must be positive, got {tokens_per_answer}. For example 50.")
-    entries = read_log(source) if isinstance(source, (str, Path)) else list(source)
+    entries = read_log(source) if isinstance(source, (str, Path)) else log_entries(source, "source")
     monitor = SqueezeMonitor(**rule)
     for index, entry in enumerate(entries):
         monitor.update(_per_token(entry, tokens_per_answer), entry.get("step", index))

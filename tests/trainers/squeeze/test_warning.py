@@ -166,7 +166,7 @@ def test_in_a_run_of_its_own(train, source):
     assert [*monitor.alarms.values()] == [trainer.state.global_step] and trainer.state.global_step < 8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_alarm_where_nothing_is_learnt(train, seed):
     settings = {
         "probe_dataset": build_probe_set(pair_rows()),
@@ -174,9 +174,10 @@ def test_no_alarm_where_nothing_is_learnt(train, seed):
         "probe_budget": 1.0,
         "seed": seed,
         "learning_rate": 0.0,
+        "max_steps": 4,
     }
-    callback = SqueezeStoppingCallback("stop", delta=1e-4, patience=1)
-    assert train(callback, **settings).state.global_step == 8 and len(callback.monitor.sets["probe"]) == 9
+    callback = SqueezeStoppingCallback("stop", delta=1e-4)
+    assert train(callback, **settings).state.global_step == 4 and len(callback.monitor.sets["probe"]) == 5
 
 
 @pytest.mark.parametrize("settings", [{}, {"squeeze_metrics": "off", "eval_strategy": "steps", "eval_steps": 1}])
