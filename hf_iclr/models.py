@@ -349,7 +349,8 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 class FusedOutputsProxy:
     """
     Stands in for `model` during one `compute_loss` of TRL: every output of the fused LM head passes through `rewrite`
-    first. TRL's trainers only call `model` there, so their loss, normalisation and metrics stay their own.
+    first. TRL's trainers only call `model` there, so their loss, normalisation and metrics stay their own. To a loss
+    of somebody's own it is the model: an instance of its class, whose attributes are read and set.
 
     Args:
         model (`torch.nn.Module`):
@@ -367,7 +368,11 @@ class FusedOutputsProxy:
         rewrite: "Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]",
         graph: bool = True,
     ) -> None:
-        self._model, self._rewrite, self._graph = model, rewrite, graph
+        self.__dict__.update(_model=model, _rewrite=rewrite, _graph=graph)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]  # what `isinstance` asks
+        return type(self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(self._graph and torch.is_grad_enabled()):
@@ -376,3 +381,6 @@ class FusedOutputsProxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)

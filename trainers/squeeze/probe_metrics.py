@@ -32,7 +32,7 @@ SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
 FORWARDS_OF_A_STEP = 3  # at least: a backward is two
 PASSES_BETWEEN = 4  # that there should be room for
 PILOT_TOKENS = 4
-ENOUGH_PROMPTS = 12  # of a set; fewer say little, so passes in between and decoding come after these
+ENOUGH_PROMPTS = 12  # of a set: fewer say little, so passes in between and decoding come after these
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
 
 
@@ -104,6 +104,8 @@ class ProbeSet:
             rows = _prepare_pairs(trainer, whole_rows, columns, processing_class)
         else:
             template = getattr(trainer.args, "chat_template_kwargs", None)  # GRPO has it
+            if hasattr(trainer, "get_batch_logps") and "tools" in dataset.column_names:  # CPO and ORPO pass them over
+                whole_rows = whole_rows.remove_columns("tools")
             rows = [
                 {kind: encode_answer(self.tokenizer, row, kind, max_length, keep_end, template) for kind in columns}
                 for row in whole_rows
@@ -241,8 +243,8 @@ def take_what_fits(
 ) -> None:
     """
     Keep as many prompts of each probe set as leave room in the budget for a pass at the start, at the end, and for
-    some in between, but at least one. How long a step will take is not known before the first one: it is taken for
-    the forward and the backward of as many answers, which it takes at least.
+    some in between, but at least one, and all of a set of twelve or fewer. How long a step will take is not known
+    before the first one: it is taken for the forward and the backward of as many answers, which it takes at least.
 
     Args:
         sets (`Sequence[ProbeSet]`):
@@ -276,8 +278,11 @@ def take_what_fits(
     an_answer = min(seconds) / rows
     room = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)
 
+    def taken(count: int, probes: ProbeSet) -> int:
+        return probes.count if probes.count <= ENOUGH_PROMPTS else min(count, probes.count)
+
     def scoring(count: int) -> float:
-        return an_answer * sum(probes.columns * min(count, probes.count) for probes in sets)
+        return an_answer * sum(probes.columns * taken(count, probes) for probes in sets)
 
     def decoding(count: int) -> float:  # greedily, and samples
         return 2 * (drawn + an_answer) * sum(min(count, len(probes.prompts)) for probes in sets if prompts)
@@ -294,10 +299,10 @@ def take_what_fits(
     broadcast_object_list(counts)  # every process has timed its own
     before = sum(probes.count for probes in sets)
     for probes in sets:
-        probes.take(*counts)
+        probes.take(taken(counts[0], probes), counts[1])
     after, kept = sum(probes.count for probes in sets), sum(len(probes.prompts) for probes in sets)
     if (after < before or kept < len(prompts)) and trainer.is_world_process_zero():
-        few = f" Fewer than {ENOUGH_PROMPTS} of a set say little." if counts[0] < min(ENOUGH_PROMPTS, most) else ""
+        few = f" Fewer than {ENOUGH_PROMPTS} of a set say little." if counts[0] < ENOUGH_PROMPTS < most else ""
         logger.warning(
             f"{after} of {before} prompts are probed, taken at random, and {kept} of them decoded from: an "
             f"answer takes {an_answer:.3g} s, a step at least {step:.3g} s, and probe_budget={budget:g} is the share "
