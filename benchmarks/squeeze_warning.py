@@ -15,9 +15,9 @@ DPO five times as fast.
 Whether a run loses is read off all held-out pairs: their chosen answers end .1 nats a token below their start.
 Candidates see probes of 24 or 32 prompts (8 of `smollm2`). Thresholds are the lowest with at most 5 % alarms among the
 runs of the first seeds (18 of `counting`, 8 of `stories260k`) that lose nothing, and the rule's own was chosen on
-them; all other figures are of later seeds. With `--actions` the losing arms are also run with the action "lower_lr",
-and with a gate on rejected tokens (their gradient times exp(-10 max(S, 0)), S the squeeze pressure); "stop" is read
-off the runs without an action.
+them; all other figures are of later seeds. With `--actions` the losing arms are also run with a gate on
+rejected tokens (their gradient times exp(-10 max(S, 0)), S the squeeze pressure); "stop" is read off the runs without
+an action.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from typing import Any
 from common.arguments import make_parser, parse
 
 
-ACTIONS = ("lower_lr", "gate")
 CHOOSING = {"counting": 18, "stories260k": 8, "smollm2": 0}  # seeds below choose thresholds
 DELTAS = (0.15, 0.2, 0.25, 0.3)
 ACTED_ON = ("dpo", "dpo, fast", "dpo, long before", "on-policy")
@@ -43,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", help="some of the arms")
-    parser.add_argument("--actions", action="store_true", help="also run the losing arms with what may help them")
+    parser.add_argument("--actions", action="store_true", help="also run the losing arms with a gate")
     parser.add_argument("--data", type=Path, help="folder with the models and the authors' probing set")
     parser.add_argument("--tables", action="store_true", help="only print the tables of the runs in --out again")
     return parse(parser, seeds=2, arms=["null", "dpo"])
@@ -60,7 +59,7 @@ from transformers.utils import logging as transformers_logging
 from common.squeeze_arms import ARMS, own_answers, settings, supervised, train_arm
 from common.squeeze_rules import HEALTHY, Run, alarm, at_most, auc, candidates, lowest_threshold, read_run, targets
 from hf_iclr.models import FusedOutputsProxy
-from hf_iclr.trainers.squeeze import SqueezeDPOTrainer, SqueezeMonitor, SqueezeStoppingCallback
+from hf_iclr.trainers.squeeze import SqueezeDPOTrainer, SqueezeMonitor
 from hf_iclr.trainers.squeeze.metrics import squeeze_pressure
 
 
@@ -88,7 +87,7 @@ def collect(args: argparse.Namespace) -> None:
             pairs = setting.pairs(seed)
             starts: dict[str, Any] = {}
             for arm, action in [(arm, None) for arm in args.arms or ARMS] + (
-                [(arm, action) for arm in ACTED_ON for action in ACTIONS] if args.actions else []
+                [(arm, "gate") for arm in ACTED_ON] if args.actions else []
             ):
                 path = args.out / "_".join(filter(None, (name, arm.replace(" ", "-"), action, f"{seed}.json")))
                 if path.exists():
@@ -101,8 +100,7 @@ def collect(args: argparse.Namespace) -> None:
                 if arm == "on-policy":
                     own = tuple(own_answers(setting, starts[stage], rows, seed) for rows in pairs)
                 trainer_class = GatedTrainer if action == "gate" else SqueezeDPOTrainer
-                callbacks = [SqueezeStoppingCallback("lower_lr")] if action == "lower_lr" else []
-                log = train_arm(setting, starts[stage], own, seed, rate, trainer_class, callbacks, **changes)
+                log = train_arm(setting, starts[stage], own, seed, rate, trainer_class, **changes)
                 path.write_text(
                     json.dumps({"setting": name, "arm": arm, "action": action, "seed": seed, "log_history": log})
                 )
@@ -183,7 +181,7 @@ def print_tables(runs: list[Run]) -> None:
     score = candidates(choosing)["held-out chosen below its highest"]
     rows = [{"delta": delta, "patience": patience, **judge(choosing, partial(scored_alarm, score, delta, patience))}
             for delta in DELTAS for patience in (1, 2)]  # fmt: skip
-    print("\nThe first seeds, which chose delta and patience: the lowest with surely at most 5 % false alarms")
+    print("\nThe first seeds, which chose: of those with surely at most 5 % false alarms the one after which most fall on")
     print(pd.DataFrame(rows).to_string(index=False))
 
     rows = []
@@ -200,7 +198,7 @@ def print_tables(runs: list[Run]) -> None:
         found = {"stop": ends_at(run, at)} if run.arm in ACTED_ON and at is not None else {}
         for other in runs:
             same = (other.setting, other.seed) == (run.setting, run.seed)
-            if same and other.arm == run.arm and other.action and (at is not None or other.action == "gate"):
+            if same and other.arm == run.arm and other.action:
                 found[other.action] = ends_at(other)
             if same and run.arm == "dpo" and other.arm == "sigmoid + sft":
                 found[other.arm] = ends_at(other)
@@ -210,7 +208,7 @@ def print_tables(runs: list[Run]) -> None:
     if rows:
         groups = pd.DataFrame(rows).groupby(["setting", "action"], sort=False)
         print("\nActing: held-out chosen answers (nats a token), margin and accuracy at the end, less those without;")
-        print("stop and lower_lr where the rule warns, sigmoid + sft in place of the arm dpo")
+        print("stop where the rule warns, sigmoid + sft in place of the arm dpo")
         table = groups.mean().round(2)
         print(table.assign(runs=groups.size(), better=groups["chosen"].apply(lambda d: (d > 0).sum())).to_string())
 

@@ -208,7 +208,7 @@ def own_answers(setting: Setting, weights: dict[str, torch.Tensor], pairs: Datas
 
 def train_arm(
     setting: Setting, weights: dict[str, torch.Tensor], pairs: tuple[Dataset, Dataset], seed: int, rate: float,
-    trainer_class: type[SqueezeDPOTrainer] = SqueezeDPOTrainer, callbacks: list[Any] | None = None, **changes: Any,
+    trainer_class: type[SqueezeDPOTrainer] = SqueezeDPOTrainer, **changes: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One preference run from these weights: its log."""
     train, held_out = pairs
@@ -224,9 +224,8 @@ def train_arm(
         eval_steps=setting.every, eval_on_start=True, **{**BASE, "logging_steps": setting.every, **changes},
     )  # fmt: skip
     trainer = trainer_class(
-        model, reference, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        callbacks=callbacks,
-    )  # fmt: skip
+        model, reference, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
     trainer.remove_callback(PrinterCallback)
     for name, rows, test in (("", train, held_out), ("held_out", held_out, None)):
         probes = build_probe_set(rows, num_probes=setting.probes, seed=seed, test_pairs=test)

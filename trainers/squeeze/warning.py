@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "stop", "lower_lr")
+ACTIONS = ("warn", "stop")
 # "probe/", with several probe sets "{name}_probe/"; in an evaluation "eval_squeeze/" or "eval_{split}_squeeze/".
 # Training batches are not compared: each is another one.
 _CHOSEN = re.compile(r"(?:(.*probe)/chosen/logp|(eval_(?:.+_)?)squeeze/logp_tok_chosen)")
@@ -113,10 +113,7 @@ class SqueezeStoppingCallback(TrainerCallback):
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            `"warn"`: log a warning and nothing else. `"stop"`: end training. `"lower_lr"`: multiply the learning rate,
-            now and in the rest of the schedule, by `lr_factor`, once.
-        lr_factor (`float`, *optional*, defaults to `0.1`):
-            For `"lower_lr"`.
+            `"warn"`: log a warning and nothing else. `"stop"`: end training.
         rule (*optional*):
             Options of [`SqueezeMonitor`].
 
@@ -125,12 +122,10 @@ class SqueezeStoppingCallback(TrainerCallback):
             nor evaluations to go by.
     """
 
-    def __init__(self, action: str = "warn", lr_factor: float = 0.1, **rule: Any) -> None:
+    def __init__(self, action: str = "warn", **rule: Any) -> None:
         if action not in ACTIONS:
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, got {action!r}.")
-        if not 0 < lr_factor < 1:
-            raise ValueError(f"lr_factor must be in (0, 1), got {lr_factor}. For example `lr_factor=0.1`.")
-        self.action, self.lr_factor, self.rule = action, lr_factor, rule
+        self.action, self.rule = action, rule
         self.monitor = SqueezeMonitor(**rule)
         self._acted = False
 
@@ -168,8 +163,6 @@ class SqueezeStoppingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         lost = self.monitor.update(logs or {}, state.global_step)
@@ -185,12 +178,6 @@ class SqueezeStoppingCallback(TrainerCallback):
         self._acted = True
         if self.action == "stop":
             control.should_training_stop = True
-        elif self.action == "lower_lr":
-            for group in optimizer.param_groups:
-                group["lr"] *= self.lr_factor
-            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside of accelerate's
-            if hasattr(schedule, "base_lrs"):
-                schedule.base_lrs = [rate * self.lr_factor for rate in schedule.base_lrs]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
