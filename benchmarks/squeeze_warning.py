@@ -181,7 +181,7 @@ def print_tables(runs: list[Run]) -> None:
     score = candidates(choosing)["held-out chosen below its highest"]
     rows = [{"delta": delta, "patience": patience, **judge(choosing, partial(scored_alarm, score, delta, patience))}
             for delta in DELTAS for patience in (1, 2)]  # fmt: skip
-    print("\nThe first seeds, which chose: of those with surely at most 5 % false alarms the one after which most fall on")
+    print("\nThe first seeds, which chose: of those surely below 5 % false alarms the one after which most fall on")
     print(pd.DataFrame(rows).to_string(index=False))
 
     rows = []
