@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: tour test matrix update evaluate bench lint clean
+.PHONY: tour test matrix update evaluate bench lint docs clean
 
 tour: $(READY)
 	$(BIN)/hf-iclr tour --out out/tour
@@ -42,8 +42,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site, in out/site; warnings are errors.
+docs: .cache/docs/.ready
+	NO_MKDOCS_2_WARNING=1 .cache/docs/bin/mkdocs build
+
+.cache/docs/.ready: requirements/docs.txt
+	$(PYTHON) -m venv .cache/docs
+	.cache/docs/bin/python -m pip install --quiet --require-hashes -r requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache/docs build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml requirements/lock.txt requirements/torch.txt
 	$(PYTHON) requirements/set_up.py $(VENV)

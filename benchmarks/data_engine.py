@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--throughput-clips", type=int, default=6)
     parser.add_argument("--throughput-frames", type=int, default=32, help="of each clip")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clicks", type=int, default=60, help="on the page")
     return parse(parser, clips=1, frames=3, throughput_clips=1, throughput_frames=4, repeats=1, clicks=2)
 
@@ -97,7 +97,7 @@ def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -
         started = time.process_time()
         with tempfile.TemporaryDirectory() as out:
             hooks = {"prompts": hand.point, "verifier": hand.verify, "corrector": hand.correct}
-            rows = annotate(clips, pipe, phase=phase, out=out, gate=ANY_QUALITY, **hooks)
+            rows = annotate(clips, pipe, out=out, gate=ANY_QUALITY, **hooks)
         masks = {(row["name"], row["object"]): masks_of(row, truth[row["name"]][row["object"]].shape) for row in rows}
         first = first or masks
         agreement = np.concatenate([region_similarity(masks[key], first[key]) for key in masks])
@@ -113,7 +113,9 @@ def compare_phases(pipe, clips: list[Clip], per_click: float, per_look: float) -
 
 def measure_throughput(pipe, clips: list[Clip], repeats: int) -> dict[str, dict[str, float]]:
     encoded: list[int] = []
-    hook = pipe.model.vision_encoder.register_forward_hook(lambda *args: encoded.append(1))
+    hook = pipe.model.vision_encoder.register_forward_hook(
+        lambda *args: encoded.extend([1] * len(args[2].last_hidden_state))
+    )
 
     def loop() -> None:
         for clip in clips:

@@ -1,6 +1,6 @@
 """What scoring rows costs a training step, beside the ghost dot product on concatenated batches.
 
-    python benchmarks/data_shapley_overhead.py --steps 5 --rows 4 --tokens 256
+    python benchmarks/data_shapley_overhead.py --steps 4 --rows 4 --tokens 256
 
 Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time
 of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of
@@ -16,12 +16,16 @@ import time
 from common.arguments import make_parser, parse, write_json
 
 
+# LoRA of rank 16 on all linear layers; of PEFT's defaults, rank 8 on queries and values; all parameters
+KINDS = ("LoRA", "LoRA by default", "full")
+
+
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--kinds", nargs="+", choices=("LoRA", "full"), default=("LoRA", "full"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--optimizers", nargs="+", choices=("SGD", "AdamW"), default=("SGD", "AdamW"))
     parser.add_argument("--skip-times", action="store_true", help="count operations only")
     parser.add_argument("--skip-flops", action="store_true", help="measure times only")
@@ -46,9 +50,10 @@ from hf_iclr.trainers.data_shapley.gradients.rows import find_layout
 from hf_iclr.trainers.data_shapley.gradients.taps import Taps
 
 
-BARS = {"LoRA": 1.02, "full, sketch": 1.05}
+BARS = {"LoRA": 1.02, "LoRA by default": 1.02, "full, sketch": 1.05}
 FLOP_BARS = {"LoRA": 1.005, "full, sketch": 1.02}
 REFRESH_EVERY = 20
+ALL_LINEAR = {"r": 16, "target_modules": "all-linear"}
 LLAMAS = {
     "SmolLM2-135M": {
         "vocab_size": 49152,
@@ -101,11 +106,11 @@ class Plain:
 class Scored(Plain):
     """The same with taps, at steps that don't refresh the direction, which is measured apart."""
 
-    def __init__(self, model: nn.Module, batch, val, optimizer: str, rank: int) -> None:
+    def __init__(self, model: nn.Module, batch, val, optimizer: str) -> None:
         super().__init__(model, batch, val, optimizer)
         Plain.step(self)  # after which Adam has moments
         targets = {"validation": [(val, len(val["input_ids"]))]}
-        settings = EngineSettings(refresh_every=10**9, rank=rank, adam_warmup=1)
+        settings = EngineSettings(refresh_every=10**9, adam_warmup=1)
         self.engine = ShapleyEngine(model, self.optimizer, targets, language_loss, settings)
         self.count = 1
         self.engine.begin_step(1)
@@ -183,8 +188,8 @@ class Ghost(Plain):
         output.register_hook(contract)
 
 
-def with_lora(model: nn.Module) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+def with_lora(model: nn.Module, **settings) -> nn.Module:
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 def rows(count: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -208,18 +213,16 @@ def flops(function) -> int:
 def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.DataFrame:
     table = []
     model, _ = load_demo_model(torch.float32)
-    model = with_lora(model) if kind == "LoRA" else model
+    if kind != "full":
+        model = with_lora(model, **(ALL_LINEAR if kind == "LoRA" else {}))
     batch = rows(args.rows, args.tokens, model.config.vocab_size)
     val = rows(1, args.tokens, model.config.vocab_size)
     plain = Plain(model, batch, val, optimizer)
     variants = {"plain": plain}
-    if kind == "LoRA":
-        variants["LoRA"] = Scored(model, batch, val, optimizer, rank=16)
-    else:
-        variants["full, sketch"] = Scored(model, batch, val, optimizer, rank=16)
-        if optimizer == "SGD":  # which its formula is of
-            variants["full, ghost"] = Ghost(model, batch, val, optimizer)
-    scored = variants["LoRA" if kind == "LoRA" else "full, sketch"]
+    mine = "full, sketch" if kind == "full" else kind
+    scored = variants[mine] = Scored(model, batch, val, optimizer)
+    if kind == "full" and optimizer == "SGD":  # which its formula is of
+        variants["full, ghost"] = Ghost(model, batch, val, optimizer)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(args.steps + 1):
         for name, variant in variants.items():
@@ -231,7 +234,6 @@ def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.Dat
     base = seconds["plain"]
     for name, times in seconds.items():
         ratio = statistics.median(mine / theirs for mine, theirs in zip(times, base, strict=True))
-        mine = name in BARS
         table.append(
             {
                 "trained": kind,
@@ -240,9 +242,9 @@ def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.Dat
                 "step (s)": statistics.median(times),
                 "ratio": ratio,
                 "ratio of medians": statistics.median(times) / statistics.median(base),
-                "refresh, one row (s)": refresh if mine else None,
-                "with refresh": ratio + refresh / REFRESH_EVERY / statistics.median(base) if mine else None,
-                "direction (MB)": variants[name].direction_bytes() / 1e6 if mine else None,
+                "refresh, one row (s)": refresh if name == mine else None,
+                "with refresh": ratio + refresh / REFRESH_EVERY / statistics.median(base) if name == mine else None,
+                "direction (MB)": variants[name].direction_bytes() / 1e6 if name == mine else None,
                 "bar": BARS.get(name),
             }
         )
@@ -257,7 +259,7 @@ def count_flops(name: str, settings: dict, tokens: int) -> list[dict]:
         for layers in (1, 2):
             with torch.device("meta"):
                 model = meta_model(name, {**settings, "num_hidden_layers": layers})
-                model = with_lora(model) if kind == "LoRA" else model
+                model = with_lora(model, **ALL_LINEAR) if kind == "LoRA" else model
                 batch = {"input_ids": torch.zeros(4, tokens, dtype=torch.long)}
                 batch["labels"] = batch["input_ids"]
                 counts[0][layers - 1] = flops(functools.partial(meta_plain, model, batch))

@@ -12,7 +12,6 @@ Without data only the texts that stand in the tests are judged.
 """
 
 import argparse
-import pprint
 import sys
 from pathlib import Path
 
@@ -117,10 +116,11 @@ def write_weights(models: dict[str, pd.DataFrame]) -> None:
     WEIGHTS.write_text(
         '"""\nLogistic regression over the cues of refusal_cues.py: refusal against answer, and of refusals full '
         "against partial.\nFitted by `benchmarks/refusal_judge.py --fit` on human labels of XSTest completions of "
-        f'{", ".join(models)}\n(paul-rottger/exaggerated-safety, CC BY 4.0); nothing of the texts is in it.\n"""\n\n\n'
+        f'{", ".join(models)}\n(paul-rottger/exaggerated-safety, CC BY 4.0); nothing of the texts is in it.\n"""\n\n'
         f"BIASES = {biases}\n"
-        "WEIGHTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = "
-        f"{pprint.pformat(weights, width=110, sort_dicts=False)}\n"
+        "WEIGHTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {\n"
+        + "".join(f'    "{name}": {values},\n' for name, values in weights.items())
+        + "}\n"
     )
     print(f"Written to {WEIGHTS}")
 

@@ -4,11 +4,11 @@ Does the model in the loop get better by what it annotated? Annotate, train, ann
     python benchmarks/sam2_flywheel.py  # 15 minutes of CPU
 
 Each round annotates videos it has not seen, of a look that the package's tiny SAM 2 was not trained on (gray striped
-bars under noise), with `annotate` in phase 3 and an annotator who knows the truth: a click on each object, then one at
+bars under noise), with `annotate` and an annotator who knows the truth: a click on each object, then one at
 a time on the frame with the lowest IoU of those not clicked yet, all tracked anew after each, until J&F of the object
 over the video reaches 0.8. Where 4 clicks do not get there, he draws the worst frame by hand, and the next worst, and
 so on. On all masklets so far, as the engine wrote them, the first model is then trained with the settings of
-sam2_finetuning.py. Told of each round, of its own videos and of videos that are the same in all rounds and never
+sam2_finetuning.py. Printed of each round, of its own videos and of videos that are the same in all rounds and never
 trained on: clicks an object, the share of objects that reached 0.8 by clicks alone, masks drawn by hand an object. The
 rounds are compared object by object on the latter.
 """

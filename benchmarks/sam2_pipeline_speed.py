@@ -3,14 +3,16 @@ What the video pipeline costs against the loop a user writes with `Sam2VideoMode
 
     python benchmarks/sam2_pipeline_speed.py
     python benchmarks/sam2_pipeline_speed.py --stream 2000 --direct-stream 300
-    python benchmarks/sam2_pipeline_speed.py --shape hiera-tiny --frames 3 --repeats 1 --stream 0
+    python benchmarks/sam2_pipeline_speed.py --shape hiera-tiny --side 512 --frames 3 --repeats 1 --stream 0
+    PYTHONPATH=.:REFERENCE python benchmarks/sam2_pipeline_speed.py --reference
 
 Weights are random: time and memory do not depend on them. First the masks of both must be equal bit for bit. Then each
 repeat runs both in one process and in random order, on frames in memory, with preprocessing and with boolean masks in
 the size of the video as the result; reported are the medians of the ratios within a repeat, and fastest to fastest, in
 CPU seconds of one thread. A round of correction is a click on the middle frame and a pass over the whole video; the
 direct loop's click is forgotten by that pass, which costs the same. Bytes kept are counted over the tensors of the
-session.
+session. `--reference` also times the reference predictor with the same weights and frames; where to get it says
+tests/vision/session/make_reference_masks.py.
 """
 
 import argparse
@@ -29,6 +31,9 @@ from common.arguments import make_parser, parse, write_json
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--shape", choices=["tiny", "hiera-tiny"], default="tiny")
+    parser.add_argument("--side", type=int, help="pixels of the model's square (default: 128, or 1024 of hiera-tiny)")
+    parser.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--reference", action="store_true", help="also time PyPI's sam2")
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--stream", type=int, default=300, help="streamed frames; 0 leaves this out")
@@ -55,16 +60,20 @@ from hf_iclr.vision.session.videos import open_video
 CLICK, LABEL = [60, 50], 1
 
 
-def make_pipe(shape: str) -> Sam2VideoPipeline:
+def make_pipe(shape: str, side: int | None) -> Sam2VideoPipeline:
     """A pipeline of random weights: 1.6 M parameters at 128 pixels, or the 38.9 M of Hiera-tiny at 1024."""
     torch.manual_seed(0)
     if shape == "tiny":
-        side, scale = 128, 1e-6  # of the memory's fuser, as in SAM 2
+        side, scale = side or 128, 1e-6  # of the memory's fuser, as in SAM 2
         config = tiny_sam2_config(
             side, 16, 256, memory_attention_num_layers=2, memory_fuser_layer_scale_init_value=scale
         )
     else:
-        side, config = 1024, Sam2VideoConfig()
+        side, config = side or 1024, Sam2VideoConfig()
+        config.image_size = config.prompt_encoder_config.image_size = side
+        config.vision_config.backbone_config.image_size = [side, side]
+        config.vision_config.backbone_feature_sizes = [[side // stride] * 2 for stride in (4, 8, 16)]
+        config.memory_attention_rope_feat_sizes = [side // 16] * 2
     model = Sam2VideoModel(config).eval()
     with torch.no_grad():
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(3.0)  # the object is in sight
@@ -103,6 +112,26 @@ def direct_loop(pipe, video: np.ndarray, objects: int) -> list[np.ndarray]:
 def pipeline_loop(pipe, video, objects: int, **options) -> list[np.ndarray]:
     prompts = {0: {obj: {"points": [CLICK], "labels": [LABEL]} for obj in range(1, objects + 1)}}
     return [np.stack(list(frame.masks.values())) for frame in pipe(video, prompts=prompts, **options)]
+
+
+def make_reference_loop(pipe) -> Callable[[np.ndarray, int], list[np.ndarray]]:
+    """The loop a user writes with the reference predictor, on frames that are preprocessed as ours are."""
+    import sam2.sam2_video_predictor as reference
+
+    from tests.vision.session.make_reference_masks import reference_predictor
+
+    predictor = reference_predictor(pipe.model)
+    reference.tqdm = lambda frames, desc: frames
+
+    def loop(video: np.ndarray, objects: int) -> list[np.ndarray]:
+        frames = pipe.processor.video_processor(video, return_tensors="pt")["pixel_values_videos"][0]
+        reference.load_video_frames = lambda **kwargs: (frames, *video.shape[1:3])
+        state = predictor.init_state("a folder")
+        for obj in range(1, objects + 1):
+            predictor.add_new_points_or_box(state, 0, obj, [CLICK], [LABEL])
+        return [(masks > 0).numpy() for _, _, masks in predictor.propagate_in_video(state)]
+
+    return loop
 
 
 def compare(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -241,7 +270,7 @@ def decode_share(pipe, frames: int) -> dict[str, float]:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     random.seed(0)
-    pipe = make_pipe(args.shape)
+    pipe = make_pipe(args.shape, args.side)
     video = make_video(args.frames)
     report: dict = {"arguments": vars(args)}
 
@@ -257,8 +286,18 @@ def main(args: argparse.Namespace) -> None:
             },
             args.repeats,
         )
-        for objects in (1, 4, 16)
+        for objects in args.objects
     }
+    if args.reference:
+        reference = make_reference_loop(pipe)
+        for objects in args.objects:
+            times[f"{objects}, reference"] = compare(
+                {
+                    "direct": lambda objects=objects: reference(video, objects),
+                    "pipeline": lambda objects=objects: pipeline_loop(pipe, video, objects),
+                },
+                args.repeats,
+            )
     times["round of correction"] = compare_rounds(pipe, video, args.repeats)
     for name, row in times.items():
         milliseconds = [1000 * row[side] / args.frames for side in ("direct", "pipeline")]

@@ -37,7 +37,7 @@ def main() -> None:
     if args.videos is None:
         hand = SimulatedAnnotator(phase=args.phase)
         videos = (procedural_clip(seed) for seed in range(3))
-        masklets = annotate(videos, pipe, hand.point, hand.verify, hand.correct, phase=args.phase, out=args.out)
+        masklets = annotate(videos, pipe, hand.point, hand.verify, hand.correct, out=args.out)
     else:
 
         def by_hand(masklet):

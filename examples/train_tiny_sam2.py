@@ -2,12 +2,15 @@
 Trains a SAM 2 of 1.6 million parameters on procedural clips in about half an hour on one CPU core.
 
     python examples/train_tiny_sam2.py --out tiny_sam2
+    python examples/train_tiny_sam2.py --model tiny_sam2 --seed 1 --steps 1000 --peak 4e-4 --out tiny_sam2_on
 
-`pipeline("promptable-video-segmentation", model="tiny_sam2")` loads the result. How good it is says
+The second line trains on: clips of up to 10 frames, in which objects are clicked on or shown again on a later frame.
+`pipeline("promptable-video-segmentation", model="tiny_sam2_on")` loads the result. How good it is says
 benchmarks/tiny_sam2.py.
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -23,6 +26,7 @@ from transformers import Sam2VideoModel
 from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
 from hf_iclr.vision.evaluation import procedural_clip
 from hf_iclr.vision.training import MaskPrediction, PromptPlan, predict_clips
+from hf_iclr.vision.training.augmentation import augment_clip
 
 
 SIDE, WIDTH, HIDDEN = 128, 16, 128
@@ -77,9 +81,8 @@ def tiny_model(seed: int) -> Sam2VideoModel:
 
 def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
     """
-    Clips of one length and one plan, so that they run as one. Two objects of each are targets: only the prompt says
-    which. The first 40 % of training are pairs of frames with the true mask remembered; then come clips of 3 to 5
-    frames, predicted masks, hard clips and more corrections.
+    The first 40 % of training are pairs of frames with the true mask remembered; then come clips of 3 to 5 frames,
+    predicted masks, hard clips and more corrections.
     """
     early = progress < 0.4
     frames = 2 if early else int(rng.integers(3, 6))
@@ -90,21 +93,76 @@ def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
     if rng.random() < (0.1 if early else 0.2):
         corrected = (int(rng.integers(1 if kind == "mask" else 0, frames)),)
     plan = PromptPlan(kind, corrected=corrected, clicks=int(rng.integers(1, 3)) if corrected else 0)
-    clips = []
-    for _ in range(10 if early else 6):
-        drawn = procedural_clip(int(rng.integers(2**40)), bool(rng.random() < hard), frames, SIDE)
-        masks = np.stack([drawn.masks[obj] for obj in (1, 2) if drawn.masks[obj][0].sum() > 40])
-        taught = rng.random((len(masks), frames)) < remember_truth
-        taught[:, 0] |= rng.random(len(masks)) < 0.5
-        clips.append(
-            {
-                "pixel_values": torch.from_numpy((drawn.frames / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2),
-                "masks": torch.from_numpy(masks),
-                "noise": torch.from_numpy(rng.random((len(masks), frames, 1 + plan.clicks, 4), dtype=np.float32)),
-                "remember_truth": torch.from_numpy(taught),
-                "plan": plan,
-            }
-        )
+    return _draw_clips(rng, 10 if early else 6, frames, hard, plan, remember_truth)
+
+
+def draw_long_batch(rng: np.random.Generator) -> tuple[list[dict], set[int]]:
+    """
+    Clips of 5 to 10 frames, half of them backwards and a third twice as fast, and the frames that do not count.
+
+    In most, objects get 1 to 3 clicks on a later frame, where the model is often made to be wrong, for a click must
+    count for more than what it believes: it remembers another object on the frames between (they do not count), or was
+    shown another one from the start (the frame as it was before the clicks does not count). In some, objects are shown
+    on the later frame from the start, so that the frames before it know of it, as they do when a video is tracked
+    again after a correction.
+    """
+    frames = int(rng.integers(5, 11))
+    kind = str(rng.choice(["mask", "box", "click"], p=[0.2, 0.3, 0.5]))
+    later, clicks = int(rng.integers(2, frames)), int(rng.integers(1, 4))
+    case = str(rng.choice(["drifted", "other", "correct", "twice", "none"], p=[0.3, 0.2, 0.15, 0.15, 0.2]))
+    if case == "other":
+        frames = later + 1
+    prompted = (0, later) if case == "twice" else (0,)
+    corrected = () if case == "none" or case == "twice" and kind == "mask" else (later,)
+    plan = PromptPlan(kind, prompted, corrected, clicks if corrected else 0)
+    clips = _draw_clips(rng, round(30 / frames), frames, 0.6, plan, augment=True, both=case in ("drifted", "other"))
+    for clip in clips if case in ("drifted", "other") else ():
+        wrong = slice(1 if case == "drifted" else 0, later)
+        clip["masks"][:, wrong] = clip["masks"][:, wrong].flip(0)
+        if case == "drifted":
+            clip["remember_truth"] = torch.zeros(clip["masks"].shape[:2], dtype=torch.bool)
+            clip["remember_truth"][:, wrong] = True
+    return clips, {"drifted": {*range(1, later)}, "other": {later}}.get(case, set())
+
+
+def _draw_clips(
+    rng: np.random.Generator,
+    count: int,
+    frames: int,
+    hard: float,
+    plan: PromptPlan,
+    remember_truth: float | None = None,
+    augment: bool = False,
+    both: bool = False,
+) -> list[dict]:
+    """
+    Clips of one length and one plan, so that they run as one. Two objects of each are targets, of some one unless
+    `both`: only the prompt says which.
+    """
+    clips: list[dict] = []
+    while len(clips) < count:
+        pace = 2 if augment and rng.random() < 0.33 else 1
+        drawn = procedural_clip(int(rng.integers(2**40)), bool(rng.random() < hard), pace * frames, SIDE)
+        pixels, masks = drawn.frames[::pace], np.stack([drawn.masks[obj][::pace] for obj in (1, 2)])
+        if augment and rng.random() < 0.5:
+            pixels, masks = pixels[::-1], masks[:, ::-1]
+        masks = masks[masks[:, 0].sum((1, 2)) > 40]
+        if augment and len(masks) and rng.random() < 0.3:
+            changed, masks = augment_clip(rng, list(pixels), np.ascontiguousarray(masks))
+            pixels = np.stack(changed)
+        if remember_truth is None and len(masks) < (2 if both else 1):
+            continue
+        clip = {
+            "pixel_values": torch.from_numpy((pixels / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2),
+            "masks": torch.from_numpy(np.ascontiguousarray(masks)),
+            "plan": plan,
+        }
+        if remember_truth is not None:
+            taught = rng.random((len(masks), frames)) < remember_truth
+            taught[:, 0] |= rng.random(len(masks)) < 0.5
+            clip["remember_truth"] = torch.from_numpy(taught)
+        noise = rng.random((len(masks), frames, 1 + plan.clicks, 4), dtype=np.float32)
+        clips.append({**clip, "noise": torch.from_numpy(noise)})
     return clips
 
 
@@ -129,8 +187,8 @@ def soft_loss(predicted: MaskPrediction) -> tuple[torch.Tensor, torch.Tensor]:
     return (each * visible).sum() / count + 0.2 * seen, (iou.amax(1) * visible).sum() / count
 
 
-def train(model: Sam2VideoModel, steps: int, seed: int, peak: float = 1e-3) -> dict:
-    """AdamW, cosine schedule, and the mean of the weights over the second half, which is what stays in `model`."""
+def train(model: Sam2VideoModel, steps: int, seed: int, peak: float, further: bool, out: Path) -> dict:
+    """AdamW, cosine schedule, and the mean of the weights over the second half. Saved every 100 steps."""
     rng = np.random.default_rng(seed)
     parameters = list(model.parameters())
     groups = [
@@ -138,17 +196,23 @@ def train(model: Sam2VideoModel, steps: int, seed: int, peak: float = 1e-3) -> d
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
-    mean: list[torch.Tensor] = []
+    mean = copy.deepcopy(model)
+    averaged = list(mean.parameters())
     began, recent = time.process_time(), []
     bar = tqdm(range(steps), mininterval=10)
     for step in bar:
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        clips = draw_batch(rng, progress)
+        clips, without = draw_long_batch(rng) if further else (draw_batch(rng, progress), set())
         # Three masks are not used in videos, but by prompts="auto".
         model.config.multimask_output_in_sam = clips[0]["plan"].kind == "click" and bool(rng.random() < 0.2)
-        results = [soft_loss(predicted) for predicted in predict_clips(model, clips)]
+        results = []
+        for predicted in predict_clips(model, clips):
+            if predicted.frame in without:  # of a frame that is corrected, only what was before the clicks
+                without -= {*clips[0]["plan"].corrected}
+            else:
+                results.append(soft_loss(predicted))
         loss = torch.stack([loss for loss, _ in results]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -157,14 +221,10 @@ def train(model: Sam2VideoModel, steps: int, seed: int, peak: float = 1e-3) -> d
         recent = [*recent[-99:], (loss.item(), results[-1][1].item())]
         bar.set_postfix(zip(("loss", "iou"), np.mean(recent, axis=0).round(3), strict=True), refresh=False)
         with torch.no_grad():
-            if not mean and progress >= 0.5:
-                mean = [parameter.clone() for parameter in parameters]
-            elif mean:
-                torch._foreach_lerp_(mean, parameters, 4.5 / steps)
-    with torch.no_grad():
-        for parameter, averaged in zip(parameters, mean, strict=True):
-            parameter.copy_(averaged)
-    model.config.multimask_output_in_sam = False
+            torch._foreach_lerp_(averaged, parameters, 4.5 / steps if progress > 0.5 else 1.0)
+        if step % 100 == 99 or step == steps - 1:
+            copy.deepcopy(mean).half().save_pretrained(out)
+            sam2_processor(SIDE).save_pretrained(out)
     loss_value, iou = np.mean(recent, axis=0)
     return {
         "steps": steps,
@@ -172,21 +232,22 @@ def train(model: Sam2VideoModel, steps: int, seed: int, peak: float = 1e-3) -> d
         "cpu_seconds": time.process_time() - began,
         "loss": loss_value,
         "iou": iou,
+        "megabytes": (out / "model.safetensors").stat().st_size / 1e6,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny_sam2"))
+    parser.add_argument("--model", help="what this script made before, to train on with long clips and corrections")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak", type=float, default=1e-3, help="the highest learning rate")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = tiny_model(args.seed)
-    report = train(model, args.steps, args.seed)
-    model.half().save_pretrained(args.out)
-    sam2_processor(SIDE).save_pretrained(args.out)
-    report["megabytes"] = (args.out / "model.safetensors").stat().st_size / 1e6
+    further = args.model is not None
+    model = Sam2VideoModel.from_pretrained(args.model, dtype=torch.float32) if further else tiny_model(args.seed)
+    report = train(model, args.steps, args.seed, args.peak, further, args.out)
     print(json.dumps({key: round(float(value), 3) for key, value in report.items()}))
 
 

@@ -2,33 +2,28 @@
 
 import copy
 import time
-from typing import NamedTuple
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 
 from .cache_argument import UPSTREAM_NAME
 from .cached_decoder import CachedDecoder, align_vocabulary, position_limit, reads_states, vocabulary_size
 from .cascade_call import CascadeOptions, CascadeStatistics, DraftLength
-from .deferral_rules import cascade_target, one_hot_of_largest, sample, total_variation
+from .deferral_rules import (
+    DEFERRAL_RULES,
+    Accepted,
+    Distributions,
+    accept_drafts,
+    cascade_target,
+    draw_siblings,
+    one_hot_of_largest,
+    sample,
+    total_variation,
+)
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
 
 
 _MAX_HOLE_SHARE = 0.25
-
-
-class _Distributions(NamedTuple):
-    """Next-token probabilities of shape `(batch, length, vocab)`."""
-
-    probs: torch.Tensor  # processed; one-hot in greedy decoding
-    unscaled: torch.Tensor  # at temperature 1, without banned tokens
-
-    @classmethod
-    def cat(cls, parts: list["_Distributions"]) -> "_Distributions":
-        probs = torch.cat([part.probs for part in parts], 1)
-        if all(part.unscaled is part.probs for part in parts):
-            return cls(probs, probs)
-        return cls(probs, torch.cat([part.unscaled for part in parts], 1))
 
 
 class BatchedCascade:
@@ -39,6 +34,9 @@ class BatchedCascade:
     drafted token x is kept with probability min(1, π(x) / q(x)); the first token that is not kept is replaced by a
     sample of norm(max(0, π - q)), and a row that kept all its drafts gets one more sample of π. Every emitted token
     follows π.
+
+    Where it pays the first draft has siblings, other candidates for its place, which the same forward scores. If it is
+    refused, the first of them has its chance, against what is then left of π, and so on.
     """
 
     def __init__(
@@ -53,19 +51,28 @@ class BatchedCascade:
         self.texts = RowTexts(input_ids, stopping_criteria, config, vocabulary_size(model))
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
         self.vocab_size, self.small_vocab_size = vocabulary_size(model), vocabulary_size(assistant)
-        self.gamma = options.num_assistant_tokens
+        rule = DEFERRAL_RULES[options.rule]
+        self.reads_q = options.rule != "spec"
+        self.reads_p0, self.reads_q0 = rule.reads_unscaled, rule.reads_unscaled and rule.reads_draft
+        self.reads_q0 |= options.confidence_threshold > 0
+        self.gamma, self.siblings = options.num_assistant_tokens, 0
+        self.measured = False  # then each round does all that one may have to
         self.draft_length: DraftLength | None = None
         if options.schedule == "auto" and (position_limit(model) or position_limit(assistant) or 99) > 40:
+            warpers = self.processors.of_scores
             kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype, assistant.dtype)
             self.draft_length = DraftLength(
-                model, assistant, kind, lambda: _round_seconds(model, assistant, batch_size, config, options)
-            )
+                model, assistant, (*kind, *map(type, warpers)),
+                lambda: _round_seconds(model, assistant, batch_size, warpers, config, options),
+            )  # fmt: skip
             self.statistics.round_seconds = self.draft_length.costs
 
         # rounds, drafted, accepted, deferred, drift of each row
         self.totals = torch.zeros(5, batch_size, dtype=torch.float64, device=device)
         self.rows = torch.arange(batch_size, device=device)  # unfinished rows, as indices of the call's rows
         self.last_position = positions[:, -1]  # position of the newest token
+        # the same, and how many tokens each row has written, where the host need not wait for a GPU
+        self.lengths, self.written = positions[:, -1].tolist(), [0] * batch_size
         # What each model has yet to read, newest token last: token ids and positions of shape (active rows, width).
         self.small_pending = (input_ids, positions)
         cached = 0 if cache is None else cache.get_seq_length()
@@ -125,218 +132,239 @@ class BatchedCascade:
 
     def _round(self) -> None:
         if self.draft_length is not None:
-            self.gamma = self.draft_length.next()
-        alone = not self._can_draft()  # the large model writes this token, whatever the rule
-        remaining = self.texts.budget - self.texts.produced[self.rows]
-        gamma = min(0 if alone else int(self.gamma), int(remaining.max()) - 1)
+            self.gamma, self.siblings = self.draft_length.next()
+        # before it has read the prompt for a draft that reads its states, the large model writes, whatever the rule
+        alone = self.large.keep_states and self.small.states is None
+        gamma = min(0 if alone else int(self.gamma), self.texts.budget - min(self.written) - 1)
         if self.large.switch is not None:
-            same_rotation = self.large.switch.drafts(int(self.last_position.max()) + 1)
+            same_rotation = self.large.switch.drafts(max(self.lengths) + 1)
             gamma = gamma if same_rotation is None else min(gamma, same_rotation)
 
         # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
-        drafts, q, draft_lengths = self._draft(gamma, (remaining - 1).clamp(max=gamma), alone)
-        gamma = drafts.shape[1]
-        self.statistics.draft_lengths[gamma] = self.statistics.draft_lengths.get(gamma, 0) + 1
+        room = (self.texts.budget - self.texts.produced[self.rows] - 1).clamp(max=gamma)
+        drafts, siblings, q, lengths = self._draft(gamma, room, alone)
+        gamma, others = drafts.shape[1], siblings.shape[1]
+        self.statistics.count(gamma, others)
 
-        # 2. The large model scores all drafts and the position after them in one forward.
+        # 2. The large model scores all drafts and the positions after them in one forward.
         ids, positions = self.large_pending
         columns = torch.arange(gamma, device=drafts.device)
-        draft_positions = torch.where(columns < draft_lengths[:, None], self.last_position[:, None] + 1 + columns, -1)
+        any_draft = (lengths > 0)[:, None].expand(-1, others)
+        first = self.last_position[:, None] + 1
+        places = [torch.where(columns < lengths[:, None], first + columns, -1), torch.where(any_draft, first, -1)]
         logits = self.large(
-            torch.cat([ids, drafts], 1), torch.cat([positions, draft_positions], 1), logits_to_keep=gamma + 1
-        )
-        if torch.isnan(logits).any():
-            raise ValueError(
-                f"The large model gave NaN logits after {int(self.texts.produced.max())} new tokens. Expected finite "
-                "numbers: check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
-            )
-        in_use = torch.arange(gamma + 1, device=drafts.device) <= draft_lengths[:, None]
-        scores, p = self._distributions(logits, drafts, in_use, first=0)
+            torch.cat([ids, drafts, siblings], 1), torch.cat([positions, *places], 1), gamma + 1 + others,
+            leaves=others, lengths=self.lengths,
+        )  # fmt: skip
+        broken = logits.amax(-1).isnan().any()
+        in_use = torch.cat([torch.arange(gamma + 1, device=drafts.device) <= lengths[:, None], any_draft], 1)
+        scores, p = self._distributions(logits, drafts, in_use, 0, self.reads_p0, siblings)
 
         # 3. Accept drafts from the left.
-        accepted, pi, deferred, drift = self._accept(drafts, q, p, draft_lengths)
+        found, pi, deferred, drift = self._accept(drafts, siblings, q, p, lengths)
 
         # 4. One more token a row: a correction where a draft was rejected, a sample of π where all were kept.
-        used_last_draft = False
-        bonus = accepted == draft_lengths
-        if q is not None and gamma and self.options.rule != "spec" and bool((bonus & (draft_lengths == gamma)).any()):
-            # π at the position after the last draft needs q there; the small model must read that draft anyway.
-            position = torch.where(bonus & (draft_lengths == gamma), draft_positions[:, -1], -1)
-            step = self._small_step(drafts[:, -1:], position[:, None], drafts, position >= 0, first=gamma)
-            q = _Distributions.cat([q, step])
-            used_last_draft = True
-        next_token = self._next_token(accepted, bonus, q, p, pi, deferred, drift)
+        step = q if gamma == 0 else None
+        if gamma and self.reads_q:
+            # π after the last draft needs q there; the small model must read that draft anyway
+            flags, nodes, ends = torch.stack([broken.expand_as(found.node), found.node, found.ends]).tolist()
+            self._check_numbers(flags[0])
+            if any(ends) or self.measured:
+                self._keep_in_small(found, nodes)
+                last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
+                place = torch.where(found.ends, self.last_position + found.counts, -1)
+                step = self._small_step(last, place[:, None], found.drafts, found.ends, found.counts)[1]
+        next_token = self._next_token(found, q, p, step, pi, deferred, drift)
 
-        # 5. Book-keeping: sequences, statistics, caches.
-        unfinished = self._emit(drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits)
-        self._update_caches(drafts, accepted, next_token, used_last_draft, q is None)
-        self._compact(unfinished)
+        # 5. Book-keeping: sequences, statistics, caches. The host learns all it has to in one piece.
+        drafted = lengths + any_draft.sum(1)
+        tokens, counts, unfinished = self._emit(found, drafted, next_token, deferred, drift, scores, logits)
+        facts = torch.stack([broken.expand_as(counts), counts, unfinished, found.counts, found.node, found.bonus])
+        flags, written, going, kept, nodes, bonus = facts.tolist()
+        self._check_numbers(flags[0])
+        self.emitted = tokens[0, : written[0]]
+        self.written = [before + count for before, count in zip(self.written, written, strict=True)]
+        if self.processors.rewinds:
+            for row in self.rows[unfinished].tolist():
+                self.processors.accept(row, self.texts.length(row))
+        self._update_caches(found, next_token, others, step is None, q is None, kept, nodes)
+        self._compact(going)
         if self.draft_length is not None and gamma:
-            self.draft_length.record(*map(int, torch.stack([accepted.sum(), (~bonus).sum()]).tolist()))
+            self.draft_length.record(gamma, others, kept, nodes, bonus)
         elif self.options.schedule.startswith("heuristic"):
             # as transformers does: two tokens more after a round without rejection, else one fewer
-            self.gamma = self.gamma + 2 if bool(bonus.all()) else max(1, self.gamma - 1)
+            self.gamma = self.gamma + 2 if all(bonus) else max(1, self.gamma - 1)
 
-    def _can_draft(self) -> bool:
-        """False only before the large model has read the prompt for a draft that reads its states."""
-        return not self.large.keep_states or self.small.states is not None
+    def _check_numbers(self, broken: int) -> None:
+        if broken:
+            raise ValueError(
+                f"The large model gave NaN logits after {max(self.written)} new tokens. Expected finite numbers: "
+                "check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
+            )
 
-    def _draft(
-        self, gamma: int, lengths: torch.Tensor, alone: bool
-    ) -> tuple[torch.Tensor, "_Distributions | None", torch.Tensor]:
+    def _draft(self, gamma: int, lengths: torch.Tensor, alone: bool):
+        """Drafts `(rows, γ)`, siblings of the first, q or `None`, and how many drafts each row has."""
         ids, positions = self.small_pending
-        drafts = ids.new_empty(len(self.rows), 0)
+        drafts = siblings = ids.new_empty(len(self.rows), 0)
         if gamma == 0:
             # of a last token only a rule that reads q needs the small model
-            if alone or self.options.rule == "spec":
-                return drafts, None, lengths
-            return drafts, self._small_step(ids, positions, drafts, lengths >= 0, first=0), lengths
+            if alone or not self.reads_q:
+                return drafts, siblings, None, lengths
+            return drafts, siblings, self._small_step(ids, positions, drafts, lengths >= 0, 0)[1], lengths
         parts = []
         for step in range(gamma):
-            parts.append(self._small_step(ids, positions, drafts, step < lengths, first=step))
-            probs = parts[-1].probs[:, 0]
+            # π after a row's last draft needs q there, too: a row may draft less than others
+            scores, q = self._small_step(ids, positions, drafts, step <= lengths, step)
+            parts.append(q)
+            probs = q.probs[:, 0]
             token = probs.argmax(-1) if self.greedy else sample(probs)
+            if step == 0 and self.siblings and not self.processors.rewinds:  # a processor has a state for a length
+                siblings = draw_siblings(scores[:, 0] if self.greedy else probs, token, self.siblings, self.greedy)
             drafts = torch.cat([drafts, token[:, None]], 1)
             if len(self.texts.eos):  # nothing follows the end of a text
                 lengths = torch.where(torch.isin(token, self.texts.eos), lengths.clamp(max=step + 1), lengths)
             if self.options.confidence_threshold > 0:
                 # The token that lowers the confidence is still verified; only later ones are not drafted, so whether a
                 # position has a draft depends on accepted tokens alone and the law stays exact.
-                unsure = parts[-1].unscaled[:, 0].gather(1, token[:, None])[:, 0] < self.options.confidence_threshold
+                unsure = q.unscaled[:, 0].gather(1, token[:, None])[:, 0] < self.options.confidence_threshold
                 lengths = torch.where(unsure, lengths.clamp(max=step + 1), lengths)
                 if bool((lengths <= step + 1).all()):
                     break
             ids = token[:, None]
             positions = torch.where(step < lengths, self.last_position + 1 + step, -1)[:, None]
-        return drafts, _Distributions.cat(parts), lengths
+        return drafts, siblings, Distributions.cat(parts), lengths
 
-    def _small_step(self, ids, positions, drafts, in_use, first: int) -> _Distributions:
-        logits = self.small(ids.clamp(max=self.small_vocab_size - 1), positions, logits_to_keep=1)
-        return self._distributions(align_vocabulary(logits, self.vocab_size), drafts, in_use[:, None], first)[1]
+    def _small_step(self, ids, positions, drafts, in_use, first) -> tuple[torch.Tensor, Distributions]:
+        lengths = [length + first for length in self.lengths] if isinstance(first, int) else None
+        logits = self.small(ids.clamp(max=self.small_vocab_size - 1), positions, 1, lengths=lengths)
+        logits = align_vocabulary(logits, self.vocab_size)
+        return self._distributions(logits, drafts, in_use[:, None], first, self.reads_q0)
 
     def _distributions(
-        self, logits: torch.Tensor, drafts: torch.Tensor, in_use: torch.Tensor, first: int
-    ) -> tuple[torch.Tensor, _Distributions]:
+        self, logits, drafts, in_use, first, reads_unscaled: bool, siblings=None
+    ) -> tuple[torch.Tensor, Distributions]:
         """
-        Processed scores and what they mean, for logits that stand after `first`, `first + 1`, ... drafted tokens;
-        `in_use` says which of them count.
+        Processed scores and what they mean, for logits that stand after `first`, `first + 1`, ... drafted tokens (a
+        number, or one a row) and, last, after each sibling of the first; `in_use` says which of them count.
         """
 
         def context(index: int, step: int) -> torch.Tensor:
-            return torch.cat([self.texts.of_row(self.rows[index]), drafts[index, : first + step]])[None]
+            step += first if isinstance(first, int) else int(first[index])
+            other = step - drafts.shape[1] - 1
+            path = drafts[index, :step] if other < 0 else siblings[index, other][None]
+            return torch.cat([self.texts.of_row(self.rows[index]), path])[None]
 
         scores, banned = self.processors(logits, self.rows, in_use, context)
-        unscaled = unscaled_probs(logits, banned)
-        if self.greedy and self.options.rule != "ensemble":  # an ensemble takes the argmax of the mixture instead
-            return scores, _Distributions(one_hot_of_largest(scores), unscaled)
-        return scores, _Distributions(unscaled if scores is logits else scores.softmax(-1), unscaled)
+        one_hot = self.greedy and self.options.rule != "ensemble"  # that one takes the argmax of the mixture instead
+        probs = one_hot_of_largest(scores) if one_hot else scores.softmax(-1)
+        if not reads_unscaled or (scores is logits and not one_hot):
+            return scores, Distributions(probs, probs)
+        return scores, Distributions(probs, unscaled_probs(logits, banned))
 
-    def _target(self, q: _Distributions, p: _Distributions, start: int, stop: int):
-        """π, deferred mass and TV(π, p) of the positions `start` to `stop` after the round's first token."""
-        p_part, q_part = p.probs[:, start:stop], q.probs[:, start:stop]
-        pi, deferred = cascade_target(
-            self.options.rule,
-            self.options.alpha,
-            q_part,
-            p_part,
-            q.unscaled[:, start:stop],
-            p.unscaled[:, start:stop],
-        )
+    def _target(self, q: Distributions, p: Distributions, start):
+        """π, deferred mass and TV(π, p) at positions from `start` (a number, or one a row) after the text's end."""
+        rule, alpha = self.options.rule, self.options.alpha
+        pi, deferred = cascade_target(rule, alpha, q.probs, p.probs, q.unscaled, p.unscaled)
         if self.options.strict_prefix:
-            index = self.texts.produced[self.rows][:, None] + torch.arange(start, stop, device=pi.device)
-            strict = index < self.options.strict_prefix
-            pi = torch.where(strict[..., None], p_part, pi)
+            index = self.texts.produced[self.rows] + start
+            strict = index[:, None] + torch.arange(pi.shape[1], device=pi.device) < self.options.strict_prefix
+            pi = torch.where(strict[..., None], p.probs, pi)
             deferred = torch.where(strict, 1.0, deferred)
         if self.greedy and self.options.rule == "ensemble":
             pi = one_hot_of_largest(pi)
-        return pi, deferred, total_variation(pi, p_part)
+        return pi, deferred, total_variation(pi, p.probs)
 
-    def _accept(self, drafts, q, p, draft_lengths):
+    def _accept(self, drafts, siblings, q, p, lengths):
+        """What is kept of the drafts, π at each; and deferred mass and TV(π, p), with a column for one more."""
         batch_size, gamma = drafts.shape
-        # one column more, for the position after the last draft
-        deferred = torch.ones(batch_size, gamma + 1, device=drafts.device)
-        drift = torch.zeros(batch_size, gamma + 1, device=drafts.device)
+        deferred, drift = (torch.full((batch_size, gamma + 1), fill, device=drafts.device) for fill in (1.0, 0.0))
         if gamma == 0:
-            return torch.zeros_like(draft_lengths), None, deferred, drift
-        pi, deferred[:, :gamma], drift[:, :gamma] = self._target(q, p, 0, gamma)
-        pi_draft = pi.gather(-1, drafts[..., None])[..., 0]
-        if self.greedy:
-            kept = pi_draft > 0.5
-        else:
-            q_draft = q.probs.gather(-1, drafts[..., None])[..., 0]
-            kept = torch.rand_like(pi_draft) * q_draft < pi_draft
-        drafted = torch.arange(gamma, device=drafts.device) < draft_lengths[:, None]
-        accepted = (kept & drafted).long().cumprod(1).sum(1)
-        return accepted, pi, deferred, drift
+            none, yes = torch.zeros_like(lengths), torch.ones_like(lengths, dtype=torch.bool)
+            return Accepted(drafts, none, none, yes, yes, None), None, deferred, drift
+        chain = Distributions(*(part[:, :gamma] for part in p))
+        pi, deferred[:, :gamma], drift[:, :gamma] = self._target(q, chain, 0)
+        return accept_drafts(drafts, siblings, pi, q.probs, lengths, self.greedy), pi, deferred, drift
 
-    def _next_token(self, accepted, bonus, q, p, pi, deferred, drift):
-        """Samples the token after the accepted drafts and fills the last column of `deferred` and `drift`."""
-        index = torch.arange(len(accepted), device=accepted.device)
-        gamma = p.probs.shape[1] - 1
-        if q is not None and q.probs.shape[1] == gamma + 1:
-            after, deferred[:, gamma:], drift[:, gamma:] = self._target(q, p, gamma, gamma + 1)
-        else:  # no row needs q there
-            after = p.probs[:, gamma:]
-        targets = after if pi is None else torch.cat([pi, after], 1)
-        target = targets[index, accepted]
+    def _next_token(self, found: Accepted, q, p: Distributions, step, pi, deferred, drift) -> torch.Tensor:
+        """Samples the token after the accepted drafts; `step` is q where these end. Fills in its deferred mass."""
+        counts, ends = found.counts, found.ends
+        index = torch.arange(len(counts), device=counts.device)
+        p_next = p.at(found.node)
+        target, last = p_next.probs[:, 0], (torch.ones_like(deferred[:, :1]), torch.zeros_like(drift[:, :1]))
+        if step is not None:
+            after, *last = self._target(step, p_next, counts)
+            target = after[:, 0]
+        for part, value in zip((deferred, drift), last, strict=True):
+            part[index, counts] = torch.where(ends, value[:, 0], part[index, counts])
+        if pi is None:
+            return target.argmax(-1) if self.greedy else sample(target)
+        drafted = counts.clamp(max=pi.shape[1] - 1)
+        target = torch.where(ends[:, None], target, pi[index, drafted])
         if self.greedy:
             return target.argmax(-1)
-        if pi is not None:
-            residual = (target - q.probs[index, accepted.clamp(max=q.probs.shape[1] - 1)]).clamp(min=0)
-            # A residual of mass 0 means π = q up to rounding: then a rejection is rounding too, and π serves.
-            usable = ~bonus & (residual.sum(-1) > 0)
-            target = torch.where(usable[:, None], residual, target)
-        return sample(target)
+        residual = (target - q.probs[index, drafted]).clamp(min=0)
+        if found.residual is not None:
+            residual = torch.where((counts == 0)[:, None], found.residual, residual)
+        # A residual of mass 0 means π = q up to rounding: then a rejection is rounding too, and π serves.
+        usable = ~found.bonus & (residual.sum(-1) > 0)
+        return sample(torch.where(usable[:, None], residual, target))
 
-    def _emit(self, drafts, draft_lengths, accepted, next_token, deferred, drift, scores, logits) -> torch.Tensor:
-        """Writes the round's tokens; returns how many each active row got (it may stop inside its accepted drafts)."""
-        tokens = torch.cat([drafts, next_token[:, None]], 1).scatter(1, accepted[:, None], next_token[:, None])
-        counts, unfinished = self.texts.write(self.rows, tokens, accepted + 1, scores, logits)
-        written = torch.arange(tokens.shape[1], device=drafts.device) < counts[:, None]
-        values = [torch.ones_like(counts), draft_lengths, torch.minimum(accepted, counts)]
-        values += [(written * part.double()).sum(1) for part in (deferred, drift)]
+    def _emit(self, found: Accepted, drafted, next_token, deferred, drift, scores, logits):
+        """Writes the round's tokens. Returns them, how many each row got (it may end inside), and which rows go on."""
+        tokens = torch.cat([found.drafts, next_token[:, None]], 1)
+        tokens = tokens.scatter(1, found.counts[:, None], next_token[:, None])
+        if self.texts.keep_outputs:
+            order = torch.arange(tokens.shape[1], device=tokens.device)
+            order = torch.where(order == found.counts[:, None], found.node[:, None], order)[..., None]
+            scores, logits = (part.take_along_dim(order, 1) for part in (scores, logits))
+        counts, unfinished = self.texts.write(self.rows, tokens, found.counts + 1, scores, logits)
+        within = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+        values = [torch.ones_like(counts), drafted, torch.minimum(found.counts, counts)]
+        values += [(within * part.double()).sum(1) for part in (deferred, drift)]
         self.totals[:, self.rows] += torch.stack([value.double() for value in values])
-        self.emitted = tokens[0, : int(counts[0])]
-        if self.processors.rewinds:
-            for row in self.rows[unfinished].tolist():
-                self.processors.accept(row, self.texts.length(row))
-        return unfinished
+        return tokens, counts, unfinished
 
-    def _update_caches(self, drafts, accepted, next_token, used_last_draft: bool, small_skipped: bool) -> None:
-        gamma = drafts.shape[1]
-        columns = torch.arange(gamma, device=drafts.device)
+    def _keep_in_small(self, found: Accepted, nodes: list[int]) -> None:
+        """Takes the refused drafts out of the small model's cache, which has read all but the last."""
+        read = found.drafts.shape[1] - 1
+        in_chain = torch.where(found.node > read + 1, 0, found.counts)
+        kept = torch.arange(read, device=in_chain.device) < in_chain[:, None]
+        self.small.keep(kept, max(min(node, read) if node <= read + 1 else 0 for node in nodes))
+
+    def _update_caches(self, found: Accepted, next_token, others, unread: bool, small_skipped, kept, nodes) -> None:
+        gamma = found.drafts.shape[1]
         if gamma:
-            self.large.keep(columns < accepted[:, None])
-            in_small = gamma if used_last_draft else gamma - 1
-            if in_small:
-                self.small.keep(columns[:in_small] < accepted[:, None])
+            columns = torch.arange(1, gamma + others + 1, device=next_token.device)
+            chain = torch.where(found.node > gamma, 0, found.counts)[:, None]
+            self.large.keep((columns <= chain) | ((columns > gamma) & (columns == found.node[:, None])), max(nodes))
+            if unread:
+                self._keep_in_small(found, nodes)
         if self.large.keep_states:
-            self.small.read(accepted)
-        last_draft = self.last_position + gamma
-        self.last_position = self.last_position + accepted + 1
+            self.small.read(found.node)
+        owed = torch.where(found.ends, self.last_position + found.counts, -1)[:, None]
+        self.last_position = self.last_position + found.counts + 1
+        self.lengths = [length + count + 1 for length, count in zip(self.lengths, kept, strict=True)]
         newest = (next_token[:, None], self.last_position[:, None])
-        unread = self.small_pending
+        unread_before = self.small_pending
         self.large_pending = self.small_pending = newest
         if small_skipped:
-            self.small_pending = tuple(torch.cat(parts, 1) for parts in zip(unread, newest, strict=True))
-        owes_last_draft = accepted == gamma
-        if gamma and not used_last_draft and bool(owes_last_draft.any()):
-            position = torch.where(owes_last_draft, last_draft, -1)[:, None]
-            self.small_pending = (
-                torch.cat([drafts[:, -1:], newest[0]], 1),
-                torch.cat([position, newest[1]], 1),
-            )
+            self.small_pending = tuple(torch.cat(parts, 1) for parts in zip(unread_before, newest, strict=True))
+        elif gamma and unread and any(node >= gamma for node in nodes):
+            last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
+            self.small_pending = (torch.cat([last, newest[0]], 1), torch.cat([owed, newest[1]], 1))
 
-    def _compact(self, unfinished: torch.Tensor) -> None:
+    def _compact(self, going: list[int]) -> None:
         """Drops finished rows, and cache slots once too many are holes."""
-        finished = not bool(unfinished.all())
-        holes = len(self.rows) > 1 and max(self.large.hole_share(), self.small.hole_share()) > _MAX_HOLE_SHARE
-        if not (finished or holes):
+        longest = max(self.lengths)
+        holes = max(self.large.hole_share(longest), self.small.hole_share(longest)) > _MAX_HOLE_SHARE
+        if all(going) and not holes:
             return
-        select = unfinished.nonzero()[:, 0]
+        kept = [index for index, goes_on in enumerate(going) if goes_on]
+        select = torch.tensor(kept, dtype=torch.long, device=self.rows.device)
         self.rows = self.rows[select]
-        if len(select) == 0:
+        if len(kept) == 0:
             return
+        self.lengths, self.written = ([part[index] for index in kept] for part in (self.lengths, self.written))
         self.last_position = self.last_position[select]
         self.large_pending = tuple(tensor[select] for tensor in self.large_pending)
         self.small_pending = tuple(tensor[select] for tensor in self.small_pending)
@@ -344,26 +372,29 @@ class BatchedCascade:
         self.small.compact(select)
 
 
-def _round_seconds(model, assistant, rows: int, config, options) -> dict[int, float]:
+def _round_seconds(model, assistant, rows: int, warpers, config, options) -> tuple[dict[int, float], float]:
     """
-    Seconds of a round by its draft length, of `DraftLength.MEASURED`: the fastest of three after a short text. No
-    random number of the caller is used up.
+    Seconds of a round by its draft length, of `DraftLength.MEASURED`, and of a sibling: the fastest of three after a
+    short text. No random number of the caller is used up.
     """
     config = copy.copy(config)
     config.max_length, config.eos_token_id, config.return_dict_in_generate = 4096, None, False
     ids = torch.arange(8, device=model.device).remainder(vocabulary_size(model)).expand(rows, -1)
     places = torch.arange(8, device=model.device).expand(rows, -1)
-    seconds: dict[int, float] = {}
+    seconds: dict[tuple[int, int], float] = {}
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        for gamma in DraftLength.MEASURED:
+        for gamma, others in [(gamma, 0) for gamma in DraftLength.MEASURED] + [(1, DraftLength.MOST_SIBLINGS)]:
             loop = BatchedCascade(
-                model, assistant, ids, places, LogitsProcessorList(), StoppingCriteriaList(), config,
+                model, assistant, ids, places, warpers, StoppingCriteriaList(), config,
                 CascadeOptions(options.rule, options.alpha, 0, options.backend, gamma, "constant", 0.0),
             )  # fmt: skip
+            loop.siblings, loop.measured = others, True
             for turn in range(4 if gamma else 5):
                 begin = time.perf_counter()
                 loop._round()
                 loop.emitted.tolist()  # waits for the device
                 if turn:
-                    seconds[gamma] = min(time.perf_counter() - begin, seconds.get(gamma, torch.inf))
-    return seconds
+                    best = seconds.get((gamma, others), torch.inf)
+                    seconds[gamma, others] = min(time.perf_counter() - begin, best)
+    sibling = max(0.0, seconds.pop((1, DraftLength.MOST_SIBLINGS)) - seconds[1, 0]) / DraftLength.MOST_SIBLINGS
+    return {gamma: cost for (gamma, _), cost in seconds.items()}, sibling

@@ -52,7 +52,9 @@ class CachedDecoder:
         self.tokens = 0
         self.seconds = 0.0
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int, leaves: int = 0, lengths=None
+    ) -> torch.Tensor:
         """
         Appends tokens and returns their last logits.
 
@@ -63,6 +65,10 @@ class CachedDecoder:
                 Position of each token in its row, -1 for padding.
             logits_to_keep (`int`):
                 How many trailing columns need logits.
+            leaves (`int`, *optional*, defaults to 0):
+                How many trailing columns are siblings of the first draft: nothing that is read with them follows them.
+            lengths (`list[int]`, *optional*):
+                How many tokens each row has before these, where it is known; it is a look at the device less.
 
         Returns:
             `torch.Tensor` of shape `(batch, logits_to_keep, vocab_size)`, float32.
@@ -84,7 +90,7 @@ class CachedDecoder:
         inputs |= {
             "input_ids": input_ids,
             "position_ids": positions.clamp(min=0),
-            "attention_mask": self._attention_mask(positions),
+            "attention_mask": self._attention_mask(positions, leaves, lengths),
             "use_cache": True,
         }
         if self.keep_states:  # the two halves of the model's own forward, see `why_no_states`
@@ -99,13 +105,20 @@ class CachedDecoder:
         self.seconds += time.perf_counter() - start
         return logits.float()
 
-    def _attention_mask(self, positions: torch.Tensor):
+    def _attention_mask(self, positions: torch.Tensor, leaves: int, lengths: list[int] | None):
         length, slots = positions.shape[1], self.positions.shape[1]
-        within_window = self.window is None or slots <= self.window
-        if within_window and length in (1, slots) and bool((self.positions >= 0).all()):
-            return None  # one token, or the whole prompt: plain causal attention, which the model can build faster
+        if (self.window is None or slots <= self.window) and length in (1, slots) and not leaves:
+            if length == 1 < slots and lengths is not None:
+                whole = all(known == slots - 1 for known in lengths)
+            else:
+                whole = bool((self.positions >= 0).all())
+            if whole:
+                return None  # one token, or the whole prompt: plain causal attention, which the model can build faster
         queries, keys = positions[:, :, None], self.positions[:, None, :]
         allowed = (keys >= 0) & (keys <= queries)
+        if leaves:
+            allowed[:, :, slots - leaves :] = False
+            allowed[:, length - leaves :] &= keys < queries[:, length - leaves :]
         # Padding attends to itself: a row of the mask without any entry would turn into NaN and spread.
         own_slot = torch.arange(slots - length, slots, device=positions.device)[:, None]
         own_slot = own_slot == torch.arange(slots, device=positions.device)
@@ -122,19 +135,21 @@ class CachedDecoder:
             ~mask, torch.finfo(self.model.dtype).min
         )
 
-    def keep(self, kept: torch.Tensor) -> None:
-        """Turns the last slots into holes where `kept` (`(batch, n)`, boolean) is false; drops what no row needs."""
+    def keep(self, kept: torch.Tensor, needed: int) -> None:
+        """Turns the last slots into holes where `kept` (`(batch, n)`, boolean) is false; drops all but `needed`."""
         width = kept.shape[1]
+        if width == 0:
+            return
         self.positions[:, -width:] = torch.where(kept, self.positions[:, -width:], -1)
-        unused = width - int((kept.any(0) * torch.arange(1, width + 1, device=kept.device)).max())
+        unused = width - needed
         if unused:
             self.cache.crop(-unused)
             self.ids, self.positions = self.ids[:, :-unused], self.positions[:, :-unused]
 
-    def hole_share(self) -> float:
-        """Share of slots that no token uses, beyond what the longest row needs."""
+    def hole_share(self, longest: int) -> float:
+        """Share of slots that no token uses, beyond the `longest` row's tokens."""
         slots = self.positions.shape[1]
-        return 1 - int((self.positions >= 0).sum(1).max()) / slots if slots else 0.0
+        return 1 - longest / slots if slots else 0.0
 
     def compact(self, rows: torch.Tensor) -> None:
         """Keeps only `rows` (indices) and gathers their used slots, order unchanged, to the right end."""

@@ -173,19 +173,21 @@ def padding_token(config) -> int | None:
     return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
-# Of a large model, a small one and the kind of call: seconds of a round by its draft length, 0 for one without drafts.
+# Of a large model, a small one and the kind of call: seconds of a round by its draft length, and of a sibling.
 _round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
 
 
 class DraftLength:
     """
-    Chooses the draft length of each round so that tokens come quickest: none at all where drafts don't pay. (A rule
-    still has its say about such a token.)
+    Chooses the draft length of each round, and how many siblings its first draft has, so that tokens come quickest:
+    none at all where drafts don't pay. (A rule still has its say about such a token.)
 
-    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens. The
-    acceptance is that of the call so far, old rounds counting less and less. Where drafts are given up they are tried
-    again after a while, as the text may have become an easier one. What rounds cost is measured once for two models
-    and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text again.
+    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens; with n
+    siblings of the first, of which each is accepted with probability b when its turn comes, (1 - a) (1 - (1 - b)^n)
+    more. Both are those of the call so far, old rounds counting less and less. Where drafts are given up they are
+    tried again after a while, as the text may have become an easier one. What rounds cost is measured once for two
+    models and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text
+    again.
 
     Args:
         large, small ([`~transformers.PreTrainedModel`]):
@@ -194,51 +196,71 @@ class DraftLength:
         kind (`tuple`):
             What else costs depend on.
         measure (`Callable`):
-            Seconds of a round by its draft length, of `MEASURED`; called once, when the first choice is made.
+            Seconds of a round by its draft length, of `MEASURED`, and of a sibling; called once, when the first choice
+            is made.
     """
 
     MEASURED = (0, 1, 2, 4)
-    LONGEST = 8
+    LONGEST, MOST_SIBLINGS = 8, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
 
-    def __init__(self, large, small, kind: tuple, measure: Callable[[], dict[int, float]]):
+    def __init__(self, large, small, kind: tuple, measure: Callable[[], tuple[dict[int, float], float]]):
         known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
-        self.costs: dict[int, float] = known.setdefault(kind, {})
+        self.costs: dict[int, float]
+        self.costs, self._sibling = known.setdefault(kind, ({}, []))
         self._measure = measure
         self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
-        self._planned = [4]  # nearly free: the large model reads the prompt in that round
+        self._planned = [(4, 0)]  # nearly free: the large model reads the prompt in that round
         self._pause = self.PAUSE
         self._forget(self.WEIGHT)
 
     def _forget(self, weight: float) -> None:
         self._accepted, self._rejected = weight * self._expected, weight * (1 - self._expected)
+        # a candidate that is not the first is about half as often right
+        self._hits, self._misses = weight * self._expected / 2, weight * (1 - self._expected / 2)
 
-    def next(self) -> int:
-        """The draft length of the next round."""
+    def next(self) -> tuple[int, int]:
+        """The draft length of the next round, and how many siblings its first draft has."""
         if not self._planned:
             best = self._quickest(self._accepted / (self._accepted + self._rejected))
             self._planned = [best]
-            if best == 0:
-                self._planned = [0] * self._pause
+            if best[0] == 0:
+                self._planned = [best] * self._pause
                 self._pause *= 2
-                if self._quickest(0.95):
-                    self._planned.append(max(1, self._quickest(0.8)))
+                if self._quickest(0.95)[0]:
+                    self._planned.append((max(1, self._quickest(0.8)[0]), 0))
                     self._forget(1.0)
         return self._planned.pop(0)
 
-    def _quickest(self, acceptance: float) -> int:
+    def _quickest(self, acceptance: float) -> tuple[int, int]:
         if not self.costs:  # not before: a call may end in its first round
-            self.costs.update(self._measure())
+            measured, sibling = self._measure()
+            self.costs.update(measured)
+            self._sibling.append(sibling)
         lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
         costs = np.interp(lengths, known, [self.costs[length] for length in known])
         slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
         costs += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
-        return int(((1 - acceptance ** (lengths + 1)) / (1 - acceptance) / costs).argmax())
+        siblings, drafts = np.arange(self.MOST_SIBLINGS + 1), np.minimum(lengths, 1)[:, None]
+        hit = 1 - (self._misses / (self._hits + self._misses)) ** siblings
+        tokens = ((1 - acceptance ** (lengths + 1)) / (1 - acceptance))[:, None] + drafts * (1 - acceptance) * hit
+        seconds = costs[:, None] + drafts * self._sibling[0] * siblings
+        length, others = np.unravel_index((tokens / seconds).argmax(), tokens.shape)
+        return int(length), int(others)
 
-    def record(self, accepted: int, rejected: int) -> None:
-        """Takes what a round with drafts gave, over all rows."""
-        self._accepted = self.MEMORY * self._accepted + accepted
-        self._rejected = self.MEMORY * self._rejected + rejected
+    def record(self, gamma: int, siblings: int, kept: list[int], nodes: list[int], bonus: list[int]) -> None:
+        """
+        Takes what a round with drafts gave: of each row how many were kept, the column of the logits after the last
+        one (beyond γ a sibling's), and whether nothing was refused.
+        """
+        tries = [node - gamma for node in nodes if node > gamma]
+        hits = len(tries)
+        refused = sum(node == 0 and not whole for node, whole in zip(nodes, bonus, strict=True))
+        self._accepted = self.MEMORY * self._accepted + sum(kept) - hits
+        self._rejected = self.MEMORY * self._rejected + len(bonus) - sum(bonus) + hits
+        if siblings and refused + hits:
+            self._hits = self.MEMORY * self._hits + hits
+            self._misses = self.MEMORY * self._misses + sum(tries) - hits + refused * siblings
 
 
 @dataclass
@@ -252,7 +274,8 @@ class CascadeStatistics:
         rule (`str`), alpha (`float`):
             The deferral rule and its parameter.
         rounds, drafted, accepted, new_tokens (`list[int]`, one entry a row):
-            Draft-and-verify rounds the row took part in, tokens drafted for it, drafted tokens kept, tokens emitted.
+            Draft-and-verify rounds the row took part in, tokens drafted for it (each candidate counts), drafted tokens
+            kept, tokens emitted.
         deferred (`list[float]`, one entry a row):
             Expected number of emitted positions that the large model decided, Σ r (or Σ_u r(u) q(u) for token rules).
             Deferral is not rejection: a deferred draft is still accepted with probability 1 - TV(π, q).
@@ -262,6 +285,8 @@ class CascadeStatistics:
             Forward passes of each model and the tokens (batch x length) they processed.
         draft_lengths (`dict[int, int]`):
             How many rounds had drafts of up to that many tokens; 0 is a token of the large model alone.
+        candidates (`dict[int, int]`):
+            How many of the rounds with drafts had that many candidates for their first token.
         round_seconds (`dict[int, float]`):
             Where draft lengths are chosen: what a round of each costs, as it was once measured.
         draft_seconds, verify_seconds, total_seconds (`float`):
@@ -283,6 +308,7 @@ class CascadeStatistics:
     large_tokens: int = 0
     small_tokens: int = 0
     draft_lengths: dict[int, int] = field(default_factory=dict)
+    candidates: dict[int, int] = field(default_factory=dict)
     round_seconds: dict[int, float] = field(default_factory=dict)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -292,6 +318,12 @@ class CascadeStatistics:
     def for_rows(cls, backend: str, rule: str, alpha: float, rows: int) -> "CascadeStatistics":
         counts: dict[str, Any] = {name: [0] * rows for name in ("rounds", "drafted", "accepted", "new_tokens")}
         return cls(backend, rule, alpha, **counts, deferred=[0.0] * rows, drift=[0.0] * rows)
+
+    def count(self, gamma: int, siblings: int) -> None:
+        """Adds a round of all rows."""
+        self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
+        if gamma:
+            self.candidates[siblings + 1] = self.candidates.get(siblings + 1, 0) + 1
 
     def record(self, row: int, drafted: int, accepted: int, deferred: torch.Tensor, drift: torch.Tensor) -> None:
         """Adds one round of a row; `deferred` and `drift` hold one value an emitted token."""
@@ -323,6 +355,7 @@ class CascadeStatistics:
             **counts,
             **_rates(counts, self.large_forwards),
             "draft_lengths": dict(sorted(self.draft_lengths.items())),
+            "candidates": dict(sorted(self.candidates.items())),
             "round_seconds": dict(sorted(self.round_seconds.items())),
             **{name: getattr(self, name) for name in _COSTS},
         }

@@ -84,10 +84,10 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 Draft length γ. Left out, it is chosen round by round.
             num_assistant_tokens_schedule (`str`, *optional*):
                 `"auto"`, the default where no γ is given, takes the draft length at which tokens come quickest, from
-                the acceptance so far and what rounds were once measured to cost; where drafts don't pay, none (a rule
-                still has its say). In the loop of transformers, γ is 4 then. `"constant"`, the default beside
-                a γ, keeps to it. `"heuristic"` lengthens the draft by 2 after a round without rejection and shortens
-                it by 1 otherwise.
+                the acceptance so far and what rounds were once measured to cost, and as many other candidates for the
+                first draft as pay; where drafts don't pay, none (a rule still has its say). In the loop of
+                transformers, γ is 4 then. `"constant"`, the default beside a γ, keeps to it. `"heuristic"` lengthens
+                the draft by 2 after a round without rejection and shortens it by 1 otherwise.
             assistant_confidence_threshold (`float`, *optional*, defaults to 0.0):
                 Drafting stops after a token whose probability under the small model is lower. The law stays exact.
             strict_prefix (`int`, *optional*, defaults to 0):

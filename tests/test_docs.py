@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import hf_iclr
+
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ANYWHERE = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+ANYWHERE = "|".join(sorted(FOLDERS - {"out", "build", "dist"}))  # which commands write
 
 
 def anchors(page: Path) -> set[str]:
@@ -66,3 +69,15 @@ def test_what_is_looked_for_is_found():
     """The patterns above see what they are for."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert len(re.findall(r"\]\((?!http)[^)\s]+\)", text)) > 10 and "hf_iclr/upstream.py" in text
+
+
+def test_each_public_name_stands_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    named = [name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    assert sorted(named) == sorted(hf_iclr.__all__)
+
+
+def test_each_page_stands_in_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").glob("**/*.md")}
+    assert set(re.findall(r"[\w/]+\.md", navigation)) == pages

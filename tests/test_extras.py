@@ -33,8 +33,11 @@ BEHIND_A_QUESTION = {
 }
 
 
-# Each extra is absent once with others present and once without.
-@pytest.fixture(scope="module", params=[["cli", "metrics"], ["diffusion", "vision"], list(EXTRAS)], ids=" ".join)
+# Each extra is absent once with others present and once without; imports take a process of its own each time.
+HALVES = [pytest.param(names, marks=pytest.mark.slow) for names in (["cli", "metrics"], ["diffusion", "vision"])]
+
+
+@pytest.fixture(scope="module", params=[*HALVES, list(EXTRAS)], ids=" ".join)
 def run(request):
     command = [sys.executable, "-m", "tests.without_extras", *request.param]
     root = Path(__file__).parents[1]

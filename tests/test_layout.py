@@ -17,7 +17,7 @@ AREAS = ["trainers", "generation", "editors", "vision"]
 LINKED = [*AREAS, "tour"]
 # From the roof to the ground. What stands in one line sees nothing of its neighbours, only of the lines below.
 FLOORS = {
-    "": [["cli"], ["tour"], ["doctor"], AREAS, [""]],
+    "": [["cli"], ["tour"], ["doctor", "runs"], AREAS, [""]],
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "trainers.safety_audit": [[""], ["asking"]],

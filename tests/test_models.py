@@ -91,6 +91,22 @@ def test_equals_generate(model, word_tokenizer, batch_size):
     assert any(len(new) < 9 for new in found[0] + found[1] if new is not None)  # some end early
 
 
+def test_a_batch_is_bounded_by_its_tokens(model, word_tokenizer):
+    """Every k is a row of its own, and what is generated counts; a prompt alone may be more."""
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    found, largest = {}, {}
+    for limit in (None, 110, 1):
+        sizes.clear()
+        options = {"max_new_tokens": 9, "batch_size": 4, "max_batch_tokens": limit, "progress": False}
+        found[limit] = generate_after_prefixes(model, word_tokenizer, PROMPTS, ANSWERS, (0, 1, 2), **options)
+        largest[limit] = max(sizes)
+    assert found[None] == found[110] == found[1]
+    assert largest[None] > 110 >= largest[110] > largest[1]
+
+
 @pytest.mark.parametrize("ks", [(0, 1, 4, 7), (7,)])
 def test_one_prefill_for_all_k(model, word_tokenizer, ks):
     widths = []

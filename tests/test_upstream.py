@@ -65,6 +65,7 @@ PRIVATE_ATTRIBUTES = {
     "_is_stateful": "transformers: whether a cache can be rolled back; nothing public says so",
     "_is_vision_dataset": "trl: what the trainer decided about the rows",
     "_modules": "torch: a shallow copy that exits early holds a body of its own",
+    "_num_beams": "transformers: how many sequences `prefix_allowed_tokens_fn` has a prompt, kept nowhere else",
     "_loss_shifts_labels": "transformers: what the trainer found out about the model's loss",
     "_prefix_allowed_tokens_fn": "transformers: the function given to `generate`, kept nowhere else",
     "_preprocess_params": "transformers: as `_forward_params`",

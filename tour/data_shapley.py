@@ -103,6 +103,8 @@ def section(out_dir: Path, quick: bool, progress):
     )
     return TourSection(
         title="What each training row was worth",
+        headline=f"Low values point to the poor answers with an AUROC of {(1 + against.mean()) / 2:.2f}.",
+        command="hf-iclr run train.py --with shapley:val.jsonl",
         summary=[about, found, where],
         table=_table(result, rows, poor),
         figures=[_figure(values, poor, out_dir / "data_shapley.png")],

@@ -61,6 +61,9 @@ def section(out_dir: Path, quick: bool, progress: Callable[..., Any]) -> TourSec
     ]
     return TourSection(
         title="Safety alignment deeper than a few tokens",
+        headline=f"After 30 compliant answers {kept[CONSTRAINED_NAME]:.0%} of the refusals are left, with SFT "
+        f"{kept['attack: SFT']:.0%}.",
+        command="hf-iclr audit MODEL --prompts FILE",
         summary=summary,
         table=table,
         figures=[_figure(table, len(toy.held_out), out_dir / "deep_safety_prefill.png")],

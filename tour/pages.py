@@ -54,6 +54,10 @@ class TourSection:
             Sentences that say what was run and what came out.
         table (`pandas.DataFrame`):
             The figures in short; its index is not shown.
+        headline (`str`, *optional*):
+            The one figure to take away, in a few words.
+        command (`str`, *optional*):
+            What does the same for the reader's own model or data.
         figures (`list[pathlib.Path]`, *optional*):
             PNG or GIF files written to `out_dir`.
         examples (`list[str]`, *optional*):
@@ -69,6 +73,8 @@ class TourSection:
     title: str
     summary: list[str]
     table: pd.DataFrame
+    headline: str = ""
+    command: str = ""
     figures: list[Path] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
@@ -150,7 +156,15 @@ def _checked(result: TourSection) -> TourSection:
     """What a section returned, if it can be shown; a figure that is not there becomes a problem of the section."""
     if not isinstance(result, TourSection):
         raise TypeError(f"Expected the section to return a TourSection, got {type(result).__name__}.")
-    kinds = {"title": str, "summary": list, "table": pd.DataFrame, "figures": list, "examples": list}
+    kinds = {
+        "title": str,
+        "headline": str,
+        "command": str,
+        "summary": list,
+        "table": pd.DataFrame,
+        "figures": list,
+        "examples": list,
+    }
     for name, kind in kinds.items():
         if not isinstance(value := getattr(result, name), kind):
             raise TypeError(f"Expected `{name}` to be a {kind.__name__}, got {type(value).__name__}.")
@@ -184,7 +198,7 @@ def _show(result: TourSection | FailedSection, console: Console, debug: bool) ->
             console.print("The traceback is in tour.json and on the page; --debug prints it here.")
         return
     console.print(f"[bold]{escape(result.title)}[/] ({result.seconds:.0f} s)")
-    for sentence in result.summary:
+    for sentence in [*filter(None, [result.headline]), *result.summary]:
         console.print(sentence, markup=False)
     table = Table()
     for name, number in zip(result.table.columns, _numbers(result.table), strict=True):
@@ -230,6 +244,8 @@ def _as_json(result: TourSection | FailedSection) -> dict[str, Any]:
     return {
         "title": result.title,
         "seconds": round(result.seconds, 2),
+        "headline": result.headline,
+        "command": result.command,
         "summary": _plain(result.summary),
         "table": [dict(zip(columns, _plain(row), strict=True)) for row in result.table.itertuples(index=False)],
         "figures": [path.name for path in result.figures],

@@ -117,6 +117,9 @@ def section(out_dir: Path, quick: bool, progress):
     )
     return TourSection(
         title="Squeezing in DPO",
+        headline=f"{steps} steps of DPO moved chosen answers by {last['probe/chosen/delta0']:+.2f} nats a "
+        f"token, rejected ones by {last['probe/rejected/delta0']:+.2f}.",
+        command="hf-iclr run train_dpo.py --with squeeze:held_out_pairs.jsonl",
         summary=[about, found, pressure],
         table=table,
         figures=[_figure(passes, list(probes.column_names[1:]), out_dir / "squeeze.png")],

@@ -233,7 +233,7 @@ class _Row:
         for decoder in (self.large, self.small):
             surplus = decoder.positions.shape[1] - length
             if surplus > 0:
-                decoder.keep(torch.zeros(1, surplus, dtype=torch.bool, device=self.device))
+                decoder.keep(torch.zeros(1, surplus, dtype=torch.bool, device=self.device), 0)
 
 
 @torch.no_grad()

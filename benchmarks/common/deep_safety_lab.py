@@ -51,6 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "constrained 2/2/.1": {"beta_first": 2.0},
     "constrained 5/5/.1": STRONG,
     "both methods": {**STRONG, "beta_first": 20.0, "recovery_rows": 4},
+    "both methods, anchor": {**STRONG, "beta_first": 20.0, "recovery_rows": 4, "anchor_rows": 5},
     "SFT + recovery rows": {"constrain": "none", "recovery_rows": 4},
     "proximal term": {"constrain": "none"},
 }
@@ -63,7 +64,7 @@ LORA = LoraConfig(
 )
 AUDITED, GCG_QUESTIONS = 24, 4
 PROXIMAL_RHO, SAFE_LORA_THRESHOLD = 1.0, 0.5
-RECOMMENDED = ("recommended", "recommended, anchor")
+RECOMMENDED = ("recommended", "recommended, anchor", "both methods, anchor")
 FULL_ROWS = ("SFT", "SFT + warm-up", "constrained .5/2/.1", "recommended")
 
 
@@ -140,15 +141,15 @@ class Lab:
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """Train; the model, its LoRA merged but still there, and the mean weights that the constraint logged."""
         set_seed(self.seed)
-        if recovery_rows:  # on top, so that all rows of a comparison see the user's data equally often
-            batch_size += recovery_rows
-            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": ANSWER_TOKENS}
-            safety_dataset = self.safety_triplets()
-        if anchor_rows:  # on top as well: ordinary questions with the model's own answers
+        if anchor_rows:  # ordinary questions with the model's own answers, on top: all see the user's data as often
             allowed = random.Random(self.seed).sample(self.questions.allowed, len(rows) * anchor_rows // batch_size)
             anchor = [row(to_prompt_ids(self.tokenizer, q.prompt), q.answer[:ATTACK_TOKENS]) for q in allowed]
             rows = concatenate_datasets([rows, Dataset.from_list([{**r, "constrain": False} for r in anchor])])
             batch_size += anchor_rows
+        if recovery_rows:  # on top as well
+            batch_size += recovery_rows
+            settings |= {"safety_ratio": recovery_rows / batch_size, "max_prefix_tokens": ANSWER_TOKENS}
+            safety_dataset = self.safety_triplets()
         with tempfile.TemporaryDirectory() as folder:
             args = DeepSafetySFTConfig(
                 folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, seed=self.seed,

@@ -13,10 +13,10 @@ from hf_iclr.trainers.safety_audit.report import EVERY_SETTING
 KS = ("0", "1", "3", "5", "10", "20")
 ROWS = (
     "SFT", "SFT + warm-up", "constrained .5/2/.1", "constrained 2/2/.1", "constrained 5/5/.1", "SFT + recovery rows",
-    "both methods", "rehearsal alone", "recommended", "recommended, anchor",
+    "both methods", "both methods, anchor", "rehearsal alone", "recommended", "recommended, anchor",
     "proximal term", "SafeLoRA",
 )  # fmt: skip
-RECOMMENDED = ("recommended", "recommended, anchor")
+RECOMMENDED = ("recommended", "recommended, anchor", "both methods, anchor")
 AUDIT_ROWS = (("none", ""), ("prefill", "5"), ("prefill", "20"), ("decoding", EVERY_SETTING), ("rap", ""))
 Seeds = list[dict[str, Any]]
 

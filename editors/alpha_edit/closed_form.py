@@ -127,7 +127,7 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
     if len(given) != 1:
         raise ValueError(f"Expected exactly one of {', '.join(rules)}, got {given or 'none'}.")
     (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
-    if not 0 <= value <= upper:
+    if not isinstance(value, int | float) or not 0 <= value <= upper:
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
 
 

@@ -17,6 +17,10 @@ from .closed_form import null_space_rule
 
 SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
 POST_PROCESSING = (None, "rect")
+_AT_LEAST_1 = ("num_steps", "context_length", "optimization_batch_size", "chunk_length")
+_WHOLE = (*_AT_LEAST_1, "num_contexts", "seed")
+_POSITIVE = ("moment_weight", "learning_rate", "clamp_factor")
+_NOT_NEGATIVE = ("l2", "loss_threshold", "nll_threshold", "weight_decay", "kl_factor", "num_contexts")
 OPTIMIZATION_DTYPES = ("auto", "bfloat16", "float32")
 CONFIG_NAME = "alpha_edit_config.json"
 
@@ -133,22 +137,18 @@ class AlphaEditConfig:
             raise ValueError(
                 f"Expected optimization_dtype among {', '.join(OPTIMIZATION_DTYPES)}, got {self.optimization_dtype!r}."
             )
+        for name in (*_WHOLE, *_POSITIVE, *_NOT_NEGATIVE):
+            if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
+                raise TypeError(f"Expected {name} to be a number, got {value!r}.")
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
         self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
-        for name, least in (
-            *((n, 0.0) for n in ("l2", "loss_threshold", "nll_threshold", "weight_decay")),
-            *((n, 0.0) for n in ("kl_factor", "num_contexts")),
-            *((n, 1) for n in ("num_steps", "context_length", "optimization_batch_size", "chunk_length")),
-        ):
-            if not getattr(self, name) >= least:
+        for name in (*_AT_LEAST_1, *_NOT_NEGATIVE):
+            if not getattr(self, name) >= (least := int(name in _AT_LEAST_1)):
                 raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}.")
-        for name in (
-            *("num_contexts", "num_steps", "context_length", "optimization_batch_size", "chunk_length"),
-            "seed",
-        ):
+        for name in _WHOLE:
             if getattr(self, name) % 1 != 0:
                 raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
-        for name in ("moment_weight", "learning_rate", "clamp_factor"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")
         if self.project is None:
@@ -160,7 +160,11 @@ class AlphaEditConfig:
             )
         if self.context_templates == []:
             raise ValueError("Expected context templates, got an empty list. Type ['{}'] for the plain prompt alone.")
+        if not isinstance(self.context_templates, list | None):
+            raise TypeError(f"Expected a list of context templates, got {self.context_templates!r}.")
         for template in self.context_templates or []:
+            if not isinstance(template, str):
+                raise TypeError(f"Expected context templates to be text, got {template!r}.")
             if template.count("{}") != 1 or not (self.chat_template or template.endswith("{}")):
                 raise ValueError(f"Expected context templates that end in {{}} and have it once, got {template!r}.")
         if self.context_templates and self.context_templates[0] != "{}" and not self.chat_template:

@@ -75,11 +75,16 @@ class EditRequest:
             values = getattr(self, name)
             if isinstance(values, str):
                 raise TypeError(f"Expected a list of {name}, got one string. Type `{name}=[{values[:30]!r}]`.")
-            object.__setattr__(self, name, tuple(v if isinstance(v, str) else tuple(v) for v in values or ()))
-            if wrong := [
-                v for v in getattr(self, name) if not isinstance(v, str) and (name, len(v)) != ("neighborhood", 2)
-            ]:
+            if not isinstance(values, Iterable | None):
+                raise TypeError(f"Expected a list of {name}, got {values!r}.")
+            values = [tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for v in values or ()]
+            object.__setattr__(self, name, tuple(values))
+            pairs = [v for v in values if isinstance(v, tuple) and len(v) == 2 and name == "neighborhood"]
+            if wrong := [v for v in values if not isinstance(v, str) and v not in pairs]:
                 raise ValueError(f"Expected each of {name} to be a prompt, or a neighbour's pair, got {wrong[0]!r}.")
+        for name in ("target_true", "id", "source", "license"):
+            if not isinstance(value := getattr(self, name), str | None) or (name == "id" and value is None):
+                raise TypeError(f"Expected {name} to be text, got {type(value).__name__}: {value!r}.")
         if not self.id:
             text = json.dumps([self.prompt, self.subject, self.target_new])
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -182,7 +187,15 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
         parts: list[Mapping[str, Any]] = [row]
         if isinstance(rewrites, list):  # MQuAKE's rows have some each
             parts = [{**row, "requested_rewrite": rewrite, "case_id": None} for rewrite in rewrites]
-        requests += [_read_row(index, part) for part in parts]
+        try:
+            requests += [_read_row(index, part) for part in parts]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            if str(error).startswith("Expected"):
+                raise
+            raise ValueError(
+                f"Expected row {index} to have what its layout has in its columns, got {dict(row)!r:.300} "
+                f"({type(error).__name__}: {error}). Leave the row out, or mend it."
+            ) from error
     if not requests:
         raise ValueError("Expected at least one row, got none.")
     return requests
@@ -202,7 +215,7 @@ def _read_row(index: int, row: Mapping[str, Any]) -> EditRequest:
     raise ValueError(
         f"Expected row {index} to have the columns of CounterFact (requested_rewrite), of zsRE (subject, src, "
         f"answers, rephrase, loc, loc_ans), of EasyEdit (prompt, subject, target_new, ground_truth, rephrase_prompt, "
-        f"locality) or of an EditRequest (prompt, subject, target_new), got {sorted(row)}."
+        f"locality) or of an EditRequest (prompt, subject, target_new), got {sorted(map(str, row))}."
     )
 
 

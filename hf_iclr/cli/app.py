@@ -81,6 +81,37 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A training script; its own arguments follow.")],
+    with_parts: Annotated[
+        list[str],
+        typer.Option(
+            "--with", help="shapley:val.jsonl, squeeze[:pairs.jsonl], safety:prompts.txt or null_space:FOLDER."
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Run a training script as it is, with our callbacks in whatever trainer it makes."""
+    from hf_iclr.runs.parts import run_script
+
+    run_script(script, context.args, with_parts)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Output folder of a training, or of anything of ours.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default run_report.html in that folder.")] = None,
+    rows: Annotated[str | None, typer.Option(help="What was trained on, to show rows with their values.")] = None,
+    source_column: Annotated[str | None, typer.Option(help="Its column to sum values by.")] = None,
+) -> None:
+    """Write one page about a run from what our parts, and any trainer, left in its folder."""
+    from hf_iclr.runs.dataset_files import load_rows
+    from hf_iclr.runs.report import write_run_report
+
+    typer.echo(write_run_report(run_dir, out, None if rows is None else load_rows(rows), source_column))
+
+
 _COMMANDS: list[Callable[..., None]] = [
     generation.cascade, trainers.audit, editors.edit, vision.segment, vision.vos, vision.annotate,
     vision.annotate_ui, vision.inpaint,

@@ -64,8 +64,8 @@ def edit(
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_iclr.cli.prompt_files import read_json_lines
     from hf_iclr.editors.alpha_edit import edit_requests
+    from hf_iclr.runs.prompt_files import read_json_lines
 
     facts, config = edit_requests(read_json_lines(requests)), AlphaEditConfig(solver=solver or "alphaedit")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")

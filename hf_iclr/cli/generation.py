@@ -1,5 +1,7 @@
 """`hf-iclr cascade`."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +21,7 @@ def cascade(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder whose cascade.jsonl gets the statistics.")] = None,
 ) -> None:
     """Answer one prompt by a speculative cascade, token by token, and show its statistics."""
     from rich.console import Console
@@ -52,6 +55,10 @@ def cascade(
         streamer=TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )[0]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "cascade.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record["cascade"]) + "\n")
     table = Table("", "", show_header=False)
     for name, value in {**record["cascade"], **record["cascade"]["call"]}.items():
         if name == "draft_lengths":

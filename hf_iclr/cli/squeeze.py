@@ -65,7 +65,7 @@ def audit(
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_iclr.cli.dataset_files import load_rows
+    from hf_iclr.runs.dataset_files import load_rows
     from hf_iclr.trainers.squeeze.pair_audit import audit_pairs
 
     rows = load_rows(pairs, split)
@@ -99,7 +99,7 @@ def influence(
     from rich.table import Table
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_iclr.cli.dataset_files import load_rows
+    from hf_iclr.runs.dataset_files import load_rows
     from hf_iclr.trainers.squeeze.influence import influence_audit
     from hf_iclr.trainers.squeeze.probes import build_probe_set
 

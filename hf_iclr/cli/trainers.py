@@ -98,7 +98,7 @@ def audit(
     from rich.markdown import Markdown
     from rich.markup import escape
 
-    from hf_iclr.cli.prompt_files import read_prompts
+    from hf_iclr.runs.prompt_files import read_prompts
     from hf_iclr.trainers.safety_audit.asking.endpoint import OpenAIEndpoint
     from hf_iclr.trainers.safety_audit.asking.harm_judge import HarmJudge
     from hf_iclr.trainers.safety_audit.asking.journal import check_out

@@ -4,12 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import logging
+import os
 import pkgutil
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.run
 import trl
 import yaml
+
+from hf_iclr.runs.parts import PARTS_HELP, parts_in_every_trainer
+
+
+logger = logging.getLogger(__name__)
 
 
 # Script of TRL -> our config, the name of the trainer that the script imports from trl, and ours in its place.
@@ -25,6 +34,15 @@ SWAPS = {
         "hf_iclr.trainers.squeeze.trainer:SqueezeDPOTrainer",
     ),
 }
+
+
+@dataclasses.dataclass
+class PartArguments:
+    """Callbacks of ours for the trainer of `hf-iclr sft` and `dpo`."""
+
+    with_parts: list[str] | None = dataclasses.field(
+        default=None, metadata={"aliases": ["--with"], "help": PARTS_HELP}
+    )
 
 
 @dataclasses.dataclass
@@ -45,7 +63,7 @@ class WatchArguments:
 
     def for_trainer(self, args: Any) -> dict[str, Any]:
         """Keyword arguments of the trainer, once what does not fit together is refused."""
-        from hf_iclr.cli.dataset_files import load_rows
+        from hf_iclr.runs.dataset_files import load_rows
         from hf_iclr.trainers.squeeze import SqueezeStoppingCallback, build_probe_set
 
         wanted: dict[str, Any] = {}
@@ -71,35 +89,84 @@ class WatchArguments:
 
 def run_trl_script(script: str, arguments: list[str]) -> None:
     """
-    Run `trl/scripts/{script}.py` as it is installed, with our trainer and config in the place of TRL's.
+    Run `trl/scripts/{script}.py` as it is installed, with our trainer and config in the place of TRL's. Flags of
+    `accelerate launch` start it in as many processes as they say, as with `trl sft`.
 
     Args:
         script (`str`):
             `"sft"` or `"dpo"`.
         arguments (`list[str]`):
-            Command line: TRL's flags and those of our config, or `--config file.yaml`.
+            Command line: TRL's flags, those of our config and of `accelerate launch`, or `--config file.yaml`.
 
     Raises:
         ValueError: if a name is no setting, or a value is out of its range.
     """
     config, name, path = SWAPS[script]
-    kinds = (trl.ScriptArguments, pkgutil.resolve_name(config), trl.ModelConfig, trl.DatasetMixtureConfig)
-    trainer = pkgutil.resolve_name(path)
+    kinds: tuple[type, ...] = (trl.ScriptArguments, pkgutil.resolve_name(config), trl.ModelConfig)
+    kinds = (*kinds, trl.DatasetMixtureConfig, PartArguments, *((WatchArguments,) if script == "dpo" else ()))
+    *parsed, in_file, typed = _parse(kinds, script, arguments, rest=True)
+    if in_file or typed:
+        launch = _launch_arguments([*in_file, *typed], script)
+        if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate sets for what it launches
+            _launch(launch, [script, *_without(arguments, typed)])
+            return
+    trainer, parts = pkgutil.resolve_name(path), parsed[4]
     if script == "dpo":
-        *parsed, watching = parse_flags((*kinds, WatchArguments), script, arguments)
-        trainer = functools.partial(trainer, **watching.for_trainer(parsed[1]))
-    else:
-        parsed = [*parse_flags(kinds, script, arguments)]
+        trainer = functools.partial(trainer, **parsed[5].for_trainer(parsed[1]))
     out = Path(parsed[1].output_dir)
     module = importlib.import_module(f"trl.scripts.{script}")
     original = getattr(trl, name)
-    setattr(trl, name, trainer)
-    try:
-        module.main(*parsed)
-    finally:
-        setattr(trl, name, original)
-        with contextlib.suppress(OSError):  # Trainer makes the folder before it looks at the data
-            out.rmdir()  # only an empty one
+    with parts_in_every_trainer(parts.with_parts or ()):
+        setattr(trl, name, trainer)
+        try:
+            module.main(*parsed[:4])
+        finally:
+            setattr(trl, name, original)
+            with contextlib.suppress(OSError):  # Trainer makes the folder before it looks at the data
+                out.rmdir()  # only an empty one
+
+
+def _launch_arguments(flags: list[str], script: str) -> Any:
+    """What is no setting of ours, as `accelerate launch` reads it."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    launch, unknown = parser.parse_known_args([*flags, script])
+    if unknown or launch.training_script != script:
+        raise ValueError(
+            f"Expected settings of `hf-iclr {script}` or of `accelerate launch`, got {' '.join(flags)}. "
+            f"`hf-iclr {script} --help` lists them."
+        )
+    return launch
+
+
+def _launch(launch: Any, command: list[str]) -> None:
+    processes = launch.num_processes or 1
+    if processes > 1 and not torch.accelerator.is_available():
+        logger.info("Without an accelerator, accelerate wants mpirun: torchrun starts the %d processes.", processes)
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": launch.mixed_precision or "no"}
+        torch.distributed.run.main(["--nproc_per_node", str(processes), "-m", "hf_iclr", *command])
+        return
+    from accelerate.commands.launch import launch_command
+
+    launch.module, launch.training_script, launch.training_script_args = True, "hf_iclr", command
+    launch_command(launch)
+
+
+def _without(arguments: list[str], taken: list[str]) -> list[str]:
+    """The arguments without `taken`, which stand among them in that order."""
+    left, rest = list(taken), []
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            rest.append(argument)
+    return rest
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
 
 
 def parse_flags(kinds: tuple[type, ...], command: str, arguments: list[str]) -> tuple[Any, ...]:
@@ -121,12 +188,13 @@ def parse_flags(kinds: tuple[type, ...], command: str, arguments: list[str]) -> 
         ValueError: if a name is no setting, a value is out of its range, or the file is none of YAML.
     """
 
-    def refuse(message: str) -> None:
-        raise ValueError(message)
+    return _parse(kinds, command, arguments)
 
+
+def _parse(kinds: tuple[type, ...], command: str, arguments: list[str], rest: bool = False) -> tuple[Any, ...]:
     parser = trl.TrlParser(kinds, prog=f"hf-iclr {command}")
-    parser.error = refuse  # instead of hundreds of flags and an end of the process
+    parser.error = _refuse  # instead of hundreds of flags and an end of the process
     try:
-        return parser.parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments, return_remaining_strings=rest, separate_remaining_strings=rest)
     except yaml.YAMLError as error:
         raise ValueError(f"Expected a file in YAML or JSON. {error}") from error

@@ -185,8 +185,9 @@ def annotate_ui(
         page = AnnotationPage(opened, names[0] if single else None, single=single or video is None)
         said = f"Every edit is saved to {folder}; Ctrl+C ends, and the same command goes on."
         segments = _serve(page, listener, host, serve, console, said)
-    if segments is None:
-        console.print(f"Saved to {folder}.")
+    if segments is None or not segments.objects:
+        without = "" if segments is None else " There is no object, so no masks were written."
+        console.print(f"Saved to {folder}.{without}")
     else:
         write_sav(segments, out)
         console.print(f"Masks of {len(segments)} frames written to {out}.")

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hf_iclr.cli.app import app
-from hf_iclr.cli.dataset_files import load_rows
+from hf_iclr.runs.dataset_files import load_rows
 from tests.cli.test_trl_script import FLAGS, as_flags
 from tests.trainers.squeeze.pairs_and_logs import pair_rows
 from tests.trainers.tiny import tiny_llama

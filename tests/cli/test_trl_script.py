@@ -114,6 +114,47 @@ def test_trl_is_left_as_found(files):
     assert trl.SFTTrainer.__module__.startswith("trl.")
 
 
+def test_with_parts_by_yaml(files, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w1 w2\nw3 w4\n")
+    settings = {
+        **files,
+        "with_parts": [f"safety:{tmp_path / 'prompts.txt'},every=1"],
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "run.yaml")])
+    assert result.exception is None, result.output
+    entries = history(tmp_path / "out" / "checkpoint-2")
+    assert [entry["step"] for entry in entries if "safety/refusal_rate" in entry] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["flags", "yaml"])
+def test_launch_flags_start_processes(where, files, tmp_path, monkeypatch):
+    """Flags of accelerate launch are taken out; what is started has the rest."""
+    started = []
+    monkeypatch.setattr("torch.distributed.run.main", started.append)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("os.environ", {**os.environ})
+    command = as_flags(files)
+    if where == "flags":
+        result = CliRunner().invoke(app, ["sft", *command[:4], "--num_processes", "2", *command[4:]])
+    else:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**files, "num_processes": 2}))
+        command = ["--config", str(tmp_path / "run.yaml")]
+        result = CliRunner().invoke(app, ["sft", *command])
+    assert result.exception is None, result.output
+    assert started == [["--nproc_per_node", "2", "-m", "hf_iclr", "sft", *command]]
+
+
+@pytest.mark.slow
+def test_two_processes_by_a_launch_flag(files, tmp_path):
+    command = [sys.executable, "-m", "hf_iclr", "sft", "--num_processes", "2", *as_flags(files)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def launch(launcher, script, settings):
     command = [sys.executable, "-m", *launcher, str(Path(sys.executable).parent / "hf-iclr"), script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -22,7 +22,10 @@ print(*(AutoModelForCausalLM._model_mapping[config].__name__ for config in confi
     [
         "import hf_iclr; from transformers import pipeline",
         "from transformers import pipeline; import hf_iclr",
-        "from hf_iclr import SpeculativeCascadeForCausalLM; from transformers import pipeline",
+        pytest.param(
+            "from hf_iclr import SpeculativeCascadeForCausalLM; from transformers import pipeline",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("from hf_iclr import SpeculativeCascadePipeline", marks=pytest.mark.slow),
     ],
 )

@@ -232,6 +232,19 @@ def test_processors_that_read_the_prompt(models, kwargs):
         assert torch.equal(row, models[0].generate(**prompt, **{**GREEDY, "max_new_tokens": 12}, **kwargs)[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"assistant_confidence_threshold": 0.2}])
+def test_bans_hold_after_a_short_draft(models, options):
+    """Rows draft to different lengths, at the end of the text or where the small model is unsure: π reads the
+    processed q after the last draft of each."""
+    output = enable_cascade(*models).generate(
+        **left_padded([[1, 2], [3], [4, 5, 6]]), do_sample=True, top_k=0, num_return_sequences=10, max_new_tokens=9,
+        eos_token_id=None, pad_token_id=0, prefix_allowed_tokens_fn=lambda prompt, ids: [7 + prompt, 17 + prompt],
+        num_assistant_tokens=4, cascade_rule="token_v3", cascade_alpha=1.0, **options,
+    )  # fmt: skip
+    for prompt in range(3):
+        assert set(output[10 * prompt : 10 * prompt + 10, 3:].unique().tolist()) == {7 + prompt, 17 + prompt}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rules_read_the_probabilities_after_a_ban(backend):
     """Both models are sure of token 5, which is forbidden, and unsure of the rest: the large model must decide."""

@@ -143,7 +143,7 @@ def test_q_is_the_small_models_own_in_every_round(models, monkeypatch, temperatu
     seen = []
     accept = BatchedCascade._accept
 
-    def spy(self, drafts, q, p, lengths):
+    def spy(self, drafts, siblings, q, p, lengths):
         contexts = [self.texts.of_row(row) for row in self.rows.tolist()]
         for index, context in enumerate(contexts):
             real = context[self.padding[self.rows[index]] :]
@@ -151,7 +151,7 @@ def test_q_is_the_small_models_own_in_every_round(models, monkeypatch, temperatu
                 ids = torch.cat([real, drafts[index, :step]])[None]
                 expected = (small(ids).logits[0, -1] / temperature).softmax(-1)
                 seen.append(torch.allclose(q.probs[index, step], expected, atol=1e-5))
-        return accept(self, drafts, q, p, lengths)
+        return accept(self, drafts, siblings, q, p, lengths)
 
     padding = [5 - len(prompt) for prompt in RAGGED_PROMPTS]
     monkeypatch.setattr(BatchedCascade, "padding", padding, raising=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_iclr import enable_cascade
+from hf_iclr.generation import batched_cascade
 from hf_iclr.generation.cascade_call import DraftLength
 from tests.generation.toy import (
     GREEDY,
@@ -24,15 +25,17 @@ def models():
 
 def chosen(models, costs, acceptance, rounds=60):
     """Draft lengths of rounds where each draft is kept with probability `acceptance`."""
-    length, drawn = DraftLength(*models, ("test",), lambda: costs), torch.Generator().manual_seed(0)
+    length, drawn = DraftLength(*models, ("test",), lambda: (costs, 1.0)), torch.Generator().manual_seed(0)
     found = []
     for _ in range(rounds):
-        found.append(length.next())
+        gamma, siblings = length.next()
+        assert siblings == 0  # at the cost of a round each
+        found.append(gamma)
         kept = 0
-        while kept < found[-1] and torch.rand((), generator=drawn) < acceptance:
+        while kept < gamma and torch.rand((), generator=drawn) < acceptance:
             kept += 1
-        if found[-1]:
-            length.record(kept, int(kept < found[-1]))
+        if gamma:
+            length.record(gamma, 0, [kept], [kept], [int(kept == gamma)])
     return found
 
 
@@ -68,9 +71,9 @@ def test_a_draft_says_what_acceptance_to_expect(models):
     costs = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
     for expected, drafts in ((0.9, True), (0.2, False)):
         models[1].config.expected_acceptance = expected
-        length = DraftLength(*models, ("test",), lambda: costs)
-        assert length.next() == 4  # the prompt's round
-        assert (length.next() > 0) == drafts
+        length = DraftLength(*models, ("test",), lambda: (costs, 1.0))
+        assert length.next() == (4, 0)  # the prompt's round
+        assert (length.next()[0] > 0) == drafts
 
 
 def test_costs_are_measured_once(models):
@@ -78,7 +81,7 @@ def test_costs_are_measured_once(models):
 
     def measure():
         calls.append(1)
-        return {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}
+        return {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}, 0.1
 
     for kind in ("one row", "one row", "four rows"):
         length = DraftLength(*models, (kind,), measure)
@@ -99,8 +102,10 @@ def test_measuring_uses_up_no_random_number(models):
     assert torch.equal(after, torch.rand(1))
 
 
-def test_law_with_chosen_lengths(models):
-    """20,000 texts, through short and long drafts and rounds without any: their first four tokens follow the law."""
+def test_law_with_chosen_lengths(models, monkeypatch):
+    """20,000 texts: the first four tokens follow the law, whatever lengths and siblings are chosen."""
+    costs = {0: 1.0, 1: 1.2, 2: 1.5, 4: 2.2}, 0.05
+    monkeypatch.setattr(batched_cascade, "_round_seconds", lambda *_: costs)
     large, small = models
     torch.manual_seed(0)
     output = enable_cascade(large, small).generate(
@@ -108,7 +113,7 @@ def test_law_with_chosen_lengths(models):
         do_sample=True,
         top_k=0,
         num_return_sequences=20_000,
-        max_new_tokens=12,
+        max_new_tokens=6,
         cascade_rule="spec",
         pad_token_id=0,
     )
@@ -157,9 +162,9 @@ def test_a_length_that_is_named_is_kept(models, backend):
 def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
     """Plain speculative decoding is the large model throughout, alpha = 1 the small one, also without drafts."""
     lengths = [1, 0, 0, 0, 2, 2] + [1] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self: lengths[self.asked.__next__()])
+    monkeypatch.setattr(DraftLength, "next", lambda self: (lengths[next(self.asked)], 0))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
-    monkeypatch.setattr(DraftLength, "record", lambda self, accepted, rejected: None)
+    monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     large, small = models[0], tiny_llama(2)
     cascade, inputs = enable_cascade(large, small), left_padded(RAGGED_PROMPTS)
     for rule, model in (("spec", large), ("token_v3", small)):
@@ -171,9 +176,9 @@ def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
 def test_draft_reads_what_it_missed(models, monkeypatch):
     """After rounds without drafts, q is still the small model's own: a copy of the large model accepts everything."""
     lengths = [1, 0, 0, 0, 2, 2, 0, 0] + [3] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self: lengths[self.asked.__next__()])
+    monkeypatch.setattr(DraftLength, "next", lambda self: (lengths[next(self.asked)], 0))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
-    monkeypatch.setattr(DraftLength, "record", lambda self, accepted, rejected: None)
+    monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     cascade = enable_cascade(models[0], models[0])
     cascade.generate(**left_padded(RAGGED_PROMPTS), **{**GREEDY, "max_new_tokens": 40}, cascade_rule="spec")
     stats = cascade.cascade_statistics

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl import pack_dataset
 
 from .config import DeepSafetySFTConfig
-from .recovery_rows import check_prefix_arguments, draw_recovery_row
+from .recovery_rows import draw_recovery_row
 
 
 logger = logging.getLogger(__name__)
@@ -31,43 +31,14 @@ class RecoveryMixture(torch.utils.data.Dataset):
             have such a column; recovery rows have `constrain=False`.
         triplets ([`~datasets.Dataset`]):
             Rows of [`tokenize_triplets`].
-        prefix_probability (`float`, *optional*, defaults to `0.5`):
-            Probability that a recovery row begins the harmful answer.
-        max_prefix_tokens (`int`, *optional*, defaults to `100`):
-            Longest prefix in tokens.
-        max_length (`int`, *optional*):
-            Longest recovery row in tokens; its prefix is drawn so that it fits.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the prefixes.
-
-    Raises:
-        ValueError: for an argument out of range, or a dataset that is empty or not prepared.
+        draw (*optional*):
+            `prefix_probability`, `max_prefix_tokens` and `max_length`, as for [`draw_recovery_row`].
     """
 
-    def __init__(
-        self,
-        utility: Dataset,
-        triplets: Dataset,
-        *,
-        prefix_probability: float = 0.5,
-        max_prefix_tokens: int = 100,
-        max_length: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        check_prefix_arguments(prefix_probability, max_prefix_tokens, seed)
-        needed = {"utility": ("input_ids", "labels"), "triplets": ("prompt_ids", "harmful_ids", "refusal_ids")}
-        for name, dataset in (("utility", utility), ("triplets", triplets)):
-            missing = [column for column in needed[name] if column not in dataset.column_names]
-            if missing:
-                raise ValueError(
-                    f"Expected `{name}` as token ids in columns {', '.join(needed[name])}, got "
-                    f"{', '.join(dataset.column_names)}. Triplets come from `tokenize_triplets(...)`."
-                )
-            if not len(dataset):
-                raise ValueError(f"Expected rows in `{name}`, got none.")
-        self.utility, self.triplets = utility, triplets
-        self.prefix_probability, self.max_prefix_tokens = prefix_probability, max_prefix_tokens
-        self.max_length, self.seed, self.epoch = max_length, seed, 0
+    def __init__(self, utility: Dataset, triplets: Dataset, *, seed: int = 0, **draw: Any) -> None:
+        self.utility, self.triplets, self.seed, self.draw, self.epoch = utility, triplets, seed, draw, 0
 
     def __len__(self) -> int:
         """Utility rows and triplets; an epoch is as long as its sampler says."""
@@ -77,15 +48,7 @@ class RecoveryMixture(torch.utils.data.Dataset):
         if index < len(self.utility):
             return {"constrain": True, **self.utility[index]}
         copy, triplet = divmod(index - len(self.utility), len(self.triplets))
-        row = draw_recovery_row(
-            self.triplets[triplet],
-            seed=self.seed,
-            copy=copy,
-            index=triplet,
-            prefix_probability=self.prefix_probability,
-            max_prefix_tokens=self.max_prefix_tokens,
-            max_length=self.max_length,
-        )
+        row = draw_recovery_row(self.triplets[triplet], seed=self.seed, copy=copy, index=triplet, **self.draw)
         return {**row, "constrain": False}
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,8 +82,7 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
             Seed of the order.
 
     Raises:
-        ValueError: if the ratio is not between 0 and 1, or there are so few utility rows that an epoch has no recovery
-            row.
+        ValueError: if the ratio is not between 0 and 1, or an epoch of so few utility rows has no recovery row.
     """
 
     def __init__(self, mixture: RecoveryMixture, *, ratio: float | Fraction = 0.2, seed: int = 0) -> None:
@@ -210,11 +172,5 @@ def mix_in_recovery_rows(trainer: Any, triplets: list[dict[str, list[int]]]) -> 
 
 
 def _mixture(rows: Dataset, triplets: Dataset, args: DeepSafetySFTConfig) -> RecoveryMixture:
-    return RecoveryMixture(
-        rows,
-        triplets,
-        seed=args.seed,
-        prefix_probability=args.recovery_probability,
-        max_prefix_tokens=args.max_prefix_tokens,
-        max_length=args.max_length,
-    )
+    draw = {"prefix_probability": args.recovery_probability, "max_prefix_tokens": args.max_prefix_tokens}
+    return RecoveryMixture(rows, triplets, seed=args.seed, max_length=args.max_length, **draw)

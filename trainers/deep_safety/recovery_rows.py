@@ -72,24 +72,14 @@ def make_safety_recovery_dataset(
     rows = list(
         tokenize_triplets(triplets, tokenizer, max_length=max_length, chat_template_kwargs=chat_template_kwargs)
     )
-    return Dataset.from_list(
-        [
-            {
-                **draw_recovery_row(
-                    row,
-                    seed=seed,
-                    copy=copy,
-                    index=index,
-                    prefix_probability=prefix_probability,
-                    max_prefix_tokens=max_prefix_tokens,
-                    max_length=max_length,
-                ),
-                "constrain": False,
-            }
-            for copy in range(copies)
-            for index, row in enumerate(rows)
-        ]
-    )
+    draw: dict[str, Any] = {"prefix_probability": prefix_probability, "max_prefix_tokens": max_prefix_tokens}
+    draw |= {"seed": seed, "max_length": max_length}
+    drawn = [
+        draw_recovery_row(row, copy=copy, index=index, **draw)
+        for copy in range(copies)
+        for index, row in enumerate(rows)
+    ]
+    return Dataset.from_list([{**row, "constrain": False} for row in drawn])
 
 
 def tokenize_triplets(
@@ -247,14 +237,8 @@ def make_recovery_preference_dataset(
         for index, (triplet, row) in enumerate(zip(_checked(triplets), rows, strict=True)):
             # At least one token of the harmful answer is left to reject.
             shorter = {**row, "harmful_ids": row["harmful_ids"][:-1]}
-            drawn = draw_recovery_row(
-                shorter,
-                seed=seed,
-                copy=copy,
-                index=index,
-                prefix_probability=prefix_probability,
-                max_prefix_tokens=max_prefix_tokens,
-            )
+            draw: dict[str, Any] = {"prefix_probability": prefix_probability, "max_prefix_tokens": max_prefix_tokens}
+            drawn = draw_recovery_row(shorter, seed=seed, copy=copy, index=index, **draw)
             k = drawn["labels"].count(-100) - len(row["prompt_ids"])
             text = _render(triplet, tokenizer, chat_template_kwargs or {}, index)
             pairs.append(_preference_pair(text, triplet, row["harmful_ids"], k, tokenizer))

@@ -1,17 +1,24 @@
 """Which training prompts the reference refuses, by one short greedy answer each."""
 
+import logging
 from itertools import chain
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_iclr.models import end_tokens, generate_rows
+from hf_iclr.models import end_tokens
+from hf_iclr.prefill import continue_rows
 
+from ..safety_audit.asking.thoughts import opens_thoughts, read_answers
 from ..safety_audit.judge import find_refusal_cue
+
+
+logger = logging.getLogger(__name__)
+
+SHORT, WITH_THOUGHTS = 24, 512  # tokens of an answer: refusals show in their first words, where there are no thoughts
 
 
 def prompts_of(rows: Dataset) -> list[list[tuple[int, ...]]]:
@@ -53,46 +60,47 @@ def find_refusals(
     tokenizer: Any,
     accelerator: Accelerator,
     name: str,
-    batch_size: int = 16,
-    max_new_tokens: int = 24,
 ) -> dict[tuple[int, ...], list[int]]:
     """
     Answer every turn's prompt once, greedily, and keep the answers that refuse by the cues of [`RefusalJudge`].
+    Thoughts are cut before an answer is judged; one that was not reached is no refusal.
 
     Args:
         rows ([`~datasets.Dataset`]):
             Rows with `input_ids` and `labels`; the prompt is what comes before each run of labels.
-        model ([`~transformers.PreTrainedModel`]):
-            The reference, in evaluation mode.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes the answers.
+        model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The reference and its tokenizer.
         accelerator ([`~accelerate.Accelerator`]):
             Every process answers its share.
         name (`str`):
             What the progress bar calls the dataset.
-        batch_size (`int`, *optional*, defaults to 16):
-            Prompts answered at once.
-        max_new_tokens (`int`, *optional*, defaults to 24):
-            Length of an answer; refusals show in their first words.
 
     Returns:
-        `dict[tuple[int], list[int]]`: token ids of each refused prompt -> those of the refusal, up to and with its end
-        of turn, or the first `max_new_tokens`.
+        `dict[tuple[int], list[int]]`: token ids of each refused prompt -> those of the refusal, with thoughts if
+        there are any, up to and with its end of turn, or as far as it came.
     """
     unique = sorted(set(chain.from_iterable(prompts_of(rows))), key=lambda prompt: (len(prompt), prompt))
-    share = unique[accelerator.process_index :: accelerator.num_processes]
-    refusals: dict[tuple[int, ...], list[int]] = {}
-    answers = generate_rows(
-        model,
-        share,
-        end_tokens(model, tokenizer),
-        batch_size=batch_size,
-        padding=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-    title = f"Answers of the reference to {name}"
-    for prompt, answer in zip(tqdm(share, title, disable=not accelerator.is_main_process), answers, strict=True):
-        if find_refusal_cue(tokenizer.decode(answer, skip_special_tokens=True)) is not None:
-            refusals[prompt] = answer
-    return {prompt: refusal for part in gather_object([refusals]) for prompt, refusal in part.items()}
+    title = f"Answers of the reference to {name}" if accelerator.is_main_process else None
+
+    prompts = unique[accelerator.process_index :: accelerator.num_processes]
+    found: dict[tuple[int, ...], list[int]] = {}
+    for limit in (SHORT, WITH_THOUGHTS):
+        options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": 16, "progress": title}
+        said = continue_rows(model, prompts, ends=end_tokens(model, tokenizer), with_end=True, **options)[0]
+        opened = [opens_thoughts(tokenizer.decode(prompt[-20:])) for prompt in prompts]
+        spoken = read_answers(tokenizer, [ids or [] for ids in said], opened, limit)
+        for prompt, ids, answer in zip(prompts, said, spoken, strict=True):
+            if ids and answer.finished and find_refusal_cue(answer.answer) is not None:
+                found[prompt] = ids
+        prompts = [prompt for prompt, answer in zip(prompts, spoken, strict=True) if not answer.finished]
+        if not prompts:
+            break
+    else:
+        logger.warning(
+            "%d of %d answers of the reference ended in the middle of their thoughts, after %d tokens: these prompts "
+            "count as not refused. Train on prompts that turn thinking off, or mark rows in a column `constrain`.",
+            len(prompts),
+            len(unique),
+            WITH_THOUGHTS,
+        )
+    return {prompt: refusal for part in gather_object([found]) for prompt, refusal in part.items()}

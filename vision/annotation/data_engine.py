@@ -27,7 +27,6 @@ from .masklets import (
     count_clicks,
     find_masklets,
     measure_cycles,
-    sibling_session,
     track,
 )
 from .sources import list_videos, name_video, open_frames
@@ -45,7 +44,6 @@ def annotate(
     prompts: str | Callable[[Any, VideoSession], Mapping | None] = "auto",
     verifier: Callable[[Masklet], bool] | None = None,
     corrector: Callable[[Masklet], VideoSegments | None] | None = None,
-    phase: int = 3,
     out: str | Path = "annotations",
     gate: QualityGate | None = None,
     automatic: AutomaticMaskConfig | Mapping | None = None,
@@ -84,10 +82,6 @@ def annotate(
             Corrects a [`Masklet`] by prompts in `masklet.session`, or removes its object there to reject it; or
             returns [`VideoSegments`], corrected or as they were, as [`annotate_in_browser`] does. One that raises
             `CorrectorUnavailable` stops the run, which goes on when `annotate` is called again.
-        phase (`int`, *optional*, defaults to `3`):
-            What the model does with prompts: 1, every frame on its own, without tracking; 2, clicks make a mask on
-            their frame from nothing, and masks are propagated; 3, clicks and masks are propagated, and clicks refine
-            what is there. In phase 2 the functions get a session that does not track.
         out (`str` or `Path`, *optional*, defaults to `"annotations"`):
             Folder for the results.
         gate (`QualityGate`, *optional*):
@@ -102,13 +96,13 @@ def annotate(
     Returns:
         `datasets.Dataset`: all masklets in `out`, a row each, mapped from a file into memory: the video's path, name
         and size; object and category; frames with their COCO RLEs, scores and object scores; stability, cycle IoU and
-        uncertainty; provenance, model, its commit (for a folder, its weights) and hash of weights, phase and prompts;
+        uncertainty; provenance, model, its commit (for a folder, its weights) and hash of weights, and prompts;
         clicks, clicked and edited frames, rounds and seconds in the functions given; status, reason and damage of the
         file. Its description counts them.
 
     Raises:
         TypeError: if `videos` is a single video.
-        ValueError: if an argument is out of its range, or `out` holds annotations of another phase or model.
+        ValueError: if an argument is out of its range, or `out` holds annotations of another model.
         OSError: if a result can't be written.
 
     Example:
@@ -121,29 +115,26 @@ def annotate(
     >>> masklets = annotate("clips/", pipe, corrector=by_hand, out="corrected")
     ```
     """
-    if phase not in (1, 2, 3):
-        raise ValueError(f"Expected phase 1, 2 or 3, got {phase!r}.")
     if prompts != "auto" and not callable(prompts):
         raise ValueError(f'Expected prompts to be "auto" or a function of a video and a session, got {prompts!r:.80}.')
-    if phase == 1 and prompts == "auto":
-        raise ValueError("Phase 1 does not track what a grid of clicks finds. Pass phase=3, or prompts as a function.")
     if automatic is not None and prompts != "auto":
         raise ValueError('`automatic` says how prompts="auto" finds objects. Pass prompts="auto" with it.')
     if max_rounds < 0:
         raise ValueError(f"Expected max_rounds of at least 0, got {max_rounds}.")
     pipe._sanitize_parameters(**options)
     gate = gate or QualityGate()
-    passes: dict[str, Any] = {"keep": "window" if corrector is None else "all"}
+    # What corrections of any frame need grows with the video: it waits on the disk.
+    passes: dict[str, Any] = {"keep": "window"} if corrector is None else {"keep": "all", "offload": "disk"}
     if corrector is None and gate.min_cycle_iou is None:  # no frame is looked at twice
         passes["feature_cache_bytes"] = 0
     options = {"feature_cache_bytes": _FEATURE_CACHE_BYTES, **passes, **options, "output": "rle"}
     VideoSessionConfig(**options)  # a wrong value is refused before any work
     finder = automatic if isinstance(automatic, AutomaticMaskConfig) else AutomaticMaskConfig(**(automatic or {}))
-    engine = _Engine(pipe, prompts, verifier, corrector, phase, gate, finder, max_rounds, options)
+    engine = _Engine(pipe, prompts, verifier, corrector, gate, finder, max_rounds, options)
     given = list_videos(videos)
     model, weights = pipe.model.config.name_or_path, hash_weights(pipe.model)
     revision = model_revision(pipe.model) or f"weights-{weights}"
-    store = AnnotationStore(out, {"phase": phase, "model": model, "weights": weights})
+    store = AnnotationStore(out, {"model": model, "weights": weights})
     state = PartialState(cpu=pipe.model.device.type == "cpu")
     skipped = []
     for index, video in enumerate(tqdm(given, desc="Annotating", unit="video", disable=not state.is_main_process)):
@@ -179,7 +170,6 @@ class _Engine:
     prompts: str | Callable
     verifier: Callable | None
     corrector: Callable | None
-    phase: int
     gate: QualityGate
     finder: AutomaticMaskConfig
     max_rounds: int
@@ -192,8 +182,6 @@ class _Engine:
             masklets = {found.object: found for found in find_masklets(self.pipe, session, self.finder, video, name)}
         else:
             self._first_prompts(session, masklets, video, name)
-        for masklet in masklets.values():
-            masklet.phase = self.phase
         self._measure(session, masklets.values())
         while pending := [m for m in masklets.values() if m.status == "waiting" and m.reason is None]:
             self._settle(pending[0], masklets)
@@ -204,18 +192,18 @@ class _Engine:
         assert callable(self.prompts)
         prompt = self.prompts
 
-        def point(workspace: VideoSession) -> None:
-            for frame, objects in VideoPrompts(prompt(video, workspace)).items():
+        def point() -> None:
+            for frame, objects in VideoPrompts(prompt(video, session)).items():
                 for obj, one in objects.items():
-                    workspace.add(frame, obj, **vars(one))
+                    session.add(frame, obj, **vars(one))
 
         _, clicks, seconds = self._call_hook(session, point)
         for frame, obj in clicks:
-            masklets.setdefault(obj, Masklet(video, name, obj, session, self.phase, "manual"))
+            masklets.setdefault(obj, Masklet(video, name, obj, session, "manual"))
             masklets[obj].clicks[frame] = clicks[frame, obj]
         for masklet in masklets.values():
             masklet.seconds = seconds / len(masklets)
-        self._retrack(session, masklets.values())
+        track(session, masklets.values())
 
     def _settle(self, masklet: Masklet, masklets: dict[int, Masklet]) -> None:
         """Verifies and corrects a masklet until it is accepted, rejected or waits."""
@@ -250,21 +238,13 @@ class _Engine:
         assert self.corrector is not None
         session, corrector = masklet.session, self.corrector
         prompted, known = _prompts_of(session), set(session.objects)
-
-        def correct(workspace: VideoSession) -> VideoSegments | None:
-            masklet.session = workspace
-            try:
-                return corrector(masklet)
-            finally:
-                masklet.session = session
-
-        segments, clicks, seconds = self._call_hook(session, correct)
+        segments, clicks, seconds = self._call_hook(session, lambda: corrector(masklet))
         masklet.rounds += 1
         masklet.seconds += seconds
         changed = {obj for _, obj in clicks}
         changed |= {obj for frame, obj in prompted.keys() - _prompts_of(session).keys()}
         for frame, obj in clicks:
-            one = masklets.setdefault(obj, Masklet(masklet.video, masklet.name, obj, session, self.phase))
+            one = masklets.setdefault(obj, Masklet(masklet.video, masklet.name, obj, session))
             one.clicks[frame] = one.clicks.get(frame, 0) + clicks[frame, obj]
             one.provenance = "manual"
             if one.status == "rejected":  # it was removed, and is shown anew
@@ -276,41 +256,23 @@ class _Engine:
             masklets[obj].status, masklets[obj].reason = "rejected", "removed"
         changed -= removed
         if segments is None:
-            self._retrack(session, [masklets[obj] for obj in changed])
+            track(session, [masklets[obj] for obj in changed])
             return "prompts" if changed or removed else "nothing"
         for obj in (changed | {masklet.object}) - removed:
             _replace_masks(masklets[obj], segments, session, drawn=obj not in changed)
         return "masks"
 
     def _call_hook(self, session: VideoSession, hook: Callable) -> tuple[Any, dict[tuple[int, int], int], float]:
-        """
-        Calls a hook with a session, in phase 2 an empty one, whose masks the session then gets. Returned are what the
-        hook gave, clicks by frame and object prompted, and seconds.
-        """
-        workspace = sibling_session(session) if self.phase == 2 else session
-        before = _prompts_of(workspace)
+        """What a hook gave, clicks by frame and object that it prompted in the session, and seconds."""
+        before = _prompts_of(session)
         started = time.perf_counter()
-        result = hook(workspace)
+        result = hook()
         seconds = time.perf_counter() - started
-        made = {key: prompt for key, prompt in _prompts_of(workspace).items() if prompt is not before.get(key)}
-        if workspace is not session:
-            for (frame, obj), prompt in made.items():
-                drawn = workspace.segments(frame).masks[obj] if prompt.mask is None else prompt.mask
-                session.add(frame, obj, mask=drawn)
+        made = {key: prompt for key, prompt in _prompts_of(session).items() if prompt is not before.get(key)}
         return result, {key: count_clicks(prompt, before.get(key)) for key, prompt in made.items()}, seconds
 
-    def _retrack(self, session: VideoSession, masklets: Iterable[Masklet]) -> None:
-        if self.phase > 1:
-            track(session, masklets)
-            return
-        for masklet in masklets:
-            masklet.clear()
-            for frame, objects in session.prompts.items():
-                if masklet.object in objects:
-                    masklet.take(session.segments(frame), session)
-
     def _measure(self, session: VideoSession, masklets: Iterable[Masklet]) -> None:
-        if self.phase > 1 and self.gate.min_cycle_iou is not None:
+        if self.gate.min_cycle_iou is not None:
             measure_cycles(session, [masklet for masklet in masklets if masklet.cycle_iou is None])
 
 

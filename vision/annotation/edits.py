@@ -1,6 +1,7 @@
 """What people do to a session on the page, by name, so that it can be written down and done again."""
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,14 @@ def _prompt(session: VideoSession, frame: int, obj: int, points: Any = None, lab
 
 def _brush(session: VideoSession, frame: int, obj: int, stroke: Any, radius: float, erase: bool = False) -> None:
     """Draws a line into the mask of an object, or rubs it out; the mask is then the prompt of its frame."""
-    points = np.asarray(stroke, dtype=float)
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or not 0 < float(radius) <= 10_000:
+    try:
+        points = np.asarray(stroke, dtype=float)
+        good = points.ndim == 2 and points.shape[1] == 2 and np.isfinite(points).all() and 0 < radius <= 10_000
+    except (TypeError, ValueError):
+        good = False
+    if not good:
         raise ValueError(
-            f"Expected a stroke as [[x, y], ...] and a radius above 0, got {stroke!r:.80} and {radius!r}."
+            f"Expected a stroke as [[x, y], ...] and a radius above 0, got {stroke!r:.80} and {radius!r:.40}."
         )
     height, width = session.size
     drawn = Image.new("1", (width, height))
@@ -69,6 +74,12 @@ def apply_edit(session: VideoSession, kind: str, fields: Mapping[str, Any]) -> N
     Raises:
         ValueError, TypeError: for fields that it can't be done with; the session is then as it was.
     """
+    expected = signature(EDITS[kind])
+    try:
+        expected.bind(session, **fields)
+    except TypeError:
+        known = ", ".join([*expected.parameters][1:]) or "none"
+        raise ValueError(f"Expected for {kind} the fields {known}, got {', '.join(fields) or 'none'}.") from None
     last = (session.num_frames or 1) - 1
     for name, most in (("frame", last), ("obj", _MOST_OBJECTS)):
         if name in fields:

@@ -1,20 +1,25 @@
 """Masklets, the masks of one object through a video: tracked, measured, and found without prompts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco
 
 from ..session.automatic_masks import AutomaticMaskConfig
+from ..session.frames import PixelValues
 from ..session.prompts import ObjectPrompt, encode_rle
 from ..session.segments import FrameSegments, decode_mask
 from ..session.session import VideoSession
+from ..session.tracking import using
 
 
+_ENCODED_AT_ONCE = 4  # frames
+_Features = tuple[list[torch.Tensor], torch.Tensor]  # maps of a frame and their positions
 _STABILITY_OFFSET = 1.0  # logits, as in the reference's automatic mask generator
 
 
@@ -36,8 +41,6 @@ class Masklet:
             Number of the object.
         session (`VideoSession`):
             Where a corrector clicks, see [`annotate`].
-        phase (`int`):
-            Of the data engine: 1, 2 or 3.
         provenance (`str`, *optional*, defaults to `"auto"`):
             "auto", or "manual" once it was prompted by hand.
         masks (`dict[int, dict]`):
@@ -65,7 +68,6 @@ class Masklet:
     name: str
     object: int
     session: VideoSession = field(repr=False)
-    phase: int = 3
     provenance: str = "auto"
     masks: dict[int, Any] = field(default_factory=dict, repr=False)
     scores: dict[int, float] = field(default_factory=dict, repr=False)
@@ -167,17 +169,59 @@ def count_clicks(prompt: ObjectPrompt, before: ObjectPrompt | None) -> int:
     return len(prompt.points) - (len(before.points) if before is not None and kept else 0) + 2 * boxes
 
 
-def sibling_session(session: VideoSession, **options: Any) -> VideoSession:
-    """An empty session of the same video that shares its vision features; `options` change its configuration."""
-    sibling = VideoSession(session.model, session.processor, session.frames, replace(session.config, **options))
-    sibling.features = session.features
-    return sibling
+def empty_session(session: VideoSession, **options: Any) -> VideoSession:
+    """Another session of the same video, which shares its vision features; `options` change its configuration."""
+    other = VideoSession(session.model, session.processor, session.frames, replace(session.config, **options))
+    other.features = session.features
+    return other
+
+
+def _walk(session: VideoSession, objects: Container[int] | None = None) -> Iterator[FrameSegments]:
+    """A pass in both directions; on the way forward some frames are encoded at once, which is faster than each."""
+    passes, pixels = (
+        session.iterate("both", objects=objects),
+        PixelValues(session.frames, session.processor, session.model),
+    )
+    ahead: dict[int, tuple[list[torch.Tensor], torch.Tensor]] = {}
+    shown = [frame for frame, known in session.prompts.items() if objects is None or any(o in objects for o in known)]
+    frame, last = min(shown), -1
+    while True:
+        if last < frame < (session.num_frames or 0) and frame not in session.features:
+            if frame not in ahead:
+                ahead = _encode(session, pixels, frame)
+            if frame in ahead:
+                session.features.put(frame, *ahead.pop(frame))
+        if (segments := next(passes, None)) is None:
+            return
+        yield segments
+        last, frame = max(last, segments.frame), segments.frame + 1
+
+
+def _encode(
+    session: VideoSession, pixels: PixelValues, first: int
+) -> dict[int, tuple[list[torch.Tensor], torch.Tensor]]:
+    """The features of some frames from a first one on, as far as they can be read and are not known."""
+    images: list[torch.Tensor] = []
+    for frame in range(first, min(first + _ENCODED_AT_ONCE, session.num_frames or 0)):
+        try:
+            images.append(pixels(frame).to(session.model.device, session.model.dtype))
+        except (ValueError, TypeError):
+            break  # raised when its turn comes
+    if not images:
+        return {}
+    with using(session.model):
+        found = session.model.get_image_features(torch.stack(images), return_dict=True)
+    places = found.fpn_position_encoding[-1][:, :1]
+    return {
+        first + number: ([level[:, number : number + 1] for level in found.fpn_hidden_states], places)
+        for number in range(len(images))
+    }
 
 
 def track(session: VideoSession, masklets: Iterable[Masklet]) -> None:
     """Gives masklets the masks of a pass over the video, in both directions; other objects are left alone."""
     wanted = {masklet.object: masklet for masklet in masklets}
-    for segments in session.iterate("both", objects=wanted) if wanted else ():
+    for segments in _walk(session, wanted) if wanted else ():
         for obj in segments.objects:
             wanted[obj].take(segments, session)
 
@@ -188,20 +232,22 @@ def measure_cycles(session: VideoSession, masklets: Iterable[Masklet]) -> None:
     empty memory, is looked for on the first one in one step, whatever lies between: what a mask drifted to is not what
     it began with. That is a step for each object instead of a pass over all frames.
     """
-    sibling = sibling_session(session, keep="window", undo_levels=0)
     returning: dict[int, Masklet] = {}
     for masklet in masklets:
         frames = masklet.in_sight
         masklet.cycle_iou = 1.0 if frames else 0.0
         if len(frames) > 1:
             returning[masklet.object] = masklet
-            sibling.add(frames[-1], masklet.object, mask=masklet.masks[frames[-1]])
     if not returning:
         return
+    alone = empty_session(session, keep="window", undo_levels=0)
+    for obj, masklet in returning.items():
+        last = masklet.in_sight[-1]
+        alone.add(last, obj, mask=masklet.masks[last])
     first = {obj: masklet.in_sight[0] for obj, masklet in returning.items()}
     for frame in sorted(set(first.values())):
         objects = [obj for obj in first if first[obj] == frame]
-        for segments in sibling.iterate("backward", start=frame, max_frames=1, objects=objects):
+        for segments in alone.iterate("backward", start=frame, max_frames=1, objects=objects):
             for obj in segments.objects:
                 pair = [segments.masks[obj]], [returning[obj].masks[frame]]
                 returning[obj].cycle_iou = float(coco.iou(*pair, [0])[0, 0])
@@ -227,7 +273,7 @@ def find_masklets(pipe, session: VideoSession, config: AutomaticMaskConfig, vide
         if _search(pipe, session, searched, config):
             break
     masklets: dict[int, Masklet] = {}
-    for segments in session.iterate("both") if session.objects else ():
+    for segments in _walk(session) if session.objects else ():
         if config.every and segments.frame > searched and (segments.frame - config.frame) % config.every == 0:
             searched = segments.frame
             if _search(pipe, session, searched, config):

@@ -49,8 +49,8 @@ class AnnotationPage:
     Serves an [`AnnotationProject`] to browsers; what is clicked is saved before it is answered.
 
     All work on sessions and on the database runs in one thread of its own, so that a click made while objects are
-    tracked waits for the frame at hand, stops the tracking and is then done. People are told apart by a name that the
-    page keeps in a cookie.
+    tracked waits for the frame at hand, stops the tracking and is then done. Who asks is known by a name that the page
+    keeps in a cookie.
 
     Args:
         project (`AnnotationProject`):
@@ -84,8 +84,8 @@ class AnnotationPage:
                 web.get("/page.js", send_file("page.js")),
                 web.get("/state", self._get_state),
                 web.get("/job", self._get_job),
-                web.get("/frames/{frame}", self._get_frame),
-                web.get("/masks/{frame}", self._get_masks),
+                web.get(r"/frames/{frame:\d+}", self._get_frame),
+                web.get(r"/masks/{frame:\d+}", self._get_masks),
                 web.get("/export", self._get_export),
                 web.post("/open", self._post_open),
                 *(web.post(f"/{kind}", self._edit(kind)) for kind in EDITS),

@@ -65,16 +65,20 @@ class AnnotationProject:
         self.keep = True  # whether sessions and rows are written at all
         self._model, self._weights = pipe.model.config.name_or_path, hash_weights(pipe.model)
         self._revision = model_revision(pipe.model) or f"weights-{self._weights}"
-        self.store = AnnotationStore(folder, {"phase": 3, "model": self._model, "weights": self._weights})
+        self.store = AnnotationStore(folder, {"model": self._model, "weights": self._weights})
         (self.folder / "sessions").mkdir(exist_ok=True)
         self.queue = Queue(self.folder / "project.sqlite")
         self._sessions: dict[str, VideoSession] = {}
         self._versions: dict[str, int] = {}  # of what is in memory
         self._saved: dict[str, int] = {}  # of what is in the session's file
         self._given: dict[str, Any] = {}  # videos without a path
-        known = {video["name"] for video in self.queue.videos()}
+        worked_on = {
+            video["name"]
+            for video in self.queue.videos()
+            if video["version"] or video["finished"] or self.queue.masklets(video["name"])
+        }
         for name in self.store.names():
-            if name not in known:
+            if name not in worked_on:
                 self._take_rows(name)
 
     def close(self) -> None:
@@ -152,10 +156,9 @@ class AnnotationProject:
                 saved = int(opened.metadata().get("note") or 0)
         else:
             session = self.pipe.session(source, output="rle", undo_levels=_UNDO_LEVELS)
-            for row in self.store.rows(name):
-                if row["reason"] != "removed":
-                    for frame, objects in VideoPrompts(_prompts_of_row(row)).items():
-                        session.add(frame, row["object"], **vars(objects[row["object"]]))
+            for obj, one in self.queue.masklets(name).items():
+                for frame, prompt in _prompts_of(one).items():
+                    session.add(frame, obj, **vars(prompt))
             session.forget_edits()
         for version, kind, fields in self.queue.edits_since(name, saved):
             try:
@@ -168,7 +171,8 @@ class AnnotationProject:
     def untracked(self, name: str) -> bool:
         """Whether the session has masks on prompted frames only, though rows tell of more."""
         session = self.session(name)
-        tracked = any(len(frames) > len(_frames_of(session, obj)) for obj, frames in session.tracks.items())
+        prompts = _prompts_by_object(session)
+        tracked = any(len(frames) > len(prompts[obj]) for obj, frames in session.tracks.items())
         return not tracked and any(len(row["frames"]) > 1 for row in self.store.rows(name))
 
     def edit(
@@ -289,7 +293,7 @@ class AnnotationProject:
         for obj, one in known.items():
             base = rows.get(obj)
             if one["edited"] and one["reason"] != "removed":
-                masklet = self._masklet(name, obj, base)
+                masklet = self._masklet(name, obj, one)
                 yield from self._take_masks(masklet)
                 row = to_row(masklet, self.queue.video(name)["path"], self._model, self._revision, self._weights)
             elif base is not None:
@@ -328,7 +332,10 @@ class AnnotationProject:
             self.queue.add_video(name, path, Path(path).name if path else name)
             for row in rows:
                 fields = {key: row[key] for key in ("status", "uncertainty", "reason", "category")}
-                self.queue.put_masklet(name, row["object"], **fields)
+                origin = {key: row[key] for key in ("prompts", "provenance", "rounds", "seconds", "edited_frames")}
+                if row["reason"] == "removed":
+                    origin["prompts"] = "{}"
+                self.queue.put_masklet(name, row["object"], origin=json.dumps(origin), **fields)
             if not rows:
                 self.queue.mark(name, finished=1)  # nothing was found in it
 
@@ -345,20 +352,18 @@ class AnnotationProject:
             else:
                 self._put(name, obj, status="rejected", reason="removed", edited=1)
 
-    def _masklet(self, name: str, obj: int, base: Mapping[str, Any] | None) -> Masklet:
-        """A masklet as people left it; what they did is what its prompts have beside those of its row."""
+    def _masklet(self, name: str, obj: int, known: Mapping[str, Any]) -> Masklet:
+        """A masklet as people left it; what was done by hand is what its prompts have beside those it began with."""
         session = self.session(name)
-        masklet = Masklet(None, name, obj, session, provenance="manual")
-        before = {} if base is None else VideoPrompts(_prompts_of_row(base))
-        for frame, objects in session.prompts.items():
-            if obj in objects:
-                known = before[frame][obj] if frame in before else None
-                if known is None or known.to_dict() != objects[obj].to_dict():
-                    masklet.clicks[frame] = count_clicks(objects[obj], known)
-        if base is not None:
-            masklet.provenance = "manual" if masklet.clicks else base["provenance"]
-            masklet.rounds, masklet.seconds = base["rounds"] + 1, base["seconds"]
-            masklet.clicks = dict.fromkeys(base["edited_frames"], 0) | masklet.clicks
+        origin, before = json.loads(known["origin"] or "{}"), _prompts_of(known)
+        by_hand = set(origin.get("edited_frames", []))
+        masklet = Masklet(None, name, obj, session, clicks=dict.fromkeys(by_hand, 0))
+        for frame, prompt in _prompts_by_object(session).get(obj, {}).items():
+            first = before.get(frame)
+            if frame in by_hand or first is None or first.to_dict() != prompt.to_dict():
+                masklet.clicks[frame] = count_clicks(prompt, None if frame in by_hand else first)
+        masklet.provenance = "manual" if masklet.clicks else origin.get("provenance", "manual")
+        masklet.rounds, masklet.seconds = origin.get("rounds", -1) + 1, origin.get("seconds", 0.0)
         return masklet
 
     def _take_masks(self, masklet: Masklet) -> Iterator[None]:
@@ -373,8 +378,11 @@ def _doubt(scores: Mapping[int, float]) -> float:
     return 1 - float(np.clip(np.mean(list(scores.values())), 0, 1)) if scores else 1.0
 
 
-def _prompts_of_row(row: Mapping[str, Any]) -> dict[int, dict[int, Any]]:
-    return {int(frame): {row["object"]: prompt} for frame, prompt in json.loads(row["prompts"]).items()}
+def _prompts_of(masklet: Mapping[str, Any]) -> dict[int, ObjectPrompt]:
+    """By frame, those that `annotate` left; none of what people found."""
+    prompts = json.loads(json.loads(masklet["origin"] or "{}").get("prompts", "{}"))
+    known = VideoPrompts({int(frame): {masklet["object"]: prompt} for frame, prompt in prompts.items()})
+    return {frame: objects[masklet["object"]] for frame, objects in known.items()}
 
 
 def _prompts_by_object(session: VideoSession) -> dict[int, dict[int, ObjectPrompt]]:
@@ -389,7 +397,3 @@ def _same(one: dict[int, ObjectPrompt] | None, other: dict[int, ObjectPrompt] | 
     if one is None or other is None:
         return one is other
     return one.keys() == other.keys() and all(prompt is other[frame] for frame, prompt in one.items())
-
-
-def _frames_of(session: VideoSession, obj: int) -> list[int]:
-    return [frame for frame, objects in session.prompts.items() if obj in objects]

@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS videos (
 CREATE TABLE IF NOT EXISTS masklets (
     video TEXT NOT NULL, object INTEGER NOT NULL, category TEXT, status TEXT NOT NULL, reason TEXT,
     uncertainty REAL NOT NULL, edited INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, person TEXT,
-    time REAL NOT NULL, PRIMARY KEY (video, object)
+    origin TEXT, time REAL NOT NULL, PRIMARY KEY (video, object)
 );
 CREATE TABLE IF NOT EXISTS edits (
     video TEXT NOT NULL, version INTEGER NOT NULL, kind TEXT NOT NULL, fields TEXT NOT NULL, person TEXT,

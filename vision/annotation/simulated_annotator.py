@@ -9,7 +9,7 @@ import numpy as np
 from ..evaluation.j_and_f import region_similarity
 from ..evaluation.simulated_prompts import correct_object, first_prompt
 from ..session.session import VideoSession
-from .masklets import Masklet
+from .masklets import Masklet, empty_session
 
 
 _SAME_OBJECT = 0.1  # IoU with some true object below which what the model found is none
@@ -31,7 +31,8 @@ class SimulatedAnnotator:
             Gives of a video, as it was given to `annotate`, the boolean masks `(frames, height, width)` by object;
             defaults to its attribute `masks`.
         phase (`int`, *optional*, defaults to `3`):
-            As for `annotate`: in phase 1 every frame is pointed at, then only the first one in sight.
+            Of the paper's engine: 1, every frame is clicked on alone, and nothing is tracked; 2, clicks make a mask
+            from nothing, and masks are tracked; 3, clicks are tracked, and refine what is there.
         min_iou (`float`, *optional*, defaults to `0.75`):
             What a mask must reach, in 0..1; the paper's threshold for the agreement of masks between phases.
         max_clicks (`int`, *optional*, defaults to `8`):
@@ -44,7 +45,7 @@ class SimulatedAnnotator:
     ```python
     >>> annotator = SimulatedAnnotator(phase=2)
     >>> hooks = {"prompts": annotator.point, "verifier": annotator.verify, "corrector": annotator.correct}
-    >>> annotate([procedural_clip(seed) for seed in range(20)], pipe, phase=2, **hooks)
+    >>> annotate([procedural_clip(seed) for seed in range(20)], pipe, **hooks)
     ```
     """
 
@@ -62,16 +63,18 @@ class SimulatedAnnotator:
         if self.max_clicks < 1:
             raise ValueError(f"Expected max_clicks of at least 1, got {self.max_clicks}.")
         self._matches: dict[tuple[str, int], int | None] = {}
+        self._clicks: dict[tuple[int, int], dict[int, int]] = {}  # of masks that were drawn, by session and object
 
     def point(self, video: Any, session: VideoSession) -> None:
         """Clicks on every object of a video; `prompts` of [`annotate`]."""
         for obj, truth in self.truth(video).items():
             visible = np.flatnonzero(truth.any(axis=(1, 2))).tolist()
-            for frame in visible if self.phase == 1 else visible[:1]:
+            for frame in range(len(truth)) if self.phase == 1 else visible[:1]:
                 self._click(session, frame, obj, truth[frame])
 
     def verify(self, masklet: Masklet) -> bool:
         """Whether a masklet is satisfactory; `verifier` of [`annotate`]."""
+        self._count(masklet)
         truth = self._truth_of(masklet)
         if truth is None:
             return False
@@ -89,6 +92,7 @@ class SimulatedAnnotator:
         worst = int(values.argmin())
         if values[worst] < (self.min_iou if self.per_frame else 1.0):
             self._click(masklet.session, worst, masklet.object, truth[worst])
+            self._count(masklet)
 
     @staticmethod
     def ious(masklet: Masklet, truth: np.ndarray) -> np.ndarray:
@@ -109,16 +113,25 @@ class SimulatedAnnotator:
         match = self._matches[key]
         return None if match is None else truth[match]
 
+    def _count(self, masklet: Masklet) -> None:
+        """Clicks that led to a mask which was then drawn are no prompts that the engine could count."""
+        for frame, clicks in self._clicks.pop((id(masklet.session), masklet.object), {}).items():
+            masklet.clicks[frame] = masklet.clicks.get(frame, 0) + clicks
+
     def _click(self, session: VideoSession, frame: int, obj: int, truth: np.ndarray) -> None:
-        segments, clicks = session.segments(frame), 0
+        where = session if self.phase == 3 else empty_session(session)
+        segments, clicks = where.segments(frame), 0
         if obj not in segments.masks:
             if not truth.any():
                 session.add(frame, obj, mask=truth)  # out of sight here: there is nothing to click on
                 return
-            session.add(frame, obj, **first_prompt(truth, 1))
-            segments, clicks = session.segments(frame), 1
+            where.add(frame, obj, **first_prompt(truth, 1))
+            segments, clicks = where.segments(frame), 1
         while (
             clicks < self.max_clicks and region_similarity(segments.binary(obj)[None], truth[None])[0] < self.min_iou
         ):
-            clicks += correct_object(session, segments, obj, truth, 1)
-            segments = session.segments(frame)
+            clicks += correct_object(where, segments, obj, truth, 1)
+            segments = where.segments(frame)
+        if where is not session:
+            session.add(frame, obj, mask=segments.binary(obj))
+            self._clicks.setdefault((id(session), obj), {})[frame] = clicks

@@ -44,7 +44,7 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
         check_links(folder)
         shards = [str(file) for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
         rows = load_dataset("parquet", data_files=shards, split="train") if shards else []
-        videos = read_rows(row for row in rows if row["status"] == "accepted" and row["video"] is not None)
+        videos = read_rows(row for row in rows if row["video"] is not None)
         for video in videos:
             if not (Path(video.video).is_file() or Path(video.video).is_dir()):
                 raise ValueError(
@@ -156,17 +156,20 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnnotatedVideo]:
 
     Args:
         rows (`Iterable[Mapping]`): Each with `video` (anything `open_video` takes), `frames` (numbers of those with a
-            mask) and `masks` (as many COCO RLEs); *optional* are `object`, its number, and `name`: rows of one name,
-            or of one path, are of one video.
+            mask) and `masks` (as many COCO RLEs); *optional* are `object`, its number, `name`: rows of one name, or of
+            one path, are of one video, and `status`: what is not "accepted" is left out.
 
     Raises:
-        ValueError: if a row has no such columns, or as many masks as frames.
+        ValueError: if a row has no such columns, as many masks as frames, or no video.
     """
     groups: dict[Any, tuple[Any, dict[int, dict[int, Any]]]] = {}
     for number, row in enumerate(rows):
         if not {"video", "frames", "masks"} <= set(row) or len(row["frames"]) != len(row["masks"]):
             raise ValueError(f"Expected video, frames and as many masks in row {number}, got columns {sorted(row)}.")
-        video = row["video"]
+        if row.get("status", "accepted") != "accepted":
+            continue
+        if (video := row["video"]) is None:
+            raise ValueError(f"Row {number} has no video, for it was annotated in memory. Put its frames there.")
         key = row.get("name") or (video if isinstance(video, (str, Path)) else number)
         _, masks = groups.setdefault(key, (video, {}))
         objects = {obj for frame in masks.values() for obj in frame}

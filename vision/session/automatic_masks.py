@@ -1,16 +1,18 @@
-"""Finds everything in an image by a grid of clicks, as the reference's automatic mask generator does."""
+"""Finds what no person points at: by a grid of clicks, as the reference's mask generator does, or by a detector."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.ops import masks_to_boxes, nms
 
 from .mask_postprocessing import small_regions
+from .prompts import ObjectPrompt
 from .segments import box_around
 from .tracking import using
 
@@ -21,7 +23,8 @@ _EDGE = 20.0  # pixels: a mask this near to the border of a crop is another crop
 @dataclass
 class AutomaticMaskConfig:
     """
-    Options of the reference generator under its names and with its defaults, and when to look in a video.
+    Options of the reference generator under its names and with its defaults, and when to look in a video. With a
+    detector, only `frame` and those after it count.
 
     Args:
         points_per_side (`int`, *optional*, defaults to `32`): Side of the grid of clicks; unused with `point_grids`.
@@ -235,12 +238,68 @@ def _xywh(mask: np.ndarray) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
+@dataclass(frozen=True)
+class Detection:
+    """
+    What a detector found.
+
+    Args:
+        prompt ([`ObjectPrompt`]): Its box.
+        label (`str`, *optional*): What it is.
+        score (`float`, *optional*, defaults to `1.0`): How sure the detector is.
+    """
+
+    prompt: ObjectPrompt
+    label: str | None = None
+    score: float = 1.0
+
+
+def detect_objects(detector: Callable[[Image.Image], Any], image: np.ndarray) -> list[Detection]:
+    """
+    Asks a detector for the objects in an image. Boxes with no part of the image in them are left out.
+
+    Args:
+        detector (`Callable`):
+            Takes a `PIL.Image` and gives a list with a `dict` for each object, as `pipeline("object-detection")` does:
+            `box` (a `dict` of `xmin`, `ymin`, `xmax`, `ymax`, or `[x0, y0, x1, y1]`) and, *optional*, `label` and
+            `score`; or boxes alone, `(n, 4)`.
+        image (`np.ndarray` of shape `(height, width, 3)`):
+            In uint8 RGB.
+
+    Returns:
+        `list[Detection]`, the surest first.
+
+    Raises:
+        ValueError: if the detector gives something else.
+    """
+    given, found = detector(Image.fromarray(image)), []
+    try:
+        for record in given:
+            record = record if isinstance(record, Mapping) else {"box": record}
+            box = record["box"]
+            sides = [box[key] for key in ("xmin", "ymin", "xmax", "ymax")] if isinstance(box, Mapping) else box
+            x0, y0, x1, y1 = (float(side) for side in sides)
+            if min(x1, image.shape[1]) > max(x0, 0) and min(y1, image.shape[0]) > max(y0, 0):
+                prompt = ObjectPrompt(box=[x0, y0, x1, y1])
+                found.append(Detection(prompt, record.get("label"), float(record.get("score", 1.0))))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            'Expected the detector to give [{"box": {"xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4}, "label": "cat", '
+            f'"score": 0.9}}, ...] or boxes [[x0, y0, x1, y1], ...], got {given!r:.80}.'
+        ) from None
+    return sorted(found, key=lambda detection: -detection.score)
+
+
 def new_objects(found: list[dict], tracked: list[np.ndarray], max_overlap: float) -> list[dict]:
     """Those of `found` whose mask has less than `max_overlap` IoU with all tracked masks and those kept before it."""
     known, kept = list(tracked), []
     for record in found:
-        mask = record["segmentation"]
-        if all((mask & other).sum() < max_overlap * (mask | other).sum() for other in known):
-            known.append(mask)
+        if is_new(record["segmentation"], known, max_overlap):
+            known.append(record["segmentation"])
             kept.append(record)
     return kept
+
+
+def is_new(mask: np.ndarray, known: list[np.ndarray], max_overlap: float) -> bool:
+    """Whether a mask has less than `max_overlap` IoU with all known ones."""
+    return all((mask & other).sum() < max_overlap * (mask | other).sum() for other in known)

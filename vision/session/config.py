@@ -26,8 +26,10 @@ class VideoSessionConfig:
         keep (`str`, *optional*, defaults to `"all"`):
             "all" keeps what corrections of any frame need (about 0.8 MB an object and frame at 1024 pixels), "window"
             only what the next frame needs. A stream keeps a window whatever is said.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether memories, masks and cached features wait on the CPU while the model is elsewhere.
+        offload (`bool` or `str`, *optional*, defaults to `False`):
+            Whether memories, masks and cached features wait on the CPU while the model is elsewhere. With "disk"
+            memories and masks are in temporary files that are mapped into memory (in `TMPDIR`), of which the system
+            keeps what it has room for: so a session of `keep="all"` has bounds too.
         feature_cache_bytes (`int`, *optional*, defaults to `2**28`):
             How many bytes of vision features are kept for later passes (21 MB a frame at 1024 pixels).
         feature_cache_dtype (`torch.dtype`, *optional*):
@@ -51,7 +53,7 @@ class VideoSessionConfig:
     memory: str | MemoryPolicy = "exact"
     max_cond_frames: int | None = None
     keep: str = "all"
-    offload: bool = False
+    offload: bool | str = False
     feature_cache_bytes: int = 2**28
     feature_cache_dtype: torch.dtype | None = None
     non_overlap: bool = False
@@ -61,12 +63,16 @@ class VideoSessionConfig:
     undo_levels: int = 4
 
     def __post_init__(self):
-        choices = {"output": OUTPUTS, "keep": ("all", "window")}
+        choices: dict[str, tuple] = {
+            "output": OUTPUTS, "keep": ("all", "window"), "offload": (False, True, "disk")
+        }  # fmt: skip
         if not callable(self.memory):
             choices["memory"] = ("exact",)
         for name, values in choices.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"Expected {name} to be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"Expected {name} to be one of {', '.join(map(str, values))}, got {getattr(self, name)!r}."
+                )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"Expected smoothing in 0..1 (1 excluded), got {self.smoothing}.")
         if self.max_cond_frames is not None and self.max_cond_frames < 1 and self.max_cond_frames != -1:

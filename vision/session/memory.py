@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 import torch
 from transformers import Sam2VideoInferenceSession
@@ -10,6 +11,7 @@ from transformers import Sam2VideoInferenceSession
 from .segments import box_around
 
 
+_MAPPED_BYTES = 2**24  # of a file at least; what is not written of it takes no room
 _STREAM_COND_FRAMES = 8  # as many frames as the paper's annotator corrects
 
 
@@ -94,6 +96,25 @@ class FeatureCache:
             self._kept[frame] = [level.to(self.device or level.device, self.dtype or level.dtype) for level in levels]
 
 
+class MappedTensors:
+    """
+    Takes tensors into temporary files without a name that are mapped into memory (in `TMPDIR`), so that what is not
+    being read need not be there. A file goes with the last of its tensors.
+    """
+
+    def __init__(self):
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        length = -(-tensor.nbytes // 64) * 64  # any type may begin there
+        if length > len(self._rest):
+            with NamedTemporaryFile() as file:
+                size = max(length, _MAPPED_BYTES)
+                self._rest = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+        taken, self._rest = self._rest[: tensor.nbytes], self._rest[length:]
+        return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 class ObjectMemory(Sam2VideoInferenceSession):
     """
     [`~transformers.Sam2VideoInferenceSession`] of a single object that takes frames from elsewhere and can forget what
@@ -117,10 +138,15 @@ class ObjectMemory(Sam2VideoInferenceSession):
             How many frames with a prompt it attends to at most; -1 for all.
         policy (`MemoryPolicy`):
             Which tracked frames are attended to.
+        mapped (`bool`, *optional*, defaults to `False`):
+            Whether memories and masks are in [`MappedTensors`].
     """
 
-    def __init__(self, obj, pixel_values, num_frames, features, reach, max_cond_frames, policy=exact, **kwargs):
+    def __init__(
+        self, obj, pixel_values, num_frames, features, reach, max_cond_frames, policy=exact, mapped=False, **kwargs
+    ):
         super().__init__(**kwargs)
+        self._mapped = MappedTensors() if mapped else None
         self.obj_id_to_idx(obj)
         self.cache = features
         self.reach = reach
@@ -190,6 +216,8 @@ class ObjectMemory(Sam2VideoInferenceSession):
         output["maskmem_pos_enc"] = self.cache.memory_positions
         for key in ("maskmem_features", "pred_masks"):
             output[key] = output[key].to(self.inference_state_device)
+            if self._mapped is not None:
+                output[key] = self._mapped(output[key])
         if self.policy is not exact:
             output["box"] = torch.tensor(box_around((output["pred_masks"][0, 0] > 0).cpu().numpy()))
         return output
@@ -317,6 +345,7 @@ def new_memory(session, obj: int) -> ObjectMemory:
         (config.num_maskmem - 1, config.max_object_pointers_in_encoder - 1),
         most,
         session.policy,
+        session.config.offload == "disk",
         video_height=size[0],
         video_width=size[1],
         inference_device=session.model.device,

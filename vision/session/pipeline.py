@@ -1,7 +1,7 @@
 """`pipeline("promptable-video-segmentation")`."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AutoModel, Pipeline
 
 from hf_iclr.hub import PretrainedHubMixin, model_card, repository_name
 
-from .automatic_masks import AutomaticMaskConfig, generate_masks, new_objects
+from .automatic_masks import AutomaticMaskConfig, detect_objects, generate_masks, is_new, new_objects
 from .config import VideoSessionConfig
 from .frames import VideoFrames, is_image
 from .prompts import VideoPrompts
@@ -38,12 +38,21 @@ class VideoModel(AutoModel):
         return model
 
 
+@dataclass
+class _Finder:
+    """What finds the objects that nobody points at, and what it said they are."""
+
+    config: AutomaticMaskConfig
+    detector: Callable | None
+    labels: dict[int, str] = field(default_factory=dict)
+
+
 class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     """
     Segments prompted objects in videos with SAM 2 (https://huggingface.co/papers/2408.00714), EdgeTAM or the tracker
     of SAM 3: every object on its own, in a memory bounded to what the model attends to.
 
-    Any field of [`~hf_iclr.vision.session.VideoSessionConfig`] may be passed here or to a call.
+    Any field of [`~hf_iclr.vision.session.VideoSessionConfig`] and any argument of a call may be passed here, too.
 
     Raises:
         ValueError: if the model is no video segmenter, has no processor, or a call has no prompts.
@@ -61,6 +70,9 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
     >>> for frame in pipe.stream(camera, prompts=prompts):  # any iterator, constant memory
     ...     frame.masks[1]
     >>> pipe(image, prompts="auto")  # everything in an image
+    >>> detector = pipeline("object-detection")
+    >>> for frame in pipe.stream(camera, detector=detector, automatic={"every": 10}):  # without a person
+    ...     frame.labels, frame.boxes
     ```
     """
 
@@ -98,7 +110,11 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
             direction (`str`, *optional*, defaults to `"forward"`):
                 "forward", "backward" or "both", see [`VideoSession.iterate`].
             automatic (`AutomaticMaskConfig` or `Mapping`, *optional*):
-                How "auto" finds objects.
+                How "auto" finds objects, and when.
+            detector (`Callable`, *optional*):
+                What finds objects instead, where no prompts are given or "auto":
+                `pipeline("object-detection")`, or any function that [`detect_objects`] takes. Each of its boxes whose
+                mask overlaps none of the tracked ones is the prompt of a new object with a number of its own.
             kwargs:
                 Fields of `VideoSessionConfig`, such as `output="rle"`.
 
@@ -131,10 +147,8 @@ class Sam2VideoPipeline(PretrainedHubMixin, Pipeline):
                 Frames in any form that `open_video` takes; an iterator is read lazily.
             prompts (`VideoPrompts`, `Mapping` or `str`):
                 By frame and object, used when the frame comes; "auto" segments everything.
-            automatic (`AutomaticMaskConfig` or `Mapping`, *optional*):
-                How "auto" finds objects.
             kwargs:
-                Fields of `VideoSessionConfig`.
+                As in a call: `automatic`, `detector` and fields of `VideoSessionConfig`.
 
         Returns:
             An iterator of [`FrameSegments`].
@@ -181,22 +195,34 @@ print(result[3].masks[1], result[3].scores[1])""",
             tags=["video-segmentation", "promptable-segmentation", self.model.config.model_type],
         )
 
-    def _sanitize_parameters(self, direction: str | None = None, automatic: Any = None, **options: Any):
+    def _sanitize_parameters(
+        self, direction: str | None = None, automatic: Any = None, detector: Callable | None = None, **options: Any
+    ):
         unknown = set(options) - _OPTIONS
         if unknown:
             raise TypeError(
-                f"Unknown options {', '.join(sorted(unknown))}. There are direction, automatic, "
+                f"Unknown options {', '.join(sorted(unknown))}. There are direction, automatic, detector, "
                 f"{', '.join(sorted(_OPTIONS))}."
             )
-        preprocess: dict[str, Any] = {"options": options} if options else {}
-        if automatic is not None:
-            preprocess["automatic"] = automatic
+        if detector is not None and not callable(detector):
+            raise TypeError(
+                f"Expected a detector that takes an image and gives boxes, got {type(detector).__name__}. Pass "
+                'detector=pipeline("object-detection") or a function.'
+            )
+        given = {"options": options or None, "automatic": automatic, "detector": detector}
+        preprocess = {name: value for name, value in given.items() if value is not None}
         return preprocess, {} if direction is None else {"direction": direction}, {}
 
     def preprocess(
-        self, inputs: dict[str, Any], options: Mapping | None = None, automatic: Any = None
+        self,
+        inputs: dict[str, Any],
+        options: Mapping | None = None,
+        automatic: Any = None,
+        detector: Callable | None = None,
     ) -> dict[str, Any]:
         prompts = inputs["prompts"]
+        if prompts is None and detector is not None:
+            prompts = "auto"
         if automatic is not None and prompts != "auto":
             raise ValueError('`automatic` says how prompts="auto" finds objects. Pass prompts="auto" with it.')
         finder = None
@@ -204,7 +230,7 @@ print(result[3].masks[1], result[3].scores[1])""",
             if prompts != "auto":
                 raise ValueError(f'Expected prompts by frame and object, or "auto", got {prompts!r}.')
             given = isinstance(automatic, AutomaticMaskConfig)
-            finder = automatic if given else AutomaticMaskConfig(**(automatic or {}))
+            finder = _Finder(automatic if given else AutomaticMaskConfig(**(automatic or {})), detector)
             prompts = {}
         checked = prompts if isinstance(prompts, VideoPrompts) else VideoPrompts(prompts)
         if not checked and finder is None:
@@ -221,8 +247,8 @@ print(result[3].masks[1], result[3].scores[1])""",
 
     def _forward(self, model_inputs: dict[str, Any], direction: str = "forward") -> dict[str, Any]:
         session, finder = model_inputs["session"], model_inputs["finder"]
-        if finder is not None and session.num_frames == 1:
-            return {"segments": VideoSegments([self._everything(session, finder)])}
+        if finder is not None and finder.detector is None and session.num_frames == 1:
+            return {"segments": VideoSegments([self._everything(session, finder.config)])}
         frames = list(self._frames(**model_inputs, direction=direction))
         return {"segments": VideoSegments(frames, session.frames.damage)}
 
@@ -230,43 +256,74 @@ print(result[3].masks[1], result[3].scores[1])""",
         return model_outputs["segments"]
 
     def _frames(
-        self, session: VideoSession, prompts: VideoPrompts, finder: AutomaticMaskConfig | None, direction="forward"
+        self, session: VideoSession, prompts: VideoPrompts, finder: _Finder | None, direction: str = "forward"
     ) -> Iterator[FrameSegments]:
         for frame, objects in prompts.items():
             for obj, prompt in objects.items():
                 session.add(frame, obj, **vars(prompt))
-        if finder is not None and not session.streaming:
-            self._add_found(session, finder.frame, finder)
-            if not session.objects:
-                raise ValueError(
-                    f"Nothing was found on frame {finder.frame}. Lower pred_iou_thresh, or prompt by hand."
-                )
-        searched = -1 if finder is None or session.streaming else finder.frame
-        highest = 0
+        if finder is None:
+            yield from session.iterate(direction)
+            return
+        config, labels = finder.config, finder.labels
+        searched = -1 if session.streaming else self._find_first(session, finder)
+        highest = 0  # of the numbers given so far
         unseen: dict[int, int] = {}  # for how many frames each object was out of sight
         for segments in session.iterate(direction):
-            since = -1 if finder is None else segments.frame - finder.frame
-            if finder is not None and segments.frame > searched and since >= 0:
-                if since == 0 or finder.every and since % finder.every == 0:
+            since = segments.frame - config.frame
+            if segments.frame > searched and since >= 0:
+                if since == 0 or config.every and since % config.every == 0:
                     highest = max(highest, *session.objects, 0)
-                    self._add_found(session, segments.frame, finder, highest)
+                    self._add_found(session, segments.frame, config, finder, highest)
                     segments = session.segments(segments.frame)
                 searched = segments.frame
+            segments.labels = {obj: labels[obj] for obj in segments.objects if obj in labels}
             yield segments
-            if finder is not None and finder.every and finder.expire_after and direction == "forward":
+            if config.every and config.expire_after and direction == "forward":
                 unseen = {obj: 0 if segments.visible[obj] else unseen.get(obj, 0) + 1 for obj in segments.objects}
                 highest = max(highest, *unseen, 0)
-                for obj in [obj for obj, frames in unseen.items() if frames >= finder.expire_after]:
+                for obj in [obj for obj, frames in unseen.items() if frames >= config.expire_after]:
                     session.remove_object(obj)
+                    labels.pop(obj, None)
 
-    def _add_found(self, session: VideoSession, frame: int, finder: AutomaticMaskConfig, numbered: int = 0) -> None:
+    def _find_first(self, session: VideoSession, finder: _Finder) -> int:
+        """Adds the objects of the first frame of a video on which any is found; its number."""
+        begin, end = finder.config.frame, session.num_frames or 0
+        frames = range(begin, end, finder.config.every or end) or range(begin, begin + 1)
+        for frame in frames:
+            self._add_found(session, frame, finder.config, finder)
+            if session.objects:
+                return frame
+        where = f"frame {begin}" if len(frames) == 1 else f"any of frames {', '.join(map(str, frames))}"
+        lower = "pred_iou_thresh" if finder.detector is None else "the threshold of the detector"
+        raise ValueError(f"Nothing was found on {where:.80}. Lower {lower}, or prompt by hand.")
+
+    def _add_found(
+        self,
+        session: VideoSession,
+        frame: int,
+        config: AutomaticMaskConfig,
+        finder: _Finder | None = None,
+        numbered: int = 0,
+    ) -> None:
         """Adds the objects found on a frame that are not tracked yet, numbered on from `numbered` at least."""
-        found = generate_masks(self.model, self.processor, session.frames[frame], finder)
-        segments = session.segments(frame)
-        tracked = [segments.binary(obj) for obj in segments.objects]
-        fresh = new_objects(found, tracked, finder.max_overlap)
-        for obj, record in enumerate(fresh, start=max(numbered, *session.objects, 0) + 1):
-            session.add(frame, obj, mask=record["segmentation"])
+        image, segments, most = session.frames[frame], session.segments(frame), config.max_overlap
+        known = [segments.binary(obj) for obj in segments.objects]
+        obj = max(numbered, *session.objects, 0) + 1
+        if finder is None or finder.detector is None:
+            found = generate_masks(self.model, self.processor, image, config)
+            for place, record in enumerate(new_objects(found, known, most)):
+                session.add(frame, obj + place, mask=record["segmentation"])
+            return
+        for detection in detect_objects(finder.detector, image):
+            session._show(frame, obj, detection.prompt)
+            mask = session.segments(frame, objects=[obj]).binary(obj)
+            if is_new(mask, known, most):
+                known.append(mask)
+                if detection.label is not None:
+                    finder.labels[obj] = detection.label
+                obj += 1
+            else:
+                session.remove_object(obj)
 
     def _everything(self, session: VideoSession, finder: AutomaticMaskConfig) -> FrameSegments:
         """The masks found in an image as they are, rather than as prompts."""

@@ -158,6 +158,8 @@ class FrameSegments:
             Objects with a prompt or a correction on this frame.
         corrected (`frozenset[int]`, *optional*):
             Objects with a correction on this frame.
+        labels (`dict[int, str]`, *optional*):
+            What objects are, as the detector that found them says.
     """
 
     frame: int
@@ -167,6 +169,7 @@ class FrameSegments:
     object_scores: dict[int, float]
     prompted: frozenset[int] = frozenset()
     corrected: frozenset[int] = frozenset()
+    labels: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self):
         self.masks = MaskViews(self.masks, self.size)
@@ -218,9 +221,59 @@ class FrameSegments:
                 "visible": self.visible[obj],
                 "prompted": obj in self.prompted,
                 "corrected": obj in self.corrected,
+                **({"label": self.labels[obj]} if obj in self.labels else {}),
             }
             for obj, mask in self.masks.items()
         ]
+
+    def to_coco(self, categories: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+        """
+        One row for each object with a pixel in sight, as COCO's evaluation reads results: `image_id` (the frame),
+        `category_id`, `segmentation` (RLE), `bbox` (x, y, width, height) and `score`; beside these, `object`, its
+        number.
+
+        Args:
+            categories (`Mapping[str, int]`, *optional*):
+                The number of each label. Left out, all are of category 1.
+        """
+        return [
+            {
+                "image_id": self.frame,
+                "category_id": _category(self.labels.get(obj), categories, 1),
+                "segmentation": self.rle(obj),
+                "bbox": coco.toBbox(self.rle(obj)).tolist(),
+                "score": self.scores[obj],
+                "object": obj,
+            }
+            for obj in self.objects
+            if self.areas[obj]
+        ]
+
+    def to_supervision(self, categories: Mapping[str, int] | None = None) -> Any:
+        """
+        `supervision.Detections` of the objects with a pixel in sight: boxes, masks, scores, their numbers as
+        `tracker_id` and labels as `class_name`.
+
+        Args:
+            categories (`Mapping[str, int]`, *optional*):
+                The `class_id` of each label. Left out, all have 0.
+
+        Raises:
+            ImportError: without supervision.
+        """
+        try:
+            from supervision import Detections
+        except ImportError as error:
+            raise ImportError("Expected supervision, got none installed. Type `pip install supervision`.") from error
+        objects = [obj for obj in self.objects if self.areas[obj]]
+        return Detections(
+            xyxy=np.array([self.boxes[obj] for obj in objects], np.float32).reshape(-1, 4),
+            mask=np.array([self.binary(obj) for obj in objects], bool).reshape(-1, *self.size),
+            confidence=np.array([self.scores[obj] for obj in objects], np.float32),
+            class_id=np.array([_category(self.labels.get(obj), categories, 0) for obj in objects], int),
+            tracker_id=np.array(objects, int),
+            data={"class_name": np.array([self.labels.get(obj, "object") for obj in objects], str)},
+        )
 
 
 def box_around(mask: np.ndarray) -> list[float]:
@@ -301,6 +354,18 @@ class VideoSegments:
     def to_dicts(self) -> list[dict[str, Any]]:
         """One record an object and frame."""
         return [record for frame in self for record in frame.to_dicts()]
+
+    def to_coco(self, categories: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+        """The rows of [`FrameSegments.to_coco`] of all frames."""
+        return [row for frame in self for row in frame.to_coco(categories)]
+
+
+def _category(label: str | None, categories: Mapping[str, int] | None, otherwise: int) -> int:
+    if categories is None:
+        return otherwise
+    if label is None or label not in categories:
+        raise ValueError(f"Expected a number of each label in categories, got none of {label!r}.")
+    return categories[label]
 
 
 def _spans(frames: list[int]) -> list[tuple[int, int]]:

@@ -186,7 +186,7 @@ class VideoSession:
             self._memory(obj)
         with self._edit():
             self._memories.pop(obj, None)
-            self._prompts = {f: {o: p for o, p in own.items() if o != obj} for f, own in self._prompts.items()}
+            self._prompts = {f: ps for f, own in self._prompts.items() if (ps := {o: own[o] for o in own if o != obj})}
             self._corrected = {(frame, o) for frame, o in self._corrected if o != obj}
             for frame in [f for f, prompts in self._queue.items() if obj in prompts]:
                 self._drop_waiting(frame, obj)

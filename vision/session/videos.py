@@ -112,7 +112,7 @@ class FileFrames(VideoFrames):
             # Before a key frame there may be others, which lack what they refer to.
             frame = next((frame for frame in self._frames if frame.key_frame), None)
             number = None if frame is None else self._numbers.get((frame.pts, frame.dts))
-            if frame is not None and number is not None and number <= index:
+            if frame is not None and number is not None and number in keys:
                 self._position, self._sought = number, True
                 self._keep(number, frame)
                 return
@@ -135,7 +135,8 @@ class FileFrames(VideoFrames):
             self._in_time &= frame.pts is not None and (not number or self._marks[-1][0] < frame.pts)
             self._marks.append(mark)
             self._numbers[mark] = None if mark in self._numbers else number
-            if frame.key_frame and frame.pts is not None:
+            # In MPEG program streams, what follows a jump has the times of other frames.
+            if frame.key_frame and frame.pts is not None and self._container.format.name != "mpeg":
                 self._keys.append(number)
         elif self._sought and self._marks[number] != mark:
             self._keys.clear()  # the container leads astray

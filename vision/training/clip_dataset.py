@@ -1,7 +1,7 @@
 """Annotated videos and images as clips for training, read when they are drawn."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,29 @@ from .prompts import PromptPlan, draw_plan
 logger = logging.getLogger(__name__)
 
 
-class ClipDataset(Dataset):
+class _Clips:
+    """What clips are drawn from, and how."""
+
+    def __init__(
+        self,
+        videos: Any,
+        processor: Any,
+        num_frames: int = 8,
+        max_objects: int = 3,
+        seed: int = 0,
+        prompts: Mapping[str, Any] | None = None,
+        augment: bool = False,
+    ):
+        self.videos = videos
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by workers that live on
+        self._draw = partial(_draw, processor, num_frames, max_objects, dict(prompts or {}), augment)
+
+    def _chance(self, place: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, int(self.epoch), place))
+
+
+class ClipDataset(_Clips, Dataset):
     """
     Draws a clip of each video: frames in a row that have masks, beginning where an object is in sight, some of its
     objects, and how they are prompted. What is drawn depends on seed, epoch and place alone, not on the process. A
@@ -50,16 +72,7 @@ class ClipDataset(Dataset):
         ValueError: if there are no videos.
     """
 
-    def __init__(
-        self,
-        videos: Sequence,
-        processor: Any,
-        num_frames: int = 8,
-        max_objects: int = 3,
-        seed: int = 0,
-        prompts: Mapping[str, Any] | None = None,
-        augment: bool = False,
-    ):
+    def __init__(self, videos: Sequence, processor: Any, *args: Any, **kwargs: Any):
         if isinstance(videos, Mapping):
             raise TypeError(
                 f"Expected one set of videos, got {type(videos).__name__} of {[*videos]}. Did you mean to pass one of "
@@ -73,17 +86,17 @@ class ClipDataset(Dataset):
         if len(videos) == 0:
             raise ValueError("Expected at least one video to train on, got none.")
         rows = _is_row(videos[0])
-        self.videos = read_rows(videos) if rows else [to_annotated(video, n) for n, video in enumerate(videos)]
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by workers that live on
-        self._draw = partial(_draw, processor, num_frames, max_objects, dict(prompts or {}), augment)
+        read = read_rows(videos) if rows else [to_annotated(video, n) for n, video in enumerate(videos)]
+        if not read:
+            raise ValueError(f"Expected at least one accepted masklet to train on, got none in {len(videos)} rows.")
+        super().__init__(read, processor, *args, **kwargs)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Tensors and plan as [`~hf_iclr.vision.training.predict_clips`] takes them."""
-        rng = np.random.default_rng((self.seed, int(self.epoch), index))
+        rng = self._chance(index)
         for place in range(index, index + len(self)):
             try:
                 return self._draw(rng, self.videos[place % len(self)])
@@ -92,7 +105,7 @@ class ClipDataset(Dataset):
         raise ValueError("None of the videos can be trained on; the log says why.")
 
 
-class ClipStream(IterableDataset):
+class ClipStream(_Clips, IterableDataset):
     """
     Draws a clip of each video of a stream, in its order, as [`ClipDataset`] does; a video that can't be trained on is
     logged and left out.
@@ -104,21 +117,6 @@ class ClipStream(IterableDataset):
             See [`ClipDataset`].
     """
 
-    def __init__(
-        self,
-        videos: Iterable,
-        processor: Any,
-        num_frames: int = 8,
-        max_objects: int = 3,
-        seed: int = 0,
-        prompts: Mapping[str, Any] | None = None,
-        augment: bool = False,
-    ):
-        self.videos = videos
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
-        self._draw = partial(_draw, processor, num_frames, max_objects, dict(prompts or {}), augment)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         # Streams of torch are whole in each worker; those of `datasets` share their shards out themselves.
@@ -129,7 +127,7 @@ class ClipStream(IterableDataset):
             if place % workers != number:
                 continue
             try:
-                yield self._draw(np.random.default_rng((self.seed, int(self.epoch), place)), video)
+                yield self._draw(self._chance(place), video)
             except (ValueError, OSError) as error:
                 logger.warning("Video %d can't be trained on: %s", place, error)
 

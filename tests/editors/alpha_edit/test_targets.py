@@ -58,7 +58,7 @@ def reference_state(model, tokenizer, projection, request, config):
     return initial + delta.detach(), loss.detach()
 
 
-@pytest.mark.parametrize("model_type", [*EDITABLE, *HYBRIDS])
+@pytest.mark.parametrize("model_type", [*EDITABLE, *(pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS)])
 def test_many_at_once_equal_one_at_a_time(model_type, word_tokenizer):
     model = tiny_model(model_type, attn_implementation="eager")
     projections = [p for p in find_down_projections(model) if p.index < 3]

@@ -93,19 +93,19 @@ def test_q_is_predicted_from_the_states_of_a_fresh_forward(large, monkeypatch, r
         row = self.rows[index]
         return self.texts.of_row(row)[5 - len(RAGGED_PROMPTS[int(row)]) :]
 
-    def spy_accept(self, drafts, q, p, lengths):
+    def spy_accept(self, drafts, siblings, q, p, lengths):
         for index in range(len(self.rows)):
             length = int(lengths[index])
             if length:
                 wanted = expected(context_of(self, index), drafts[index, : length - 1])
                 seen.append(torch.allclose(q.probs[index, :length], wanted, atol=1e-5))
-        return accept(self, drafts, q, p, lengths)
+        return accept(self, drafts, siblings, q, p, lengths)
 
     bonus = []
 
-    def spy_target(self, q, p, start, stop):
-        bonus.append(start > 0)
-        return target(self, q, p, start, stop)
+    def spy_target(self, q, p, start):
+        bonus.append(not isinstance(start, int))
+        return target(self, q, p, start)
 
     monkeypatch.setattr(BatchedCascade, "_accept", spy_accept)
     monkeypatch.setattr(BatchedCascade, "_target", spy_target)
@@ -132,6 +132,7 @@ def test_first_token_is_the_large_models(large):
         top_k=0,
         num_return_sequences=20_000,
         max_new_tokens=2,
+        num_assistant_tokens=1,
         cascade_rule="token_v3",
         cascade_alpha=1.0,
         pad_token_id=0,

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import DebertaV2Config, DebertaV2Model, default_data_collator
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
-from tests.trainers.data_shapley.gradients.test_taps import check, scored
+from tests.trainers.data_shapley.gradients.test_taps import check, scored, with_lora
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import losses, tiny_llama
 
@@ -68,6 +68,14 @@ class Sequence(nn.Module):
         return self.out(self.layer(x).mean(0))
 
 
+class Offset(Sequence):
+    """What all rows have in common is far larger than in what they differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer.bias.data += 50
+
+
 class Views(nn.Module):
     """Two views of every row, one batch after the other."""
 
@@ -80,7 +88,7 @@ class Views(nn.Module):
         return self.out(first * second)
 
 
-@pytest.mark.parametrize(("model", "width"), [(Sequence, 4), (Views, 3)])
+@pytest.mark.parametrize(("model", "width"), [(Sequence, 4), (Offset, 4), (Views, 3)])
 def test_outputs_in_another_order_than_rows_are_left_out_by_name(model, width, caplog):
     torch.manual_seed(0)
     result = loop(model(), data=lambda count, seed: points(count, seed, width), min_scored_share=0)
@@ -286,7 +294,7 @@ def test_a_batch_norm_that_is_not_trained_on_its_batch_is_exact(caplog):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_shares_inputs_within_a_layer_only(use_reentrant):
     torch.manual_seed(0)
-    model = tiny_llama(num_hidden_layers=4).train()
+    model = with_lora(tiny_llama(num_hidden_layers=4), r=1).train()  # whose directions are thin
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     ids = torch.randint(1, 49, (4, 12))

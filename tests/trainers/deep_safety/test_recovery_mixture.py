@@ -138,9 +138,3 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="at least 4 utility rows for a ratio of 1/5, got 3"):
         RecoveryMixtureSampler(mixture(3), ratio=0.2)
     assert sum(index >= 4 for index in RecoveryMixtureSampler(mixture(4), ratio=0.2)) == 1
-    with pytest.raises(ValueError, match="Expected rows in `triplets`, got none"):
-        RecoveryMixture(mixture().utility, mixture().triplets.select([]))
-    with pytest.raises(ValueError, match="`tokenize_triplets"):
-        RecoveryMixture(mixture().utility, mixture().utility)
-    with pytest.raises(ValueError, match="`prefix_probability` between 0 and 1, got 2"):
-        mixture(prefix_probability=2)

@@ -21,6 +21,7 @@ from hf_iclr.trainers.deep_safety.recovery_rows import (
     tokenize_triplets,
 )
 from hf_iclr.trainers.deep_safety.utility_anchor import distill_utility_anchor
+from tests.trainers.safety_audit.chat_templates import TEMPLATES, template_tokenizer
 from tests.trainers.tiny import QUICK, tiny_llama
 
 
@@ -344,6 +345,18 @@ def test_the_utility_anchor_is_what_the_model_says_itself(template):
         )
         said = tokenizer.decode(alone[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert said == (row["completion"][0]["content"] if template else row["completion"])
+
+
+def test_thoughts_are_no_part_of_the_utility_anchor(monkeypatch):
+    """The rows have the template's arguments that the model was asked with; one that never answers is left out."""
+    text, special, _, _, said, *_ = TEMPLATES["qwen3"]
+    tokenizer = template_tokenizer(text, special, ("<think>", "</think>"))
+    model = tiny_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    answers = [tokenizer(words)["input_ids"] for words in (said, "<think> and so on")]
+    monkeypatch.setattr("hf_iclr.trainers.safety_audit.asking.ask.continue_rows", lambda *_, **__: {0: answers})
+    anchor = distill_utility_anchor(model, tokenizer, ["Q", "R"], chat_template_kwargs={"enable_thinking": True})
+    assert [row["completion"][0]["content"] for row in anchor] == ["A"]
+    assert anchor[0]["chat_template_kwargs"] == {"enable_thinking": True}
 
 
 def test_answers_that_do_not_end_are_left_out():

@@ -1,47 +1,67 @@
-"""`constrain="refused"`: rows whose prompt the reference refuses are held, the others trained as ever."""
+"""`constrain="refused"`: rows whose prompt the reference refuses are constrained, the others trained as ever."""
 
 from types import SimpleNamespace
 
-import torch
+import pytest
 from accelerate import Accelerator
 from datasets import Dataset
 
+from hf_iclr.trainers.deep_safety import refused_prompts
 from hf_iclr.trainers.deep_safety.refused_prompts import find_refusals, mark_answers, prompts_of
 
 
-class Refuser:
-    """Answers "I cannot help." where the prompt holds a 7, else "Sure, gladly."; "!" ends an answer."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.seen, self.device = tokenizer, [], torch.device("cpu")
-        self.generation_config = SimpleNamespace(eos_token_id=tokenizer.pad_token_id)
-
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pad_token_id):
-        assert not do_sample
-        answers = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            prompt = ids[mask.bool()].tolist()
-            self.seen.append(tuple(prompt))
-            text = "I cannot help.!" if "7" in self.tokenizer.decode(prompt) else "Sure, gladly.!!"
-            answers.append(self.tokenizer(text)["input_ids"][:max_new_tokens])
-        width = max(map(len, answers))
-        answers = torch.tensor([answer + [pad_token_id] * (width - len(answer)) for answer in answers])
-        return torch.cat([input_ids, answers], dim=1)
+MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
 
 
-def test_marks_follow_the_references_own_answers(byte_tokenizer):
-    model = Refuser(byte_tokenizer)
-    texts = ["number 7", "number 5", "a longer prompt with 7", "number 7"]
+@pytest.fixture
+def scripted(monkeypatch, byte_tokenizer):
+    """A reference that says what `answer(prompt)` does; "!" ends an answer. What it was asked."""
+    asked = []
+
+    def use(answer):
+        def continue_rows(model, prompts, *, max_new_tokens, with_end, ends, batch_size, progress):
+            assert with_end
+            texts = [byte_tokenizer.decode(prompt) for prompt in prompts]
+            asked.extend((text, max_new_tokens) for text in texts)
+            return {0: [byte_tokenizer(answer(text))["input_ids"][:max_new_tokens] for text in texts]}
+
+        monkeypatch.setattr(refused_prompts, "continue_rows", continue_rows)
+        return asked
+
+    return use
+
+
+def rows_of(tokenizer, texts):
     rows = []
     for text in texts:
-        prompt, answer = byte_tokenizer(text)["input_ids"], byte_tokenizer(" yes")["input_ids"]
+        prompt, answer = tokenizer(text)["input_ids"], tokenizer(" yes")["input_ids"]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    dataset = Dataset.from_list(rows)
-    refusals = find_refusals(dataset, model, byte_tokenizer, Accelerator(cpu=True), "train", batch_size=2)
+    return Dataset.from_list(rows)
+
+
+def test_marks_follow_the_references_own_answers(scripted, byte_tokenizer):
+    asked = scripted(lambda text: "I cannot help.!" if "7" in text else "Sure, gladly.!")
+    dataset = rows_of(byte_tokenizer, ["number 7", "number 5", "a longer prompt with 7", "number 7"])
+    refusals = find_refusals(dataset, MODEL, byte_tokenizer, Accelerator(cpu=True), "train")
     assert [prompt in refusals for (prompt,) in prompts_of(dataset)] == [True, False, True, True]
-    assert len(model.seen) == 3  # every prompt once
+    assert sorted(text for text, _ in asked) == ["a longer prompt with 7", "number 5", "number 7"]  # every prompt once
     (ids,) = {tuple(refusal) for refusal in refusals.values()}
-    assert list(ids) == byte_tokenizer("I cannot help.!")["input_ids"]  # with its end, without the padding
+    assert list(ids) == byte_tokenizer("I cannot help.!")["input_ids"]  # with its end
+
+
+def test_thoughts_are_no_answer(scripted, byte_tokenizer, caplog):
+    """Who thinks is given more tokens; thoughts of refusing are no refusal, and without an end there is no verdict."""
+    says = {
+        "refuses <think>\n": "It asks for a forbidden thing.</think>I cannot help.!",
+        "complies <think>\n": "I cannot help with that? But it is a cake.</think>Take some flour.!",
+        "ends nowhere <think>\n": "I cannot help " * 60,
+    }
+    asked = scripted(lambda text: says[text])
+    dataset = rows_of(byte_tokenizer, list(says))
+    refusals = find_refusals(dataset, MODEL, byte_tokenizer, Accelerator(cpu=True), "train")
+    assert [byte_tokenizer.decode(prompt) for prompt in refusals] == ["refuses <think>\n"]
+    assert {limit for _, limit in asked} == {refused_prompts.SHORT, refused_prompts.WITH_THOUGHTS}
+    assert "1 of 3 answers" in caplog.text and "turn thinking off" in caplog.text
 
 
 def test_every_turn_is_asked_and_marked_by_itself():

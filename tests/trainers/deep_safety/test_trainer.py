@@ -500,6 +500,8 @@ def test_another_reference_model(train, monkeypatch):
     model = tiny_llama()
     with pytest.raises(ValueError, match="it would be frozen"):
         train(model=model, ref_model=model)
+    with pytest.raises(ValueError, match="found by turning that off"):  # into which adapters were put
+        train(model=get_peft_model(model, LORA), ref_model=model)
     with pytest.raises(TypeError, match="from_pretrained"):
         train(ref_model="org/aligned")
     with pytest.raises(ValueError, match="Leave one of them out"):

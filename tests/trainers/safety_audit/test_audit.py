@@ -262,7 +262,7 @@ def test_neutral_beginnings_give_everyone_a_curve(model, byte_tokenizer):
         audit_safety(model, byte_tokenizer, ["a"], answers="yes", **call)
 
 
-def test_a_judge_that_needs_prompts_works_under_every_attack(model, word_tokenizer):
+def test_a_judge_that_needs_prompts_works_under_every_attack(model, word_tokenizer, few_candidates):
     seen = set()
 
     def judge(texts, prompts):

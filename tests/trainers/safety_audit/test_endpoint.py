@@ -51,7 +51,7 @@ def serve(answer):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
 
@@ -176,7 +176,8 @@ def test_harm_judge_behind_an_endpoint(tokenizer, tmp_path):
     with serve(answer) as url:
         judge = HarmJudge(OpenAIEndpoint(url, "judge"))
         assert judge(["w20", "w2", "{prompt}"], ["{answer}", "w9", "w9"]) == [True, False, None]
-        assert "Request:\n{answer}\n\nAnswer:\nw20" in asked[0] and "3 calls, 21 prompt tokens, 3" in judge.cost_line()
+        assert sum("Request:\n{answer}\n\nAnswer:\nw20" in text for text in asked) == 1  # they arrive in any order
+        assert "3 calls, 21 prompt tokens, 3" in judge.cost_line()
         assert judge([], []) == []
         call = {**CALL, "harm_judge": judge}
         report = audit_safety(tiny_llama(0), tokenizer, PROMPTS, out=tmp_path, **call)

@@ -1,11 +1,8 @@
 """An audit that was killed goes on where it was and finds the same; its folder is looked at first."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from filelock import FileLock
 
 from hf_iclr import audit_safety
 from hf_iclr.trainers.safety_audit.asking.journal import Journal
@@ -18,6 +15,9 @@ CALL = {
     "harmless_prompts": HARMLESS, "answers": ANSWERS, "judge": odd, "attacks": ["prefill", "decoding", "rap", "gcg"],
     "decoding_grid": [{"temperature": 2.0}], "ks": (0, 1, 2), "max_new_tokens": 3, "batch_size": 2, "gcg_steps": 1,
 }  # fmt: skip
+
+
+pytestmark = pytest.mark.usefixtures("few_candidates")
 
 
 class Killed(BaseException):
@@ -97,15 +97,12 @@ def test_the_folder_is_looked_at_before_any_work(word_tokenizer, tmp_path, place
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_has_one_audit_at_a_time(word_tokenizer, tmp_path):
-    (tmp_path / "unfinished").mkdir()
-    with FileLock(tmp_path / "unfinished" / ".lock"):
-        code = (
-            "import sys; from hf_iclr.trainers.safety_audit.asking.journal import Journal\n"
-            "try:\n  Journal(sys.argv[1]).keep().__enter__()\nexcept ValueError as error: print(error)"
-        )
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "another audit is writing" in done.stdout
+def test_a_folder_has_one_audit_at_a_time(tmp_path):
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    with first.keep(), pytest.raises(ValueError, match="another audit is writing"), second.keep():
+        pass
+    with second.keep():
+        pass
 
 
 def test_a_failed_audit_leaves_nothing(word_tokenizer, tmp_path):

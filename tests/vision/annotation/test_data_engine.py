@@ -26,9 +26,9 @@ from hf_iclr.vision.annotation.masklets import (
     CorrectorUnavailable,
     Masklet,
     QualityGate,
+    empty_session,
     find_masklets,
     measure_cycles,
-    sibling_session,
     track,
 )
 from hf_iclr.vision.annotation.sources import name_video
@@ -59,9 +59,11 @@ def masks_of(row) -> np.ndarray:
 
 @pytest.fixture
 def encoded():
-    """Images encoded, one entry a call."""
+    """Images encoded, one entry each."""
     calls: list[int] = []
-    hook = tiny_pipe().model.vision_encoder.register_forward_hook(lambda *args: calls.append(1))
+    hook = tiny_pipe().model.vision_encoder.register_forward_hook(
+        lambda *args: calls.extend(args[2].last_hidden_state)
+    )
     yield calls
     hook.remove()
 
@@ -77,7 +79,7 @@ def test_a_row_is_a_masklet_of_the_pipeline(tmp_path):
         np.testing.assert_allclose(row["scores"], [frame.scores[obj] for frame in expected], rtol=1e-6)
         np.testing.assert_allclose(row["object_scores"], [frame.object_scores[obj] for frame in expected], rtol=1e-6)
         assert (row["num_frames"], row["height"], row["width"]) == (6, 48, 80)
-        assert (row["provenance"], row["phase"], row["status"]) == ("manual", 3, "accepted")
+        assert (row["provenance"], row["status"]) == ("manual", "accepted")
         assert (row["clicks"], row["clicked_frames"], row["edited_frames"]) == (1, 1, [0])
         assert json.loads(row["prompts"]) == {"0": {**CLICK[0][obj], "labels": [1]}}
         assert row["cycle_iou"] is None and 0 <= row["uncertainty"] <= 1
@@ -168,37 +170,7 @@ def test_rows_are_mapped_from_a_file(tmp_path):
     assert rows.cache_files and rows.filter(lambda row: row["object"] == 2)["object"][:] == [2]
 
 
-def test_phase_1_is_the_image_model_on_every_frame(tmp_path):
-    prompts = dict.fromkeys((0, 2, 5), CLICK[0])
-    rows = run([clip()], tmp_path, lambda video, session: prompts, phase=1, gate=QualityGate(0, 0, 0.99))
-    for row in rows:
-        assert (row["frames"], row["edited_frames"], row["clicks"]) == ([0, 2, 5], [0, 2, 5], 3)
-        for frame, mask in zip(row["frames"], row["masks"], strict=True):
-            alone = tiny_pipe()(clip()[frame], {0: {1: CLICK[0][row["object"]]}}, output="rle")
-            assert mask == alone[0].masks[1]
-
-
-def test_phase_2_propagates_masks_and_draws_new_ones(tmp_path):
-    def correct(masklet):
-        assert not masklet.session.objects  # nothing of what was tracked helps
-        masklet.session.add(4, masklet.object, points=[[20, 20]])
-        masklet.session.correct(4, masklet.object, points=[[22, 24]])
-
-    rows = run([clip()], tmp_path, phase=2, verifier=lambda masklet: masklet.rounds, corrector=correct)
-    image = tiny_pipe().session(clip(), output="rle")
-    for row in rows:
-        obj = row["object"]
-        session = tiny_pipe().session(clip(), output="rle")
-        session.add(0, obj, mask=image.add(0, obj, **CLICK[0][obj]).masks[obj])
-        session.propagate()
-        image.add(4, obj, points=[[20, 20]])
-        session.add(4, obj, mask=image.correct(4, obj, points=[[22, 24]]).masks[obj])
-        assert row["masks"] == [frame.masks[obj] for frame in session.propagate("both")]
-        assert (row["clicks"], row["clicked_frames"], row["edited_frames"], row["rounds"]) == (3, 2, [0, 4], 1)
-        assert row["phase"] == 2
-
-
-def test_phase_3_refines_by_clicks_and_leaves_other_objects_alone(tmp_path):
+def test_clicks_refine_and_leaves_other_objects_alone(tmp_path):
     seen = []
 
     def verify(masklet):
@@ -221,6 +193,17 @@ def test_phase_3_refines_by_clicks_and_leaves_other_objects_alone(tmp_path):
     assert rows[1]["masks"] == [frame.masks[2] for frame in untouched]
     assert rows["clicks"][:] == [3, 1] and rows["edited_frames"][:] == [[0, 2, 3], [0]]
     assert rows["status"][:] == ["accepted", "accepted"]
+
+
+def test_with_a_corrector_what_grows_with_the_video_is_on_the_disk(tmp_path):
+    sessions = []
+
+    def correct(masklet):
+        sessions.append((masklet.session.config.keep, masklet.session.config.offload))
+        masklet.session.correct(3, masklet.object, [[30, 20]])  # a frame that a window has forgotten
+
+    run([clip()], tmp_path, verifier=lambda masklet: masklet.rounds, corrector=correct)
+    assert sessions == [("all", "disk")] * 2
 
 
 def test_time_in_the_functions_is_counted(tmp_path, monkeypatch):
@@ -367,7 +350,7 @@ def test_cycle_iou_is_that_of_looking_for_the_last_mask_on_the_first_frame():
         returned = back.propagate("backward", start=frames[0], max_frames=1)[frames[0]].binary(1)
         start = masklet.binary(frames[0])
         assert masklet.cycle_iou == pytest.approx((returned & start).sum() / (returned | start).sum(), abs=1e-9)
-    assert sibling_session(session).features is session.features
+    assert empty_session(session).features is session.features
 
 
 def test_stability_and_uncertainty_of_a_masklet():
@@ -412,7 +395,7 @@ def write_png(frame, path):
     Image.fromarray(frame).save(path)
 
 
-def test_masks_of_other_sizes_are_told(tmp_path):
+def test_masks_of_other_sizes_raise(tmp_path):
     wrong = {0: {1: {"mask": np.ones((10, 10))}}}
     rows = run([clip(2), clip(2, seed=1)], tmp_path, lambda video, _: wrong if (video == clip(2)).all() else CLICK)
     assert len(rows) == 2
@@ -546,7 +529,7 @@ def test_shards_of_earlier_versions_are_read(tmp_path):
     pyarrow.parquet.write_table(table, shard)
     settings = tmp_path / "out" / "settings.json"
     known = json.loads(settings.read_text())
-    settings.write_text(json.dumps({key: known[key] for key in ("phase", "model")}))
+    settings.write_text(json.dumps({key: known[key] for key in ("model",)}))
     again = run([clip(1)], tmp_path / "out", lambda video, session: 1 / 0)
     assert again["masks"][:] == rows["masks"][:] and again["weights"][:] == [None, None]
     film = tmp_path / "film.mp4"
@@ -591,7 +574,7 @@ def test_rows_of_a_dataset(tmp_path):
     assert annotated["num_frames"][:] == [2, 2] and annotated["video"][:] == [None, None]
 
 
-def test_streams_are_told_to_be_lists(tmp_path):
+def test_streams_are_listed_as_skipped(tmp_path):
     rows = run([iter(clip(2))], tmp_path)
     assert len(rows) == 0 and "list(frames)" in rows.info.description
 
@@ -599,8 +582,6 @@ def test_streams_are_told_to_be_lists(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"phase": 4}, ValueError, "phase 1, 2 or 3"),
-        ({"phase": 1, "prompts": "auto"}, ValueError, "does not track"),
         ({"prompts": {0: {}}}, ValueError, "a function"),
         ({"automatic": {"points_per_side": 2}}, ValueError, 'prompts="auto"'),
         ({"max_rounds": -1}, ValueError, "max_rounds"),
@@ -609,21 +590,15 @@ def test_streams_are_told_to_be_lists(tmp_path):
         ({"colour": "red"}, TypeError, "colour"),
     ],
 )
-def test_bad_arguments_are_told_before_any_work(tmp_path, change, error, sentence):
+def test_bad_arguments_raise_before_any_work(tmp_path, change, error, sentence):
     with pytest.raises(error, match=sentence):
         run(**{"videos": [clip(2)], "out": tmp_path / "out", **change})
     assert not (tmp_path / "out" / "shards").exists()
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_raises(tmp_path):
     with pytest.raises(ValueError, match="folders of images"):
         run(tmp_path, tmp_path / "out")
-
-
-def test_phases_are_not_mixed_in_a_folder(tmp_path):
-    run([clip(1)], tmp_path)
-    with pytest.raises(ValueError, match="Take another folder"):
-        run([clip(1)], tmp_path, phase=2)
 
 
 def test_statistics_by_hand(tmp_path):

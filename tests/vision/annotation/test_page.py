@@ -176,7 +176,9 @@ def test_export_holds_every_mask(tmp_path):
         ("/prompt", {**CLICK, "frame": 8}, "Expected a frame in 0..7, got 8"),
         ("/prompt", {**CLICK, "labels": [0]}, "Object 1 has no mask on frame 0 yet. Click on the object first"),
         ("/prompt", {**CLICK, "points": None}, "Expected one label a point, got 0 points and 1 labels"),
-        ("/prompt", {"frame": 0}, "missing 1 required positional argument"),
+        ("/prompt", {"frame": 0}, "Expected for prompt the fields frame, obj, points, labels, box, got frame"),
+        ("/remove", {}, "Expected for remove the fields obj, got none"),
+        ("/brush", {"frame": 0, "obj": 1, "stroke": "line", "radius": 2}, "Expected a stroke"),
         ("/remove", {"obj": 7}, "There is no object 7"),
         ("/clear", {"frame": 0, "obj": 7}, "There is no object 7"),
         ("/undo", {}, "There is nothing to undo"),
@@ -225,7 +227,7 @@ def test_tracking_can_be_stopped_and_an_edit_stops_it():
     during(steps, session(clip(30)))
 
 
-def test_a_failure_while_tracking_is_told(monkeypatch):
+def test_a_failure_while_tracking_is_shown(monkeypatch):
     async def steps(client, page):
         await post(client, "/prompt", **CLICK)
         page.project.session(page.clip).frames._read = None
@@ -298,7 +300,7 @@ def test_the_page_answers_to_addresses_and_the_name_it_was_given(tmp_path):
 
 
 @pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_another_address_than_ones_own_is_told(host, warns, caplog, tmp_path):
+def test_another_address_than_ones_own_is_warned_of(host, warns, caplog, tmp_path):
     async def steps():
         page = page_of(tmp_path, session())
         page.done.set()
@@ -372,7 +374,7 @@ def test_annotate_in_browser_returns_what_was_corrected():
     assert np.array_equal(segments[0].binary(1), opened.segments(0).binary(1))
 
 
-def test_a_taken_port_is_told():
+def test_a_taken_port_raises():
     async def steps(client, page):
         with pytest.raises(ValueError, match=r"Can't listen on 127.0.0.1:\d+ .* Pass another port."):
             await asyncio.to_thread(annotate_in_browser, tiny_pipe(), session(), port=client.port)
@@ -424,7 +426,7 @@ def test_what_is_too_large_is_refused_unread():
     during(steps, session())
 
 
-def test_two_tabs_are_told_of_each_other():
+def test_a_stale_tab_gets_409():
     async def steps(client, page):
         _, one = await post(client, "/prompt", **CLICK)
         seen = {"clip": one["clip"], "version": one["version"]}

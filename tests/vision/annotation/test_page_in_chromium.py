@@ -73,7 +73,7 @@ async def _annotate(tmp_path: Path) -> None:
         await tab.key("u")  # to the most uncertain frame
         await tab.until("frame === mostUncertain()")
 
-        # A wrong request is told in the page, which stays usable.
+        # A wrong request is shown in the page, which stays usable.
         await tab.run("edit('prompt', {frame: 99, obj: 1, points: [[1, 1]], labels: [1]})")
         assert "Expected a frame in 0..39" in await tab.run("document.querySelector('#message.bad').textContent")
         await tab.key("Home")

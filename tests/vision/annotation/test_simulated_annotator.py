@@ -7,6 +7,7 @@ from hf_iclr.vision.annotation.data_engine import annotate
 from hf_iclr.vision.annotation.masklets import Masklet, QualityGate
 from hf_iclr.vision.annotation.simulated_annotator import SimulatedAnnotator
 from hf_iclr.vision.evaluation.procedural_clips import Clip
+from hf_iclr.vision.evaluation.simulated_prompts import first_prompt
 from hf_iclr.vision.session.prompts import encode_rle
 from tests.vision.tiny import clip, tiny_pipe
 
@@ -28,14 +29,30 @@ def masklet_of(truth: np.ndarray, provenance="manual", obj=3, session=None) -> M
     return Masklet(true_clip(), "clip", obj, session, provenance=provenance, masks=masks)
 
 
-@pytest.mark.parametrize(("phase", "frames"), [(1, [1, 2, 3]), (2, [1]), (3, [1])])
-def test_points_at_every_frame_or_at_the_first_in_sight(phase, frames):
+def test_points_at_the_first_frame_in_sight():
     session = tiny_pipe().session(true_clip().frames)
-    SimulatedAnnotator(phase=phase, max_clicks=2).point(true_clip(), session)
-    assert list(session.prompts) == frames
-    assert all(1 <= len(objects[3].points) <= 2 for objects in session.prompts.values())
-    first = session.prompts[1][3]
-    assert true_clip().masks[3][1][int(first.points[0][1]), int(first.points[0][0])] and first.labels[0] == 1
+    SimulatedAnnotator(max_clicks=2).point(true_clip(), session)
+    assert list(session.prompts) == [1] and 1 <= len(session.prompts[1][3].points) <= 2
+    (x, y), label = session.prompts[1][3].points[0], session.prompts[1][3].labels[0]
+    assert true_clip().masks[3][1][int(y), int(x)] and label == 1
+
+
+@pytest.mark.parametrize(("phase", "frames"), [(1, [0, 1, 2, 3]), (2, [1])])
+def test_in_phases_1_and_2_clicks_make_masks_from_nothing_which_are_drawn(phase, frames):
+    """On frame 0 nothing is in sight; the drawn masks are those of a session that saw nothing else."""
+    session = tiny_pipe().session(true_clip().frames)
+    session.add(2, 3, points=[[60, 40]])
+    annotator = SimulatedAnnotator(phase=phase, max_clicks=1)
+    annotator.point(true_clip(), session)
+    assert sorted(set(session.prompts) - ({2} if phase == 2 else set())) == frames
+    click = first_prompt(true_clip().masks[3][1], 1)
+    alone = tiny_pipe().session(true_clip().frames).add(1, 3, **click).binary(3)
+    assert np.array_equal(session.prompts[1][3].mask, alone)
+    assert phase == 2 or not session.prompts[0][3].mask.any()
+    masklet = masklet_of(true_clip().masks[3], session=session)
+    for _ in range(2):
+        annotator.verify(masklet)
+        assert masklet.clicks == {frame: 1 for frame in frames if frame}
 
 
 def test_every_frame_or_the_mean_must_reach_the_threshold():
@@ -102,7 +119,6 @@ def test_the_engine_takes_it_and_stops(tmp_path, phase):
         annotator.point,
         annotator.verify,
         annotator.correct,
-        phase=phase,
         out=tmp_path,
         gate=OPEN,
         max_rounds=2,
@@ -113,6 +129,6 @@ def test_the_engine_takes_it_and_stops(tmp_path, phase):
 
 
 @pytest.mark.parametrize("wrong", [{"phase": 0}, {"min_iou": 0.0}, {"min_iou": 2.0}, {"max_clicks": 0}])
-def test_bad_options_are_told(wrong):
+def test_bad_options_raise(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SimulatedAnnotator(**wrong)

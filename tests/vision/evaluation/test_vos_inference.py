@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -168,7 +171,31 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_two_processes_share_the_videos(tmp_path, model):
+def test_two_share_the_videos(tmp_path, monkeypatch):
+    """Threads in the place of processes."""
+    data = davis(tmp_path / "data")
+    alone = segment_dataset(tiny_pipe(), data, tmp_path / "one", split="train")
+    barrier, mine, opened = threading.Barrier(2), threading.local(), []
+    monkeypatch.setattr(vos_inference, "processes", lambda: mine.state)
+    session = tiny_pipe().session
+    monkeypatch.setattr(
+        tiny_pipe(), "session", lambda video, **options: opened.append(mine.rank) or session(video, **options)
+    )
+
+    def run(rank: int) -> pd.DataFrame:
+        mine.rank = rank
+        mine.state = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=barrier.wait
+        )
+        return segment_dataset(tiny_pipe(), data, tmp_path / "two", split="train")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(table.equals(alone) for table in pool.map(run, (0, 1)))
+    assert sorted(opened) == [0, 0, 1] and contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_videos(tmp_path, model):
     data = davis(tmp_path / "data")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
     command = ["-m", "hf_iclr", "vos", str(data), "--model", model, "--split", "train", "--out"]

@@ -158,6 +158,13 @@ def test_rows_of_a_dataset_are_joined_by_their_video(tmp_path):
     assert item["masks"].shape == (2, 4, SIDE, SIDE)
     with pytest.raises(ValueError, match="as many masks in row 0"):
         read_rows([{**rows[0], "frames": [0]}])
+    decided = [{**row, "status": status} for row, status in zip(rows, ("rejected", "accepted"), strict=True)]
+    (video,) = read_rows(decided)
+    assert sorted(video.masks(0)) == [2]
+    with pytest.raises(ValueError, match="at least one accepted masklet to train on, got none in 1 rows"):
+        ClipDataset(decided[:1], tiny_processor())
+    with pytest.raises(ValueError, match="Row 0 has no video, for it was annotated in memory"):
+        read_rows([{**rows[0], "video": None}])
 
 
 @pytest.mark.parametrize(

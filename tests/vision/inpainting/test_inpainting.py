@@ -381,7 +381,7 @@ def test_uneven_times_of_a_video_are_kept(tmp_path):
     assert [again.time(number) for number in range(8)] == pytest.approx([time / 30 for time in times], abs=1e-3)
 
 
-def test_what_was_never_seen_is_told(caplog):
+def test_what_was_never_seen_is_counted(caplog):
     video, mask, _ = scene(step=0)
     painted = inpaint_video(video, given({1: mask}))
     assert painted.sources["interpolated"] == 1 and "100 % of the painted pixels were never seen" in caplog.text

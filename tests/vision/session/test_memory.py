@@ -219,3 +219,22 @@ def test_a_policy_sees_scores_motion_and_pointers_and_keeps_its_choice():
     assert 0 < seen[-1][-1].mask_score < 1 and 0 <= seen[-1][-1].motion_score <= 1
     assert seen[-1][-1].pointer.shape == (128,)
     assert kept_frames(session, "maskmem_features")[1] == [1, 11, 12, 13]
+
+
+def test_memories_on_the_disk_are_the_same_and_none_is_held_in_memory():
+    """All that grows with the frames is mapped from files, corrections and what can be undone included."""
+    masks = []
+    for offload in (False, "disk"):
+        session = near_pipe().session(LONG, output="logits", offload=offload)
+        session.add(0, 1, **CLICK)
+        session.add(0, 2, box=[40, 5, 70, 40])
+        session.propagate()
+        session.correct(3, 1, [[20, 20]], [0])
+        masks.append([session.propagate("both")[frame].masks for frame in range(len(LONG))])
+    for one, other in zip(*masks, strict=True):
+        assert all(np.array_equal(one[obj], other[obj]) for obj in (1, 2))
+    for memory in session._memories.values():
+        outputs = [*memory.conditioning.values(), *memory.tracked.values()]
+        assert len(outputs) == len(LONG)
+        for output in outputs:
+            assert all(output[key].untyped_storage().filename for key in ("maskmem_features", "pred_masks"))

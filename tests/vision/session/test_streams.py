@@ -154,9 +154,9 @@ def corrected_sizes(frames: int, every: int, **options) -> list[int]:
 
 
 def test_a_stream_with_corrections_is_flat():
-    sizes = corrected_sizes(90, 5)
-    assert max(sizes[60:]) == max(sizes[45:60])  # eight conditioning frames are there after frame 40
-    assert max(corrected_sizes(60, 5, max_cond_frames=2)) < max(sizes)
+    sizes = corrected_sizes(40, 2)
+    assert max(sizes[30:]) == max(sizes[22:30])  # eight conditioning frames are there after frame 16
+    assert max(corrected_sizes(20, 2, max_cond_frames=2)) < max(sizes)
 
 
 @pytest.mark.slow

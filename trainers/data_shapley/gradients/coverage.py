@@ -248,9 +248,7 @@ def find_unordered(
         pairs = list(zip(calls, moved[index], strict=True))
         if calls and all(torch.equal(one.print, then.print) for one, then in pairs):
             common.add(index)
-        elif not all(
-            _alike(one.rows.roll(1), then.rows) for one, then in pairs if not (one.rows is None or then.rows is None)
-        ):
+        elif not all(one.turns_into(then) for one, then in pairs):
             unordered.add(index)
     if len(unordered) == len(taps.modules):
         raise ValueError(
@@ -262,17 +260,30 @@ def find_unordered(
 
 @dataclass
 class _Output:
-    """What is kept of a module's output: sums of what would be each row's part, and a fingerprint of the whole."""
+    """What is kept of a module's output: a sum of what would be each row's part, and a fingerprint of the whole."""
 
     rows: torch.Tensor | None
     print: torch.Tensor
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, output: torch.Tensor, batch: int) -> "_Output":
         wide = output.detach().double().flatten()
-        weights = torch.linspace(1, 2, len(wide), dtype=torch.float64, device=wide.device)
-        rows = wide.view(batch, -1).sum(1) if output.dim() and len(output) % batch == 0 else None
-        return cls(rows, wide @ weights)
+        # With signs, so that what all rows have in common, as a bias, does not outweigh in what they differ
+        weights = torch.arange(1, len(wide) + 1, dtype=torch.float64, device=wide.device).sin_()
+        if not (output.dim() and len(output) % batch == 0):
+            return cls(None, wide @ weights)
+        parts = wide.view(batch, -1)
+        rows, size = parts @ weights[: parts.shape[1]], torch.linalg.vector_norm(parts, dim=1).max()
+        return cls(rows - rows.mean(), wide @ weights, float(size) * 16 * torch.finfo(output.dtype).eps)
+
+    def turns_into(self, other: "_Output") -> bool:
+        """Whether rotated rows give the other, as far as that can be told."""
+        if self.rows is None or other.rows is None:
+            return True
+        first, then = self.rows.roll(1), other.rows
+        tolerance = 2e-2 * float(torch.maximum(first.abs(), then.abs()).max()) + max(self.rounding, other.rounding)
+        return bool((first - then).abs().max() <= tolerance)
 
 
 def _outputs(
@@ -301,10 +312,6 @@ def _outputs(
         if tapped.module is model:
             keep(tapped.index, output)
     return found
-
-
-def _alike(first: torch.Tensor, then: torch.Tensor) -> bool:
-    return bool((first - then).abs().max() <= 2e-2 * torch.maximum(first.abs(), then.abs()).max())
 
 
 def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> None:

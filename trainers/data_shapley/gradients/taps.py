@@ -20,6 +20,9 @@ from .rows import RowLayout
 from .scores import Call, TappedModule, count_leading, fast_scores, first_input, thin_rows, token_scores
 
 
+_FAST = ("linear", "conv1d", "scale")  # kinds of modules that are scored from their one input
+
+
 class Taps:
     """
     Scores rows against directions: `<dL_i, u> = sum_t <b_t, D f(x_t)[u]>` with `b` the gradient of a module's output.
@@ -34,7 +37,7 @@ class Taps:
 
     Attributes:
         on (`bool`): whether forward passes in training mode are tapped.
-        scores (`torch.Tensor` of shape `(modules, rows, targets)`): of the present micro-batch.
+        scores (`torch.Tensor` of shape `(modules, rows, targets)`): of the present micro-batch, so far.
         tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
         fired (`set` of `int`): modules that scored something since it was cleared.
         misfits (`dict`): why a module could not be scored, by its index.
@@ -56,7 +59,8 @@ class Taps:
         self.heard: set[int] = set()
         self.around = _find_around(self, model)
         self.layout: RowLayout | None = None
-        self.scores = torch.empty(0)
+        self._scores = torch.empty(0)
+        self._found: list[tuple[int, torch.Tensor]] = []  # by input, not yet in them
         self.tokens: torch.Tensor | None = None
         self.weights: list[float] = [1.0] * len(self.modules)
         self.model = model
@@ -99,19 +103,31 @@ class Taps:
         self._inputs.clear()
         device = layout.tokens.device
         dtype = wide(next(iter(self.modules[0].parameters.values())).dtype)
-        self.scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
+        self._scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
+        self._found.clear()
         self.tokens = None
         if with_tokens and layout.length is not None:
             self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
 
-    def read(self, tapped: TappedModule, x: torch.Tensor) -> "_SharedInput":
-        """Note that a linear layer reads this tensor."""
+    def read(self, tapped: TappedModule, x: torch.Tensor) -> "_SharedInput | None":
+        """Note that a linear layer reads this tensor, if it will be multiplied by a thin direction."""
+        if not any(thin_rows(tapped, directions) is not None for directions in tapped.directions):
+            return None
         shared = self._inputs.get(id(x))
         if shared is None or shared.tensor() is not x:  # another that was freed had its identity
             shared = self._inputs[id(x)] = _SharedInput(x)
         shared.readers.append(tapped)
         shared.to_come += 1
         return shared
+
+    @property
+    def scores(self) -> torch.Tensor:
+        if self._found:  # put together once, for each of them is a few numbers
+            places, parts = zip(*self._found, strict=True)
+            rows = torch.stack(parts).view(len(parts), -1, *self._scores.shape[1:]).sum(1).to(self._scores.dtype)
+            self._scores.index_add_(0, torch.tensor(places, device=rows.device), rows)
+            self._found.clear()
+        return self._scores
 
     @torch.no_grad()
     def score(
@@ -127,24 +143,28 @@ class Taps:
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
         shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
+        products: Sequence[torch.Tensor | None] = [None] * len(tapped.directions)
+        self.on = False  # modules may be run again
         try:
-            products: list[torch.Tensor | None] = [None] * len(tapped.directions)
             if shared is not None:
                 products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
-            with self.paused():
-                by_target = [
-                    fast_scores(tapped, which, call.args[0], b, product, shape)
-                    if fast
-                    else token_scores(tapped, which, call, b, product)
-                    for which, product in zip(tapped.directions, products, strict=True)
-                ]
+            by_target = [
+                fast_scores(tapped, which, call.args[0], b, product, shape)
+                if fast
+                else token_scores(tapped, which, call, b, product)
+                for which, product in zip(tapped.directions, products, strict=True)
+            ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
-        scores = torch.stack(by_target, dim=-1)
+        finally:
+            self.on = True
         self.fired.add(tapped.index)
-        rows = scores.view(-1, layout.rows, len(by_target)).sum(0) if whole else layout.sum_rows(scores)
-        self.scores[tapped.index] += rows.to(self.scores.dtype)
+        scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
+        if whole:
+            self._found.append((tapped.index, scores))
+            return
+        self._scores[tapped.index] += layout.sum_rows(scores).to(self._scores.dtype)
         if self.tokens is not None and scores[..., 0].numel() == self.tokens[..., 0].numel():
             self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
 
@@ -196,18 +216,17 @@ class _Hook:
         self.taps, self.tapped = taps, tapped
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
+        taps.heard.add(tapped.index)  # in checkpoints also without gradients
         if layout is None or not taps.hears():
             return None
-        if tapped.kind in ("linear", "conv1d", "scale") and type(output) is torch.Tensor and output.requires_grad:
+        if tapped.kind in _FAST and type(output) is torch.Tensor and output.requires_grad:
             # What most modules are, and most calls: with the least that has to be done
             x, shape = first_input(args, kwargs), output.shape[:-1]
             in_common = layout.segments is None and layout.batch > 1 and len(shape) > 0 and shape[0] == 1
             apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
             if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
-                shared = None if tapped.kind == "scale" else taps.read(tapped, x)
-                return _FastTap.apply(output, x, self, layout, shared)
+                return _FastTap.apply(output, x, self, layout, taps.read(tapped, x))
         call = follow.replace((args, kwargs), follow.plain)
         if isinstance(output, torch.Tensor):
             return self._behind(output, Call(*call))
@@ -237,9 +256,7 @@ class _Hook:
         if tapped.index in taps.unordered or not layout.fits(shape, isinstance(tapped.module, nn.Embedding)):
             taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
             return output
-        shared = None
-        if tapped.kind in ("linear", "conv1d"):
-            shared = taps.read(tapped, first_input(call.args, call.kwargs))
+        shared = taps.read(tapped, first_input(call.args, call.kwargs)) if tapped.kind in _FAST else None
         return self._tap(output, call, shared)
 
     def _join(self, call: Call, source: follow.Shared, step: follow.Step, output: torch.Tensor) -> torch.Tensor:

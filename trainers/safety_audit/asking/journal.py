@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from hf_iclr.models import hash_weights
-from hf_iclr.untrusted import as_written_by, check_links, parse_json
+from hf_iclr.untrusted import as_written_by, check_links, parse_json, regular_file
 
 from .endpoint import OpenAIEndpoint
 
@@ -111,7 +111,7 @@ class Journal:
     def _read(self) -> None:
         assert self.folder is not None
         for path in sorted(check_links(self.folder).glob("*.jsonl")):
-            lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut by a kill
+            lines = regular_file(path).read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut by a kill
             with as_written_by("an unfinished audit", path):
                 for line in lines:
                     entry = parse_json(line, path)

@@ -1,0 +1,156 @@
+"""What `--with` takes: our callbacks, added to whatever trainer a script makes."""
+
+import contextlib
+import functools
+import inspect
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import trl
+import yaml
+from transformers import Trainer, TrainerCallback
+
+from .dataset_files import load_rows
+from .prompt_files import read_prompts
+
+
+MakeCallbacks = Callable[[Trainer], list[TrainerCallback]]
+_SQUEEZED = ("DPOTrainer", "KTOTrainer", "GRPOTrainer")  # of TRL, of whose losses SqueezeMixin logs the effect
+
+
+def _shapley(source: str, options: dict[str, Any]) -> MakeCallbacks:
+    from hf_iclr.trainers import InRunDataShapleyCallback
+
+    rows = load_rows(source)
+    _check(InRunDataShapleyCallback, options)
+    return lambda trainer: [InRunDataShapleyCallback(rows, **options)]
+
+
+def _squeeze(source: str, options: dict[str, Any]) -> MakeCallbacks:
+    from hf_iclr.trainers import SqueezeProbeCallback, SqueezeStoppingCallback, build_probe_set
+
+    if not source:
+        return lambda trainer: []
+    rows = load_rows(source)
+    _check(SqueezeProbeCallback, options)
+    only_pairs = not any(name in rows.column_names for name in ("other_train", "other_test", "permuted"))
+    probes = build_probe_set(rows) if only_pairs else rows
+    return lambda trainer: [SqueezeProbeCallback(probes, trainer=trainer, **options), SqueezeStoppingCallback("warn")]
+
+
+def _safety(source: str, options: dict[str, Any]) -> MakeCallbacks:
+    from hf_iclr.trainers import SafetyDriftCallback
+
+    prompts, _ = read_prompts(source)
+    _check(SafetyDriftCallback, options)
+    return lambda trainer: [SafetyDriftCallback(prompts, trainer=trainer, **options)]
+
+
+def _null_space(source: str, options: dict[str, Any]) -> MakeCallbacks:
+    from hf_iclr.editors import KeyStatistics, NullSpaceCallback
+
+    statistics = KeyStatistics.from_pretrained(source)
+    _check(NullSpaceCallback, options)
+    return lambda trainer: [NullSpaceCallback(statistics, **options)]
+
+
+def _check(callback: type[TrainerCallback], options: dict[str, Any]) -> None:
+    known = list(inspect.signature(callback).parameters)[1:]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"Expected options of {callback.__name__}, got {', '.join(unknown)}. It has {', '.join(known)}."
+        )
+
+
+# What each makes of its file and options, and what the file is
+PARTS: dict[str, tuple[Callable[[str, dict[str, Any]], MakeCallbacks], str]] = {
+    "shapley": (_shapley, "shapley:val.jsonl, rows to value training rows by"),
+    "squeeze": (
+        _squeeze,
+        "squeeze:pairs.jsonl, pairs that are not trained on; or alone, for DPO, KTO and GRPO",
+    ),
+    "safety": (_safety, "safety:prompts.txt, what should be refused"),
+    "null_space": (_null_space, "null_space:folder, KeyStatistics of text whose outputs must stay"),
+}
+PARTS_HELP = f"Our callbacks: {'; '.join(text for _, text in PARTS.values())}. Options: shapley:val.jsonl,rank=8."
+
+
+@contextlib.contextmanager
+def parts_in_every_trainer(wanted: Sequence[str]) -> Iterator[None]:
+    """
+    Within it, each [`~transformers.Trainer`] that is made, of whatever class, gets our callbacks; and with `squeeze`
+    TRL's preference trainers are subclasses with [`SqueezeMixin`].
+
+    Args:
+        wanted (`Sequence[str]`):
+            What `--with` says: the name of a part, a colon, a file, folder or repository, and options after commas.
+
+    Raises:
+        ValueError: if a part is unknown, named twice, or has no file; or what its file holds is something else.
+        OSError: if there is no such file.
+    """
+    made: dict[str, MakeCallbacks] = {}
+    for text in wanted:
+        name, _, rest = text.partition(":")
+        source, *settings = rest.split(",")
+        options = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+        if name not in PARTS:
+            raise ValueError(f"Expected one of {', '.join(PARTS)} after --with, got {name!r}.")
+        if not source and name != "squeeze":
+            raise ValueError(f"Expected a file after {name}, got none. Type {PARTS[name][1]}.")
+        if name in made:
+            raise ValueError(f"Expected each part once, got {name} twice. Put the rows into one file.")
+        made[name] = PARTS[name][0](source, options)
+    original = Trainer.__init__
+
+    @functools.wraps(original)
+    def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for make in made.values():
+            for callback in make(self):
+                self.add_callback(callback)
+
+    with contextlib.ExitStack() as stack:
+        _replace(stack, Trainer, "__init__", init)
+        for name in _SQUEEZED if "squeeze" in made else ():
+            _replace(stack, trl, name, _squeezing(getattr(trl, name)))
+        yield
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _squeezing(cls: type) -> type:
+    from hf_iclr.trainers import SqueezeMixin
+
+    if issubclass(cls, SqueezeMixin):
+        return cls
+    return type(cls.__name__, (SqueezeMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def run_script(script: Path, arguments: Sequence[str], wanted: Sequence[str]) -> None:
+    """
+    Run a Python file as `python script arguments` does, with our callbacks in the trainers it makes.
+
+    Args:
+        script (`Path`):
+            The file.
+        arguments (`Sequence[str]`):
+            What it finds in `sys.argv`.
+        wanted (`Sequence[str]`):
+            As for [`parts_in_every_trainer`].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not script.is_file():
+        raise FileNotFoundError(f"Expected a Python file, got {script}, which is none. Type `hf-iclr run train.py`.")
+    with parts_in_every_trainer(wanted), contextlib.ExitStack() as stack:
+        _replace(stack, sys, "argv", [str(script), *arguments])
+        _replace(stack, sys, "path", [str(script.parent.absolute()), *sys.path])
+        runpy.run_path(str(script), run_name="__main__")

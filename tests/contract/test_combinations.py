@@ -1,0 +1,162 @@
+"""
+Our parts in one run: each trainer with each callback, in each way of training. What docs/combinations.md says is what
+happens here; `python -m tests.contract.test_combinations` writes that page anew.
+"""
+
+import functools
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hf_iclr import (
+    DeepSafetySFTConfig,
+    DeepSafetySFTTrainer,
+    InRunDataShapleyCallback,
+    KeyStatistics,
+    NullSpaceCallback,
+    SafetyDriftCallback,
+    SqueezeDPOConfig,
+    SqueezeDPOTrainer,
+    SqueezeProbeCallback,
+    build_probe_set,
+)
+from hf_iclr.tiny_models import tiny_llama, word_tokenizer
+from tests.trainers.distributed import run_in_two
+from tests.trainers.tiny import QUICK, triplet_rows, word_rows
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
+PAIRS = triplet_rows(12).rename_columns({"harmful": "rejected", "refusal": "chosen"})
+TRAINERS = {
+    "SFTTrainer": (SFTTrainer, SFTConfig, word_rows(16)),
+    "DeepSafetySFTTrainer": (DeepSafetySFTTrainer, DeepSafetySFTConfig, word_rows(16)),
+    "DPOTrainer": (DPOTrainer, DPOConfig, PAIRS),
+    "SqueezeDPOTrainer": (SqueezeDPOTrainer, SqueezeDPOConfig, PAIRS),
+}
+WAYS = {
+    "full": {},
+    "LoRA": {},
+    "packing": {"packing": True, "max_length": 32},  # of SFT alone
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "resumed": {"save_strategy": "steps", "save_steps": 2},
+    "two processes": {"per_device_train_batch_size": 2},
+}
+INTRODUCTION = """
+# Parts in one run
+
+Each trainer with each of our callbacks, in each way of training. A run of four steps on a tiny model is held against
+the same run without the callback, bit for bit. `python -m tests.contract.test_combinations` writes this page.
+
+- Shapley: `InRunDataShapleyCallback`. Probes: `SqueezeProbeCallback`. Drift: `SafetyDriftCallback`. Null space:
+  `NullSpaceCallback`, which is there to change the weights.
+- Resumed: from a checkpoint of the second step; held against the unbroken run, too. With the null space they agree to
+  1e-6, as it is then counted from the weights of the checkpoint.
+- Two processes: gloo, one forked process each; both end with the same weights.
+"""
+CALLBACKS = ["Shapley", "probes", "drift", "null space", "all four"]
+
+
+def statistics(model):
+    return KeyStatistics.from_dataset(
+        model, word_tokenizer(), [{"text": row["prompt"]} for row in word_rows(8)], layers=[0]
+    )
+
+
+def callbacks(name, rows, trainer, kept):
+    """What goes into a trainer; `kept` are the statistics of its model before."""
+    if name == "Shapley":
+        return [InRunDataShapleyCallback(rows.select(range(2)), refresh_every=1, adam_warmup=0)]
+    if name == "probes":
+        return [SqueezeProbeCallback(build_probe_set(PAIRS.select(range(4))), trainer=trainer, every=2)]
+    if name == "drift":
+        return [SafetyDriftCallback(["w1 w2", "w3"], trainer=trainer, every=2, max_new_tokens=2, kl_tokens=2)]
+    if name == "null space":
+        return [NullSpaceCallback(kept, nullspace_rank=4)]
+    return [callback for one in CALLBACKS[:4] for callback in callbacks(one, rows, trainer, kept)]
+
+
+def train(kind, way, names, folder):
+    """The weights after four steps."""
+    trainer_class, config, rows = TRAINERS[kind]
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") if way == "LoRA" else None
+
+    def make():
+        model = tiny_llama()
+        kept = statistics(model)
+        trainer = trainer_class(
+            model, args=config(str(folder), **{**QUICK, "max_steps": 4, **WAYS[way]}), train_dataset=rows,
+            processing_class=word_tokenizer(), peft_config=lora,
+            **({"ref_model": tiny_llama()} if kind.endswith("DPOTrainer") and lora is None else {}),
+        )  # fmt: skip
+        for name in names:
+            for callback in callbacks(name, rows, trainer, kept):
+                trainer.add_callback(callback)
+        return trainer
+
+    trainer = make()
+    trainer.train()
+    if way == "resumed":
+        trainer = make()
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
+
+
+@functools.cache
+def weights(kind, way, name):
+    """The weights after a run with a callback; `name` is None for the run without."""
+    names = () if name is None else (name,)
+    with tempfile.TemporaryDirectory() as folder:
+        if way != "two processes":
+            return train(kind, way, names, Path(folder))
+        first, second = run_in_two(train, Path(folder), kind, way, names, Path(folder))
+    assert same(first, second)
+    return first
+
+
+def same(first, second, tolerance=0.0):
+    return all(torch.allclose(first[key], second[key], rtol=tolerance, atol=tolerance) for key in first)
+
+
+def outcome(kind, way, name):
+    """What a callback does to a trainer's run: the null space changes the weights, and nothing else does."""
+    if way == "packing" and "DPO" in kind:
+        return "no option of DPO"
+    if way == "resumed" and not same(weights(kind, way, name), weights(kind, "full", name), 1e-6):
+        return "not as the unbroken run"
+    bare, measured = weights(kind, way, None), weights(kind, way, name)
+    if name == "null space":
+        return "other weights" if not same(bare, measured) else "no effect"
+    if name == "all four":
+        return "as the null space alone" if same(weights(kind, way, "null space"), measured) else "others"
+    return "same weights" if same(bare, measured) else "others"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["DeepSafetySFTTrainer", "SqueezeDPOTrainer"])
+def test_all_callbacks_at_once(kind, way):
+    """They leave the weights of a run with the null space alone, which are others than without it."""
+    row = re.search(rf"## {kind}\n(?:.*\n)*?\| {way} \|(.*)\|\n", PAGE.read_text(encoding="utf-8"))[1]
+    assert outcome(kind, way, "all four") == row.split("|")[-1].strip()
+
+
+@pytest.mark.slow
+def test_the_page_is_what_happens():
+    assert page() == PAGE.read_text(encoding="utf-8")
+
+
+def page():
+    lines = [*INTRODUCTION.strip().split("\n"), ""]
+    for kind in TRAINERS:
+        lines += [f"## {kind}", "", "| | " + " | ".join(CALLBACKS) + " |", "| --- " * (len(CALLBACKS) + 1) + "|"]
+        lines += ["| " + " | ".join([way, *(outcome(kind, way, name) for name in CALLBACKS)]) + " |" for way in WAYS]
+        lines += [""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

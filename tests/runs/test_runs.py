@@ -1,0 +1,175 @@
+"""A script of somebody else's, with our callbacks in the trainer it makes, and the page about its folder."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+import torch
+import trl
+from safetensors.torch import load_file
+from transformers import Trainer
+from typer.testing import CliRunner
+
+from hf_iclr import KeyStatistics, write_run_report
+from hf_iclr.cli.app import app
+from hf_iclr.runs.parts import parts_in_every_trainer
+from hf_iclr.runs.report import read_run
+from tests.trainers.tiny import QUICK, tiny_llama, triplet_rows, word_rows
+from tests.vision.annotation.chromium import CHROMIUM, open_tab
+
+
+SCRIPT = """
+import sys
+from datasets import load_dataset
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+if __name__ == "__main__":
+    folder, out = sys.argv[1:]
+    rows = load_dataset("json", data_files=f"{folder}/rows.jsonl", split="train")
+    trainer = SFTTrainer(folder, SFTConfig(out, **SETTINGS), train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+""".replace("SETTINGS", repr({**QUICK, "max_steps": 6, "model_init_kwargs": {"dtype": "float32"}}))
+PAIRS = """
+import sys
+from datasets import load_dataset
+from trl import DPOConfig, DPOTrainer
+
+rows = load_dataset("json", data_files=f"{sys.argv[1]}/pairs.jsonl", split="train")
+trainer = DPOTrainer(sys.argv[1], args=DPOConfig(sys.argv[2], **SETTINGS), train_dataset=rows)
+trainer.train()
+trainer.save_model()
+trainer.save_state()
+""".replace("SETTINGS", repr({**QUICK, "max_steps": 2, "model_init_kwargs": {"dtype": "float32"}}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, word_tokenizer):
+    """A model, rows, pairs, prompts and two scripts."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    word_rows().add_column("source", ["a", "b"] * 12).to_json(folder / "rows.jsonl")
+    word_rows(4, seed=5).to_json(folder / "val.jsonl")
+    pairs = triplet_rows(12).rename_columns({"harmful": "rejected", "refusal": "chosen"})
+    pairs.to_json(folder / "pairs.jsonl")
+    (folder / "prompts.txt").write_text("w1 w2\nw3 w4\n")
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "dpo.py").write_text(PAIRS)
+    return folder
+
+
+def run(folder, script, out, *parts):
+    arguments = ["run", str(folder / script), str(folder), str(folder / out)]
+    result = CliRunner().invoke(app, [*arguments, *(word for part in parts for word in ("--with", part))])
+    assert result.exit_code == 0, result.output
+    return folder / out
+
+
+@pytest.fixture(scope="module")
+def watched(folder):
+    """The first script's output folder, after a run with three parts."""
+    files = {"shapley": "val.jsonl,adam_warmup=0", "safety": "prompts.txt", "squeeze": "pairs.jsonl"}
+    return run(folder, "train.py", "watched", *(f"{name}:{folder / file}" for name, file in files.items()))
+
+
+def test_a_script_trains_the_same_model_with_our_callbacks(folder, watched):
+    before = (Trainer.__init__, sys.argv, [*sys.path])
+    plain = run(folder, "train.py", "plain")
+    assert (Trainer.__init__, sys.argv, sys.path) == before
+    weights, others = load_file(plain / "model.safetensors"), load_file(watched / "model.safetensors")
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    record = read_run(watched)
+    logged = {key for entry in record.log for key in entry}
+    assert {"safety/refusal_rate", "probe/chosen/logp", "shapley/loss_validation"} <= logged
+    assert len(record.values.table()) == 20  # five steps of four rows: Adam has no second moment before the first
+    assert not any("/" in key for entry in read_run(plain).log for key in entry)
+
+
+def test_squeeze_alone_logs_what_a_preference_loss_does(folder):
+    original = trl.DPOTrainer
+    plain, watched = run(folder, "dpo.py", "dpo"), run(folder, "dpo.py", "dpo-watched", "squeeze")
+    assert trl.DPOTrainer is original
+    first, second = read_run(plain).log[0], read_run(watched).log[0]
+    assert first["loss"] == second["loss"] and second["squeeze/logp_tok_chosen"] < 0
+    assert "squeeze/logp_tok_chosen" not in first
+
+
+def test_statistics_keep_a_null_space(folder, word_tokenizer):
+    statistics = KeyStatistics.from_dataset(tiny_llama(), word_tokenizer, [{"text": "w1 w2 w3 w4 w5"}] * 4, layers=[0])
+    statistics.save_pretrained(folder / "statistics")
+    with parts_in_every_trainer([f"null_space:{folder / 'statistics'}"]):
+        trainer = Trainer(tiny_llama())
+    assert "NullSpaceCallback" in str(trainer.callback_handler.callback_list)
+    assert "NullSpaceCallback" not in str(Trainer(tiny_llama()).callback_handler.callback_list)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("influence:x", "Expected one of shapley, squeeze, safety, null_space after --with, got 'influence'"),
+        ("shapley", "Expected a file after shapley"),
+        ("safety:nowhere.txt", "nowhere.txt"),
+        ("shapley:{folder}/val.jsonl,ranks=8", "Expected options of InRunDataShapleyCallback, got ranks"),
+    ],
+)
+def test_a_wrong_part_is_refused_before_the_script_runs(folder, tmp_path, part, words):
+    (tmp_path / "train.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "train.py"), "--with", part.format(folder=folder)])
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_page_tells_what_the_folder_holds(folder, watched, tmp_path):
+    (watched / "cascade.jsonl").write_text(json.dumps({"new_tokens": 12, "call": {"rule": "token_v3"}}) + "\n")
+    rows = word_rows().add_column("source", ["a", "b"] * 12)
+    page = write_run_report(watched, tmp_path / "page" / "run.html", rows, "source").read_text()
+    values = read_run(watched).values
+    worst = values.bottom(1)
+    assert f"{worst['value'].iloc[0]:.4g}" in page and rows[int(worst.index[0])]["prompt"].strip() in page
+    totals = values.by_source("source", rows).totals["value"]
+    assert all(f"{total:.4g}" in page for total in totals)
+    assert "token_v3" in page and "Refusals went from 0% to 0%" in page
+    panels = [
+        page.index(f"<h3>{title}</h3>") for title in ("Loss", "Refusals", "Watched answers", "Values of the rows")
+    ]
+    assert panels == sorted(panels) and "<h3>Rewards of the loss</h3>" not in page
+    assert page.count("<svg") == page.count("<figure>") and "src=" not in page and 'href="http' not in page
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected what a trainer or a part of hf_iclr writes"):
+        write_run_report(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(NotADirectoryError, match="Expected the output folder of a run"):
+        write_run_report(tmp_path / "gone")
+    with pytest.raises(ValueError, match="Expected training rows with a column 'source'"):
+        write_run_report(tmp_path, source_column="source")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_in_a_browser(watched, tmp_path):
+    page = write_run_report(watched, tmp_path / "run.html")
+
+    async def look():
+        async with open_tab(page.as_uri(), tmp_path / "profile") as tab:
+            for width in (1200, 390):
+                await tab.call(
+                    "Emulation.setDeviceMetricsOverride",
+                    width=width,
+                    height=800,
+                    deviceScaleFactor=1,
+                    mobile=width < 500,
+                )
+                assert await tab.run("document.documentElement.scrollWidth") <= width
+                columns = "getComputedStyle(document.querySelector('.panels')).gridTemplateColumns.split(' ').length"
+                assert await tab.run(columns) == (1 if width == 390 else 3)
+            await tab.run("document.querySelector('details').scrollIntoView()")
+            await tab.press("details summary")
+            await tab.until("document.querySelector('details').open")
+            assert tab.errors == []
+
+    asyncio.run(look())
