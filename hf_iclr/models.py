@@ -372,8 +372,8 @@ class FusedOutputsProxy:
     ) -> None:
         self.__dict__.update(_model=model, _rewrite=rewrite, _graph=graph)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # what `isinstance` asks
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what `isinstance` asks
         return type(self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
