@@ -157,10 +157,11 @@ class BatchedCascade:
             leaves=others, lengths=self.lengths,
         )  # fmt: skip
         broken = logits.amax(-1).isnan().any()
-        in_use = torch.cat([torch.arange(gamma + 1, device=drafts.device) <= lengths[:, None], any_draft], 1)
-        scores, p = self._distributions(logits, drafts, in_use, 0, self.reads_p0, siblings)
 
         # 3. Accept drafts from the left.
+        scores, p = logits[:, :gamma], None
+        if gamma:
+            scores, p = self._distributions(scores, drafts, columns <= lengths[:, None], 0, self.reads_p0)
         found, pi, deferred, drift = self._accept(drafts, siblings, q, p, lengths)
 
         # 4. One more token a row: a correction where a draft was rejected, a sample of π where all were kept.
@@ -174,11 +175,14 @@ class BatchedCascade:
                 last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
                 place = torch.where(found.ends, self.last_position + found.counts, -1)
                 step = self._small_step(last, place[:, None], found.drafts, found.ends, found.counts)[1]
+        next_logits = logits.take_along_dim(found.node[:, None, None], 1)
+        yes = torch.ones_like(found.bonus)[:, None]
+        next_scores, p = self._distributions(next_logits, found.drafts, yes, found.counts, self.reads_p0)
         next_token = self._next_token(found, q, p, step, pi, deferred, drift)
 
         # 5. Book-keeping: sequences, statistics, caches. The host learns all it has to in one piece.
-        drafted = lengths + any_draft.sum(1)
-        tokens, counts, unfinished = self._emit(found, drafted, next_token, deferred, drift, scores, logits)
+        drafted, outputs = lengths + any_draft.sum(1), ((scores, next_scores), (logits[:, :gamma], next_logits))
+        tokens, counts, unfinished = self._emit(found, drafted, next_token, deferred, drift, outputs)
         facts = torch.stack([broken.expand_as(counts), counts, unfinished, found.counts, found.node, found.bonus])
         flags, written, going, kept, nodes, bonus = facts.tolist()
         self._check_numbers(flags[0])
@@ -241,18 +245,16 @@ class BatchedCascade:
         return self._distributions(logits, drafts, in_use[:, None], first, self.reads_q0)
 
     def _distributions(
-        self, logits, drafts, in_use, first, reads_unscaled: bool, siblings=None
+        self, logits, drafts, in_use, first, reads_unscaled: bool
     ) -> tuple[torch.Tensor, Distributions]:
         """
         Processed scores and what they mean, for logits that stand after `first`, `first + 1`, ... drafted tokens (a
-        number, or one a row) and, last, after each sibling of the first; `in_use` says which of them count.
+        number, or one a row); `in_use` says which of them count.
         """
 
         def context(index: int, step: int) -> torch.Tensor:
-            step += first if isinstance(first, int) else int(first[index])
-            other = step - drafts.shape[1] - 1
-            path = drafts[index, :step] if other < 0 else siblings[index, other][None]
-            return torch.cat([self.texts.of_row(self.rows[index]), path])[None]
+            drafted = step + (first if isinstance(first, int) else int(first[index]))
+            return torch.cat([self.texts.of_row(self.rows[index]), drafts[index, :drafted]])[None]
 
         scores, banned = self.processors(logits, self.rows, in_use, context)
         one_hot = self.greedy and self.options.rule != "ensemble"  # that one takes the argmax of the mixture instead
@@ -281,18 +283,16 @@ class BatchedCascade:
         if gamma == 0:
             none, yes = torch.zeros_like(lengths), torch.ones_like(lengths, dtype=torch.bool)
             return Accepted(drafts, none, none, yes, yes, None), None, deferred, drift
-        chain = Distributions(*(part[:, :gamma] for part in p))
-        pi, deferred[:, :gamma], drift[:, :gamma] = self._target(q, chain, 0)
+        pi, deferred[:, :gamma], drift[:, :gamma] = self._target(q, p, 0)
         return accept_drafts(drafts, siblings, pi, q.probs, lengths, self.greedy), pi, deferred, drift
 
     def _next_token(self, found: Accepted, q, p: Distributions, step, pi, deferred, drift) -> torch.Tensor:
         """Samples the token after the accepted drafts; `step` is q where these end. Fills in its deferred mass."""
         counts, ends = found.counts, found.ends
         index = torch.arange(len(counts), device=counts.device)
-        p_next = p.at(found.node)
-        target, last = p_next.probs[:, 0], (torch.ones_like(deferred[:, :1]), torch.zeros_like(drift[:, :1]))
+        target, last = p.probs[:, 0], (torch.ones_like(deferred[:, :1]), torch.zeros_like(drift[:, :1]))
         if step is not None:
-            after, *last = self._target(step, p_next, counts)
+            after, *last = self._target(step, p, counts)
             target = after[:, 0]
         for part, value in zip((deferred, drift), last, strict=True):
             part[index, counts] = torch.where(ends, value[:, 0], part[index, counts])
@@ -309,15 +309,15 @@ class BatchedCascade:
         usable = ~found.bonus & (residual.sum(-1) > 0)
         return sample(torch.where(usable[:, None], residual, target))
 
-    def _emit(self, found: Accepted, drafted, next_token, deferred, drift, scores, logits):
+    def _emit(self, found: Accepted, drafted, next_token, deferred, drift, outputs):
         """Writes the round's tokens. Returns them, how many each row got (it may end inside), and which rows go on."""
         tokens = torch.cat([found.drafts, next_token[:, None]], 1)
         tokens = tokens.scatter(1, found.counts[:, None], next_token[:, None])
         if self.texts.keep_outputs:
             order = torch.arange(tokens.shape[1], device=tokens.device)
-            order = torch.where(order == found.counts[:, None], found.node[:, None], order)[..., None]
-            scores, logits = (part.take_along_dim(order, 1) for part in (scores, logits))
-        counts, unfinished = self.texts.write(self.rows, tokens, found.counts + 1, scores, logits)
+            order = torch.where(order == found.counts[:, None], tokens.shape[1] - 1, order)[..., None]
+            outputs = (torch.cat(parts, 1).take_along_dim(order, 1) for parts in outputs)
+        counts, unfinished = self.texts.write(self.rows, tokens, found.counts + 1, *outputs)
         within = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
         values = [torch.ones_like(counts), drafted, torch.minimum(found.counts, counts)]
         values += [(within * part.double()).sum(1) for part in (deferred, drift)]

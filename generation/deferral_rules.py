@@ -66,12 +66,6 @@ class Distributions(NamedTuple):
             return cls(probs, probs)
         return cls(probs, torch.cat([part.unscaled for part in parts], 1))
 
-    def at(self, columns: torch.Tensor) -> "Distributions":
-        """One column of each row."""
-        rows = torch.arange(len(columns), device=columns.device)
-        probs = self.probs[rows, columns][:, None]
-        return Distributions(probs, probs if self.unscaled is self.probs else self.unscaled[rows, columns][:, None])
-
 
 def target_distribution(
     rule: str,

@@ -11,7 +11,7 @@ from transformers import Sam2VideoInferenceSession
 from .segments import box_around
 
 
-_MAPPED_BYTES = 2**24  # of a file at least; what is not written of it takes no room
+_MAPPED_BYTES = 2**24  # of a file at least
 _STREAM_COND_FRAMES = 8  # as many frames as the paper's annotator corrects
 
 
@@ -110,6 +110,8 @@ class MappedTensors:
         if length > len(self._rest):
             with NamedTemporaryFile() as file:
                 size = max(length, _MAPPED_BYTES)
+                file.write(bytes(size))  # a disk that is full says so here; when mapped it would end the process
+                file.flush()
                 self._rest = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
         taken, self._rest = self._rest[: tensor.nbytes], self._rest[length:]
         return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
