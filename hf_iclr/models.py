@@ -370,7 +370,7 @@ class FusedOutputsProxy:
         rewrite: "Callable[[FusedCausalLMOutput, dict[str, Any]], FusedCausalLMOutput]",
         graph: bool = True,
     ) -> None:
-        self.__dict__.update(_model=model, _rewrite=rewrite, _graph=graph)
+        self._model, self._rewrite, self._graph = model, rewrite, graph
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # what `isinstance` asks
@@ -385,4 +385,7 @@ class FusedOutputsProxy:
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._model, name, value)
+        if name in ("_model", "_rewrite", "_graph"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
