@@ -109,7 +109,7 @@ def draw_long_batch(rng: np.random.Generator) -> tuple[list[dict], set[int]]:
     frames = int(rng.integers(5, 11))
     kind = str(rng.choice(["mask", "box", "click"], p=[0.2, 0.3, 0.5]))
     later, clicks = int(rng.integers(2, frames)), int(rng.integers(1, 4))
-    case = str(rng.choice(["drifted", "other", "correct", "twice", "none"], p=[0.3, 0.2, 0.15, 0.15, 0.2]))
+    case = str(rng.choice(["drifted", "other", "correct", "twice", "none"], p=[0.2, 0.1, 0.35, 0.15, 0.2]))
     if case == "other":
         frames = later + 1
     prompted = (0, later) if case == "twice" else (0,)

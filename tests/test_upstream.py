@@ -59,6 +59,7 @@ PRIVATE_ATTRIBUTES = {
     "_formatting_func": "trl: an argument of the constructor that is kept nowhere else",
     "_forward_hooks": "torch: a shallow copy of a model counts its forwards by hooks of its own",
     "_forward_params": "transformers: options a pipeline was made with; `stream` is a call of ours beside `__call__`",
+    "_forward_pre_hooks": "torch: as `_forward_hooks`",
     "_from_auto": "transformers: an argument that auto classes add to `from_pretrained`",
     "_hf_hook": "accelerate: the hook that it puts on `forward`, where a model's parts are called instead",
     "_hf_peft_config_loaded": "transformers: a mark that `unload` of PEFT leaves on the model",

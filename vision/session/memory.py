@@ -74,6 +74,11 @@ class FeatureCache:
     def __contains__(self, frame: int) -> bool:
         return frame in self._kept or (self._latest is not None and self._latest[0] == frame)
 
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Position encodings of the coarsest features, once a frame was encoded."""
+        return self._positions[0] if self._positions else None
+
     def get(self, frame: int) -> tuple[list[torch.Tensor], torch.Tensor] | None:
         """Features of a frame as the model computed them, `None` if they are not here."""
         if self._latest is not None and self._latest[0] == frame:

@@ -221,6 +221,48 @@ def test_a_policy_sees_scores_motion_and_pointers_and_keeps_its_choice():
     assert kept_frames(session, "maskmem_features")[1] == [1, 11, 12, 13]
 
 
+def test_position_encodings_are_computed_once(monkeypatch):
+    pipe, calls = tiny_pipe(), []
+    encoding = type(pipe.model.vision_encoder.neck.position_encoding)
+    forward = encoding.forward
+    monkeypatch.setattr(encoding, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+    session = pipe.session(LONG, feature_cache_bytes=0)
+    session.add(0, 1, **CLICK)
+    first = len(calls)
+    session.propagate()
+    assert first == len(calls) == 4  # of the four levels of the first frame
+    with torch.inference_mode():
+        features = pipe.model.get_image_features(session._pixels(13)[None], return_dict=True)
+    maps, positions = session.features.get(13)
+    assert all(torch.equal(*pair) for pair in zip(maps, features.fpn_hidden_states, strict=True))
+    assert torch.equal(positions, features.fpn_position_encoding[-1])
+
+
+def test_objects_shown_at_different_times_go_through_the_model_together(monkeypatch):
+    pipe, sizes = near_pipe(), []
+    prompts = {
+        0: {1: CLICK, 2: {"box": [40, 5, 70, 40]}},
+        3: {3: {"points": [[60, 30]]}},
+        5: {1: {"points": [[30, 20]]}},
+    }
+    attention = type(pipe.model.memory_attention)
+    forward = attention.forward
+
+    def counted(self, **kwargs):
+        sizes.append(kwargs["memory"].shape[1])
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", counted)
+    together = pipe(LONG, prompts=prompts, output="logits")
+    assert sorted(sizes[-2:]) == [1, 2]  # object 1 has more to attend to, the others as much as each other
+    for obj in (1, 2, 3):
+        own = {frame: {obj: objects[obj]} for frame, objects in prompts.items() if obj in objects}
+        alone = pipe(LONG, prompts=own, output="logits")
+        for frame in alone:
+            assert np.abs(frame.masks[obj] - together[frame.frame].masks[obj]).max() < 1e-4
+            assert frame.scores[obj] == pytest.approx(together[frame.frame].scores[obj], abs=1e-5)
+
+
 def test_memories_on_the_disk_are_the_same_and_none_is_held_in_memory():
     """All that grows with the frames is mapped from files, corrections and what can be undone included."""
     masks = []
