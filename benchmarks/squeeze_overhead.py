@@ -1,9 +1,11 @@
 """
 What the squeezing metrics and probes cost: a step of `SqueezeDPOTrainer` against one of TRL's `DPOTrainer`, and whole
-runs with probes against runs without, on SmolLM2.
+runs with probes against runs without.
 
     python benchmarks/squeeze_overhead.py --repeats 20
-    python benchmarks/squeeze_overhead.py --repeats 0 --runs 5 --tiny
+    python benchmarks/squeeze_overhead.py --repeats 0 --runs 5 --tiny --prompt 8 --answer 12
+    python benchmarks/squeeze_overhead.py --repeats 0 --runs 1 --steps 50 200 --lora --dtype bfloat16 --prompt 8 \\
+        --answer 12
 
 Each repeat takes one step (forward, reference, backward, log) with each trainer in one process and in random order, on
 the same batch, and the medians of the ratios within a repeat are reported, and the ratio of the fastest steps, which
@@ -11,9 +13,10 @@ other work on the machine disturbs least. A "full" step measures the exact argma
 of ten does, and "full, every 10" is what those ten cost together. The optimiser is left out and every step is logged:
 both count against us. Memory is what a step adds to the resident set at its peak.
 
-Runs are `SqueezeDPOTrainer.train()` of `--steps` steps with 2 and 8 pairs a batch, without probes, with `--probes`
-prompts at the default `probe_budget`, and with a pass every 25 steps whatever it takes (`probe_budget=1.0`, once).
-They alternate in one process, and CPU time is compared.
+Runs are `SqueezeDPOTrainer.train()` of `--steps` steps with 2 and 8 pairs a batch, with `--probes` prompts at the
+default `probe_every` and `probe_budget`, and right after it the same run without. CPU time is compared: of the whole
+runs, and in the run with probes the whole against what was spent outside of the callback. The latter is nearly free of
+what else the machine does. Both leave out that the probes are tokenized, which is shown by itself.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.arguments import make_parser, parse, write_json
@@ -34,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--runs", type=int, default=0, help="whole runs of each kind")
-    parser.add_argument("--steps", type=int, default=200, help="of a run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25, 50, 200, 1000], help="of the runs")
     parser.add_argument("--probes", type=int, default=500, help="prompts to probe in a run")
     parser.add_argument("--tiny", action="store_true", help="a random Llama of 16 dimensions instead of SmolLM2")
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
@@ -42,14 +46,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=128, help="most words in an answer; half of it at least")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--lora", action="store_true", help="train an adapter: a shorter step")
-    return parse(parser, repeats=2, pairs=1, prompt=8, answer=8, runs=2, steps=8, probes=4, tiny=True)
+    return parse(parser, repeats=2, pairs=1, prompt=8, answer=8, runs=2, steps=[8], probes=4, tiny=True)
 
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGUMENTS = arguments()
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback
@@ -59,6 +63,7 @@ from common.report import print_table
 from hf_iclr.tiny_models import tiny_llama, word_tokenizer
 from hf_iclr.tour.demo.language_model import load_demo_model
 from hf_iclr.trainers.squeeze import SqueezeDPOConfig, SqueezeDPOTrainer, SqueezeProbeCallback, build_probe_set
+from hf_iclr.trainers.squeeze.probe_metrics import ProbeSet
 
 
 WORDS = ("the", "model", "answers", "a", "question", "about", "rain", "tea", "maps", "birds", "often", "people")
@@ -135,54 +140,105 @@ def step_memory(trainer: DPOTrainer, rows: list[dict]) -> int:
     return resident_peak() - before
 
 
+class TimedProbes(SqueezeProbeCallback):
+    """Knows the CPU seconds it has taken, and those of them for tokenizing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.spent, self.tokenizing, self.inside = 0.0, 0.0, False
+
+
+def timed(event: str) -> Callable:
+    def run(self, *args, **kwargs):
+        if self.inside:  # it logs, which is an event as well
+            return getattr(SqueezeProbeCallback, event)(self, *args, **kwargs)
+        self.inside, begin = True, time.process_time()
+        getattr(SqueezeProbeCallback, event)(self, *args, **kwargs)
+        self.spent += time.process_time() - begin
+        self.inside = False
+
+    return run
+
+
+for name in ("on_train_begin", "on_step_end", "on_epoch_end", "on_log"):
+    setattr(TimedProbes, name, timed(name))
+
+
 def measure_runs(args: argparse.Namespace) -> None:
+    disable_progress_bars()
     model, tokenizer = load(args)
     rows = make_rows(args, max(args.probes, 64))
     probes = build_probe_set(rows, num_probes=args.probes)
     lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"]) if args.lora else None
 
-    def seconds(pairs: int, budget: float | None) -> tuple[float, int, float]:
-        """CPU seconds of a run, its passes, and what was scored in one."""
+    def seconds(steps: int, pairs: int, with_probes: bool) -> tuple[float, TimedProbes | None, list[int]]:
+        """CPU seconds of a run, its probes and when they were scored."""
         with tempfile.TemporaryDirectory() as folder:
             config = SqueezeDPOConfig(
                 folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-                max_steps=args.steps, per_device_train_batch_size=pairs, learning_rate=1e-5,
-                activation_checkpointing=False, probe_budget=budget or 1.0,
+                max_steps=steps, per_device_train_batch_size=pairs, learning_rate=1e-5, activation_checkpointing=False,
             )  # fmt: skip
             trainer = SqueezeDPOTrainer(
                 copy.deepcopy(model), None if args.lora else copy.deepcopy(model), config, train_dataset=rows,
-                processing_class=tokenizer, peft_config=lora, probe_dataset=probes if budget else None,
+                processing_class=tokenizer, peft_config=lora,
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
+            watching = None
+            if with_probes:
+                watching = TimedProbes(probes, trainer=trainer, every=config.probe_every)
+                trainer.add_callback(watching)
             begin = time.process_time()
             trainer.train()
             spent = time.process_time() - begin
-        passes = sum("probe/chosen/logp" in entry for entry in trainer.state.log_history)
-        watching = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
-        return spent, passes, watching[0]._sets[0].count if watching else 0
+        return spent, watching, [entry["step"] for entry in trainer.state.log_history if "probe/chosen/logp" in entry]
 
-    seconds(2, 0.05)  # to warm up
-    rng, report, table = random.Random(1), {}, []
-    for pairs in (2, 8):
-        times: dict[str, list[float]] = {"without": [], "default": []}
+    tokenize = ProbeSet.__init__
+
+    def timed_tokenize(self, name, dataset, trainer, *rest):
+        begin = time.process_time()
+        tokenize(self, name, dataset, trainer, *rest)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TimedProbes):
+                callback.tokenizing += time.process_time() - begin
+
+    ProbeSet.__init__ = timed_tokenize
+    seconds(min(args.steps), 2, True)  # to warm up
+    report, table = [], []
+    for pairs, steps in [(pairs, steps) for pairs in (2, 8) for steps in args.steps]:
+        runs = []
         for _ in tqdm(range(args.runs)):
-            for name in rng.sample(list(times), 2):
-                spent, passes, prompts = seconds(pairs, None if name == "without" else 0.05)
-                times[name].append(spent)
-                if name == "default":
-                    made = passes, prompts
-        ratios = [probed / plain for probed, plain in zip(times["default"], times["without"], strict=True)]
-        fastest = min(times["default"]) / min(times["without"])
-        without_limit, all_passes, all_prompts = seconds(pairs, 1.0)
-        unlimited = without_limit / statistics.median(times["without"])
-        table.append([pairs, statistics.median(times["without"]), statistics.median(ratios), fastest, *made])
-        table.append([f"{pairs}, probe_budget=1.0", "", unlimited, unlimited, all_passes, all_prompts])
-        report[f"{pairs} pairs"] = {"seconds": times, "ratios": ratios, "without a limit": unlimited}
+            whole, watching, passes = seconds(steps, pairs, True)
+            plain, *_ = seconds(steps, pairs, False)
+            whole -= watching.tokenizing
+            inside = whole / (whole - watching.spent + watching.tokenizing)
+            runs.append(
+                {"pairs": pairs, "steps": steps, "seconds without": plain, "in the run": inside,
+                 "to a run": whole / plain, "tokenizing": watching.tokenizing,
+                 "prompts": watching._sets[0].count, "passes": passes}
+            )  # fmt: skip
+        report += runs
+        columns = {name: [run[name] for run in runs] for name in runs[0]}
+        cells = [f"{statistics.median(columns[n]):.3f} ({min(columns[n]):.3f} .. {max(columns[n]):.3f})" for n in
+                 ("in the run", "to a run")]  # fmt: skip
+        prompts = f"{min(columns['prompts'])} .. {max(columns['prompts'])}"
+        passes = f"{min(map(len, columns['passes']))} .. {max(map(len, columns['passes']))}"
+        plain, tokenizing = (statistics.median(columns[name]) for name in ("seconds without", "tokenizing"))
+        table.append([pairs, steps, plain, *cells, passes, prompts, tokenizing])
     print_table(
-        ["pairs", "s without probes", "times with probes", "fastest to fastest", "passes", "prompts, last run"], table
+        [
+            "pairs",
+            "steps",
+            "s without",
+            "times, in the run",
+            "times a run without",
+            "passes",
+            "prompts",
+            "s tokenizing",
+        ],
+        table,
     )
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    write_json(args.out / "squeeze_overhead_runs.json", {"arguments": vars(args), **report})
+    write_json(args.out / "squeeze_overhead_runs.json", {"arguments": vars(args), "runs": report})
 
 
 def measure_steps(args: argparse.Namespace) -> None:

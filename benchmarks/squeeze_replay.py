@@ -20,7 +20,7 @@ def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
     parser.add_argument("curves", nargs="*", type=Path, help="trainer_state.json, or JSON Lines of the authors")
     parser.add_argument("--data", type=Path, help="folder with refcurve_*.json.gz")
-    parser.add_argument("--deltas", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="nats per token")
+    parser.add_argument("--deltas", type=float, nargs="+", default=[0.05, 0.1, 0.25], help="nats per token")
     return parse(parser)
 
 

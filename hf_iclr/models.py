@@ -351,7 +351,8 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 class FusedOutputsProxy:
     """
     Stands in for `model` during one `compute_loss` of TRL: every output of the fused LM head passes through `rewrite`
-    first. TRL's trainers only call `model` there, so their loss, normalisation and metrics stay their own.
+    first. TRL's trainers only call `model` there, so their loss, normalisation and metrics stay their own. To a loss
+    of somebody's own it is the model: an instance of its class, whose attributes are read and set.
 
     Args:
         model (`torch.nn.Module`):
@@ -371,6 +372,10 @@ class FusedOutputsProxy:
     ) -> None:
         self._model, self._rewrite, self._graph = model, rewrite, graph
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what `isinstance` asks
+        return type(self._model)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(self._graph and torch.is_grad_enabled()):
             outputs = self._model(*args, **kwargs)
@@ -378,3 +383,9 @@ class FusedOutputsProxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_model", "_rewrite", "_graph"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)

@@ -51,7 +51,7 @@ BASE: dict[str, Any] = {
     "disable_tqdm": True,
     "lr_scheduler_type": "constant",
     "per_device_eval_batch_size": 64,
-    "logging_steps": 8,
+    "logging_steps": 4,
 }
 
 
@@ -85,7 +85,7 @@ class Setting:
     long: int
     batch: int = 4
     steps: int = 64
-    every: int = 8
+    every: int = 4
     probes: int = 24
 
 
@@ -158,14 +158,14 @@ def settings(data: Path | None) -> dict[str, Setting]:
         return AutoModelForCausalLM.from_pretrained(stories), tokenizer
 
     def lora(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model, tokenizer = load_demo_model(torch.float32)
+        model, tokenizer = load_demo_model()  # in bfloat16; the adapter is in float32
         set_seed(seed)
         return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")), tokenizer
 
     found["stories260k"] = Setting(load, lambda seed: hh_pairs(hh, load(0)[1], seed), 1e-4, 1e-3, 40, 200)
     found["smollm2"] = Setting(
-        lora, lambda seed: hh_pairs(hh, load_demo_model()[1], seed, 64, 24), 1e-4, 2e-4, 8, 24, batch=2, steps=32,
-        every=4, probes=8,
+        lora, lambda seed: hh_pairs(hh, load_demo_model()[1], seed, 64, 24), 1e-3, 5e-4, 8, 24, batch=2, steps=32,
+        probes=8,
     )  # fmt: skip
     return found
 
@@ -208,7 +208,7 @@ def own_answers(setting: Setting, weights: dict[str, torch.Tensor], pairs: Datas
 
 def train_arm(
     setting: Setting, weights: dict[str, torch.Tensor], pairs: tuple[Dataset, Dataset], seed: int, rate: float,
-    trainer_class: type[SqueezeDPOTrainer] = SqueezeDPOTrainer, callbacks: list[Any] | None = None, **changes: Any,
+    trainer_class: type[SqueezeDPOTrainer] = SqueezeDPOTrainer, **changes: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One preference run from these weights: its log."""
     train, held_out = pairs
@@ -224,9 +224,8 @@ def train_arm(
         eval_steps=setting.every, eval_on_start=True, **{**BASE, "logging_steps": setting.every, **changes},
     )  # fmt: skip
     trainer = trainer_class(
-        model, reference, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        callbacks=callbacks,
-    )  # fmt: skip
+        model, reference, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+    )
     trainer.remove_callback(PrinterCallback)
     for name, rows, test in (("", train, held_out), ("held_out", held_out, None)):
         probes = build_probe_set(rows, num_probes=setting.probes, seed=seed, test_pairs=test)

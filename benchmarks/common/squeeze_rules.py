@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+from scipy import stats
 
+
+HEALTHY = ("null", "sft", "sft, long before", "sigmoid + sft", "gentle")  # arms that should lose nothing
 MARGIN = 0.05  # nats a token: a fall of the held-out chosen answers that counts within the next quarter of a run
 LOST = 0.1  # and one that counts at the end of a run
-PATIENCE = 2
 BYSTANDERS = ("other_test", "other_train", "permuted")
 
 
@@ -22,6 +23,8 @@ class Run:
             Which one it is.
         curves (`dict[str, list[float]]`):
             By key.
+        steps (`list[int]`):
+            Of the evaluations, the first before any step.
     """
 
     setting: str
@@ -29,6 +32,7 @@ class Run:
     action: str | None
     seed: int
     curves: dict[str, list[float]]
+    steps: list[int]
 
     @property
     def held_out(self) -> list[float]:
@@ -48,7 +52,8 @@ def read_run(saved: dict[str, Any]) -> Run:
             if isinstance(value, (int, float)):
                 by_step.setdefault(key, {})[entry["step"]] = value
     curves = {key: [points[step] for step in sorted(points)] for key, points in by_step.items()}
-    return Run(saved["setting"], saved["arm"], saved["action"], saved["seed"], curves)
+    steps = sorted(by_step["eval_squeeze/logp_tok_chosen"])
+    return Run(saved["setting"], saved["arm"], saved["action"], saved["seed"], curves, steps)
 
 
 def below_highest(key: str) -> Callable[[Run], list[float]]:
@@ -113,18 +118,28 @@ def auc(runs: Sequence[Run], score: Callable[[Run], list[float]]) -> float:
     return sum((a > b) + 0.5 * (a == b) for a in yes for b in no) / (len(yes) * len(no))
 
 
-def alarm(scores: Sequence[float], threshold: float) -> int | None:
-    """The evaluation at which the score has been at the threshold for `PATIENCE` evaluations."""
-    for at, (before, now) in enumerate(pairwise(scores), 1):
-        if min(before, now) >= threshold:
+def alarm(scores: Sequence[float], threshold: float, patience: int = 1) -> int | None:
+    """The evaluation at which the score has been at the threshold for `patience` evaluations."""
+    for at in range(patience, len(scores)):
+        if min(scores[at + 1 - patience : at + 1]) >= threshold:
             return at
     return None
 
 
-def lowest_threshold(runs: Sequence[Run], score: Callable[[Run], list[float]], rate: float = 0.05) -> float:
+def lowest_threshold(
+    runs: Sequence[Run], score: Callable[[Run], list[float]], patience: int, rate: float = 0.05
+) -> float:
     """The lowest at which at most this share of the runs that lose nothing raises an alarm."""
-    kept = [run for run in runs if not run.loses]
-    # a run alarms at every threshold up to its highest pair of scores
-    reach = sorted(max(min(pair) for pair in pairwise(score(run))) for run in kept)
-    allowed = int(rate * len(reach))
-    return max(reach[len(reach) - 1 - allowed], 0.0) * 1.0001 + 1e-6
+    reach = []  # a run alarms at every threshold up to its highest score, or row of scores
+    for run in runs:
+        if not run.loses:
+            scores = score(run)
+            rows = [scores[at + 1 - patience : at + 1] for at in range(patience, len(scores))]
+            reach.append(max(map(min, rows)))
+    reach.sort()
+    return max(reach[len(reach) - 1 - int(rate * len(reach))], 0.0) * 1.0001 + 1e-6
+
+
+def at_most(alarms: int, runs: int) -> float:
+    """The rate of alarms that these runs leave possible: the exact one-sided 95 % limit of a binomial."""
+    return float(stats.beta.ppf(0.95, alarms + 1, runs - alarms)) if alarms < runs else 1.0

@@ -55,7 +55,7 @@ def test_replay(run, state):
     """10 nats an answer are .5 a token of 20, and .01 of 1000."""
     result = run("squeeze", "replay", state, "--tokens-per-answer", 20)
     (row,) = [line.split() for line in result.output.splitlines() if str(state) in line]
-    assert result.exit_code == 0 and [cell for cell in row if cell not in "│┃"][1:] == ["eval", "5", "0", "2", "2.000"]
+    assert result.exit_code == 0 and [cell for cell in row if cell not in "│┃"][1:] == ["eval", "5", "0", "1", "2.000"]
     assert " none " in run("squeeze", "replay", state, "--tokens-per-answer", 1000).output
 
 

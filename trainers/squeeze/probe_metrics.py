@@ -1,12 +1,13 @@
 """What the probe callback logs of one probe set: every kind of answer, their sums, repetition and own samples."""
 
+import bisect
 import hashlib
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ SAMPLED_PROMPTS = 64  # at most so many, for a number that is about zero
 FORWARDS_OF_A_STEP = 3  # at least: a backward is two
 PASSES_BETWEEN = 4  # that there should be room for
 PILOT_TOKENS = 4
-MIN_PROMPTS = 12  # fewer say nothing, however short a run is
+ENOUGH_PROMPTS = 12  # of a set: fewer say little, so passes in between and decoding come after these
 PROBES = "probes"  # the name under which the trainer's own preparation gets them
 
 
@@ -103,6 +104,8 @@ class ProbeSet:
             rows = _prepare_pairs(trainer, whole_rows, columns, processing_class)
         else:
             template = getattr(trainer.args, "chat_template_kwargs", None)  # GRPO has it
+            if hasattr(trainer, "get_batch_logps") and "tools" in dataset.column_names:  # CPO and ORPO pass them over
+                whole_rows = whole_rows.remove_columns("tools")
             rows = [
                 {kind: encode_answer(self.tokenizer, row, kind, max_length, keep_end, template) for kind in columns}
                 for row in whole_rows
@@ -239,9 +242,9 @@ def take_what_fits(
     sets: Sequence[ProbeSet], trainer: Trainer, max_steps: int, every: int, budget: float, decode: bool
 ) -> None:
     """
-    Keep as many prompts of probe sets as leave room in the budget for a pass at the start, at the end, and for some in
-    between. How long a step will take is not known before the first one: it is taken for the forward and the backward
-    of as many answers, which it takes at least.
+    Keep as many prompts of each probe set as leave room in the budget for a pass at the start, at the end, and for
+    some in between, but at least one, and all of a set of twelve or fewer. How long a step will take is not known
+    before the first one: it is taken for the forward and the backward of as many answers, which it takes at least.
 
     Args:
         sets (`Sequence[ProbeSet]`):
@@ -253,18 +256,19 @@ def take_what_fits(
         budget (`float`):
             In (0, 1).
         decode (`bool`):
-            Whether passes decode; half of the budget is for that, as far as it is needed.
+            Whether passes decode; at most half of the budget is for that.
     """
     args, world, begin = trainer.args, trainer.accelerator.num_processes, time.perf_counter()
     pairs = any(name.startswith(REJECTED) for name in getattr(trainer.train_dataset, "column_names", None) or ())
     rows = world * args.per_device_train_batch_size * (2 if pairs else 1)
-    some = (sets[0].answers * rows)[:rows]
+    some, kinds = (sets[0].answers * rows)[:rows], (sets[0].kinds * rows)[:rows]
     prompts = [prompt for probes in sets for prompt in probes.prompts] if decode else []
     seconds = []
     with forked_random(trainer.accelerator.device):
         for _ in range(2):  # the first is slower
             start = time.perf_counter()
-            score_answers(trainer, some, [False] * rows, rows // world, collate=sets[0].collate)
+            pulled = [kind in (CHOSEN, REJECTED) for kind in kinds]
+            score_answers(trainer, some, pulled, rows // world, collate=sets[0].collate)
             seconds.append(time.perf_counter() - start)
         start, tokens = time.perf_counter(), max(probes.max_new_tokens for probes in sets)
         if prompts:
@@ -272,23 +276,44 @@ def take_what_fits(
         drawn = (time.perf_counter() - start) / rows * tokens / PILOT_TOKENS
     step = FORWARDS_OF_A_STEP * min(seconds) * args.gradient_accumulation_steps
     an_answer = min(seconds) / rows
-    left = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)
-    a_pass = max(left, 0.0) / (2 + min(PASSES_BETWEEN, (max_steps - 1) // every))
-    decoding = len(prompts) * 2 * (drawn + an_answer)  # greedily, and samples
-    for_decoding = min(decoding, a_pass / 2)
-    scoring = sum(len(probes.answers) for probes in sets) * an_answer
-    shares = [min((a_pass - for_decoding) / scoring, 1.0), for_decoding / decoding if decoding else 0.0]
-    broadcast_object_list(shares)  # every process has timed its own
+    room = budget / (1 - budget) * max_steps * step - (time.perf_counter() - begin)
+
+    def taken(count: int, probes: ProbeSet) -> int:
+        return probes.count if probes.count <= ENOUGH_PROMPTS else min(count, probes.count)
+
+    def scoring(count: int) -> float:
+        return an_answer * sum(probes.columns * taken(count, probes) for probes in sets)
+
+    def decoding(count: int) -> float:  # greedily, and samples
+        return 2 * (drawn + an_answer) * sum(min(count, len(probes.prompts)) for probes in sets if prompts)
+
+    most, scored, decoded = max(probes.count for probes in sets), 0, 0
+    for between in reversed(range(min(PASSES_BETWEEN, (max_steps - 1) // every) + 1)):
+        a_pass = room / (2 + between)
+        spare = a_pass - scoring(ENOUGH_PROMPTS)
+        if spare >= 0 or not between:
+            decoded = _most(decoding, most, min(a_pass / 2, spare)) if prompts else 0
+            scored = max(_most(scoring, most, a_pass - decoding(decoded)), 1)
+            break
+    counts = [scored, decoded]
+    broadcast_object_list(counts)  # every process has timed its own
     before = sum(probes.count for probes in sets)
     for probes in sets:
-        probes.take(max(int(shares[0] * probes.count), MIN_PROMPTS), int(shares[1] * len(probes.prompts)))
-    after, decoded = sum(probes.count for probes in sets), sum(len(probes.prompts) for probes in sets)
-    if (after < before or decoded < len(prompts)) and trainer.is_world_process_zero():
+        probes.take(taken(counts[0], probes), counts[1])
+    after, kept = sum(probes.count for probes in sets), sum(len(probes.prompts) for probes in sets)
+    if (after < before or kept < len(prompts)) and trainer.is_world_process_zero():
+        few = f" Fewer than {ENOUGH_PROMPTS} of a set say little." if counts[0] < ENOUGH_PROMPTS < most else ""
         logger.warning(
-            f"{after} of {before} prompts are probed, taken at random, and {decoded} of them decoded from: an "
+            f"{after} of {before} prompts are probed, taken at random, and {kept} of them decoded from: an "
             f"answer takes {an_answer:.3g} s, a step at least {step:.3g} s, and probe_budget={budget:g} is the share "
-            f"of the run's {max_steps} steps that probes may take. Raise it for more; `probe_budget=1.0` takes all."
+            f"of the run's {max_steps} steps that probes may take.{few} Raise it for more; `probe_budget=1.0` takes "
+            "all."
         )
+
+
+def _most(seconds: Callable[[int], float], limit: int, room: float) -> int:
+    """How many, `limit` at most, can be had in this time."""
+    return bisect.bisect_right(range(1, limit + 1), room, key=seconds)
 
 
 def _prepare_pairs(

@@ -101,8 +101,8 @@ def build_probe_set(
         )
     check_kinds(rephrases)
     test_rows = None if test_pairs is None else preference_rows(test_pairs, "test_pairs")
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}.")
+    if not isinstance(num_probes, int) or num_probes < 1:
+        raise ValueError(f"num_probes must be a whole number from 1 on, got {num_probes!r}.")
     generator = random.Random(seed)
     context = [column for column in CONTEXT if column in rows.column_names]
     texts = rows.select_columns(["prompt", CHOSEN, REJECTED, *rephrases])  # images need not be read here

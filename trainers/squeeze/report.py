@@ -13,11 +13,11 @@ import jinja2
 
 from hf_iclr.extras import new_figure
 
-from .warning import SqueezeMonitor
+from .warning import SqueezeMonitor, log_entries, step_of
 
 
 # What stands before it says who was measured: nothing for training batches, a probe set, an evaluation set
-_OWN = r"(?:squeeze|rewards|logps)/[^/]+"
+_OWN = r"squeeze/(?!index$)[^/]+|(?:rewards|logps)/[^/]+"
 _PROBED = r"probe/[^/]+/[^/]+|(?:crosstalk|repeat|onpolicy)/[^/]+|squeeze/index"
 _KEY = re.compile(rf"(eval_(?:.+?_)?)?({_OWN})|(.+?_)?({_PROBED})")
 
@@ -119,8 +119,15 @@ def write_squeeze_report(
     Raises:
         `ValueError`: when the log has nothing to show.
     """
-    sources = _sources(log_history)
-    if not sources:
+    sources = _sources(log_entries(log_history, "log_history"))
+    figures = {}
+    for source, series in sources.items():
+        panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, series))]
+        # Nothing is seen of what was measured once, unless all was
+        panels = [panel for panel in panels if any(len(points) > 1 for points in panel[1].values())] or panels
+        if panels:
+            figures[source] = panels
+    if not figures:
         raise ValueError(
             f"The report needs log entries with keys such as squeeze/logp_tok_chosen or probe/chosen/logp, got "
             f"{len(log_history)} entries without one. Train first (`logging_steps` must be reached), with "
@@ -132,8 +139,7 @@ def write_squeeze_report(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     pages: list[dict[str, Any]] = []
-    for number, (source, series) in enumerate(sources.items()):
-        panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, series))]
+    for number, (source, panels) in enumerate(figures.items()):
         alarm = monitor.alarms.get(source)
         path = out_dir / f"squeeze_report{f'_{number + 1}' if number else ''}.png"
         _draw(panels, alarm, path)
@@ -144,7 +150,7 @@ def write_squeeze_report(
                 "watched": source in monitor.sets,
                 "panels": [(panel.title, panel.reading) for panel, _ in panels],
                 "figure": base64.b64encode(path.read_bytes()).decode(),
-                "summary": [_summarise(key, points) for key, points in series.items()],
+                "summary": [_summarise(key, points) for key, points in sources[source].items()],
             }
         )
     report = {
@@ -181,7 +187,7 @@ def _sources(log_history: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[
             ):
                 continue
             source = (match[1] or "").rstrip("_") if match[2] else f"{match[3] or ''}probe"
-            sources.setdefault(source, {}).setdefault(key, {})[entry.get("step", 0)] = float(value)
+            sources.setdefault(source, {}).setdefault(key, {})[step_of(entry, key, 0)] = float(value)
     order = sorted(sources, key=lambda source: (not source.endswith("probe"), not source, source))
     return {source: {key: dict(sorted(points.items())) for key, points in sources[source].items()} for source in order}
 

@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "stop", "lower_lr")
+ACTIONS = ("warn", "stop")
 # "probe/", with several probe sets "{name}_probe/"; in an evaluation "eval_squeeze/" or "eval_{split}_squeeze/".
 # Training batches are not compared: each is another one.
 _CHOSEN = re.compile(r"(?:(.*probe)/chosen/logp|(eval_(?:.+_)?)squeeze/logp_tok_chosen)")
@@ -28,16 +28,17 @@ _SUMS = re.compile(r"(eval_(?:.+_)?)logps/(chosen|rejected)|logps_eval_[^/]+/(.+
 class SqueezeMonitor:
     """
     Reads logs one at a time and says whether the chosen answers are being lost: they lie `delta` below the highest
-    they have been, for `patience` evaluations in a row. Only answers that are scored again and again can tell: probe
-    sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged alone.
+    they have been, at one evaluation or `patience` in a row. Only answers that are scored again and again can tell:
+    probe sets (`probe/chosen/logp`) and evaluation sets (`eval_squeeze/logp_tok_chosen`), each of which is judged
+    alone.
 
     The rule and its numbers are not the paper's (https://huggingface.co/papers/2407.10490); how often it is right
     stands in docs/squeeze_theory.md.
 
     Args:
-        delta (`float`, *optional*, defaults to `0.2`):
+        delta (`float`, *optional*, defaults to `0.25`):
             In nats per token.
-        patience (`int`, *optional*, defaults to `2`):
+        patience (`int`, *optional*, defaults to `1`):
             Evaluations in a row.
 
     Attributes:
@@ -48,16 +49,16 @@ class SqueezeMonitor:
         `ValueError`: when an option lies outside of its range.
     """
 
-    delta: float = 0.2
-    patience: int = 2
+    delta: float = 0.25
+    patience: int = 1
     sets: dict[str, dict[int, float]] = field(default_factory=dict, init=False)
     alarms: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if not self.delta > 0:
-            raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.2`.")
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=2`.")
+        if not (isinstance(self.delta, int | float) and self.delta > 0):
+            raise ValueError(f"delta must be above 0 nats per token, got {self.delta}. For example `delta=0.25`.")
+        if not (isinstance(self.patience, int) and self.patience >= 1):
+            raise ValueError(f"patience must be at least 1, got {self.patience}. For example `patience=1`.")
 
     def update(self, logs: dict[str, Any], step: int | None = None) -> list[str]:
         """
@@ -83,11 +84,7 @@ class SqueezeMonitor:
                 continue
             name = match[1] or match[2].rstrip("_")
             values = self.sets.setdefault(name, {})
-            at = logs.get("step", len(values)) if step is None else step
-            if isinstance(at, bool) or not isinstance(at, int):
-                raise ValueError(  # noqa: TRY004  of a file, not of a caller
-                    f"The step of a log entry should be a whole number, that with `{key}` has {at!r}."
-                )
+            at = step_of(logs, key, len(values)) if step is None else step_of({"step": step}, key)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(
                     f"Log-probabilities should be finite, `{key}` at step {at} is {value}. Drop empty answers; if the "
@@ -116,10 +113,7 @@ class SqueezeStoppingCallback(TrainerCallback):
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            `"warn"`: log a warning and nothing else. `"stop"`: end training. `"lower_lr"`: multiply the learning rate,
-            now and in the rest of the schedule, by `lr_factor`, once.
-        lr_factor (`float`, *optional*, defaults to `0.1`):
-            For `"lower_lr"`.
+            `"warn"`: log a warning and nothing else. `"stop"`: end training.
         rule (*optional*):
             Options of [`SqueezeMonitor`].
 
@@ -128,12 +122,10 @@ class SqueezeStoppingCallback(TrainerCallback):
             nor evaluations to go by.
     """
 
-    def __init__(self, action: str = "warn", lr_factor: float = 0.1, **rule: Any) -> None:
+    def __init__(self, action: str = "warn", **rule: Any) -> None:
         if action not in ACTIONS:
             raise ValueError(f"action must be one of {', '.join(ACTIONS)}, got {action!r}.")
-        if not 0 < lr_factor < 1:
-            raise ValueError(f"lr_factor must be in (0, 1), got {lr_factor}. For example `lr_factor=0.1`.")
-        self.action, self.lr_factor, self.rule = action, lr_factor, rule
+        self.action, self.rule = action, rule
         self.monitor = SqueezeMonitor(**rule)
         self._acted = False
 
@@ -171,8 +163,6 @@ class SqueezeStoppingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         lost = self.monitor.update(logs or {}, state.global_step)
@@ -188,12 +178,6 @@ class SqueezeStoppingCallback(TrainerCallback):
         self._acted = True
         if self.action == "stop":
             control.should_training_stop = True
-        elif self.action == "lower_lr":
-            for group in optimizer.param_groups:
-                group["lr"] *= self.lr_factor
-            schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # inside of accelerate's
-            if hasattr(schedule, "base_lrs"):
-                schedule.base_lrs = [rate * self.lr_factor for rate in schedule.base_lrs]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -241,6 +225,28 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def log_entries(entries: Any, name: str) -> list[dict[str, Any]]:
+    """What somebody gave as a log history; something else is refused in a sentence that calls it `name`."""
+    expected = f"Expected {name} as a list of log entries, such as `trainer.state.log_history`"
+    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
+        more = " Type `state['log_history']`." if isinstance(entries, Mapping) and "log_history" in entries else ""
+        raise TypeError(f"{expected}, got {entries!r:.60}.{more}")
+    entries = list(entries)
+    if not all(isinstance(entry, dict) for entry in entries):
+        got = next(entry for entry in entries if not isinstance(entry, dict))
+        raise TypeError(f"{expected}, each a dictionary, got {got!r:.60}.")
+    return entries
+
+
+def step_of(entry: dict[str, Any], key: str, default: int = 0) -> int:
+    step = entry.get("step", default)
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise ValueError(  # noqa: TRY004  of a file, not of a caller
+            f"The step of a log entry should be a whole number, that with `{key}` has {step!r:.60}."
+        )
+    return step
+
+
 def replay_log(
     source: "str | Path | Sequence[dict[str, Any]]", tokens_per_answer: float = 50.0, **rule: Any
 ) -> pd.DataFrame:
@@ -266,7 +272,7 @@ def replay_log(
     """
     if not tokens_per_answer > 0:
         raise ValueError(f"tokens_per_answer must be positive, got {tokens_per_answer}. For example 50.")
-    entries = read_log(source) if isinstance(source, (str, Path)) else list(source)
+    entries = read_log(source) if isinstance(source, (str, Path)) else log_entries(source, "source")
     monitor = SqueezeMonitor(**rule)
     for index, entry in enumerate(entries):
         monitor.update(_per_token(entry, tokens_per_answer), entry.get("step", index))

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from transformers import LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from hf_iclr.trainers.squeeze.config import SqueezeDPOConfig
 from hf_iclr.trainers.squeeze.metrics import batch_sums, metrics_from_sums
-from hf_iclr.trainers.squeeze.trainer import SqueezeMixin
+from hf_iclr.trainers.squeeze.trainer import SqueezeDPOTrainer, SqueezeMixin
 from tests.trainers.squeeze.pairs_and_logs import fused_outputs, pair_rows
 from tests.trainers.tiny import QUICK, tiny_llama
 
@@ -158,3 +160,26 @@ def test_off_is_off(make):
     trainer = make("cpo", True, squeeze_metrics="off")
     trainer.train()
     assert not [key for entry in trainer.state.log_history for key in entry if "squeeze/logp" in key]
+
+
+@pytest.mark.parametrize("squeeze_metrics", ["off", "default", "full"])
+def test_a_loss_of_ones_own_sees_the_model(tmp_path, word_tokenizer, squeeze_metrics):
+    """Its class, configuration, parts and attributes, in training and in evaluations."""
+    losses = []
+    for parent, config in ((DPOTrainer, DPOConfig), (SqueezeDPOTrainer, SqueezeDPOConfig)):
+
+        class Own(parent):
+            def _compute_loss(self, model, inputs, return_outputs):
+                unwrapped = self.accelerator.unwrap_model(model)
+                assert isinstance(unwrapped, LlamaForCausalLM) and unwrapped.config.vocab_size == 50
+                assert model.get_output_embeddings() is self.model.lm_head and model.training == self.model.training
+                model.batches = getattr(model, "batches", 0) + 1
+                return super()._compute_loss(model, inputs, return_outputs)
+
+        ours = {"squeeze_metrics": squeeze_metrics} if config is SqueezeDPOConfig else {}
+        args = config(str(tmp_path), **{**QUICK, "max_steps": 2, **ours})
+        rows = {"train_dataset": pair_rows(4), "eval_dataset": pair_rows(4, seed=3)}
+        trainer = Own(tiny_llama(), tiny_llama(), args, processing_class=word_tokenizer, **rows)
+        trainer.train()
+        losses.append((trainer.evaluate()["eval_loss"], trainer.model.batches))
+    assert losses[0] == losses[1]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_iclr.trainers.squeeze.pair_audit import audit_pairs, filter_pairs
 from tests.trainers.squeeze.pairs_and_logs import pair_rows
@@ -67,6 +68,29 @@ def test_own_samples_have_no_pressure(word_tokenizer):
     first = [(probs.square().sum() - probs[int(word.strip()[1:])]).item() for word in words]
     assert abs(np.mean(first)) < 3 * np.std(first) / 20 + 0.02
     assert table["pressure"].std() > 0
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+def test_memory_does_not_grow_with_the_vocabulary(word_tokenizer):
+    """Nothing holds a number for each token of the vocabulary at each position."""
+    largest = []
+    for vocab_size in (40_000, 80_000):
+        model = tiny_llama(vocab_size)
+        with Largest() as seen:
+            table = audit_pairs(model, word_tokenizer, PAIRS, batch_size=5)
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] < 80_000 * table[["tokens_chosen", "tokens_rejected"]].to_numpy().sum()
 
 
 def test_adapter(word_tokenizer):

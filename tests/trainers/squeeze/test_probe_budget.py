@@ -61,12 +61,24 @@ def clock(monkeypatch):
         clock.decoded.append(len(prompts))
         return decode(trainer, tokenizer, prompts, max_new_tokens, *args, **kwargs)
 
-    monkeypatch.setattr(probe_metrics, "MIN_PROMPTS", 1)
     monkeypatch.setattr(probe_metrics, "score_answers", timed_score)
     monkeypatch.setattr(probe_metrics, "decode_answers", timed_decode)
     for module in (probe_metrics, probes_module):
         monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
     return clock
+
+
+def probes_of(trainer):
+    (probing,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
+    return probing
+
+
+class Ends(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 class Step(TrainerCallback):
@@ -91,28 +103,41 @@ def test_interval_by_hand(numbers, interval):
     assert choose_interval(*numbers) == interval
 
 
-@pytest.mark.parametrize("max_steps", [40, 200])
-def test_all_passes_together_keep_to_the_budget(tmp_path, word_tokenizer, clock, caplog, max_steps):
-    """A step takes the .24 s that it is taken for at least: three forwards of 8 answers."""
-    trainer = make(tmp_path, word_tokenizer, build_probe_set(pair_rows()), [Step(clock, 0.24)], max_steps=max_steps)
+@pytest.mark.parametrize(("max_steps", "batch", "fits"), [(25, 4, 1), (40, 4, 3), (30, 24, 11)])
+def test_all_passes_together_keep_to_the_budget(tmp_path, word_tokenizer, clock, caplog, max_steps, batch, fits):
+    """A step takes what it is taken for at least: three forwards of a batch of pairs, .01 s an answer."""
+    a_step = 3 * 2 * batch * 0.01
+    trainer = make(
+        tmp_path, word_tokenizer, build_probe_set(pair_rows(40)), [Step(clock, a_step)], max_steps=max_steps,
+        per_device_train_batch_size=batch, probe_every=25, logging_steps=1000,
+    )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    steps = 0.24 * max_steps
-    assert (clock.now - steps) / clock.now < 0.06
+    assert 0 < clock.now - a_step * max_steps <= 0.05 * clock.now
     steps_probed = [entry["step"] for entry in records(trainer)]
     assert steps_probed[0] == 0 and steps_probed[-1] == max_steps
-    assert "of 12 prompts are probed, taken at random" in caplog.text
-    assert len({str(answers) for answers in clock.scored[2:] if len(answers) >= 5}) == 1  # always the same
+    assert f"{fits} of 40 prompts are probed, taken at random" in caplog.text
+    assert ("Fewer than 12" in caplog.text) == (fits < 12)
+    passes = {str(answers) for answers in clock.scored[2:] if len(answers) >= 5 * fits}
+    assert len(passes) == 1  # always the same
+
+
+def test_prompts_come_before_passes_and_decoding(tmp_path, word_tokenizer, clock):
+    """Two sets have as many prompts each; the smaller one all it has."""
+    sets = {"many": build_probe_set(pair_rows(40)), "few": build_probe_set(pair_rows(4))}
+    found = {}
+    for max_steps in (40, 500):
+        trainer = make(tmp_path, word_tokenizer, sets, [Step(clock, 0.24), Ends(2)], max_steps=max_steps)
+        trainer.train()
+        many, few = probes_of(trainer)._sets
+        found[max_steps] = (many.count, few.count, len(many.prompts))
+        clock.scored.clear()
+    assert found == {40: (1, 4, 0), 500: (13, 4, 1)}
 
 
 def test_all_is_probed_where_there_is_time(tmp_path, word_tokenizer, clock, caplog):
     trainer = make(tmp_path, word_tokenizer, build_probe_set(pair_rows(4)), [Step(clock, 90.0)], max_steps=400)
-
-    class Enough(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 10
-
-    trainer.add_callback(Enough())
+    trainer.add_callback(Ends(10))
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "prompts are probed" not in caplog.text
@@ -122,7 +147,7 @@ def test_all_is_probed_where_there_is_time(tmp_path, word_tokenizer, clock, capl
 
 def test_a_resumed_run_probes_the_same_prompts(tmp_path, word_tokenizer, clock):
     settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
-    probes = build_probe_set(pair_rows())
+    probes = build_probe_set(pair_rows(20))
     whole = make(tmp_path, word_tokenizer, probes, [Step(clock, 0.24)], **settings)
     whole.train()
     saved = json.loads((tmp_path / "checkpoint-10" / "squeeze_probes.json").read_text())["sets"][""]
@@ -201,7 +226,7 @@ def test_every_record_is_of_the_weights_of_its_step(tmp_path, word_tokenizer):
         lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
         load_best_model_at_end=True, metric_for_best_model="eval_loss",
     )  # fmt: skip
-    (probing,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
+    probing = probes_of(trainer)
     trainer.add_callback(Truth())
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
@@ -241,9 +266,10 @@ def test_choosing_the_prompts_disturbs_nothing(tmp_path, word_tokenizer, clock):
     assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True)) and torch.equal(state, probed_state)
 
 
-def test_twelve_prompts_are_always_probed(tmp_path, word_tokenizer):
-    trainer = make(tmp_path, word_tokenizer, build_probe_set(pair_rows(14)), max_steps=1, probe_budget=1e-6)
+@pytest.mark.parametrize(("given", "taken"), [(14, 1), (12, 12)])
+def test_a_prompt_is_always_probed_and_a_small_set_as_a_whole(tmp_path, word_tokenizer, given, taken):
+    trainer = make(tmp_path, word_tokenizer, build_probe_set(pair_rows(given)), max_steps=1, probe_budget=1e-6)
     trainer.train()
-    (probing,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, SqueezeProbeCallback)]
-    assert (probing._sets[0].count, probing._sets[0].prompts) == (12, [])
+    (probes,) = probes_of(trainer)._sets
+    assert (probes.count, probes.prompts) == (taken, [])
     assert [entry["step"] for entry in records(trainer)] == [0, 1]

@@ -142,7 +142,11 @@ def test_empty_answers_are_left_out_and_counted(caplog):
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"rephrases": ["nice"]}, "Leave out nice, or rename"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "nice": "d"}], {"rephrases": ["nice"]}, "`chosen_nice`"),
         ([{"prompt": p, "chosen": "b", "rejected": ""} for p in "ab"], {}, "None of the 2 pairs has all its answers"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"num_probes": 0}, "num_probes must be at least 1"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            {"num_probes": 0},
+            "num_probes must be a whole number from 1 on, got 0",
+        ),
     ],
 )
 def test_bad_pairs(rows, options, message):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_iclr.trainers.squeeze.report import write_squeeze_report
 from hf_iclr.trainers.squeeze.warning import read_log, replay_log
 from tests.trainers.squeeze.test_warning import FALLS, RULE, entries
 
@@ -31,7 +32,7 @@ def test_by_hand():
     (row,) = replay_log(LOG, **RULE).itertuples(index=False)
     assert (row.watched, row.evaluations, row.highest_at, row.alarm) == ("probe", 6, 10, 40)
     assert row.fall == pytest.approx(0.5)
-    assert replay_log(LOG, delta=0.45)["alarm"].tolist() == [None]
+    assert replay_log(LOG, delta=0.55)["alarm"].tolist() == [None]
 
 
 def test_every_form_of_file_says_the_same(tmp_path):
@@ -110,6 +111,20 @@ def test_odd_json(tmp_path, text):
 def test_a_step_that_is_none(step):
     with pytest.raises(ValueError, match="The step of a log entry should be a whole number"):
         replay_log([*LOG, {"step": step, "probe/chosen/logp": -1.0}])
+
+
+@pytest.mark.parametrize("read", [replay_log, lambda log: write_squeeze_report(log, "never")])
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (None, "got None"),
+        (["a"], "each a dictionary, got 'a'"),
+        ({"log_history": LOG}, r"Type `state\['log_history'\]`"),
+    ],
+)
+def test_no_list_of_entries(read, log, message):
+    with pytest.raises(TypeError, match=message):
+        read(log)
 
 
 def test_bad_logs(tmp_path):

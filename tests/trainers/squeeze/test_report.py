@@ -72,8 +72,8 @@ def test_warnings_are_those_of_the_monitor(tmp_path):
     ]
     page = write_squeeze_report(history, tmp_path).read_text()
     warnings = json.loads((tmp_path / "squeeze_report.json").read_text())["warnings"]
-    assert warnings == [{"source": "probe", "step": 4}]
-    assert "<strong>Warning</strong> at step 4: the chosen answers of &ldquo;Probes&rdquo;" in page
+    assert warnings == [{"source": "probe", "step": 3}]
+    assert "<strong>Warning</strong> at step 3: the chosen answers of &ldquo;Probes&rdquo;" in page
     assert page.count("data:image/png") == 2 and (tmp_path / "squeeze_report_2.png").exists()
     assert "No warning" in write_squeeze_report(history[:3], tmp_path / "calm").read_text()
     only_batches = [{"step": step, "squeeze/logp_tok_chosen": -step} for step in range(9)]
@@ -98,15 +98,21 @@ def test_pages_and_panels(monkeypatch, tmp_path):
             entry |= {f"{prefix}probe/{kind}/logp_argmax": -1 + 0.1 * step for kind in ("chosen", "rejected")}
             entry |= {f"{prefix}repeat/{name}": 0.2 for name in ("rep_4", "distinct_2", "eos_rate")}
         history.append(entry | {"rewards/chosen": 0.1, "logps/chosen": -30.0, "squeeze/both_down": 0.5})
+    history[0] |= {"squeeze/logp_argmax_chosen": -1.0}  # once, which is no curve
+    history[1] |= {"squeeze/index": 0.5, "test_squeeze/index": 0.6}
+    history[2] |= {"squeeze/index": 0.7, "test_squeeze/index": 0.8}
     page = write_squeeze_report(history, tmp_path).read_text()
     assert re.findall("<h2>(.+)</h2>", page) == ["Probes", "Probes: test", "Evaluation", "Training batches"]
-    assert len(figures) == 4 and all(1 <= len(figure.axes) <= 8 for figure in figures)
+    titles = [[axes.get_title("left") for axes in figure.axes] for figure in figures]
+    probed = ["Answers", "Most likely token of their contexts", "Index and cross-talk", "Greedy answers"]
+    batches = ["Answers", "Share of tokens in a valley, of pairs down", "Rewards of the loss", "Whole answers"]
+    assert titles == [probed, probed, ["Answers"], batches]
     colours = {}
     for figure in figures:
         figure.canvas.draw()
         for axes in figure.axes:
             texts = [text for text in axes.texts if text.get_text()]
-            curves = [line for line in axes.lines if len(line.get_xdata()) > 2]  # not those at zero and at the warning
+            curves = [line for line in axes.lines if line.get_marker() == "."]  # not those at zero and at the warning
             assert len(texts) == len(curves) and all(line.get_ydata()[0] == 0 for line in curves)
             for text in texts:
                 assert colours.setdefault(text.get_text(), text.get_color()) == text.get_color()
@@ -132,7 +138,10 @@ def test_plain_trl_logs_and_resumed_steps(tmp_path, word_tokenizer):
     assert series["logps/chosen"]["step"] == [1, 2, 3] and series["logps/chosen"]["value"][1] == -99.0
 
 
-@pytest.mark.parametrize("history", [[], [{"loss": 0.7, "step": 1}]])
+@pytest.mark.parametrize(
+    "history",
+    [[], [{"loss": 0.7, "step": 1}], [{"probe/chosen/logp": -1.0, "step": 1}]],  # the last without a change
+)
 def test_nothing_to_report(tmp_path, history):
     with pytest.raises(ValueError, match=f"got {len(history)} entries without one. Train first"):
         write_squeeze_report(history, tmp_path / "none")
