@@ -102,8 +102,8 @@ def section(out_dir: Path, quick: bool, progress):
     )
     speed = (
         f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token, the quickest cascade here "
-        f"({quickest}) {table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade "
-        "gives up some of it, 'TV', the distance from it, says how much."
+        f"({quickest}) {table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a "
+        "cascade gives up some of it, 'TV', the distance from it, says how much."
     )
     caution = (
         "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "
