@@ -134,8 +134,9 @@ def _launch_arguments(flags: list[str], script: str) -> Any:
     parser.error = _refuse  # type: ignore[method-assign]
     launch, unknown = parser.parse_known_args([*flags, script])
     if unknown or launch.training_script != script:
+        names = [repr(flag) for flag in unknown or flags if flag.startswith("-")] or [repr(flag) for flag in flags]
         raise ValueError(
-            f"Expected settings of `hf-iclr {script}` or of `accelerate launch`, got {' '.join(flags)}. "
+            f"Expected settings of `hf-iclr {script}` or of `accelerate launch`, got {', '.join(names)}. "
             f"`hf-iclr {script} --help` lists them."
         )
     return launch
