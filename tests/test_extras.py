@@ -1,5 +1,6 @@
 """Each extra absent: the rest of the package imports and works, and who asks for what is missing gets a sentence."""
 
+import functools
 import json
 import os
 import re
@@ -37,16 +38,21 @@ BEHIND_A_QUESTION = {
 HALVES = [pytest.param(names, marks=pytest.mark.slow) for names in (["cli", "metrics"], ["diffusion", "vision"])]
 
 
-@pytest.fixture(scope="module", params=[*HALVES, list(EXTRAS)], ids=" ".join)
+@pytest.fixture(params=[*HALVES, list(EXTRAS)], ids=" ".join)
 def run(request):
-    command = [sys.executable, "-m", "tests.without_extras", *request.param]
+    return request.param, found_without(*request.param)
+
+
+@functools.cache
+def found_without(*absent):
+    command = [sys.executable, "-m", "tests.without_extras", *absent]
     root = Path(__file__).parents[1]
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(root)])
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert not done.returncode, done.stderr
-    return request.param, json.loads(done.stdout)
+    return json.loads(done.stdout)
 
 
 def test_what_is_missing_is_said(run):
