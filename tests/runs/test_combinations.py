@@ -1,6 +1,6 @@
 """
 Our parts in one run: each trainer with each callback, in each way of training. What docs/combinations.md says is what
-happens here; `python -m tests.contract.test_combinations` writes that page anew.
+happens here; `python -m tests.runs.test_combinations` writes that page anew.
 """
 
 import functools
@@ -25,9 +25,10 @@ from hf_iclr import (
     SqueezeProbeCallback,
     build_probe_set,
 )
+from hf_iclr.doctor.self_check import TRAINING
 from hf_iclr.tiny_models import tiny_llama, word_tokenizer
 from tests.trainers.distributed import run_in_two
-from tests.trainers.tiny import QUICK, triplet_rows, word_rows
+from tests.trainers.tiny import triplet_rows, word_rows
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
@@ -50,7 +51,7 @@ INTRODUCTION = """
 # Parts in one run
 
 Each trainer with each of our callbacks, in each way of training. A run of four steps on a tiny model is held against
-the same run without the callback, bit for bit. `python -m tests.contract.test_combinations` writes this page.
+the same run without the callback, bit for bit. `python -m tests.runs.test_combinations` writes this page.
 
 - Shapley: `InRunDataShapleyCallback`. Probes: `SqueezeProbeCallback`. Drift: `SafetyDriftCallback`. Null space:
   `NullSpaceCallback`, which is there to change the weights.
@@ -88,10 +89,11 @@ def train(kind, way, names, folder):
     def make():
         model = tiny_llama()
         kept = statistics(model)
+        settings = {**TRAINING, "max_steps": 4, "per_device_train_batch_size": 4, **WAYS[way]}
+        reference = {"ref_model": tiny_llama()} if kind.endswith("DPOTrainer") and lora is None else {}
         trainer = trainer_class(
-            model, args=config(str(folder), **{**QUICK, "max_steps": 4, **WAYS[way]}), train_dataset=rows,
-            processing_class=word_tokenizer(), peft_config=lora,
-            **({"ref_model": tiny_llama()} if kind.endswith("DPOTrainer") and lora is None else {}),
+            model, args=config(str(folder), **settings), train_dataset=rows, processing_class=word_tokenizer(),
+            peft_config=lora, **reference,
         )  # fmt: skip
         for name in names:
             for callback in callbacks(name, rows, trainer, kept):
