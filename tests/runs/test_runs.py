@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from hf_iclr import KeyStatistics, write_run_report
 from hf_iclr.cli.app import app
+from hf_iclr.doctor.self_check import TRAINING
 from hf_iclr.runs.parts import parts_in_every_trainer
 from hf_iclr.runs.report import read_run
-from tests.trainers.tiny import QUICK, tiny_llama, triplet_rows, word_rows
+from tests.trainers.tiny import tiny_llama, triplet_rows, word_rows
 from tests.vision.annotation.chromium import CHROMIUM, open_tab
 
 
@@ -32,7 +33,10 @@ if __name__ == "__main__":
     trainer.train()
     trainer.save_model()
     trainer.save_state()
-""".replace("SETTINGS", repr({**QUICK, "max_steps": 6, "model_init_kwargs": {"dtype": "float32"}}))
+""".replace(
+    "SETTINGS",
+    repr({**TRAINING, "per_device_train_batch_size": 4, "max_steps": 6, "model_init_kwargs": {"dtype": "float32"}}),
+)
 PAIRS = """
 import sys
 from datasets import load_dataset
@@ -43,7 +47,10 @@ trainer = DPOTrainer(sys.argv[1], args=DPOConfig(sys.argv[2], **SETTINGS), train
 trainer.train()
 trainer.save_model()
 trainer.save_state()
-""".replace("SETTINGS", repr({**QUICK, "max_steps": 2, "model_init_kwargs": {"dtype": "float32"}}))
+""".replace(
+    "SETTINGS",
+    repr({**TRAINING, "per_device_train_batch_size": 4, "max_steps": 2, "model_init_kwargs": {"dtype": "float32"}}),
+)
 
 
 @pytest.fixture(scope="module")
