@@ -14,6 +14,7 @@ from .demo.draft import docstrings, load_demo_draft
 
 
 # (label, rule, alpha); the large model alone comes first
+NEAR = 0.5  # nats a token that a text may be less likely to the large model than its own, for the headline
 METHODS = (
     ("speculative", "spec", 0.0),
     ("token_v3", "token_v3", 0.3),
@@ -92,7 +93,9 @@ def section(out_dir: Path, quick: bool, progress):
         examples.append(f"{label}{f' (alpha {alpha})' if rule else ''}: {texts[0]}")
 
     table = pd.DataFrame(rows)
-    best = table["CPU ms/token"][1:-1].idxmin()  # the small model alone is no cascade
+    cascades = table[1:-1]  # the small model alone is no cascade
+    near = cascades[cascades["NLL"] <= table["NLL"][0] + NEAR]
+    best = (near if len(near) else cascades)["CPU ms/token"].idxmin()
     alpha = table["alpha"][best]
     quickest = table["method"][best] if pd.isna(alpha) else f"{table['method'][best]}, alpha {alpha:g}"
     about = (
@@ -101,9 +104,10 @@ def section(out_dir: Path, quick: bool, progress):
         "tokens, as many as come quickest."
     )
     speed = (
-        f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token, the quickest cascade here "
-        f"({quickest}) {table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a "
-        "cascade gives up some of it, 'TV', the distance from it, says how much."
+        f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token; of the cascades whose texts "
+        f"are at most {NEAR} nats a token less likely the quickest ({quickest}) {table['CPU ms/token'][best]:.1f} ms. "
+        "Speculative decoding keeps the large model's law; a cascade gives up some of it, 'TV', the distance from it, "
+        "says how much."
     )
     caution = (
         "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "
