@@ -105,8 +105,8 @@ def section(out_dir: Path, quick: bool, progress):
     )
     speed = (
         f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token; of the cascades whose texts "
-        f"are at most {NEAR} nats a token less likely the quickest ({quickest}) {table['CPU ms/token'][best]:.1f} ms. "
-        "Speculative decoding keeps the large model's law; a cascade gives up some of it, 'TV', the distance from it, "
+        f"are at most {NEAR} nats a token less likely the quickest ({quickest}) "
+        f"{table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up some of it, 'TV', the distance from it, "
         "says how much."
     )
     caution = (
