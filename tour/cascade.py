@@ -104,10 +104,10 @@ def section(out_dir: Path, quick: bool, progress):
         "tokens, as many as come quickest."
     )
     speed = (
-        f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token; of the cascades whose texts "
-        f"are at most {NEAR} nats a token less likely the quickest ({quickest}) "
-        f"{table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up some of it, 'TV', the distance from it, "
-        "says how much."
+        f"Plain sampling took {table['CPU ms/token'][0]:.1f} ms of processor time a token; of the cascades whose "
+        f"texts are at most {NEAR} nats a token less likely the quickest ({quickest}) took "
+        f"{table['CPU ms/token'][best]:.1f} ms. Speculative decoding keeps the large model's law; a cascade gives up "
+        "some of it, 'TV', the distance from it, says how much."
     )
     caution = (
         "NLL is that of the texts under the large model, nats a token: a rough figure for so few tokens. "
