@@ -57,7 +57,7 @@ class SqueezeOptions:
         for name in ("argmax_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}. For example `{name}=10`.")
-        if not 0 < self.probe_budget <= 1:
+        if not isinstance(self.probe_budget, int | float) or not 0 < self.probe_budget <= 1:
             raise ValueError(
                 f"probe_budget must be in (0, 1], got {self.probe_budget}. For example `probe_budget=0.05`."
             )

@@ -215,8 +215,8 @@ class SqueezeProbeCallback(TrainerCallback):
                 f"every and max_new_tokens must be at least 1 and decode_every at least 0, got {every}, "
                 f"{max_new_tokens} and {decode_every}."
             )
-        if not 0 < probe_budget <= 1:
-            raise ValueError(f"probe_budget must be in (0, 1], got {probe_budget}. 1.0 is a pass every `every` steps.")
+        if not isinstance(probe_budget, int | float) or not 0 < probe_budget <= 1:
+            raise ValueError(f"probe_budget must be in (0, 1], got {probe_budget!r}. 1.0: a pass every `every` steps.")
         self._datasets = check_probe_sets(probe_dataset)
         self.trainer, self.processing_class = trainer, processing_class
         self.every, self.probe_budget, self.decode_every = every, probe_budget, decode_every

@@ -168,7 +168,13 @@ def test_bad_probe_sets(rows, message):
 
 def test_bad_options():
     probes = build_probe_set(pair_rows())
-    for options in ({"every": 0}, {"decode_every": -1}, {"max_new_tokens": 0}, {"probe_budget": 0.0}):
+    for options in (
+        {"every": 0},
+        {"decode_every": -1},
+        {"max_new_tokens": 0},
+        {"probe_budget": 0.0},
+        {"probe_budget": "x"},
+    ):
         with pytest.raises(ValueError, match="must be (at least 1|in)"):
             SqueezeProbeCallback(probes, **options)
 
