@@ -15,7 +15,7 @@ import torch.distributed.run
 import trl
 import yaml
 
-from hf_iclr.runs.parts import PARTS_HELP, parts_in_every_trainer
+from hf_iclr.runs.parts import PARTS_HELP, parts_in_every_trainer, read_probes
 
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class WatchArguments:
 
     def for_trainer(self, args: Any) -> dict[str, Any]:
         """Keyword arguments of the trainer, once what does not fit together is refused."""
-        from hf_iclr.runs.dataset_files import load_rows
-        from hf_iclr.trainers.squeeze import SqueezeStoppingCallback, build_probe_set
+        from hf_iclr.trainers.squeeze import SqueezeStoppingCallback
 
         wanted: dict[str, Any] = {}
         if self.stop:
@@ -75,9 +74,7 @@ class WatchArguments:
                 )
             wanted["callbacks"] = [SqueezeStoppingCallback("stop")]
         if self.probes is not None:
-            rows = load_rows(self.probes)
-            only_pairs = not any(name in rows.column_names for name in ("other_train", "other_test", "permuted"))
-            wanted["probe_dataset"] = build_probe_set(rows) if only_pairs else rows
+            wanted["probe_dataset"] = read_probes(self.probes)
         for field in dataclasses.fields(args):
             if field.name.startswith("probe_") and self.probes is None and getattr(args, field.name) != field.default:
                 raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import trl
 import yaml
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from .dataset_files import load_rows
@@ -29,15 +30,22 @@ def _shapley(source: str, options: dict[str, Any]) -> MakeCallbacks:
     return lambda trainer: [InRunDataShapleyCallback(rows, **options)]
 
 
+def read_probes(source: str) -> Dataset:
+    """A probe set; of a file that holds only pairs, one is made."""
+    from hf_iclr.trainers import build_probe_set
+
+    rows = load_rows(source)
+    only_pairs = not any(name in rows.column_names for name in ("other_train", "other_test", "permuted"))
+    return build_probe_set(rows) if only_pairs else rows
+
+
 def _squeeze(source: str, options: dict[str, Any]) -> MakeCallbacks:
-    from hf_iclr.trainers import SqueezeProbeCallback, SqueezeStoppingCallback, build_probe_set
+    from hf_iclr.trainers import SqueezeProbeCallback, SqueezeStoppingCallback
 
     if not source:
         return lambda trainer: []
-    rows = load_rows(source)
+    probes = read_probes(source)
     _check(SqueezeProbeCallback, options)
-    only_pairs = not any(name in rows.column_names for name in ("other_train", "other_test", "permuted"))
-    probes = build_probe_set(rows) if only_pairs else rows
     return lambda trainer: [SqueezeProbeCallback(probes, trainer=trainer, **options), SqueezeStoppingCallback("warn")]
 
 

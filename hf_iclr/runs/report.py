@@ -292,10 +292,11 @@ def _value_tables(
     values: DataShapleyResult, rows: Dataset | None, source_column: str | None
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     lowest = values.bottom(10)
+    trained = None if rows is None or values.key != "index" else values.to_dataset(rows)
     for title, table in (("Highest values", values.top(10)), ("Negative values", lowest[lowest["value"] < 0])):
         table = table[["value", "exposures", "tokens"]].reset_index()
-        if rows is not None:
-            table["row"] = [_text(row) for row in values.to_dataset(rows).select(table["index"].tolist())]
+        if trained is not None:
+            table["row"] = [_text(row) for row in trained.select(table["index"].tolist())]
         yield title, table
     if source_column is not None:
         totals = values.by_source(source_column, rows).totals.sort_values("value", ascending=False)
