@@ -104,8 +104,11 @@ def read_run(folder: str | Path) -> RunRecord:
 
     Raises:
         NotADirectoryError: if there is no such folder.
+        TypeError: if it is no path.
         ValueError: if there is nothing of all this, or a file is damaged.
     """
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"Expected the output folder of a run as a path, got {folder!r:.80}. Type `read_run('out')`.")
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"Expected the output folder of a run, got {folder}, which is none.")
@@ -155,6 +158,7 @@ def write_run_report(
 
     Raises:
         NotADirectoryError: if there is no such folder.
+        TypeError: if it is no path, or the rows are no dataset.
         ValueError: if it holds nothing to show, a file is damaged, or the rows are not those that were trained on.
 
     Example:
@@ -164,6 +168,11 @@ def write_run_report(
     PosixPath('out/run_report.html')
     ```
     """
+    if not isinstance(train_dataset, Dataset | None):
+        raise TypeError(
+            f"Expected the training rows as a datasets.Dataset, got {type(train_dataset).__name__}. Type "
+            "`train_dataset=Dataset.from_list(rows)`."
+        )
     if source_column is not None and (train_dataset is None or source_column not in train_dataset.column_names):
         known = "no rows" if train_dataset is None else f"columns {', '.join(train_dataset.column_names)}"
         raise ValueError(f"Expected training rows with a column {source_column!r} to sum by, got {known}.")

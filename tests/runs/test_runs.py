@@ -153,6 +153,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(NotADirectoryError, match="Expected the output folder of a run"):
         write_run_report(tmp_path / "gone")
+    with pytest.raises(TypeError, match="as a path, got \\[\\]"):
+        write_run_report([])
+    with pytest.raises(TypeError, match="got list. Type `train_dataset="):
+        write_run_report(tmp_path, train_dataset=[])
     with pytest.raises(ValueError, match="Expected training rows with a column 'source'"):
         write_run_report(tmp_path, source_column="source")
 
