@@ -9,6 +9,7 @@ from .editors import (
 )
 from .generation import (
     DEFERRAL_RULES,
+    Eagle3ForCausalLM,
     SpeculativeCascadeConfig,
     SpeculativeCascadeForCausalLM,
     SpeculativeCascadeGenerationMixin,
@@ -71,6 +72,7 @@ __all__ = [
     "DataShapleyResult",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "Eagle3ForCausalLM",
     "EditReport",
     "EditRequest",
     "FrameSegments",

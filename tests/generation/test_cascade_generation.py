@@ -277,6 +277,7 @@ def test_statistics_add_up(models):
         ({"cascade_rule": "best"}, "Choose one of spec"),
         ({"cascade_rule": "token_v3", "cascade_alpha": 2.0}, r"\[0, 1\]"),
         ({"num_assistant_tokens": 0}, "at least 1"),
+        ({"cascade_alpha": 0.2}, "rule 'spec' has none.*Name a rule"),
         ({"num_assistant_tokens": 2.5}, "whole number"),
         ({"strict_prefix": -1}, "at least 0"),
         ({"cascade_backend": "fast"}, "auto, batched, assisted"),
