@@ -65,10 +65,8 @@ class BatchedCascade:
         if options.schedule == "auto" and min(limits) > 40:
             warpers = self.processors.of_scores
             kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
-            self.draft_length = DraftLength(
-                model, assistant, (*kind, *map(type, warpers)),
-                lambda: measure_rounds(self, assistant),
-            )  # fmt: skip
+            kind = (*kind, *map(type, warpers))
+            self.draft_length = DraftLength(model, assistant, kind, lambda: measure_rounds(self, assistant))
         self.lookup: TextLookup | None = None
         # a processor with a state can't be asked about a token that it forbids
         if not self.reads_q and not self.processors.rewinds and (assistant is None or self.draft_length is not None):
@@ -208,7 +206,7 @@ class BatchedCascade:
                 self.lookup.extend(row, new[: written[row]])
                 if sizes[row] and gamma:
                     self.statistics.looked_up += gamma
-                    self.statistics.looked_up_accepted += min(kept[row], written[row])
+                    self.statistics.looked_up_accepted += min(kept[row], written[row]) if nodes[row] <= gamma else 0
         self.written = [before + count for before, count in zip(self.written, written, strict=True)]
         if self.processors.rewinds:
             for row in self.rows[unfinished].tolist():
@@ -226,7 +224,7 @@ class BatchedCascade:
         ids, positions = self.small_pending
         drafts = siblings = ids.new_empty(len(self.rows), 0)
         copies, copied = None, torch.tensor(sizes, device=ids.device) > 0
-        if plan.gamma and self.lookup is not None:
+        if plan.gamma and self.lookup is not None and (any(sizes) or not plan.small):
             copies = torch.tensor(self.lookup.drafts(sizes, plan.gamma), device=ids.device)
             if not plan.small:
                 q = Distributions.one_hot(copies, self.vocab_size)
@@ -241,7 +239,7 @@ class BatchedCascade:
             # π after a row's last draft needs q there, too: a row may draft less than others
             scores, q = self._small_step(ids, positions, drafts, step <= lengths, step)
             token = q.probs[:, 0].argmax(-1) if self.greedy else sample(q.probs[:, 0])
-            if copies is not None and any(sizes):
+            if copies is not None:
                 token = torch.where(copied, copies[:, step], token)
                 where, one_hot = copied[:, None, None], Distributions.one_hot(token[:, None], self.vocab_size)
                 q = Distributions(*(torch.where(where, *pair) for pair in zip(one_hot, q, strict=True)))
@@ -363,7 +361,9 @@ class BatchedCascade:
         newest = (next_token[:, None], self.last_position[:, None])
         unread_before = self.small_pending
         self.large_pending = self.small_pending = newest
-        if skipped or (self.large.keep_states and self.small.rereads):
+        if self.small is None or (self.large.keep_states and not self.small.rereads):
+            return  # it reads the newest token alone
+        if skipped or self.large.keep_states:
             before = unread_before if skipped else tuple(part[:, :0] for part in unread_before)
             parts = zip(before, (found.drafts, places), newest, strict=True)
             self.small_pending = tuple(torch.cat(part, 1) for part in parts)

@@ -107,7 +107,7 @@ class DraftLength:
             Returns [`RoundCosts`] with the lengths `MEASURED`; called once, when the first choice is made.
     """
 
-    MEASURED = (0, 1, 2, 4, 8)
+    MEASURED = (0, 1, 3, 8)
     LONGEST, MOST_SIBLINGS = 16, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
 
@@ -146,6 +146,8 @@ class DraftLength:
         elif drafts and not self._quickest((0,), self._acceptance)[0].gamma:
             self._rest, self._pause = self._pause - 1, 2 * self._pause
             self._retry, drafts = self._quickest((0,), 0.95)[0].gamma > 0, False
+        if not drafts and not any(sizes):
+            return Plan(0, 0, False)
         plans = [self._quickest(sizes, None)] if any(sizes) or not drafts else []
         if drafts and not all(sizes):
             plans.append(self._quickest(sizes, self._acceptance))
@@ -187,7 +189,8 @@ class DraftLength:
         """
         for size in set(sizes) - {0}:
             rows = [row for row, own in enumerate(sizes) if own == size]
-            new = sum(kept[row] for row in rows), sum(not bonus[row] for row in rows)
+            whole = [bonus[row] and nodes[row] <= plan.gamma for row in rows]
+            new = sum(kept[row] for row in rows if nodes[row] <= plan.gamma), len(rows) - sum(whole)
             accepted, refused = self._looked_up[size]
             self._looked_up[size] = self.MEMORY * accepted + new[0], self.MEMORY * refused + new[1]
         if not plan.small:
@@ -218,7 +221,7 @@ def measure_rounds(loop, assistant) -> RoundCosts:
     loops, drafts = {}, []
     # no random number of the caller is used up
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        for turn in range(5):
+        for turn in range(4):
             for gamma, siblings in kinds:
                 if turn == 0:
                     options = loop.options._replace(
@@ -230,9 +233,9 @@ def measure_rounds(loop, assistant) -> RoundCosts:
                 before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
                 one._round()
                 one.emitted.tolist()  # waits for the device
-                if turn > 1:  # the first reads the prompt, in the second a draft has states to read
+                if turn:  # the first reads the prompt
                     seconds[gamma, siblings].append(time.perf_counter() - begin)
-                if turn > 1 and gamma and one.small is not None:
+                if turn and gamma and one.small is not None:
                     drafts.append((one.small.seconds - before) / gamma)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     # the difference of two timings, but at least a hundredth of a round
