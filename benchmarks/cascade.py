@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
+    parser.add_argument("--compile", action="store_true", help="also time the large model's forward under Inductor")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument(
         "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
@@ -117,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     large.to(dtype)
     bench = Bench(large, small, layers, tokenizer, args)
     results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
-    show(results, "Cost of the parts", bench.parts())
+    show(results, "Cost of the parts", bench.parts(args.compile))
     for sampling in args.sampling:
         for table in args.tables:
             begin = time.perf_counter()
@@ -249,18 +250,21 @@ class Bench:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def parts(self) -> pd.DataFrame:
-        """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""
-        rows = []
+    def parts(self, with_inductor: bool) -> pd.DataFrame:
+        """Milliseconds of one forward behind 128 tokens of context, minimum of 15; compiled for each length alone."""
+        rows, lengths = [], (1, 2, 3, 5, 9)
+        kinds = [("large", self.large, None, lengths), ("draft of layers", self.layers, None, lengths)]
+        if with_inductor:
+            kinds.append(("large, compiled", self.large, torch.compile(self.large, dynamic=False), (1, 3, 5)))
         with torch.no_grad():
-            for name, model in (("large", self.large), ("draft of layers", self.layers)):
-                for length in (1, 2, 3, 5, 9):
+            for name, model, compiled, lengths in kinds:
+                for length in lengths:
                     times = []
                     for _ in range(15):
                         cache = find_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
                         ids = torch.randint(3, 999, (1, length))
                         begin = time.perf_counter()
-                        model(ids, logits_to_keep=length, **cache_inputs(model, cache))
+                        (compiled or model)(ids, logits_to_keep=length, **cache_inputs(model, cache))
                         times.append(time.perf_counter() - begin)
                     rows.append({"model": name, "new tokens": length, "ms": 1000 * min(times)})
         return pd.DataFrame(rows)

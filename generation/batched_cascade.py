@@ -62,7 +62,7 @@ class BatchedCascade:
         self.siblings, self.measured = 0, False  # if measured, each round does all that one may have to
         self.draft_length: DraftLength | None = None
         limits = [position_limit(half) or 99 for half in (model, assistant) if half is not None]
-        if options.schedule == "auto" and min(limits) > 40:
+        if options.schedule == "auto" and min(limits) > 48:
             warpers = self.processors.of_scores
             kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
             kind = (*kind, *map(type, warpers))

@@ -107,7 +107,7 @@ class DraftLength:
             Returns [`RoundCosts`] with the lengths `MEASURED`; called once, when the first choice is made.
     """
 
-    MEASURED = (0, 1, 3, 8)
+    MEASURED = (0, 1, 4)
     LONGEST, MOST_SIBLINGS = 16, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
 
@@ -216,27 +216,22 @@ def measure_rounds(loop, assistant) -> RoundCosts:
     config.max_length, config.eos_token_id, config.return_dict_in_generate = 4096, None, False
     places = torch.arange(8, device=device).expand(rows, -1)
     call = places.remainder(loop.vocab_size), places, loop.processors.of_scores, StoppingCriteriaList(), config
+    options = loop.options._replace(schedule="constant", strict_prefix=0, confidence_threshold=0.0)
     kinds = [(gamma, 0) for gamma in DraftLength.MEASURED] + [(1, DraftLength.MOST_SIBLINGS)]
     seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
-    loops, drafts = {}, []
+    drafts = []
     # no random number of the caller is used up
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        for turn in range(4):
-            for gamma, siblings in kinds:
-                if turn == 0:
-                    options = loop.options._replace(
-                        num_assistant_tokens=gamma, schedule="constant", strict_prefix=0, confidence_threshold=0.0
-                    )
-                    loops[gamma, siblings] = type(loop)(loop.large.model, assistant, *call, options)
-                    loops[gamma, siblings].siblings, loops[gamma, siblings].measured = siblings, True
-                one = loops[gamma, siblings]
-                before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
-                one._round()
-                one.emitted.tolist()  # waits for the device
-                if turn:  # the first reads the prompt
-                    seconds[gamma, siblings].append(time.perf_counter() - begin)
-                if turn and gamma and one.small is not None:
-                    drafts.append((one.small.seconds - before) / gamma)
+        one = type(loop)(loop.large.model, assistant, *call, options)
+        one.measured = True
+        one._round()  # reads the text
+        for one.gamma, one.siblings in 3 * kinds:
+            before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
+            one._round()
+            one.emitted.tolist()  # waits for the device
+            seconds[one.gamma, one.siblings].append(time.perf_counter() - begin)
+            if one.gamma and one.small is not None:
+                drafts.append((one.small.seconds - before) / one.gamma)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     # the difference of two timings, but at least a hundredth of a round
     sibling = (medians.popitem()[1] - medians[1, 0]) / DraftLength.MOST_SIBLINGS

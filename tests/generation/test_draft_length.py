@@ -133,7 +133,7 @@ def test_default_call_chooses_and_says_so(models, batch):
     assert torch.equal(output, models[0].generate(**inputs, **call))
     call_statistics = cascade.cascade_statistics.to_dict()
     assert sum(call_statistics["draft_lengths"].values()) == call_statistics["large_forwards"]
-    assert set(call_statistics["round_seconds"]) == {0, 1, 3, 8}
+    assert set(call_statistics["round_seconds"]) == {0, 1, 4}
     assert min(call_statistics["round_seconds"].values()) > 0
 
 
