@@ -180,7 +180,7 @@ class DraftLength:
             seconds = seconds[:, None] + drafts * costs.sibling * siblings
         rate = tokens / seconds.reshape(len(lengths), -1)
         gamma, others = np.unravel_index(rate.argmax(), rate.shape)
-        return Plan(int(gamma), int(others), acceptance is not None and gamma > 0), float(rate.max())
+        return Plan(int(gamma), int(others), acceptance is not None and int(gamma) > 0), float(rate.max())
 
     def record(self, plan: Plan, sizes, kept: list[int], nodes: list[int], bonus: list[int]) -> None:
         """
