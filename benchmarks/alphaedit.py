@@ -27,7 +27,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ from hf_iclr.tour.demo.language_model import load_demo_model
 
 # Chosen on facts and text that are not measured here: see docs/alphaedit.md.
 SETTINGS: dict[str, Any] = {"num_contexts": 2, "kl_factor": 0.0, "num_steps": 20, "moment_weight": 1500.0}
-FLUENCY_PROMPTS = 20
+FLUENCY_PROMPTS, NEIGHBOURS = 10, 4  # that are measured, these of each fact
 
 
 class Lab:
@@ -111,11 +112,14 @@ class Lab:
         self.statistics = KeyStatistics.from_pretrained(path)
         path = self.out / "known.json"
         if not path.exists():
-            asked = [EditRequest(f.prompt, f.subject, f.target_new, f.target_true, id=f.id) for f in data.facts]
+            some = data.facts[: 2 * args.edits]  # the model knows most
+            asked = [EditRequest(f.prompt, f.subject, f.target_new, f.target_true, id=f.id) for f in some]
             scores = score_edits(self.model, self.tokenizer, asked, progress=False)
             path.write_text(json.dumps(scores.request[scores.nll_true < scores.nll_new].tolist()))
         names = set(json.loads(path.read_text()))
-        self.known = [fact for fact in data.facts if fact.id in names]
+        self.known = [
+            replace(fact, neighborhood=fact.neighborhood[:NEIGHBOURS]) for fact in data.facts if fact.id in names
+        ]
 
     def perplexities(self) -> dict[str, float]:
         return {
@@ -140,11 +144,20 @@ class Seed:
             path.write_text(json.dumps(sample_contexts(lab.model, lab.tokenizer, AlphaEditConfig(**self.settings))))
         self.settings["context_templates"] = json.loads(path.read_text())
 
-    def states(self) -> torch.Tensor:
-        path = self.folder / "states.safetensors"
-        if not path.exists():
-            save_file({"states": self.find(self.editor("alphaedit"), self.facts)}, path)
-        return load_file(path)["states"]
+    def states(self, first: int) -> torch.Tensor:
+        """Of the batch that begins there, of the unedited model."""
+        return load_file(self.folder / f"states_{first}.safetensors")["states"]
+
+    def find_states(self) -> None:
+        editor = self.editor("alphaedit")
+        for first, facts in self.batches():
+            path = self.folder / f"states_{first}.safetensors"
+            if not path.exists():
+                save_file({"states": self.find(editor, facts)}, path)
+
+    def batches(self) -> Iterator[tuple[int, list[EditRequest]]]:
+        for first in range(0, len(self.facts), self.lab.args.batch):
+            yield first, self.facts[first : first + self.lab.args.batch]
 
     def find(self, editor: AlphaEditor, facts: list[EditRequest]) -> torch.Tensor:
         return find_target_states(
@@ -171,17 +184,15 @@ class Seed:
 
     def run(self, method: str) -> dict[str, float]:
         """A row: edits in batches, measured after the last; the weights are as before then."""
-        own, editor, size = method.endswith("own states"), self.editor(method), self.lab.args.batch
+        editor = self.editor(method)
         weights = [projection.module.weight for projection in editor.projections]
         original = [weight.detach().clone() for weight in weights]
-        states = None if own or method == "fine-tuning" else self.states()
         started = time.process_time()
-        for first in tqdm(range(0, len(self.facts), size), desc=f"{method} {self.folder.name}"):
-            facts = self.facts[first : first + size]
+        for first, facts in tqdm(list(self.batches()), desc=f"{method} {self.folder.name}"):
             if method == "fine-tuning":
                 fine_tune(self.lab, weights, facts)
                 continue
-            found = self.find(editor, facts) if states is None else states[first : first + size]
+            found = self.find(editor, facts) if method.endswith("own states") else self.states(first)
             editor.batches.append(editor._solver.solve(f"batch_{first}", facts, found, editor.batches))
         seconds = time.process_time() - started
         result = self.measure() | {"cpu seconds an edit": seconds / len(self.facts)}
@@ -197,10 +208,8 @@ def kept(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def fine_tune(
-    lab: Lab, weights: list[torch.Tensor], facts: list[EditRequest], steps: int = 25, lr: float = 5e-4
-) -> None:
-    """AdamW on some weights until the loss of the facts' targets is below .05."""
+def fine_tune(lab: Lab, weights: list[torch.Tensor], facts: list[EditRequest]) -> None:
+    """25 steps of AdamW on some weights, fewer when the loss of the facts' targets is below .05."""
     optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
     rows = []
     for fact in facts:
@@ -226,6 +235,7 @@ def main(args: argparse.Namespace) -> None:
     lab, rows = Lab(args), []
     for number in args.seeds:
         seed = Seed(lab, number)
+        seed.find_states()
         before = kept(seed.folder / "unedited.json", seed.measure)
         rows.append({"method": "unedited", "seed": number, **before})
         for method in args.methods:

@@ -16,7 +16,7 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision
 from hf_iclr.untrusted import check_links
 
-from ..cards.edits import edit_card, give_card
+from ..records.edit_card import edit_card, give_card
 from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, remove_adapters
 from .config import AlphaEditConfig
 from .journal import EditJournal, load_null_space

@@ -16,7 +16,7 @@ from hf_iclr.untrusted import as_written_by, inside, read_json, read_safetensors
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
 from ..alpha_edit.projections import DownProjection, EditedWeight
-from ..cards.concepts import concept_card
+from ..records.concept_card import concept_card
 from .batches import EDITS_NAME, WEIGHTS_NAME, ConceptBatch, check_repository, name_of, write_edits
 from .pipelines import (
     ROUNDING,

@@ -44,7 +44,8 @@ def edit(
     from rich.text import Text
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
-    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, check_adapter
+    from hf_iclr.editors.alpha_edit.journal import check_adapter
+    from hf_iclr.editors.records.ledger import JOURNAL_NAME
 
     console = Console()
     if undo:

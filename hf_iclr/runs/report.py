@@ -15,7 +15,7 @@ import jinja2
 import pandas as pd
 from datasets import Dataset
 
-from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, batches_of, read_events
+from hf_iclr.editors.records.ledger import JOURNAL_NAME, batches_of, read_events
 from hf_iclr.extras import new_figure, require
 from hf_iclr.saving import atomic_file
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult

@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_iclr import saving
-from hf_iclr.editors.alpha_edit import EditRequest, journal
+from hf_iclr.editors.alpha_edit import EditRequest
 from hf_iclr.editors.alpha_edit.editor import AlphaEditor
-from hf_iclr.editors.alpha_edit.journal import batches_of, read_events
+from hf_iclr.editors.records import ledger
+from hf_iclr.editors.records.ledger import batches_of, read_events
 from tests.editors.alpha_edit.test_editor import Int8Linear, logits, make_editor
 from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statistics
 
@@ -168,8 +169,7 @@ def test_two_processes_write_to_one_folder(word_tokenizer, tmp_path):
 
 def test_who_has_to_wait_too_long_is_told(word_tokenizer, tmp_path, monkeypatch, caplog):
     editor, other = (make_editor(word_tokenizer, folder=tmp_path) for _ in range(2))
-    lock = journal.EditJournal._lock
-    monkeypatch.setattr(journal.EditJournal, "_lock", lambda self, folder: lock(self, folder, 0.7))
+    monkeypatch.setattr(ledger, "WAIT", 0.7)
     told = pytest.raises(TimeoutError, match="free within 0.7 seconds, but another editor")
     with editor._writing(), caplog.at_level(logging.WARNING), told:
         other.edit(REQUESTS[:1], progress=False)
