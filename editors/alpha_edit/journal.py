@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ..records.ledger import (
 from .batches import ADAPTER, ADAPTER_CONFIG, BATCHES, EditBatch, concatenate_updates, save_adapter
 from .config import CONFIG_NAME, AlphaEditConfig
 from .projections import DownProjection
+from .requests import EditRequest
 
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,10 @@ class EditJournal:
     def of_repository(self, api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, "EditJournal | None"]:
         """The last commit of a repository and, if it has one, its journal, in the settings of this one."""
         head = api.model_info(repo_id, revision=revision)
-        if JOURNAL_NAME not in [file.rfilename for file in head.siblings or ()]:
+        there = [file.rfilename for file in head.siblings or ()]
+        if JOURNAL_NAME not in there:
+            if ADAPTER_CONFIG in there:
+                raise ValueError(f"Expected a new repository or one with edits, got {repo_id} with another adapter.")
             return head.sha, None
         wanted = [JOURNAL_NAME, CONFIG_NAME, f"{BATCHES}/*"]
         folder = check_links(api.snapshot_download(repo_id, revision=head.sha, allow_patterns=wanted))
@@ -214,12 +218,16 @@ class EditJournal:
         common = 0
         for ours, other in zip(digests(self.events)[1:], digests(theirs.events)[1:], strict=False):
             common += ours == other
-        before = {request["id"] for record in batches_of(self.events[:common]) for request in record["requests"]}
-        own = {request.id: request for batch in self.batches for request in batch.requests}
-        its = {request.id: request for batch in theirs.batches for request in batch.requests}
-        added = [own[name] for name in own if name not in before and name not in its]
-        told = {(request.prompt, request.subject): request for request in its.values()}
-        clashes = [(mine, told[mine.prompt, mine.subject]) for mine in added if (mine.prompt, mine.subject) in told]
+        own, its = (_by_content(r for batch in j.batches for r in batch.requests) for j in (self, theirs))
+        records = batches_of(self.events[:common])
+        before = _by_content(EditRequest.from_dict(r) for record in records for r in record["requests"])
+        lost = before.keys() - own.keys()  # taken back or corrected here
+        gone = {its[content].id for content in lost & its.keys()}
+        stays = {content: request for content, request in its.items() if content not in lost}
+        told, names = ({getattr(r, by): r for r in stays.values()} for by in ("text", "id"))
+        said = {content[1:] for content in stays}
+        added = [r for content, r in own.items() if content not in before and content[1:] not in said]
+        clashes = [(r, told.get(r.text) or names[r.id]) for r in added if r.text in told or r.id in names]
         if clashes:
             named = "; ".join(
                 f"{a.id} says {a.text!r} is {a.target_new!r}, {b.id} {b.target_new!r}" for a, b in clashes
@@ -228,13 +236,12 @@ class EditJournal:
                 f"Expected edits that agree with those of another editor, got {named}. Take yours back first: "
                 f"`editor.remove({clashes[0][0].id!r})`."
             )
-        gone = before - {*own}
         left = [batch.without(gone) for batch in theirs.batches]
         kept = next(
             (i for i, batch in enumerate(theirs.batches) if len(left[i].requests) < len(batch.requests)), len(left)
         )
         wanted = {request.id for request in added}
-        left += [batch.without({*own} - wanted) for batch in self.batches]
+        left += [batch.without({request.id for request in own.values()} - wanted) for batch in self.batches]
         return kept, [batch for batch in left[kept:] if batch.requests]
 
     def _adopt(self, folder: Path, events: list[dict[str, Any]]) -> None:
@@ -255,6 +262,11 @@ class EditJournal:
         updates = concatenate_updates([batch.updates for batch in batches], rank)
         base, mark = self.config.base_model_name_or_path, {MARK: digests(events)[-1]}
         save_adapter(folder, self.projections, updates, base, mark)
+
+
+def _by_content(requests: Iterable[EditRequest]) -> dict[tuple[str, str, str], EditRequest]:
+    """Requests by what they are told apart by: a correction may have the name of what it corrects."""
+    return {(request.id, request.text, request.target_new.strip()): request for request in requests}
 
 
 def check_adapter(folder: Path) -> None:

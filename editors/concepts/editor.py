@@ -17,6 +17,7 @@ from hf_iclr.untrusted import as_written_by, inside, read_json, read_safetensors
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
 from ..alpha_edit.projections import DownProjection, EditedWeight
 from ..records.concept_card import concept_card
+from ..records.ledger import locked
 from .batches import EDITS_NAME, WEIGHTS_NAME, ConceptBatch, check_repository, name_of, write_edits
 from .pipelines import (
     ROUNDING,
@@ -240,7 +241,8 @@ class ConceptEditor(HubMixin):
             ValueError: when the folder has edits that this editor has not made or loaded, or another LoRA.
         """
         state = {f"{self.component}.{name}": value for name, value in self.lora_state_dict().items()}
-        self.save_card(write_edits(save_directory, self._about(), state, self._known))
+        with locked(Path(save_directory)):
+            self.save_card(write_edits(save_directory, self._about(), state, self._known))
 
     def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
         return check_repository(api, repo_id, revision, self._known)
