@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from hf_iclr.untrusted import check_field_types
+
 from .constrained_loss import WINDOW_STARTS
 
 
@@ -89,6 +91,7 @@ class DeepSafetyOptions:
     max_prefix_tokens: int = field(default=100, metadata={"help": "Longest such start in tokens."})
 
     def __post_init__(self) -> None:
+        check_field_types(self, DeepSafetyOptions)
         for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
