@@ -24,6 +24,8 @@ from .metrics import load_metric
 from .runs import read_run, write_run_report
 from .trainers import (
     DataShapleyResult,
+    DeepSafetyMixin,
+    DeepSafetyOptions,
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
     HarmJudge,
@@ -70,6 +72,8 @@ __all__ = [
     "AnnotationProject",
     "ConceptEditor",
     "DataShapleyResult",
+    "DeepSafetyMixin",
+    "DeepSafetyOptions",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
     "Eagle3ForCausalLM",
