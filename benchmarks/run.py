@@ -153,7 +153,7 @@ def page_of(result: Run) -> str:
 
 
 def number(values: list[float]) -> str:
-    low, high = (f"{value:g}" for value in (min(values), max(values)))
+    low, high = (f"{value:.10g}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
