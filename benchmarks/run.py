@@ -35,7 +35,7 @@ from common.arguments import RESULTS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
 MARK = re.compile(r"(<!-- result ([\w-]+)(?: ([\w-]+))? -->)(.*?)(<!-- end -->)", re.DOTALL)
-TABLE = re.compile(r"(?:^\|.*\|[ ]*\n?)+", re.MULTILINE)
+TABLE = re.compile(r"^\|.*\|\n\|[-:| ]+\|\n(?:^\|.*\|\n?)*", re.MULTILINE)
 Run = dict[str, Any]
 
 
@@ -141,8 +141,7 @@ def page_of(result: Run) -> str:
     """NAME.md: where it is from, what was printed, and the claims."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     claims = [
-        f"| {c['says']} | {number(c['values'])} | {'at least' if 'at_least' in c else 'at most'} "
-        f"{c.get('at_least', c.get('at_most'))} | {c.get('noise', 0)} | {'yes' if c['holds'] else '**no**'} |"
+        f"| {c['says']} | {number(c['values'])} | {bound(c)} | {c.get('noise', 0)} | {('**no**', 'yes')[c['holds']]} |"
         for c in result["claims"]
     ]
     head = ["| claim | found | bound | noise | holds |", "| --- | --- | --- | --- | --- |"]
@@ -150,6 +149,10 @@ def page_of(result: Run) -> str:
     where = f"`{result['command']}`\n\n{result['date']}, commit {result['commit']}, {result['seconds']} seconds. "
     where += f"{result['cpu']}, {result['cores']} cores, load {result['load']} before. {versions}."
     return f"# {result['name']}\n\n{where}\n\n{shown(result['printed'])}\n\n{table}".rstrip() + "\n"
+
+
+def bound(claim: Run) -> str:
+    return " and ".join(f"{key.replace('_', ' ')} {claim[key]}" for key in ("at_least", "at_most") if key in claim)
 
 
 def number(values: list[float]) -> str:

@@ -5,7 +5,7 @@ Which training rows erode a model's refusals, and does it keep them when trained
 
 A tiny model that refuses half of all questions is fine-tuned on 45 answers to allowed questions and, among them, 8 to
 questions that it refuses. `targets={"safety": ...}` values each row by what it did to refusals of others of that
-kind. The model is then trained anew without the rows of the lowest values, and asked questions that were in none of this.
+kind. The model is then trained anew without the rows of the lowest values, and asked questions that it never saw.
 Settings were chosen on the seeds 0 to 3.
 """
 
