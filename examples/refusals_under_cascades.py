@@ -22,12 +22,12 @@ parser.add_argument("--samples", type=int, default=8, help="answers to a questio
 args = parser.parse_args()
 RULES = (
     ("spec", 0.0),
+    ("chow", 0.3),
     ("diff", 0.2),
     ("opt", 0.5),
-    ("token_v3", 0.3),
+    ("ensemble", 0.3),
     ("token_v3", 0.9),
     ("lossy", 0.5),
-    ("ensemble", 0.3),
 )
 PREFIXES = (0, 1, 2, 4)
 

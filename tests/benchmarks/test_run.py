@@ -105,3 +105,15 @@ def test_kept_results_belong_to_the_index_and_hold(run):
 def test_pages_have_what_was_kept(run, page):
     """`python benchmarks/run.py --write-docs` makes them so."""
     assert run.filled(page) == page.read_text(encoding="utf-8")
+
+
+def test_pictures_are_of_the_results_that_are_kept(run):
+    """Each SVG names its results and a digest of their tables."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "benchmarks" / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    wanted = {name: results for name, (results, _) in pictures.PICTURES.items()}
+    wanted["overview"] = tuple(result for name in pictures.OVERVIEW for result in wanted[name])
+    for name, results in wanted.items():
+        drawn = (pictures.FOLDER / f"{name}.svg").read_text()
+        assert pictures.digest(results) in drawn and len(drawn) < 200_000, f"python benchmarks/pictures.py {name}"
