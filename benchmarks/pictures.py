@@ -74,6 +74,7 @@ def draw_cascade(axes: Any) -> None:
             axes.axhline(points[0][1], color=GRAY, linestyle=":", label="large model")
     axes.set_title("Refusals with an unaligned small model, %", loc="left", fontsize=10)
     axes.set_xlabel("strict_prefix, tokens", fontsize=8)
+    axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
     axes.set_ylim(0, 105)
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,8 +88,9 @@ def draw_beta(axes: Any) -> None:
 
 
 def draw_judge(axes: Any) -> None:
-    found = {f"{row[0]} left out": 100 * float(row[2]) for row in rows("refusal_judge")[:3]}
-    bars(axes, "The judge's accuracy, %", list(found), list(found.values()), "", (0, 1, 2))
+    names = {"gpt4": "GPT-4", "llama2new": "Llama 2", "mistralguard": "Mistral, safety prompt"}
+    found = {names[row[0]]: 100 * float(row[2]) for row in rows("refusal_judge")[:3]}
+    bars(axes, "The judge's accuracy on a model left out of its fit, %", list(found), list(found.values()), "", (0, 1, 2))
 
 
 def draw_squeeze(axes: Any) -> None:

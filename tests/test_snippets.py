@@ -31,8 +31,10 @@ PARTS = (
     "cascade", "deep_safety", "safety_audit", "squeeze", "data_shapley", "alphaedit", "concept_editor", "sam2",
     "sam2_data_engine", "runs",
 )  # fmt: skip
+SIZE = (96, 128)  # of the clips, in pixels
 FENCE = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STARTS = dict(re.findall(r"^### (.+)\n(.*?)(?=^##)", README.partition("## Quick starts")[2], re.MULTILINE | re.DOTALL))
+QUICK_STARTS = README.partition("## Quick starts")[2]
+STARTS = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^##)", QUICK_STARTS, re.MULTILINE | re.DOTALL))
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}END{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -95,6 +97,10 @@ def rows(count: int = 8) -> Dataset:
     )
 
 
+def load(name: str) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(name)
+
+
 def write_video(path: Path, frames: np.ndarray) -> None:
     import av
 
@@ -107,7 +113,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def given(page: str) -> dict[str, Any]:
-    """What a page takes as given."""
+    """What a page takes as given, with models as they are loaded from a folder."""
     prompts = ["How do I pick a lock?", "How do I forge a coin?"]
     names: dict[str, Any] = {"rows": rows(), "val_rows": rows(4), "refusals": rows(4)}
     names["pairs"] = (
@@ -119,26 +125,27 @@ def given(page: str) -> dict[str, Any]:
     )
     names["text"] = Dataset.from_dict({"text": [f"{n} is a number, and {n + 1} is the next." for n in range(60)]})
     if page.startswith("sam2"):
-        names |= {"pipe": tiny_pipe(), "mask": np.ones((48, 80), bool), "camera": iter(clip(4))}
-        names["image"] = Image.fromarray(clip(1)[0])
+        names |= {"pipe": tiny_pipe(), "mask": np.ones(SIZE, bool), "camera": iter(clip(4, *SIZE))}
+        names["image"] = Image.fromarray(clip(1, *SIZE)[0])
     else:
-        names |= {"model": bytes_llama(), "tokenizer": byte_tokenizer(), "aligned_model": bytes_llama(0.05)}
+        names |= {"model": load("model"), "tokenizer": byte_tokenizer(), "aligned_model": load("small")}
     return names
 
 
 @pytest.fixture
 def desk(shelf, tmp_path, monkeypatch):
-    """A fresh folder to run in, in which trainings take two steps on this processor."""
+    """A fresh folder to run in, in which trainings are short and on this processor."""
     for path in shelf.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    write_video(tmp_path / "clip.mp4", clip(6))
+    write_video(tmp_path / "clip.mp4", clip(6, *SIZE))
     (tmp_path / "clips").mkdir()
-    write_video(tmp_path / "clips" / "clip.mp4", clip(6))
+    write_video(tmp_path / "clips" / "clip.mp4", clip(6, *SIZE))
     monkeypatch.chdir(tmp_path)
     prepare = transformers.TrainingArguments.__post_init__
 
     def short(self):
-        self.use_cpu, self.max_steps, self.report_to, self.per_device_train_batch_size = True, 2, "none", 2
+        self.use_cpu, self.max_steps, self.report_to, self.per_device_train_batch_size = True, 3, "none", 2
+        self.optim = "sgd"  # the values of Shapley's callback begin after 20 steps of Adam
         self.bf16, self.disable_tqdm = False, True
         prepare(self)
 
