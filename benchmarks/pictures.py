@@ -90,7 +90,7 @@ def draw_beta(axes: Any) -> None:
 def draw_judge(axes: Any) -> None:
     names = {"gpt4": "GPT-4", "llama2new": "Llama 2", "mistralguard": "Mistral, safety prompt"}
     found = {names[row[0]]: 100 * float(row[2]) for row in rows("refusal_judge")[:3]}
-    bars(axes, "The judge's accuracy on a model left out of its fit, %", list(found), list(found.values()), "", (0, 1, 2))
+    bars(axes, "Accuracy on a model left out of the fit, %", list(found), list(found.values()), "", (0, 1, 2))
 
 
 def draw_squeeze(axes: Any) -> None:

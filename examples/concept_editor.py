@@ -10,6 +10,7 @@ words, so the table says how far pictures move, not what they show.
 """
 
 import sys
+import tempfile
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,7 +46,8 @@ before = {prompt: draw(prompt) for prompt in prompts}
 editor = ConceptEditor(pipeline, retain=retain, **settings)
 print(editor.edit(concepts).to_string(index=False))
 after = {prompt: draw(prompt) for prompt in prompts}
-editor.save_pretrained("concept_edits")  # pipeline.load_lora_weights("concept_edits") draws the same
+with tempfile.TemporaryDirectory() as folder:
+    editor.save_pretrained(folder)  # pipeline.load_lora_weights(folder) draws the same
 
 editor.undo()
 undone = {prompt: draw(prompt) for prompt in prompts}
