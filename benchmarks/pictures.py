@@ -155,12 +155,10 @@ PICTURES: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "deep_safety": (("deep_safety_beta",), draw_beta),
     "safety_audit": (("refusal_judge",), draw_judge),
     "squeeze": (("squeeze_toy",), draw_squeeze),
-    "data_shapley": (("keep_refusals_by_shapley",), draw_shapley),
-    "alphaedit": (("edits_kept_in_training",), draw_edits),
     "concept_editor": (("concept_editor",), draw_concepts),
     "sam2_data_engine": (("data_engine",), draw_phases),
 }
-OVERVIEW = ("cascade", "deep_safety", "squeeze", "data_shapley", "alphaedit", "sam2_data_engine")
+OVERVIEW = ("cascade", "deep_safety", "safety_audit", "squeeze", "concept_editor", "sam2_data_engine")
 
 
 def main() -> None:
