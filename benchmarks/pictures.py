@@ -76,7 +76,8 @@ def draw_cascade(axes: Any) -> None:
     axes.set_xlabel("strict_prefix, tokens", fontsize=8)
     axes.set_xticks(sorted({place for points in lines.values() for place, _ in points}))
     axes.set_ylim(0, 105)
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_xlim(right=5.4)  # room for the legend
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
@@ -173,8 +174,9 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "hf_iclr", "font.family": "DejaVu Sans"})
     FOLDER.mkdir(exist_ok=True)
     for name in chosen:
-        figure = Figure(figsize=(11, 6) if name == "overview" else (7.2, 2.6), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(11, 8) if name == "overview" else (7.2, 2.6), layout="constrained", facecolor="white")
         if name == "sam2":
+            figure.set_figheight(2.1)
             draw_masks(figure)
             figure.savefig(FOLDER / "sam2.png", dpi=90, metadata={"Software": None})
             continue
@@ -183,6 +185,9 @@ def main() -> None:
             figure.subplots(3 if len(parts) > 1 else 1, len(parts) // 3 or 1, squeeze=False).flat, parts, strict=True
         ):
             PICTURES[part][1](axes)
+            if name == "overview":
+                title = axes.get_title(loc="left")
+                axes.set_title(f"{part}: {title[0].lower()}{title[1:]}", loc="left", fontsize=10)
         shown = tuple(result for part in parts for result in PICTURES[part][0])
         figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Description": digest(shown)})
 
