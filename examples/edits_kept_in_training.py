@@ -1,12 +1,12 @@
 """
 A model is edited, then trained on other facts. Does it keep its edits, and does `NullSpaceCallback` help?
 
-    python examples/edits_kept_in_training.py --seeds 2 3 4
+    python examples/edits_kept_in_training.py --seeds 2 3
 
 SmolLM2-135M gets eight capitals by `AlphaEditor`; then the down-projections that were edited are trained on twelve
 others. The callback's statistics are of ordinary text, or of that and of the edits' prompts:
 edits lie where ordinary text does not reach, so statistics of text alone leave their place open. Capitals are false by
-design. Settings were chosen on the seeds 0 and 1.
+design.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from hf_iclr.tour.demo.language_model import load_demo_model
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
 parser.add_argument("--steps", type=int, default=60, help="of training, on 6 facts each")
 parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--tokens", type=int, default=6000, help="of text, for the statistics")
