@@ -58,10 +58,10 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def bytes_llama(noise: float = 0.0) -> transformers.LlamaForCausalLM:
+def bytes_llama(layers: int, noise: float = 0.0) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     tokenizer, config = byte_tokenizer(), tiny_llama().config
-    config.update({"vocab_size": 256, "max_position_embeddings": 512, "num_hidden_layers": 8})
+    config.update({"vocab_size": 256, "max_position_embeddings": 512, "num_hidden_layers": layers})
     config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -74,8 +74,8 @@ def bytes_llama(noise: float = 0.0) -> transformers.LlamaForCausalLM:
 def shelf(tmp_path_factory) -> Path:
     """The folder with what snippets load by name."""
     folder = tmp_path_factory.mktemp("shelf")
-    for name, noise in (("model", 0.0), ("large", 0.0), ("small", 0.05)):
-        bytes_llama(noise).save_pretrained(folder / name)
+    for name, layers, noise in (("model", 2, 0.0), ("large", 2, 0.0), ("small", 2, 0.05), ("deep", 8, 0.0)):
+        bytes_llama(layers, noise).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     tiny_model().save_pretrained(folder / "facebook" / "sam2.1-hiera-tiny")
     sam2_processor().save_pretrained(folder / "facebook" / "sam2.1-hiera-tiny")
@@ -128,7 +128,12 @@ def given(page: str) -> dict[str, Any]:
         names |= {"pipe": tiny_pipe(), "mask": np.ones(SIZE, bool), "camera": iter(clip(4, *SIZE))}
         names["image"] = Image.fromarray(clip(1, *SIZE)[0])
     else:
-        names |= {"model": load("model"), "tokenizer": byte_tokenizer(), "aligned_model": load("small")}
+        deep = "facts" in page or "alphaedit" in page  # which edits the layers 3 to 7
+        names |= {
+            "model": load("deep" if deep else "model"),
+            "tokenizer": byte_tokenizer(),
+            "aligned_model": load("small"),
+        }
     return names
 
 
