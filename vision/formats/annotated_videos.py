@@ -87,7 +87,9 @@ def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVide
     """
     videos = []
     for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
-        images = {file.stem: file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES}
+        images = {
+            file.stem: file for file in (Path(frames) / folder.name).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES
+        }
         files = [file for file in sorted(folder.glob("*.png")) if file.stem in images]
         if files:
             ordered = sorted(images)
@@ -113,7 +115,7 @@ def read_object_png_videos(frames: str | Path, masks: str | Path) -> list[Annota
     """
     videos = []
     for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
-        images = [file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES]
+        images = [file for file in (Path(frames) / folder.name).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
         places = {file.stem: place for place, file in enumerate(sorted(images))}
         files: dict[int, dict[int, Path]] = {}
         for file in sorted(folder.glob("[0-9]*/*.png")):

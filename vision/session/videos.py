@@ -259,9 +259,9 @@ def _open(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
         container: Any = av.open(file)
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{name} is no video that FFmpeg can read ({error}).") from None
-    if not container.streams.video:
+    stream = container.streams.best("video")  # as FFmpeg chooses: the first may be a picture of the cover
+    if stream is None:
         raise ValueError(f"{name} has no video stream.")
-    stream = container.streams.video[0]
     stream.thread_type = threads
     return container, stream
 
@@ -288,8 +288,8 @@ def _decode(container: Any, stream: Any, note: Callable[[str], None]) -> Iterato
 
 
 def _rate(container: Any, stream: Any) -> float | None:
-    rate = (stream.average_rate if container.duration else None) or stream.guessed_rate
-    return float(rate) if rate else None
+    rates = (stream.average_rate if container.duration else None, stream.guessed_rate)
+    return next((float(rate) for rate in rates if rate and rate < 1000), None)  # DV files average their time base
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

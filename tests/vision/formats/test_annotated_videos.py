@@ -76,6 +76,8 @@ def test_a_folder_of_davis():
 def test_folders_of_davis_are_read_where_both_images_and_masks_are(tmp_path):
     write_images(tmp_path / "JPEGImages" / "dog", CLIP)
     write_images(tmp_path / "JPEGImages" / "cat", CLIP)
+    for file in (tmp_path / "JPEGImages" / "dog").iterdir():
+        file.rename(file.with_suffix(".JPG"))  # as cameras name them
     (tmp_path / "Annotations").mkdir()
     write_davis(segments_of(CLIP, [1, 2, 3, 5]), tmp_path / "Annotations" / "dog")
     (video,) = read_png_videos(tmp_path / "JPEGImages", tmp_path / "Annotations")
