@@ -227,9 +227,7 @@ def _open_path(path: str) -> VideoFrames:
     if not Path(path).exists():
         raise ValueError(f"There is no video {path}. Give the path of a video file, an image or a folder of images.")
     if Path(path).is_dir():
-        files = sorted(
-            (file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural_order
-        )
+        files = list_images(path)
         if not files:
             raise ValueError(f"Expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none.")
         return VideoFrames(files.__getitem__, len(files), source=path)
@@ -238,8 +236,10 @@ def _open_path(path: str) -> VideoFrames:
     return FileFrames(path) if Path(path).is_file() else _open_address(path)
 
 
-def _natural_order(file: Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
+def list_images(folder: str | Path) -> list[Path]:
+    """The images in a folder, none if it is not there, in the order of the numbers in their names."""
+    images = [file for file in Path(folder).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(images, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.name)])
 
 
 def _open_address(address: str) -> VideoFrames:

@@ -76,10 +76,11 @@ def test_a_folder_of_davis():
 def test_folders_of_davis_are_read_where_both_images_and_masks_are(tmp_path):
     write_images(tmp_path / "JPEGImages" / "dog", CLIP)
     write_images(tmp_path / "JPEGImages" / "cat", CLIP)
-    for file in (tmp_path / "JPEGImages" / "dog").iterdir():
-        file.rename(file.with_suffix(".JPG"))  # as cameras name them
     (tmp_path / "Annotations").mkdir()
     write_davis(segments_of(CLIP, [1, 2, 3, 5]), tmp_path / "Annotations" / "dog")
+    for folder, suffix in ((tmp_path / "JPEGImages" / "dog", ".JPG"), (tmp_path / "Annotations" / "dog", ".png")):
+        for file in sorted(folder.iterdir(), reverse=True):  # as cameras name them
+            file.rename(folder / f"img_{int(file.stem) + 7}{suffix}")
     (video,) = read_png_videos(tmp_path / "JPEGImages", tmp_path / "Annotations")
     assert_masks_are(video, CLIP, [1, 2, 3, 5])
     item = ClipDataset([video], tiny_processor(), num_frames=2)[0]

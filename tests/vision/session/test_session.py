@@ -556,6 +556,7 @@ def test_undo_and_redo_outlive_the_session(tmp_path):
     assert everything(again) == everything(session)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_no_more_after_its_first_passes():
     plain = near_pipe()
     pipe = Sam2VideoPipeline(model=copy.deepcopy(plain.model), processor=plain.processor, device="cpu")
