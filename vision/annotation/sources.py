@@ -111,7 +111,7 @@ def name_video(video: Any) -> tuple[str, str | None]:
 
 def file_stem(path: Path) -> str:
     """Of the name of a file what any file system takes with something behind it."""
-    name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", path.stem)
+    name = re.sub(r'[][\\/:*?"<>|\x00-\x1f]', "_", path.stem)
     return name.encode("utf-8", "replace")[:150].decode("utf-8", "ignore")
 
 

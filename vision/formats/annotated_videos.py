@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
         return read_coco_images(folder)
     if (folder / "shards").is_dir():
         check_links(folder)
-        shards = [str(file) for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        files = [file for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        shards = [escape(str(file)) for file in files]  # else brackets in a name are a pattern, which finds nothing
         rows = load_dataset("parquet", data_files=shards, split="train") if shards else []
         videos = read_rows(row for row in rows if row["video"] is not None)
         for video in videos:

@@ -256,7 +256,8 @@ def _open_address(address: str) -> VideoFrames:
 def _open(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
     name = file if isinstance(file, str) else "The video"
     try:
-        container: Any = av.open(file)
+        # Else FFmpeg takes what is before a colon for a protocol.
+        container: Any = av.open(f"file:{file}" if isinstance(file, str) and "://" not in file else file)
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{name} is no video that FFmpeg can read ({error}).") from None
     stream = container.streams.best("video")  # as FFmpeg chooses: the first may be a picture of the cover

@@ -309,3 +309,10 @@ def test_the_film_is_chosen_not_the_picture_of_its_cover(tmp_path):
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             file.mux(stream.encode())
     assert open_video(str(tmp_path / "film.mkv")).num_frames == COUNT
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    write_video(tmp_path / "film.mp4", smooth(3))
+    monkeypatch.chdir(tmp_path)
+    os.rename("film.mp4", "12:30.mp4")
+    assert open_video("12:30.mp4").num_frames == 3
