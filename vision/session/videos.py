@@ -46,7 +46,7 @@ class FileFrames(VideoFrames):
         self._keys: list[int] = []  # numbers of the key frames met so far
         self._in_time = True  # whether times of frames grow from one to the next
         self._reason: str | None = None  # of the first damage
-        self._container, self._stream = _open(self._source())
+        self._container, self._stream = open_container(self.source_file())
         self._announced, self._hidden, sound = self._demux()
         super().__init__(self._decode, self._announced if sound else None, None if isinstance(file, bytes) else file)
         self.rate = _rate(self._container, self._stream)
@@ -80,12 +80,13 @@ class FileFrames(VideoFrames):
         sound &= 0 == hidden < packets >= self._stream.frames
         return max(packets, self._stream.frames) - hidden, hidden, sound
 
-    def _source(self) -> Any:
+    def source_file(self) -> Any:
+        """What FFmpeg opens anew."""
         return io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file
 
     def _reopen(self) -> None:
         self._container.close()
-        self._container, self._stream = _open(self._source(), self._threads)
+        self._container, self._stream = open_container(self.source_file(), self._threads)
         self._frames = _decode(self._container, self._stream, self._note)
         self._position, self._sought = -1, False
 
@@ -244,7 +245,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def _open_address(address: str) -> VideoFrames:
     """A file elsewhere, or what has no end that is known, which is read as it comes."""
-    container, stream = _open(address)
+    container, stream = open_container(address)
     if container.duration:
         container.close()
         return FileFrames(address)
@@ -253,7 +254,13 @@ def _open_address(address: str) -> VideoFrames:
     return frames
 
 
-def _open(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
+def open_container(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
+    """
+    PyAV's container of a path, an address or a file object, and its video stream.
+
+    Raises:
+        ValueError: if there is none.
+    """
     name = file if isinstance(file, str) else "The video"
     try:
         # Else FFmpeg takes what is before a colon for a protocol.
