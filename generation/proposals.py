@@ -101,8 +101,8 @@ class DraftLength:
 
     Args:
         large, small ([`~transformers.PreTrainedModel`]):
-            The models, the latter `None` where there is none; the acceptance that is expected at first is 0.6, or 0.6 of
-            its `config.expected_acceptance`.
+            The models, the latter `None` where there is none; the acceptance that is expected at first is 0.6, or 0.6
+            of its `config.expected_acceptance`.
         kind (`tuple`):
             What else costs depend on.
         measure (`Callable`):
