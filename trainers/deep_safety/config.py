@@ -1,6 +1,5 @@
 """Settings of [`DeepSafetySFTTrainer`]."""
 
-import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -96,7 +95,8 @@ class DeepSafetySFTConfig(SFTConfig):
         for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if not all(0 < beta < math.inf for beta in (self.beta_first, self.beta_initial, self.beta_rest)):
+        betas = (self.beta_first, self.beta_initial, self.beta_rest)
+        if not all(isinstance(beta, (int, float)) and 0 < beta < 1e30 for beta in betas):  # float32 holds them
             raise ValueError(
                 f"Expected every beta to be positive and finite, got beta_first={self.beta_first}, "
                 f"beta_initial={self.beta_initial}, beta_rest={self.beta_rest}. To leave later tokens free set "

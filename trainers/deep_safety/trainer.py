@@ -39,8 +39,10 @@ from .recovery_mixture import (
     RecoveryMixture,
     RecoveryMixtureSampler,
     check_rows_to_mix,
+    columns_of,
     mix_in_recovery_rows,
     pack_with_recovery_rows,
+    prepare_texts,
 )
 from .recovery_rows import tokenize_triplets
 from .reference_log_probs import CONSTRAIN, POSITIONS, REF_LOGPS, ConstrainedCollator, Window, add_reference_log_probs
@@ -172,14 +174,17 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         triplets, self._triplets_to_pack = self._triplets_to_pack, None  # the training rows are prepared first
-        marked = self._constrains and CONSTRAIN in (dataset.column_names or ())
-        if not packing or (triplets is None and not marked):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        columns, parent = columns_of(dataset), super()._prepare_dataset
+        marked = packing and (triplets is not None or (self._constrains and CONSTRAIN in columns))
+
+        def prepare(rows: Any) -> Any:
+            return parent(rows, processing_class, args, packing and not marked, formatting_func, dataset_name)
+
         if triplets is not None:
             check_rows_to_mix(dataset)
             triplets = tokenize_triplets(triplets, self._tokenizer, max_length=args.max_length)
-        rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        return pack_with_recovery_rows(rows, triplets, args)
+        rows = prepare_texts(dataset, prepare)
+        return pack_with_recovery_rows(rows, triplets, args) if marked else rows
 
     def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
         args: DeepSafetySFTConfig = self.args
@@ -202,13 +207,14 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
             self._map_datasets(functools.partial(self._score, window=window, keep=True))
 
     def _warn_of_a_weak_constraint(self) -> None:
-        rows = self.train_dataset.select([i for i, marks in enumerate(self.train_dataset[CONSTRAIN]) if any(marks)])
+        every = self.train_dataset
+        rows = every.select([index for index, marks in enumerate(every[CONSTRAIN]) if any(marks)])
         if not len(rows):
             logger.warning(
                 "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
                 "nothing is constrained, this is plain SFT. Mark rows in a boolean column `constrain` and set "
                 "`constrain='all'`.",
-                len(self.train_dataset),
+                len(every),
             )
             return
         rows = rows.map(
@@ -218,17 +224,14 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         )
         first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
         scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
-        loss = -statistics.mean(value for values in scored for value in values)
-        logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(self.train_dataset))
-        if self.args.beta_first * loss < STRONG_CONSTRAINT:
+        loss, beta = -statistics.mean(value for values in scored for value in values), self.args.beta_first
+        logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(every))
+        if beta * loss < STRONG_CONSTRAINT:
             logger.warning(
                 "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
                 "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so refusals may be lost; set "
                 "`beta_first=%.1f`.",
-                len(rows),
-                loss,
-                self.args.beta_first,
-                STRONG_CONSTRAINT / max(loss, 0.1),
+                *(len(rows), loss, beta, STRONG_CONSTRAINT / max(loss, 0.1)),
             )
 
     def _map_datasets(self, function: Callable[[Dataset, str], Dataset]) -> None:

@@ -144,7 +144,9 @@ def audit_safety(
     }
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_batch_tokens": max_batch_tokens}
     prompts = check_prompts(prompts)
-    check_sizes(attacks, ks, answers, prompts, **sizes, gcg_steps=gcg_steps)
+    check_sizes(attacks, ks, answers, prompts, decoding_grid, **sizes, gcg_steps=gcg_steps)
+    if not (harm_judge is None or callable(harm_judge)):
+        raise TypeError(f"Expected harm_judge as a function of texts and prompts, got {harm_judge!r:.80}.")
     thresholds = check_measurable(thresholds or {}, has, attacks, ks)
     if out is not None:
         check_out(out)
