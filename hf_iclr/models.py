@@ -372,7 +372,8 @@ def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
         yield from model.named_parameters()
         return
     for name, parameter in model.get_base_model().named_parameters():
-        if "modules_to_save." not in name and getattr(model.base_model, "prefix", "prompt_") not in name:
+        own = ("modules_to_save.", "trainable_tokens_", getattr(model.base_model, "prefix", "prompt_"))
+        if not any(part in name for part in own):
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 

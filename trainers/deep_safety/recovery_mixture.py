@@ -133,7 +133,7 @@ def check_rows_to_mix(rows: Any, images: bool = False) -> None:
 
 def columns_of(rows: Any) -> list[str]:
     """Columns of a dataset, of a stream that doesn't name them those of its first row."""
-    return rows.column_names or list(next(iter(rows)))
+    return rows.column_names or list(next(iter(rows), {}))
 
 
 def prepare_texts(rows: Any, prepare: Callable[[Any], Any]) -> Any:
@@ -144,7 +144,9 @@ def prepare_texts(rows: Any, prepare: Callable[[Any], Any]) -> Any:
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not rows.data["input_ids"].null_count:
         return prepare(rows)
     ready = np.array([ids is not None for ids in rows["input_ids"]])
-    texts = rows.select(np.flatnonzero(~ready)).remove_columns(["input_ids", "labels"])
+    texts = rows.select(np.flatnonzero(~ready)).remove_columns(
+        [name for name in _COLUMNS[:2] if name in rows.column_names]
+    )
     parts = [prepare(texts), rows.select(np.flatnonzero(ready))]
     names = [name for name in _COLUMNS if name in rows.column_names]
     first, last = (part.select_columns(names) for part in parts)

@@ -110,7 +110,7 @@ def add_reference_log_probs(
     the reference's weights, it isn't. Every process scores its share.
 
     Rows have `input_ids` and `labels`, packed or not. `score` gives a batch's log-probabilities under the reference,
-    of shape `(batch, seq_len - 1)`. `collator` keeps rows below each other; they are cut after their last stored token.
+    of shape `(batch, seq_len - 1)`. `collator` keeps rows below each other; each is cut after its last stored token.
     """
     window = collator.window
     computed = (dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)
