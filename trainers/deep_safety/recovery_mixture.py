@@ -136,12 +136,14 @@ def columns_of(rows: Any) -> list[str]:
     return rows.column_names or list(next(iter(rows), {}))
 
 
+def partly_tokenized(rows: Any) -> bool:
+    """Whether texts were concatenated with rows of token ids."""
+    return isinstance(rows, Dataset) and "input_ids" in rows.column_names and rows.data["input_ids"].null_count > 0
+
+
 def prepare_texts(rows: Any, prepare: Callable[[Any], Any]) -> Any:
-    """
-    Rows whose texts `prepare` has made token ids of. Those that have token ids already, as recovery rows that were
-    concatenated with texts, come last and as they are.
-    """
-    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not rows.data["input_ids"].null_count:
+    """Rows whose texts `prepare` has made token ids of; those that have them already come last and as they are."""
+    if not partly_tokenized(rows):
         return prepare(rows)
     ready = np.array([ids is not None for ids in rows["input_ids"]])
     texts = rows.select(np.flatnonzero(~ready)).remove_columns(

@@ -42,6 +42,7 @@ from .recovery_mixture import (
     columns_of,
     mix_in_recovery_rows,
     pack_with_recovery_rows,
+    partly_tokenized,
     prepare_texts,
 )
 from .recovery_rows import tokenize_triplets
@@ -55,8 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# β₁ times the negative log-probability (nats) of a compliant first token at which refusals stayed in
-# benchmarks/deep_safety.py; see docs/deep_safety.md.
+# β₁ times the negative log-probability (nats) of a compliant first token at which refusals stayed: docs/deep_safety.md.
 STRONG_CONSTRAINT = 20.0
 
 
@@ -174,8 +174,8 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         triplets, self._triplets_to_pack = self._triplets_to_pack, None  # the training rows are prepared first
-        columns, parent = columns_of(dataset), super()._prepare_dataset
-        marked = packing and (triplets is not None or (self._constrains and CONSTRAIN in columns))
+        parent, marked = super()._prepare_dataset, self._constrains and CONSTRAIN in columns_of(dataset)
+        marked = packing and (triplets is not None or marked or partly_tokenized(dataset))
 
         def prepare(rows: Any) -> Any:
             return parent(rows, processing_class, args, packing and not marked, formatting_func, dataset_name)
@@ -208,7 +208,7 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
 
     def _warn_of_a_weak_constraint(self) -> None:
         every = self.train_dataset
-        rows = every.select([index for index, marks in enumerate(every[CONSTRAIN]) if any(marks)])
+        rows = every.select([i for i, marks in enumerate(every[CONSTRAIN]) if any(marks)])
         if not len(rows):
             logger.warning(
                 "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
@@ -224,8 +224,8 @@ class DeepSafetySFTTrainer(SummedMetrics, SFTTrainer):
         )
         first_token = dataclasses.replace(self.data_collator.window, stored_tokens=1)
         scored = self._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
-        loss, beta = -statistics.mean(value for values in scored for value in values), self.args.beta_first
         logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(every))
+        loss, beta = -statistics.mean(value for values in scored for value in values), self.args.beta_first
         if beta * loss < STRONG_CONSTRAINT:
             logger.warning(
                 "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "

@@ -286,6 +286,9 @@ def test_concatenated_recovery_rows_are_not_constrained(train, word_tokenizer, p
         train_dataset=rows.to_iterable_dataset() if given == "stream" else rows, packing=packing, max_length=64,
         start=False, per_device_train_batch_size=48,
     )  # fmt: skip
+    if given == "texts":
+        off = train(train_dataset=rows, packing=packing, max_length=64, start=False, constrain="none")
+        assert sum(map(len, off.train_dataset["input_ids"])) == sum(map(len, trainer.train_dataset["input_ids"]))
     batch = next(iter(trainer.get_train_dataloader()))
     labelled = [sum(label != -100 for label in row) for rows in (plain, recovery) for row in rows["labels"]]
     assert (batch[POSITIONS] > 0).sum() == sum(labelled[:24])
