@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# β₁ times the negative log-probability (nats) of a compliant first token at which refusals stayed; docs/deep_safety.md.
+# β₁ times the negative log-probability (nats) of a compliant first token that kept refusals; see docs/deep_safety.md.
 STRONG_CONSTRAINT = 20.0
 
 
