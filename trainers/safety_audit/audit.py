@@ -162,7 +162,7 @@ def audit_safety(
     harmless = [] if harmless_prompts is None else check_prompts(harmless_prompts)
     harmless_lengths, _ = check_chats(tokenizer, harmless, "harmless_prompts", **rendering)
     judge = judge if isinstance(judge, RefusalJudge) else RefusalJudge() if judge is None else RefusalJudge([judge])
-    ks = sorted({0, *ks})
+    ks = sorted({0, *map(int, ks)})
     fingerprints = {"prompts": fingerprint(prompts), "harmless_prompts": fingerprint(harmless)}
     if not behind_endpoint:
         check_decoder(model)
