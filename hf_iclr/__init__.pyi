@@ -23,6 +23,8 @@ from .metrics import load_metric
 from .runs import read_run, write_run_report
 from .trainers import (
     DataShapleyResult,
+    DeepSafetyMixin,
+    DeepSafetyOptions,
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
     HarmJudge,
@@ -69,6 +71,8 @@ __all__ = [
     "AnnotationProject",
     "ConceptEditor",
     "DataShapleyResult",
+    "DeepSafetyMixin",
+    "DeepSafetyOptions",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
     "EditReport",

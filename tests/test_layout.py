@@ -22,7 +22,7 @@ FLOORS = {
     "trainers.data_shapley": [[""], ["gradients"]],
     "trainers.safety_audit": [[""], ["asking"]],
     "generation": [["calibration", "drafting"], [""]],
-    "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
+    "editors": [["", "concepts"], ["alpha_edit"], ["records"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
 }
