@@ -94,8 +94,8 @@ class AlphaEditor(HubMixin):
         statistics: KeyStatistics | None,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         projections = find_down_projections(model)
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.projections = choose_layers(projections, config.layers)
         if len(self.projections) > 1 and not projections[0].adds_to_residual:
             raise ValueError(
