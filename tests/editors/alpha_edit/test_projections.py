@@ -94,7 +94,7 @@ def test_of_a_hybrid_the_layers_with_a_dense_mlp_are_found():
     ]
 
 
-def test_models_without_an_mlp_or_a_head_are_refused():
+def test_models_without_an_mlp_or_a_head_are_refused(word_tokenizer):
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2))
     with pytest.raises(ValueError, match="an MLP that ends .* of MambaForCausalLM, got none"):
         find_down_projections(mamba)
@@ -105,7 +105,7 @@ def test_models_without_an_mlp_or_a_head_are_refused():
         find_down_projections(tiny_model("llama").model)
     for thing in ("gpt2", None, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="Expected a language model of transformers, got"):
-            AlphaEditor(thing, None)
+            AlphaEditor(thing, word_tokenizer)
 
 
 def test_weights_that_are_not_here_are_refused():
