@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         report[name] = measure(pipe, draw_clips(args.clips, hard, args.frames, args.shifted))
         for row in report[name]:
             print(f"| {name} | {row['prompt']} | {row['first']:.3f} | {row['later']:.3f} | {row['last']:.3f} |")
-    print("| clips | clicks a frame | objects | first pass | 1 corrected | 2 corrected |\n|---|---|---|---|---|---|")
+    print("\n| clips | clicks a frame | objects | first pass | 1 corrected | 2 corrected |\n|---|---|---|---|---|---|")
     for name, hard in (("plain", False), ("hard", True)):
         clips = draw_clips(args.clips, hard, args.frames, args.shifted)
         for clicks in (1, 3):
