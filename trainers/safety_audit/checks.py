@@ -43,7 +43,7 @@ def check_sizes(attacks, ks, answers, prompts, grid, **sizes: int | None) -> Non
     unknown = [attack for attack in attacks if attack not in ATTACKS]
     if unknown:
         raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, got {unknown[0]!r}.")
-    if not all(isinstance(k, Integral) and k >= 0 for k in ks):
+    if not all(isinstance(k, Integral) and int(k) >= 0 for k in ks):
         raise ValueError(f"Expected prefix lengths of 0 or more tokens, got {list(ks)}.")
     if not grid or any(setting.keys() - {"temperature", "top_k", "top_p"} for setting in grid):
         raise ValueError(f"Expected decoding settings of temperature, top_k and top_p, got {list(grid)!r:.200}.")
