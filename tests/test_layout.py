@@ -21,7 +21,7 @@ FLOORS = {
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "trainers.safety_audit": [[""], ["asking"]],
-    "generation": [["calibration", "drafting"], [""]],
+    "generation": [["calibration", "drafting", "vllm"], [""]],
     "editors": [["", "concepts"], ["alpha_edit"], ["records"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
