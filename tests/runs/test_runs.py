@@ -26,6 +26,8 @@ from hf_iclr.cli.app import app
 from hf_iclr.doctor.self_check import TRAINING
 from hf_iclr.runs.parts import parts_in_every_trainer
 from hf_iclr.runs.report import read_run
+from tests.editors.alpha_edit.test_editor import make_editor
+from tests.editors.tiny import REQUESTS
 from tests.trainers.tiny import tiny_llama, triplet_rows, word_rows
 from tests.vision.annotation.chromium import CHROMIUM, open_tab
 
@@ -190,6 +192,15 @@ def test_the_page_tells_what_the_folder_holds(folder, watched, tmp_path):
     ]
     assert panels == sorted(panels) and "<h3>Rewards of the loss</h3>" not in page
     assert page.count("<svg") == page.count("<figure>") and "src=" not in page and 'href="http' not in page
+
+
+def test_the_page_tells_of_edits_in_force(word_tokenizer, tmp_path):
+    editor = make_editor(word_tokenizer, folder=tmp_path / "edits", num_steps=1)
+    editor.edit(REQUESTS[:2], batch_size=1, progress=False)
+    editor.undo()
+    page = write_run_report(tmp_path).read_text()
+    assert "1 in force" in page and REQUESTS[0].prompt in page and REQUESTS[1].prompt not in page
+    assert f"{editor.batches[0].edits[0]['p_after']:.4g}" in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
