@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from transformers.generation import StoppingCriteriaList
 
+from .cascade_call import CascadeOptions
+
 
 class TextLookup:
     """
@@ -43,7 +45,7 @@ class TextLookup:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps only `rows`."""
-        self.texts, self._after = ([part[row] for row in rows] for part in (self.texts, self._after))
+        self.texts, self._after = [self.texts[row] for row in rows], [self._after[row] for row in rows]
 
     def sizes(self) -> list[int]:
         """How many newest tokens of each row have stood in its text before, of `SIZES`; 0 for none."""
@@ -216,7 +218,7 @@ def measure_rounds(loop, assistant) -> RoundCosts:
     config.max_length, config.eos_token_id, config.return_dict_in_generate = 4096, None, False
     places = torch.arange(8, device=device).expand(rows, -1)
     call = places.remainder(loop.vocab_size), places, loop.processors.of_scores, StoppingCriteriaList(), config
-    options = loop.options._replace(schedule="constant", strict_prefix=0, confidence_threshold=0.0)
+    options = CascadeOptions(loop.options.rule, loop.options.alpha, 0, loop.options.backend, 0, "constant", 0.0)
     kinds = [(gamma, 0) for gamma in DraftLength.MEASURED] + [(1, DraftLength.MOST_SIBLINGS)]
     seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
     drafts = []
