@@ -43,8 +43,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the
     paper's faster training on filtered data was not reproduced by others. A small validation set makes values noisy.
     Where a loss mixes rows (contrastive losses, batch normalisation), a value is that of the row's share of the
-    batch's gradient. Under Adam, momentum of earlier steps and weight decay move the loss as well:
-    `unattributed_validation` of each refreshed step.
+    batch's gradient. Under Adam, momentum of earlier steps and weight decay move the loss as well. Between two
+    refreshes the direction is an old one, and within `cost` it is the mean of many: see `shapley/agreement`.
 
     Rows are known by their position in `trainer.train_dataset`. Packed rows are divided into their source texts, known
     by a hash of their tokens, as are rows of an iterable dataset. A pair of DPO is one row.
@@ -57,6 +57,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     | `shapley/harmful_share` | share of rows with a negative value since the last time |
     | `shapley/scored_share` | share of what a step gains that values cover, see `min_scored_share` |
     | `shapley/energy` | share of the direction's squared norm that its sketch keeps |
+    | `shapley/agreement` | cosine of the newly measured direction with the one before: at 0 that held no longer |
     | `shapley/loss_<target>` | mean loss of the target's rows, in nats |
 
     Args:
@@ -69,8 +70,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         exact (`bool`, *optional*, defaults to `False`):
             Whether matrices outside of LoRA layers are scored exactly, at about a third more floating-point
             operations, rather than by a sketch of low rank.
-        rank (`int`, *optional*):
-            Of the sketch. Defaults to 16, and 32 with Adam.
+        rank (`int`, *optional*, defaults to 16):
+            Of the sketch.
         id_column (`str`, *optional*):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         cost (`float`, *optional*, defaults to 0.05):

@@ -1,5 +1,6 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ from hf_iclr.saving import contiguous_clone
 
 from .gradients.direction import (
     Direction,
-    decay_gain,
     dense,
+    inner,
     pack_directions,
     preconditioner,
     sketch,
     squared_norm,
-    step_gain,
     unpack_directions,
     validation_gradient,
 )
@@ -27,7 +27,7 @@ from .gradients.schedule import RefreshSchedule
 from .gradients.scores import TappedModule
 
 
-CHECK_SKETCH_EVERY = 50  # scored refreshes between two comparisons of sketched with exact scores
+RANK = 16  # of sketches
 
 
 @dataclass
@@ -99,9 +99,10 @@ class TargetDirections:
 
     Attributes:
         found (list of list of directions): of each target, by parameter.
-        exact (the same, *optional*): those that were not sketched, while the two are compared.
         losses (`dict`): of each target when its direction was measured, in nats.
         energy (`np.ndarray` of shape `(targets,)`): share of the squared norm that sketches keep.
+        agreement (`np.ndarray` of the same shape): cosine of the newest batches' direction with the one before; NaN
+            for the first.
     """
 
     def __init__(
@@ -119,9 +120,8 @@ class TargetDirections:
         self.settings, self.parameters, self.groups, self.modules = settings, parameters, groups, modules
         self.names = list(batches)
         self.found: list[list[Direction]] = []
-        self.exact: list[list[Direction]] | None = None
         self.losses: dict[str, float] = {}
-        self.energy = np.ones(len(batches))
+        self.energy, self.agreement = np.ones(len(batches)), np.full(len(batches), math.nan)
         self.refreshed = 0
         rows = sum(max(rows for _, rows in found) for found in batches.values())
         longest = max(map(len, batches.values()))
@@ -129,8 +129,7 @@ class TargetDirections:
             settings.refresh_every, settings.cost, longest, settings.steps, rows / settings.rows_per_step
         )
         self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self._decay = np.zeros(len(batches))
-        self._rank = settings.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
+        self._rank = settings.rank or RANK
         plain = {
             id(tapped.parameters["weight"])
             for tapped in modules
@@ -168,54 +167,41 @@ class TargetDirections:
             for parameter, group in zip(self.parameters, self.groups, strict=True)
         ]
         share = self.schedule.share(len(places))
-        check = any(self._low_rank) and self.refreshed % CHECK_SKETCH_EVERY == 1
-        before, self.found, self.exact = self.found, [], [] if check else None
+        before, self.found = self.found, []
         generator = torch.Generator().manual_seed(self.settings.seed + step)
         for which, name in enumerate(self.names):
             found, loss = self._pass(name, places, with_gradient=True)
-            gain = decay_gain(self.parameters, self.groups, found)
             if share == 1:
                 self.losses[name] = loss
             else:
                 self.losses.pop(name, None)
-            self._decay[which] += share * (gain - self._decay[which])
-            kept = total = 0.0
+            kept = total = shared = old = new = 0.0
             directions: list[Direction] = []
-            exact: list[Direction] = []
             for index, gradient in enumerate(found):
                 direction: Any = gradient.mul_(scales[index])
+                if before:
+                    shared += float(inner(before[which][index], direction))
+                    old += float(squared_norm(before[which][index]))
+                    new += float(squared_norm(direction))
                 if share < 1:
                     direction = torch.lerp(dense(before[which][index]).to(direction.dtype), direction, share)
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
-                if not self._low_rank[index]:
-                    direction = contiguous_clone(direction)
-                if check and name[-1] != "]":  # of single rows they would take too much memory
-                    exact.append(direction)
                 if self._low_rank[index]:
                     total += float(squared_norm(direction))
                     direction = sketch(direction, self._rank, generator)
                     kept += float(squared_norm(direction))
+                else:
+                    direction = contiguous_clone(direction)
                 directions.append(direction)
             self.energy[which] = kept / total if total else 1.0
+            self.agreement[which] = shared / math.sqrt(old * new) if old * new else math.nan
             self.found.append(directions)
-            if self.exact is not None and exact:
-                self.exact.append(exact)
         self.point_taps()
 
     def measure_losses(self) -> dict[str, float]:
         """Validation losses of the present weights."""
         first = list(range(self.schedule.first))  # those that the first loss is of
         return {name: self._pass(name, first, with_gradient=False)[1] for name in self.names}
-
-    def unattributed(self, which: int, total: float) -> float | None:
-        """
-        What a step that was made gained, to first order, beyond the sum of its rows' values; `None` if the optimizer
-        has neither momentum nor decay.
-        """
-        gain = step_gain(self.optimizer, self.parameters, self.groups, self.found[which])
-        if gain is None and not self._decay[which]:
-            return None
-        return (0.0 if gain is None else gain - total) + float(self._decay[which])
 
     def pack(self, excluded: set[int]) -> dict[str, torch.Tensor]:
         """Directions as tensors by name, for a run that is resumed between two refreshes; modules left out, too."""
@@ -233,11 +219,11 @@ class TargetDirections:
         return set(excluded)
 
     def point_taps(self) -> None:
-        """Score along what was found, and `exact` while it is compared."""
+        """Score along what was found."""
         for tapped in self.modules:
             tapped.directions = [
                 {name: directions[self.position(p)] for name, p in tapped.parameters.items()}
-                for directions in (*self.found, *(self.exact or []))
+                for directions in self.found
             ]
 
     def _pass(self, name: str, places: list[int], with_gradient: bool) -> tuple[list[torch.Tensor], float]:

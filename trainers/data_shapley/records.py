@@ -118,7 +118,7 @@ class RunRecords:
             self._is_new = False
         if self._rows:
             logs["shapley/harmful_share"] = self._harmful / self._rows
-        for key in ("energy", "unattributed"):
+        for key in ("energy", "agreement"):
             if f"{key}_{VALIDATION}" in self._last:
                 logs[f"shapley/{key}"] = self._last[f"{key}_{VALIDATION}"]
         if self._scored is not None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-SCORING = 0.02  # of a step, about what scoring its rows takes without validation passes
+SCORING = 0.035  # of a step, about what scoring its rows takes without validation passes
 TIMED_STEPS = 5
 
 

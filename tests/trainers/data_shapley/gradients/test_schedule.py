@@ -73,6 +73,12 @@ def test_a_running_direction_is_the_mean_gradient_of_its_batches(exact):
     assert "validation" in targets.losses
     for step in range(2, 6):
         assert targets.refresh(step) and not targets.losses
+        if step == 2:
+            one, two = (
+                torch.autograd.grad(loss_of(model, batches[place][0]), list(model.parameters())) for place in (0, 1)
+            )
+            cosine = torch.cosine_similarity(*(torch.cat([g.flatten() for g in found]) for found in (one, two)), dim=0)
+            assert targets.agreement[0] == pytest.approx(float(cosine), rel=1e-4)
     expected = torch.autograd.grad(loss_of(model, torch.cat([x for x, _ in batches])), list(model.parameters()))
     for direction, gradient in zip(targets.found[0], expected, strict=True):
         whole = direction if isinstance(direction, torch.Tensor) else direction.left @ direction.right
