@@ -32,12 +32,7 @@ RANK = 16  # of sketches
 
 @dataclass
 class EngineSettings:
-    """
-    See [`InRunDataShapleyCallback`].
-
-    Raises:
-        ValueError: if one is out of range.
-    """
+    """See [`InRunDataShapleyCallback`]; values out of range raise `TypeError` or `ValueError`."""
 
     refresh_every: int | None = None
     cost: float = 0.05
@@ -87,22 +82,9 @@ class TargetDirections:
     """
     The gradients of the validation losses, preconditioned as the optimizer does and sketched.
 
-    Args:
-        model (`torch.nn.Module`), optimizer ([`~torch.optim.Optimizer`]), compute_loss (`Callable`), settings:
-            As of [`ShapleyEngine`].
-        batches (`dict`):
-            Of each validation set, and their number of rows.
-        parameters (list of `torch.nn.Parameter`), groups (list of `dict`):
-            What is trained, and the optimizer's group of each.
-        modules (list of [`TappedModule`]):
-            What is scored.
-
-    Attributes:
-        found (list of list of directions): of each target, by parameter.
-        losses (`dict`): of each target when its direction was measured, in nats.
-        energy (`np.ndarray` of shape `(targets,)`): share of the squared norm that sketches keep.
-        agreement (`np.ndarray` of the same shape): cosine of the newest batches' direction with the one before; NaN
-            for the first.
+    `found` holds directions of each target, by parameter; `losses`, in nats, those of targets whose direction was not
+    averaged into one; `energy` the share of the squared norm that sketches keep, and `agreement` the cosine of the
+    newest batches' direction with the one before, NaN for the first, both of shape `(targets,)`.
     """
 
     def __init__(
@@ -146,12 +128,7 @@ class TargetDirections:
         return self._position[id(parameter)]
 
     def refresh(self, step: int) -> bool:
-        """
-        Measure validation losses before a step, if it is time to, and point the taps along their gradients.
-
-        Returns:
-            `bool`: whether there is a new direction. `losses` are those of it unless they were averaged into one.
-        """
+        """Measure losses before a step, if it is time to, and point the taps along their gradients; whether it did."""
         places = self.schedule.begin(step, bool(self.found))
         if places is None:
             return False

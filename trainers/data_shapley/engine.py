@@ -39,17 +39,8 @@ class ShapleyEngine:
     """
     From the beginning of a step to its values.
 
-    Args:
-        model (`torch.nn.Module`):
-            The model, not wrapped by DDP.
-        optimizer ([`~torch.optim.Optimizer`]):
-            The optimizer, not wrapped by accelerate.
-        batches (`dict`):
-            Those of each validation set and their number of rows, the same in every process.
-        compute_loss (`Callable`):
-            `compute_loss(model, batch)`: mean loss of a validation batch's rows.
-        settings ([`EngineSettings`]):
-            How to score.
+    Model and optimizer come without DDP's and accelerate's wrappers; `batches` are those of each validation set and
+    their number of rows, the same in every process; `compute_loss(model, batch)` is the mean loss of a batch's rows.
     """
 
     def __init__(
@@ -152,14 +143,9 @@ class ShapleyEngine:
 
     def finish_step(self, scaler: Any = None) -> None:
         """
-        Turn scores into values, once gradients are as the optimizer will use them.
+        Turn scores into values, once gradients are as the optimizer will use them; `scaler` multiplied an fp16 loss.
 
-        Args:
-            scaler ([`~torch.amp.GradScaler`], *optional*):
-                What multiplied an fp16 loss.
-
-        Raises:
-            ValueError: if rows can't be told apart, or scores add up to the gradient of no parameter.
+        Raises `ValueError` if rows can't be told apart, or scores add up to the gradient of no parameter.
         """
         if not self.open:
             return

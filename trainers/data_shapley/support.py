@@ -31,13 +31,7 @@ Batches = list[tuple[Any, int]]
 
 def check_trainer(trainer: Trainer, callback_class: type) -> None:
     """
-    Raise a `ValueError` with the reason if the trainer's set-up hides what scores are made of.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            A trainer that is about to train.
-        callback_class (`type`):
-            Of which it may have one.
+    Raise a `ValueError` with the reason if a trainer's set-up hides what scores are made of, or it has two callbacks.
     """
     mine = [found for found in trainer.callback_handler.callbacks if isinstance(found, callback_class)]
     if len(mine) > 1:
@@ -124,24 +118,9 @@ def trainer_batches(
     trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int, id_column: str | None = None
 ) -> Batches:
     """
-    Batches of a validation set as the trainer would make them of its training set, and how many rows each has.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            TRL's tokenise and mask raw text themselves.
-        name (`str`):
-            Of the target, for messages.
-        dataset ([`~datasets.Dataset`] or any dataset with a length):
-            Rows like those of the training set, raw or tokenised.
-        loader ([`~torch.utils.data.DataLoader`]):
-            The training set's.
-        batch_size (`int`):
-            Rows of a batch.
-        id_column (`str`, *optional*):
-            Column that validation rows don't need.
-
-    Raises:
-        ValueError: if the set is empty or its columns aren't the training set's.
+    Batches of a validation set as the trainer would make them of its training set, and how many rows each has: TRL's
+    tokenise and mask raw text themselves. `name` is for messages, `loader` the training set's, and `id_column` one
+    that validation rows don't need. `ValueError` if the set is empty or its columns aren't the training set's.
     """
     dataset = _as_dataset(name, dataset)
     base = getattr(loader, "base_dataloader", loader)

@@ -27,18 +27,9 @@ class TrainedRows:
     What is known of the rows of a run. Trainers drop rows that are too long, shuffle and pack them, so a position
     counts only in a dataset of which it is shown that it holds the same rows in the same order.
 
-    Args:
-        id_column (`str`, *optional*):
-            Column that holds their ids.
-        columns (list of `str`, *optional*):
-            Columns by whose hash rows are known that have neither a position nor an id. All of them if left out.
-        length (`int`, *optional*):
-            Rows of `trainer.train_dataset`.
-        digests (`dict[str, str]`):
-            By column, a hash of some of its values, and by `"column[:n]"` of the first n characters of its texts, to
-            whose ends trainers add a token.
-        dataset ([`~datasets.Dataset`], *optional*):
-            `trainer.train_dataset` itself, while it is in memory.
+    Rows that have neither a position nor an id are known by a hash of `columns`, or of all. `digests` has, by column,
+    a hash of some of its values, and by `"column[:n]"` of the first n characters of its texts, to whose ends trainers
+    add a token. `dataset` is `trainer.train_dataset` itself, of `length` rows, while it is in memory.
     """
 
     id_column: str | None = None
@@ -50,15 +41,8 @@ class TrainedRows:
     @classmethod
     def of(cls, dataset: Any, loaded: Any = None, id_column: str | None = None) -> "TrainedRows":
         """
-        Of the rows that a trainer is about to train on.
-
-        Args:
-            dataset (any dataset):
-                `trainer.train_dataset`.
-            loaded (any dataset, *optional*):
-                What the data loader reads, without columns that the model does not take.
-            id_column (`str`, *optional*):
-                Column of ids.
+        Of the rows that a trainer is about to train on: `trainer.train_dataset`, and what the data loader reads,
+        without columns that the model does not take.
         """
         dataset = getattr(dataset, "utility", dataset)  # of DeepSafetySFTTrainer: its recovery rows come last
         names = getattr(loaded, "column_names", None)
@@ -90,16 +74,10 @@ class TrainedRows:
     def keys(self, dataset: Any, known: pd.Series | pd.Index) -> pd.Index:
         """
         The key of each row of a dataset, as in the index of values; -1 or another id where it was not trained on.
+        `known` are keys of the rows with a value, named `"index"` or `"id"`.
 
-        Args:
-            dataset ([`~datasets.Dataset`]):
-                The rows.
-            known (`pandas.Series` or `pandas.Index`):
-                Keys of the rows with a value, named `"index"` or `"id"`.
-
-        Raises:
-            TypeError: if this is no [`~datasets.Dataset`].
-            ValueError: if it can't be told which of these rows were trained on.
+        Raises `TypeError` if this is no [`~datasets.Dataset`], `ValueError` if it can't be told which rows were
+        trained on.
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(

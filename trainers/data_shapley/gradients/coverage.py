@@ -65,17 +65,9 @@ def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Param
 
 def clip_factor(gradient: np.ndarray, scores: np.ndarray) -> float:
     """
-    What all gradients were multiplied by between the backward pass and the step.
-
-    Args:
-        gradient (`np.ndarray` of shape `(groups,)`):
-            `<G_g, u_g>` with the gradient that will be applied.
-        scores (`np.ndarray` of shape `(groups,)`):
-            Sum over rows of `<g_{i,g}, u_g>`.
-
-    Returns:
-        `float`: median of the groups' ratios, weighted by the size of their scores, so that groups whose scores miss
-        something don't matter; 1 if all scores are 0.
+    What all gradients were multiplied by between the backward pass and the step: the median of the groups' ratios of
+    `<G_g, u_g>` to the sum over rows of `<g_{i,g}, u_g>`, weighted by the size of the latter, so that groups whose
+    scores miss something don't matter; 1 if all scores are 0.
     """
     weights = np.abs(scores)
     known = weights > 0
@@ -89,17 +81,9 @@ def clip_factor(gradient: np.ndarray, scores: np.ndarray) -> float:
 
 def applied_factor(ratio: float, scale: float) -> float:
     """
-    What scores of a loss scaled by an fp16 scaler are multiplied by to be those of the step.
-
-    Args:
-        ratio (`float`):
-            Of present gradients to scores, see [`clip_factor`].
-        scale (`float`):
-            The scaler's, 1 without one.
-
-    Returns:
-        `float`: the ratio if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is
-        still going to divide them. Clipping never raises a gradient, so the two can be told apart.
+    What scores of a loss scaled by an fp16 scaler are multiplied by to be those of the step: [`clip_factor`]'s ratio
+    if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is still going to divide
+    them. Clipping never raises a gradient, so the two can be told apart.
     """
     return ratio / scale if scale > 1 and ratio > np.sqrt(scale) else ratio
 
@@ -108,15 +92,8 @@ def find_gaps(
     gradient: np.ndarray, scores: np.ndarray, sizes: np.ndarray, factor: float, tolerance: float
 ) -> list[int]:
     """
-    Groups whose scores don't add up to their gradient.
-
-    Args:
-        gradient, scores (`np.ndarray` of shape `(groups,)`), factor (`float`):
-            As in [`clip_factor`].
-        sizes (`np.ndarray` of shape `(groups,)`):
-            Sum over rows of the scores' absolute values: rounding errors are relative to it.
-        tolerance (`float`):
-            Error that counts as rounding.
+    Groups whose scores don't add up to their gradient; `sizes` are sums over rows of the scores' absolute values, to
+    which rounding errors, up to `tolerance`, are relative.
     """
     error = np.abs(gradient - factor * scores)
     size = np.abs(factor) * sizes + np.abs(gradient)
@@ -133,24 +110,14 @@ def check_scores(
     all_groups: bool = True,
 ) -> tuple[float, float | None]:
     """
-    Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
+    Compare the scores of this process's rows, of shape `(modules, rows)`, with the gradient the optimizer will use.
 
-    Args:
-        scores (`torch.Tensor` of shape `(modules, rows)`):
-            Of all rows of this process.
-        groups (list of [`Group`]), taps ([`Taps`]), parameters (list of `torch.nn.Parameter`), directions:
-            What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
-        scale (`float`):
-            Of an fp16 scaler, else 1.
-        all_groups (`bool`, *optional*, defaults to `True`):
-            `False` for the clip factor alone, which a few small parameters tell.
+    Groups that don't add up are left out from here on, with a warning that names them; `ValueError` if none does.
+    Without `all_groups` only the clip factor is found, which a few small parameters tell.
 
     Returns:
-        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups'
-        parts, `None` unless `all_groups`.
-
-    Raises:
-        ValueError: if nothing adds up.
+        `(float, float | None)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the
+        groups' parts, `None` unless `all_groups`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     places = [(index, module) for index, group in enumerate(groups) for module in group.modules]
@@ -211,22 +178,12 @@ def find_unordered(
 ) -> tuple[set[int], set[int]] | None:
     """
     Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
-    doesn't move along when the rows of a batch are rotated.
-
-    Args:
-        model (`torch.nn.Module`), taps ([`Taps`]):
-            The model and what is scored of it.
-        inputs (`Mapping`):
-            What the model was called with, positional arguments under their number.
-        layout ([`RowLayout`]):
-            Its rows.
+    doesn't move along when the rows of a batch are rotated. `inputs` are what the model was called with, positional
+    arguments under their number. `ValueError` if that is every module.
 
     Returns:
         `(set[int], set[int])`: indices of those modules, and of those whose output stays as it is when the rows are
         rotated, which rows have in common; `None` if this batch can't tell.
-
-    Raises:
-        ValueError: if that is every module.
     """
     if layout.segments is not None or is_sharded(model):
         return set(), set()

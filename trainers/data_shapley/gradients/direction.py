@@ -37,15 +37,7 @@ Direction = torch.Tensor | LowRank
 def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRank:
     """
     A randomised rank-`rank` approximation with one power step and Cholesky-QR (Halko, Martinsson and Tropp, 2011,
-    algorithm 4.4). It is exact if the matrix has no higher rank.
-
-    Args:
-        matrix (`torch.Tensor` of shape `(rows, columns)`):
-            What to approximate.
-        rank (`int`):
-            Columns of the basis.
-        generator (`torch.Generator`):
-            Of the CPU.
+    algorithm 4.4). It is exact if the matrix has no higher rank. The generator is one of the CPU.
     """
     wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
     start = torch.randn(wide.shape[1], rank, generator=generator).to(wide)
@@ -81,13 +73,9 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     What an optimiser multiplies a gradient by over time, apart from the learning rate, element by element.
 
     Adam divides by the root of the second moment as it was before the step (https://huggingface.co/papers/2602.00329),
-    `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment
-    hands the gradient on in shares `(1 - beta1) beta1^k`, which sum to one. SGD with momentum hands it on in
-    shares that sum to `(1 - dampening) / (1 - momentum)`. Any other optimiser is treated as
-    SGD, as the paper treats AdamW.
-
-    Returns:
-        `torch.Tensor` of the parameter's shape, or `float`.
+    `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment hands
+    the gradient on in shares `(1 - beta1) beta1^k`, which sum to one; SGD with momentum in shares that sum to `(1 -
+    dampening) / (1 - momentum)`. Any other optimiser is treated as SGD, as the paper treats AdamW.
     """
     state = optimizer.state.get(parameter, {})
     second = _second_moment(optimizer, state)
@@ -180,25 +168,9 @@ def validation_gradient(
     with_gradient: bool = True,
 ) -> tuple[list[torch.Tensor], float]:
     """
-    Loss of a validation set and its gradient, by a pass in evaluation mode that leaves `.grad`, random states and
-    modes as they were. Processes share the batches.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, not wrapped by DDP.
-        parameters (list of `torch.nn.Parameter`):
-            What to differentiate by.
-        batches (list of `(batch, rows)`):
-            All batches, the same in every process, and how many rows each has.
-        compute_loss (`Callable`):
-            `compute_loss(model, batch)`: mean loss of the rows, in nats.
-        seed (`int`, *optional*, defaults to 0):
-            Of losses that draw noise.
-        with_gradient (`bool`, *optional*, defaults to `True`):
-            `False` for the loss alone.
-
-    Returns:
-        `(list[torch.Tensor], float)`: gradients, whole where parameters are sharded; loss, averaged over rows.
+    Gradients, whole where parameters are sharded, and loss of a validation set, averaged over rows, by a pass in
+    evaluation mode that leaves `.grad`, random states and modes as they were. All processes are given all batches,
+    with how many rows each has, and share them; `seed` is of losses that draw noise.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)

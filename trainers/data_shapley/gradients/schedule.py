@@ -18,17 +18,9 @@ class RefreshSchedule:
     The rest goes into one validation batch now and then, the next in turn, which is averaged into the direction. How
     often is chosen once, from the times of the first scored steps, and kept: a resumed run refreshes at those steps.
 
-    Args:
-        refresh_every (`int`, *optional*):
-            Steps between two passes over the whole validation set.
-        cost (`float`):
-            Share of the training's time for scoring and validation passes, without `refresh_every`.
-        batches (`int`):
-            Validation batches, of the largest set.
-        steps (`int`):
-            About how many optimizer steps the run has.
-        batch_share (`float`):
-            Rows of a validation batch, of all sets, over rows of a step, in one process.
+    `cost` is the share of the training's time for scoring and passes, `batches` those of the largest validation set,
+    `steps` about how many the run has, and `batch_share` the rows of a validation batch, of all sets, over those of a
+    step, in one process.
     """
 
     def __init__(self, refresh_every: int | None, cost: float, batches: int, steps: int, batch_share: float) -> None:
