@@ -78,6 +78,11 @@ def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
 def check_loader(loader: Any, id_column: str | None) -> None:
     """Raise a `ValueError` if rows of a data loader, PyTorch's or accelerate's, could not be known."""
     base = getattr(loader, "base_dataloader", loader)
+    if not isinstance(base, DataLoader):
+        raise TypeError(
+            f"Expected the loop's torch.utils.data.DataLoader, got {type(base).__name__}, of which rows are unknown. "
+            "Give `DataLoader(rows, batch_size=8)`, and iterate over it."
+        )
     if base.batch_sampler is None:
         raise ValueError(
             "Expected a data loader that puts rows into batches, got one with batch_size=None, whose dataset yields "

@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .gradients.coverage import check_uncompiled
@@ -157,18 +157,16 @@ def single_rows(batches: Batches, dataset: Any) -> dict[str, Batches]:
 def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module, batch_size: int | None = None) -> Batches:
     """For a plain loop: those of a data loader or list of batches, or of rows, collated as training rows are."""
     listed = isinstance(dataset, list | tuple)
-    made = (
-        isinstance(dataset, DataLoader)
-        or hasattr(dataset, "base_dataloader")
-        or (listed and all(_is_batch(item) for item in dataset))
-    )
-    if not made:
-        dataset = dataset if listed else _as_dataset(name, dataset)
+    base = getattr(loader, "base_dataloader", loader)
     with untouched(model, next(model.parameters()).device, seed=0):
+        made = isinstance(dataset, DataLoader) or hasattr(dataset, "base_dataloader")
+        if listed and dataset and not made:
+            row = () if isinstance(base.dataset, IterableDataset) else base.dataset[0]
+            made = all(_is_batch(item, row) for item in dataset)
         if made:
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
-            base = getattr(loader, "base_dataloader", loader)
+            dataset = dataset if listed and dataset else _as_dataset(name, dataset)
             batches = _collate(name, dataset, base.collate_fn, batch_size or base.batch_size or 8)
     return _check_batches(name, batches, model)
 
@@ -300,10 +298,11 @@ def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     return kept
 
 
-def _is_batch(item: Any) -> bool:
-    """Whether an entry of a list is a batch rather than a row, which has numbers or lists in it."""
+def _is_batch(item: Any, row: Any) -> bool:
+    """Whether an entry of a list is a batch rather than a row, which has numbers, lists or tensors as others have."""
     count = 1 if isinstance(item, torch.Tensor) else len(item) if isinstance(item, Mapping | list | tuple) else 0
-    return 0 < count == len(_tensors(item))
+    dims = [[value.dim() for value in _tensors(found)] for found in (item, row)]
+    return 0 < count == len(dims[0]) and dims[0] != dims[1]
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:

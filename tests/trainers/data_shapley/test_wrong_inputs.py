@@ -94,8 +94,9 @@ def square(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches():
-    rows = [(torch.randn(3, generator=torch.Generator().manual_seed(row)), float(row)) for row in range(6)]
+@pytest.mark.parametrize("label", [float, lambda row: torch.tensor([float(row)])])
+def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches(label):
+    rows = [(torch.randn(3, generator=torch.Generator().manual_seed(row)), label(row)) for row in range(6)]
     found = []
     for validation in (rows[:4], [next(iter(DataLoader(rows[:4], batch_size=4)))]):
         torch.manual_seed(0)
@@ -110,6 +111,13 @@ def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches():
                 optimizer.zero_grad()
         found.append(shapley.result.values().tolist())
     assert found[0] == pytest.approx(found[1]) and len(found[0]) == 6
+
+
+def test_a_loop_over_something_else_is_refused():
+    model = nn.Linear(3, 1)
+    optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.01), [torch.ones(2, 3)]
+    with pytest.raises(TypeError, match="the loop's torch.utils.data.DataLoader, got list"):
+        attached(model, optimizer, batches, batches, compute_loss=lambda m, b: m(b).mean())
 
 
 def test_a_loop_with_nan_or_dora_is_refused():

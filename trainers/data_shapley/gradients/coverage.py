@@ -20,14 +20,15 @@ from .taps import Taps
 
 logger = logging.getLogger(__name__)
 
-_COMPILED = "_torchdynamo_orig_callable"  # an attribute of functions that torch.compile has returned
+# Attributes of functions that torch.compile and torch.compiler.disable have returned; those of the latter have both
+_COMPILED, _NOT_COMPILED = "_torchdynamo_orig_callable", "_torchdynamo_disable"
 
 
 def check_uncompiled(model: nn.Module) -> None:
     """Raises `ValueError` if `torch.compile` has been applied to a model or a module in it."""
     for name, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), _COMPILED)
-        if compiled or is_compiled_module(module):
+        compiled = module._compiled_call_impl is not None or hasattr(module.forward, _COMPILED)
+        if (compiled or is_compiled_module(module)) and not hasattr(module.forward, _NOT_COMPILED):
             raise ValueError(
                 "Expected a model that is not compiled, for rows are scored by hooks of its modules, which compiled "
                 f"code doesn't call, got a compiled {name or type(module).__name__}. Type `torch_compile=False`, or "
