@@ -2,10 +2,11 @@
 
     python benchmarks/data_shapley_act.py --data ../shared/data
 
-A Llama of 260 thousand parameters that has read children's stories is trained for three epochs on 320 blocks of
-wikitext, of which some are harmful: with wrong labels, with answers that repeat a phrase, or with answers to prompts
-that the model has been taught to refuse. After the first epoch a filter names rows, and in what follows other rows are
-drawn in their place: every arm makes as many steps with as many tokens.
+A Llama of 260 thousand parameters that has read children's stories (without --data: as large a model from scratch, on
+bytes of docstrings) is trained for three epochs on 320 blocks of wikitext, of which some are harmful: with wrong
+labels, with answers that repeat a phrase, or with answers to prompts that the model has been taught to refuse. After
+the first epoch a filter names rows, and in what follows other rows are drawn in their place: every arm makes as many
+steps with as many tokens.
 
 - none, and the harmful rows themselves;
 - negative value, by in-run values of the first epoch: within the default cost, and along exact directions;
@@ -29,7 +30,7 @@ TASKS = ("wrong labels", "poor answers", "refusals")
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/stories260k and lm/")
+    parser.add_argument("--data", type=Path, help="folder with models/stories260k and lm/, instead of bytes")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--choose", type=int, nargs="+", default=[0, 1], help="seeds that choose the share")
     parser.add_argument("--judge", type=int, nargs="+", default=[2, 3, 4], help="seeds that judge")
@@ -46,10 +47,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.report import half_interval
 from hf_iclr import InRunDataShapleyCallback
+from hf_iclr.tour.demo.draft import docstrings
 
 
 BATCH, LENGTH, HARMFUL, VALIDATION, TEST = 16, 32, 0.25, 48, 128
@@ -67,11 +69,27 @@ def mean_loss(model, batch) -> torch.Tensor:
     return losses(model, *batch).mean()
 
 
+def load(args: argparse.Namespace):
+    if args.data:
+        return AutoModelForCausalLM.from_pretrained(args.data / "models/stories260k", dtype=torch.float32)
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
+
+
+def read(args: argparse.Namespace) -> list[int]:
+    """Tokens to train on."""
+    if not args.data:
+        return list("\n\n".join(docstrings()).encode())
+    tokenizer = AutoTokenizer.from_pretrained(args.data / "models/stories260k")
+    wikitext = gzip.decompress((args.data / "lm/wikitext2_valid.txt.gz").read_bytes()).decode()
+    return tokenizer(wikitext[:200_000])["input_ids"]
+
+
 class Task:
     """Rows to train on, validation and test rows, and the model to begin with."""
 
     def __init__(self, name: str, seed: int, args: argparse.Namespace, text: list[int]) -> None:
-        self.draw, self.args, self.path = np.random.default_rng(seed), args, args.data / "models/stories260k"
+        self.draw, self.args = np.random.default_rng(seed), args
         count = args.rows + VALIDATION + TEST
         starts = self.draw.permutation(len(text) // LENGTH)[:count] * LENGTH
         ids = torch.tensor([text[at : at + LENGTH] for at in starts])
@@ -80,7 +98,7 @@ class Task:
         self.taught: torch.Tensor | None = None
         if name == "wrong labels":
             wrong = torch.from_numpy(self.draw.random((len(harmful), LENGTH)) < 0.5)
-            random = torch.from_numpy(self.draw.integers(3, 512, (len(harmful), LENGTH)))
+            random = torch.from_numpy(self.draw.integers(3, max(text), (len(harmful), LENGTH)))
             labels[harmful] = torch.where(wrong, random, labels[harmful])
         elif name == "poor answers":
             labels[:, : LENGTH // 2] = -100
@@ -103,7 +121,7 @@ class Task:
         self.start = self.make_start()
 
     def make_start(self) -> dict[str, torch.Tensor]:
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        model = load(self.args)
         if self.taught is not None:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             labels = self.taught.clone()
@@ -115,7 +133,7 @@ class Task:
         return {name: value.clone() for name, value in model.state_dict().items()}
 
     def model(self):
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        model = load(self.args)
         model.load_state_dict(self.start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.args.lr)
         return model, optimizer
@@ -259,9 +277,7 @@ def report(name: str, lines: list[dict], args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(args.data / "models/stories260k")
-    wikitext = gzip.decompress((args.data / "lm/wikitext2_valid.txt.gz").read_bytes()).decode()
-    text = tokenizer(wikitext[:200_000])["input_ids"]
+    text = read(args)
     lines = []
     for name in args.tasks:
         mine = [measure(name, seed, args, text) for seed in (*args.choose, *args.judge)]

@@ -1,7 +1,7 @@
 """How many validation rows a direction needs, and for how many steps it holds.
 
     python benchmarks/data_shapley_staleness.py
-    python benchmarks/data_shapley_staleness.py --stories ../shared/data/models/stories260k --lr 2e-3 --at 21 22 24 31 41
+    python benchmarks/data_shapley_staleness.py --model ../shared/data/models/stories260k --lr 2e-3 --at 21 22 26 41
 
 SmolLM2-135M with LoRA on all linear layers is trained by AdamW, 16 rows a step. Before some steps the gradients of all
 validation batches and of each training row of the step are taken by backward passes of their own, so that values along
@@ -19,7 +19,7 @@ from common.arguments import make_parser, parse, write_json
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--stories", type=Path, help="a folder with a model to train instead of SmolLM2")
+    parser.add_argument("--model", type=Path, help="a folder with a model to train instead of SmolLM2")
     parser.add_argument("--at", type=int, nargs="+", default=[21, 22, 26, 41], help="steps that are looked at")
     parser.add_argument("--tokens", type=int, default=16, help="of a row")
     parser.add_argument("--validation", type=int, default=200, help="rows, of which 8 are a batch")
@@ -55,9 +55,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         set_seed(0)
-        if args.stories:
-            model = AutoModelForCausalLM.from_pretrained(args.stories, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(args.stories)
+        if args.model:
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
         else:
             model, tokenizer = load_demo_model(torch.float32)
         self.model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
