@@ -117,7 +117,7 @@ def test_values_equal_gradients_of_single_rows():
 
 
 def test_a_loop_has_values_for_each_validation_row():
-    """Of a linear model, `lr <grad l_i, grad l_v>` by hand: rows of one entry, targets of zero, so that l = (w x)^2."""
+    """Of a linear model, `lr <grad l_i, grad l_v>` by hand: rows of one entry, l = (w x)^2."""
     train, validation, weight, lr = [1.0, 2.0, -1.0, 0.5], [1.0, 3.0], 2.0, 0.01
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, weight)
