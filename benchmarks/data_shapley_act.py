@@ -3,18 +3,19 @@
     python benchmarks/data_shapley_act.py --data ../shared/data
 
 A Llama of 260 thousand parameters that has read children's stories (without --data: as large a model from scratch, on
-bytes of docstrings) is trained for three epochs on 320 blocks of wikitext, of which some are harmful: with wrong
+bytes of docstrings) is trained for two epochs on 640 blocks of wikitext, half of which are harmful: with wrong
 labels, with answers that repeat a phrase, or with answers to prompts that the model has been taught to refuse. After
 the first epoch a filter names rows, and in what follows other rows are drawn in their place: every arm makes as many
 steps with as many tokens.
 
 - none, and the harmful rows themselves;
 - negative value, by in-run values of the first epoch: within the default cost, and along exact directions;
-- highest loss, each row's when it was trained on, and random: as many rows as have a negative value, or a share;
+- highest loss, each row's when it was trained on, and random: as many rows as have a negative value; for the loss
+  also a share, which is chosen on some seeds;
 - in the step, as GREATS does: of candidates, those with a negative value along the present direction are passed over,
   until the batch is full; a forward pass more for each candidate, and a validation pass every four steps.
 
-The share is chosen by `--choose` seeds, and all is judged on others. Printed: the loss of held-out rows at the end,
+All is judged on other seeds. Printed: the loss of held-out rows at the end,
 for refusals that of held-out refusals, less that without a filter, with 95 % t intervals over seeds.
 """
 
@@ -34,8 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--choose", type=int, nargs="+", default=[0, 1], help="seeds that choose the share")
     parser.add_argument("--judge", type=int, nargs="+", default=[2, 3, 4], help="seeds that judge")
-    parser.add_argument("--rows", type=int, default=320)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=640)
+    parser.add_argument("--harmful", type=float, default=0.5, help="share of the rows")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     return parse(parser, rows=64, epochs=2, choose=[0], judge=[1, 2])
 
@@ -54,8 +56,8 @@ from hf_iclr import InRunDataShapleyCallback
 from hf_iclr.tour.demo.draft import docstrings
 
 
-BATCH, LENGTH, HARMFUL, VALIDATION, TEST = 16, 32, 0.25, 48, 128
-SHARES = (0.1, 0.25, 0.4)
+BATCH, LENGTH, VALIDATION, TEST = 16, 32, 48, 128
+SHARES = (0.1, 0.25, 0.5)
 
 
 def losses(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -94,7 +96,7 @@ class Task:
         starts = self.draw.permutation(len(text) // LENGTH)[:count] * LENGTH
         ids = torch.tensor([text[at : at + LENGTH] for at in starts])
         labels = ids.clone()
-        harmful = self.draw.choice(args.rows, int(HARMFUL * args.rows), replace=False)
+        harmful = self.draw.choice(args.rows, int(args.harmful * args.rows), replace=False)
         self.taught: torch.Tensor | None = None
         if name == "wrong labels":
             wrong = torch.from_numpy(self.draw.random((len(harmful), LENGTH)) < 0.5)
@@ -243,9 +245,7 @@ def measure(name: str, seed: int, args: argparse.Namespace, text: list[int]) -> 
         "random, as many": lowest(random, int((cheap < 0).sum())),
         "loss, as many": lowest(-seen, int((cheap < 0).sum())),
     }  # fmt: skip
-    for share in SHARES:
-        for kind, scores in (("value", cheap), ("exact value", exact), ("loss", -seen)):
-            arms[f"{kind}, {share:g}"] = lowest(scores, int(share * len(scores)))
+    arms |= {f"loss, {share:g}": lowest(-seen, int(share * len(seen))) for share in SHARES}
     found = {arm: go_on(task, ended, left_out, seed) for arm, left_out in arms.items()}
     found["in the step"], candidates = in_the_step(task)
     return {
@@ -265,12 +265,9 @@ def report(name: str, lines: list[dict], args: argparse.Namespace) -> None:
     print(f"\n{name}: loss without a filter {interval([line['loss']['none'] for line in judged])}")
     for kind in ("value", "exact value", "loss"):
         print(f"  AUROC for the harmful rows by {kind}: {interval([line['AUROC'][kind] for line in judged])}")
-    best = {
-        kind: min(SHARES, key=lambda share: sum(line["loss"][f"{kind}, {share:g}"] for line in chosen))
-        for kind in ("value", "exact value", "loss")
-    }
+    best = min(SHARES, key=lambda share: sum(line["loss"][f"loss, {share:g}"] for line in chosen))
     arms = [arm for arm in judged[0]["loss"] if arm[-1] not in "0123456789" or arm.endswith("< 0")]
-    for arm in [*arms, *(f"{kind}, {share:g}" for kind, share in best.items())]:
+    for arm in [*arms, f"loss, {best:g}"]:
         print(f"  {arm}: {interval([line['loss'][arm] - line['loss']['none'] for line in judged])}")
     print(f"  candidates a row in the step: {np.mean([line['candidates'] for line in judged]):.2f}", flush=True)
 

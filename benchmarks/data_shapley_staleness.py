@@ -106,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
             batches, rows, scale = run.look(step)
             whole, count = batches.mean(0), len(batches)
             exact = rows @ (scale * whole)
-            line = {"step": step, "fewer rows": {}, "earlier": {}}
+            others = [cosine(scale * one, scale * (batches.sum(0) - one)) for one in batches[:6]]
+            line = {"step": step, "fewer rows": {}, "earlier": {}, "a batch and the others": float(np.mean(others))}
             for few in [few for few in (1, 2, 3, 5, 8, 12) if few < count]:
                 some = [rows @ (scale * batches[draw.permutation(count)[:few]].mean(0)) for _ in range(5)]
                 line["fewer rows"][few * BATCH] = float(np.mean([pearson(one, exact) for one in some]))
@@ -118,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
                     "agreement": cosine(old * gradient, scale * batches[0]),
                 }
             print(f"step {step}: of fewer rows", {few: round(of, 3) for few, of in line["fewer rows"].items()})
+            print(f"  cosine of a batch and the others: {np.mean(others):.3f}")
             for then, of in line["earlier"].items():
                 print(f"  of step {then}:", {name: round(value, 3) for name, value in of.items()}, flush=True)
             earlier[step] = whole, scale

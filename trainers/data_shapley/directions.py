@@ -1,5 +1,6 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from .gradients.direction import (
 from .gradients.schedule import RefreshSchedule
 from .gradients.scores import TappedModule
 
+
+logger = logging.getLogger(__name__)
 
 RANK = 16  # of sketches
 
@@ -110,6 +113,12 @@ class TargetDirections:
         self.schedule = RefreshSchedule(
             settings.refresh_every, settings.cost, longest, settings.steps, rows / settings.rows_per_step
         )
+        if not settings.refresh_every and self.schedule.affordable < longest:
+            logger.warning(
+                "A run of %d steps is too short for cost=%g to measure more than %d of %d validation batches: values "
+                "will be noisy. Raise the cost, or give `refresh_every`.",
+                settings.steps, settings.cost, max(self.schedule.first, int(self.schedule.affordable)), longest,
+            )  # fmt: skip
         self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._rank = settings.rank or RANK
         plain = {

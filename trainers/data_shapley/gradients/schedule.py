@@ -28,8 +28,8 @@ class RefreshSchedule:
         self.budget = max(cost - SCORING, cost / 5)
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.at_once = min(world, batches)  # each process takes one
-        affordable = self.budget / 2 * steps / batch_share * world
-        self.first = batches if refresh_every else max(self.at_once, min(batches, int(affordable)))
+        self.affordable = self.budget * steps / batch_share * world  # batches, in all of the run
+        self.first = batches if refresh_every else max(self.at_once, min(batches, int(self.affordable / 2)))
         self.interval = self.next = self.taken = 0
         self._times: list[float] = []
         self._batch_seconds = 0.0

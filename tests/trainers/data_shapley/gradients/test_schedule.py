@@ -59,6 +59,18 @@ def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypat
     assert clock.run(resumed, 60, known=True, start=41) == after
 
 
+def test_a_run_too_short_for_its_validation_set_is_said_to_be(caplog):
+    """A twentieth, less what scoring takes, of 100 steps is 1.5 steps, and as many batches of a step's rows."""
+    model = torch.nn.Linear(4, 1)
+    for batches, refresh_every in ((1, None), (2, None), (2, 5)):
+        held_out = {"validation": [(torch.randn(8, 4), 8)] * batches}
+        settings = EngineSettings(refresh_every, steps=100, rows_per_step=8)
+        caplog.clear()
+        ShapleyEngine(model, torch.optim.SGD(model.parameters()), held_out, lambda m, x: m(x).mean(), settings)
+        said = "100 steps is too short for cost=0.05 to measure more than 1 of 2 validation batches" in caplog.text
+        assert said == (batches == 2 and refresh_every is None)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_running_direction_is_the_mean_gradient_of_its_batches(exact):
     torch.manual_seed(0)
