@@ -50,10 +50,14 @@ class EngineSettings:
     rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
-        for name in ("refresh_every", "adam_warmup", "rank", "batch_size"):
+        for name, least in (("refresh_every", 1), ("rank", 1), ("batch_size", 1), ("adam_warmup", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | None):
+            if value is None and name != "adam_warmup":
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
+            if value < least:
+                raise ValueError(f"Expected {name} of at least {least}, got {value}.")
         rows = self.token_values_for
         if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
             raise TypeError(
@@ -65,20 +69,10 @@ class EngineSettings:
         self.token_values_for = frozenset(row if isinstance(row, str) else int(row) for row in rows)
         if not isinstance(self.exact, bool):
             raise TypeError(f"Expected exact=True or exact=False, got {self.exact!r}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"Expected a batch_size of at least 1, got {self.batch_size}.")
-        if isinstance(self.cost, bool) or not isinstance(self.cost, int | float) or not 0 < self.cost <= 1:
-            raise ValueError(f"Expected a cost above 0 and up to 1, as a share of the training's, got {self.cost!r}.")
-        if (self.refresh_every is not None and self.refresh_every < 1) or self.adam_warmup < 0:
-            raise ValueError(
-                "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
-                f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
-            )
-        share = self.min_scored_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
+        for name, least in (("cost", 1e-9), ("min_scored_share", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1:
+                raise ValueError(f"Expected {name} from 0 to 1, got {value!r}.")
 
 
 class TargetDirections:

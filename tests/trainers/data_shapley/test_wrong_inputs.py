@@ -65,6 +65,7 @@ def test_validation_rows_without_a_label_are_left_out(tmp_path, caplog):
         ({"refresh_every": "20"}, "refresh_every, such as 20, got '20'"),
         ({"refresh_every": 2.5}, "refresh_every, such as 20, got 2.5"),
         ({"adam_warmup": True}, "adam_warmup.*got True"),
+        ({"adam_warmup": None}, "adam_warmup.*got None"),
         ({"rank": "8"}, "rank.*got '8'"),
         ({"token_values_for": 3}, r"`token_values_for=\[3\]`"),
         ({"token_values_for": "abc"}, r"`token_values_for=\['abc'\]`"),
@@ -84,7 +85,10 @@ def test_options_of_another_kind_are_a_sentence(settings, message):
         InRunDataShapleyCallback(token_rows(2), **settings)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"min_scored_share": "0.8"}, {"cost": "0.05"}])
+WRONG = {"batch_size": 0, "adam_warmup": -1, "rank": -2, "min_scored_share": "0.8", "cost": "0.05"}
+
+
+@pytest.mark.parametrize("settings", [{name: value} for name, value in (*WRONG.items(), ("cost", 0), ("cost", 1.5))])
 def test_options_out_of_range_are_a_sentence(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}.*got"):
         InRunDataShapleyCallback(token_rows(2), **settings)
