@@ -69,10 +69,10 @@ class EngineSettings:
         self.token_values_for = frozenset(row if isinstance(row, str) else int(row) for row in rows)
         if not isinstance(self.exact, bool):
             raise TypeError(f"Expected exact=True or exact=False, got {self.exact!r}.")
-        for name, least in (("cost", 1e-9), ("min_scored_share", 0)):
+        for name, least, within in (("cost", 1e-9, "above 0 and up to 1"), ("min_scored_share", 0, "from 0 to 1")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1:
-                raise ValueError(f"Expected {name} from 0 to 1, got {value!r}.")
+                raise ValueError(f"Expected {name} {within}, got {value!r}.")
 
 
 class TargetDirections:
