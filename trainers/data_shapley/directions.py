@@ -50,14 +50,14 @@ class EngineSettings:
     rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
-        for name, least in (("refresh_every", 1), ("rank", 1), ("batch_size", 1), ("adam_warmup", 0)):
+        for name, smallest in (("refresh_every", 1), ("rank", 1), ("batch_size", 1), ("adam_warmup", 0)):
             value = getattr(self, name)
             if value is None and name != "adam_warmup":
                 continue
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
-            if value < least:
-                raise ValueError(f"Expected {name} of at least {least}, got {value}.")
+            if value < smallest:
+                raise ValueError(f"Expected {name} of at least {smallest}, got {value}.")
         rows = self.token_values_for
         if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
             raise TypeError(

@@ -48,10 +48,10 @@ def test_passes_cost_what_is_allowed_and_no_more(steps, cost, monkeypatch):
 
 
 def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypatch):
-    whole = RefreshSchedule(None, 0.05, batches=25, steps=1000, batch_share=0.25)
+    whole = RefreshSchedule(None, 0.1, batches=25, steps=1000, batch_share=0.25)
     clock = Clock(monkeypatch)
     before = clock.run(whole, 40)
-    resumed = RefreshSchedule(None, 0.05, batches=25, steps=1000, batch_share=0.25)
+    resumed = RefreshSchedule(None, 0.1, batches=25, steps=1000, batch_share=0.25)
     resumed.unpack(whole.pack())
     after = clock.run(whole, 60, known=True, start=41)
     monkeypatch.setattr(schedules.time, "perf_counter", lambda: 1e6 * clock.now)
