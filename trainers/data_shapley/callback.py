@@ -307,6 +307,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         """
         self = cls(val_dataset, **options)
         check_loader(dataloader, self.id_column)
+        support.check_loop(model, optimizer, output_dir)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
         if self.per_target_rows:
@@ -316,7 +317,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
         records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
-        run: dict[str, Any] = {"steps": len(dataloader)} if hasattr(dataloader, "__len__") else {}
+        run: dict[str, Any] = {}
+        with contextlib.suppress(TypeError):  # of a stream
+            run["steps"] = len(dataloader)
         self._start(model, plain, batches, self.compute_loss or support.model_loss, records, **run)
         done = 0
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -61,6 +62,20 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse("FSDP other than version 2", "FSDP2 or DDP")
     if args.use_liger_kernel and full:
         raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
+
+
+def check_loop(model: Any, optimizer: Any, output_dir: Any) -> None:
+    """Raise a `TypeError` or `ValueError` if these are not what a loop trains, by what, and where values can go."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "Expected the loop's torch.nn.Module and its torch.optim.Optimizer, got "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
+    if not isinstance(output_dir, str | os.PathLike | None):
+        raise TypeError(f"Expected a folder as output_dir, got {output_dir!r}.")
+    if output_dir is not None and os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}.")
 
 
 def check_model(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
@@ -117,11 +117,40 @@ def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches(label):
     assert found[0] == pytest.approx(found[1]) and len(found[0]) == 6
 
 
-def test_a_loop_over_something_else_is_refused():
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(12.0).view(4, 3) / 12)
+
+
+@pytest.mark.parametrize("validation", [torch.ones(2, 3), [torch.ones(2, 3)]])
+def test_a_loop_over_a_stream_has_values(validation):
     model = nn.Linear(3, 1)
-    optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.01), [torch.ones(2, 3)]
-    with pytest.raises(TypeError, match="the loop's torch.utils.data.DataLoader, got list"):
-        attached(model, optimizer, batches, batches, compute_loss=lambda m, b: m(b).mean())
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(Stream(), batch_size=2)
+    options = {"compute_loss": lambda m, b: m(b).square().mean()}
+    with InRunDataShapleyCallback.attach(model, optimizer, loader, validation, **options) as shapley:
+        for batch in loader:
+            options["compute_loss"](model, batch).backward()
+            optimizer.step()
+    assert len(shapley.result.values()) == 4 and shapley.result.key == "id"
+
+
+def test_a_loop_over_or_of_something_else_is_refused(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.01), torch.ones(2, 3)
+    loader, file = DataLoader(rows, batch_size=2), tmp_path / "file"
+    file.write_text("")
+    for arguments, options, message in (
+        ((model, optimizer, [rows]), {}, "the loop's torch.utils.data.DataLoader, got list"),
+        ((model, None, loader), {}, "got Linear and NoneType"),
+        ((model.forward, optimizer, loader), {}, "got method and SGD"),
+        ((model, optimizer, loader), {"output_dir": 3}, "folder as output_dir, got 3"),
+        ((model, optimizer, loader), {"output_dir": file}, "folder as output_dir, got the file"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            attached(*arguments, rows, compute_loss=lambda m, b: m(b).mean(), **options)
+    apart = InRunDataShapleyCallback.attach(model, optimizer, loader, rows, compute_loss=lambda m, b: b.mean())
+    with pytest.raises(ValueError, match="validation loss that depends on what is trained"), apart:
+        next(iter(loader))
 
 
 def test_a_loop_with_nan_or_dora_is_refused():

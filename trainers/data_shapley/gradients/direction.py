@@ -192,6 +192,10 @@ def validation_gradient(
             loss_sum += loss.detach().double().cpu()
             if not with_gradient:
                 continue
+            if not loss.requires_grad:
+                raise ValueError(
+                    "Expected a validation loss that depends on what is trained, got one without a gradient."
+                )
             if sharded:  # FSDP differentiates copies, so that only `.grad` of the shards is right
                 loss.backward()
                 continue
