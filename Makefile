@@ -29,7 +29,7 @@ evaluate: $(READY)
 # All of benchmarks/index.toml, one after the other, also after one that fails. `make bench BENCH_FLAGS=` runs them in full.
 BENCH_FLAGS ?= --quick
 bench: $(READY)
-	@failed=; told=; for name in $$(sed -n 's/^\[\(.*\)\]$$/\1/p' benchmarks/index.toml); do \
+	@failed=; told=; for name in $$(sed -n 's/^\[\([a-z0-9_]*\)\]$$/\1/p' benchmarks/index.toml); do \
 		echo; echo "== $$name"; began=$$(date +%s); \
 		if $(BIN)/python benchmarks/$$name.py $(BENCH_FLAGS); then result=ok; \
 		else result="FAILED with code $$?"; failed="$$failed $$name"; fi; \

@@ -54,6 +54,7 @@ import numpy as np
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
+from common.report import print_table
 from common.segmenter import load_segmenter
 from hf_iclr.vision.annotation import project as annotation_project
 from hf_iclr.vision.annotation.data_engine import annotate
@@ -230,22 +231,22 @@ def main(args: argparse.Namespace) -> None:
     results |= {"seconds_per_click": per_click, "seconds_per_look": per_look}
 
     results["phases"] = phases = compare_phases(pipe, clips, per_click, per_look)
-    print("\nphase  seconds/frame (model)  edited  clicks/clicked frame  agrees with 1  mean IoU  accepted")
-    for phase, row in phases.items():
-        print(
-            f"{phase:<7}{row['modelled_seconds_per_frame']:<23.1f}{row['edited_share']:<8.1%}"
-            f"{row['clicks_per_clicked_frame']:<22.2f}{row['agreement_with_phase_1']:<15.1%}{row['mean_iou']:<10.3f}"
-            f"{row['accepted']} of {row['masklets']}"
-        )
+    head = ("phase", "seconds a frame", "edited", "clicks a clicked frame", "agrees with 1", "mean IoU", "accepted")
+    print_table(head, [
+        [
+            phase, f"{row['modelled_seconds_per_frame']:.1f}", f"{row['edited_share']:.1%}",
+            f"{row['clicks_per_clicked_frame']:.2f}", f"{row['agreement_with_phase_1']:.1%}", row["mean_iou"],
+            f"{row['accepted']} of {row['masklets']}",
+        ]
+        for phase, row in phases.items()
+    ])  # fmt: skip
     few = range(args.first_seed, args.first_seed + args.throughput_clips)
     longer = [procedural_clip(seed, args.hard, args.throughput_frames) for seed in few]
     results["throughput"] = measure_throughput(pipe, longer, args.repeats)
-    print("\n          frames/s  images encoded/frame  speed to loop (median)")
-    for name, row in results["throughput"].items():
-        print(
-            f"{name:<10}{row['frames_per_second']:<10.2f}{row['encoded_per_frame']:<22.3f}"
-            f"{row['median_speed_to_loop']:.3f}"
-        )
+    columns = ("frames_per_second", "encoded_per_frame", "median_speed_to_loop")
+    head = ("", "frames a second", "images encoded a frame", "speed to loop (median)")
+    rows = results["throughput"].items()
+    print_table(head, [[name, *(row[column] for column in columns)] for name, row in rows])
     results["click_ms_beside_the_model"] = clicked = measure_clicks(pipe, args.clicks)
     print(f"\nA click at 720p beside the model, ms: {', '.join(f'{k} {v:.0f}' for k, v in clicked.items())}")
     results["gate"] = judge_gate(pipe, clips)

@@ -40,8 +40,8 @@ from tqdm.auto import tqdm
 
 from common.report import print_table
 from hf_iclr import AlphaEditor, EditRequest
-from hf_iclr.editors.alpha_edit.batches import EditBatch
-from hf_iclr.editors.alpha_edit.journal import batches_of, committed_events
+from hf_iclr.editors.alpha_edit.batches import ADAPTER, EditBatch
+from hf_iclr.editors.records.ledger import batches_of, committed_events
 from hf_iclr.tiny_models import word_tokenizer
 from tests.editors.tiny import quick_config, tiny_model, tiny_statistics
 
@@ -70,9 +70,9 @@ def adapter_is_ledger(folder: Path) -> bool | None:
     """By the files alone, before anybody mends anything; `None` while there is no adapter, as its rank grows."""
     if not (folder / "adapter_config.json").exists():
         return None
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / ADAPTER)
     rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    batches = [EditBatch.load(folder, record) for record in batches_of(committed_events(folder))]
+    batches = [EditBatch.load(folder, record) for record in batches_of(committed_events(folder, ADAPTER))]
     for layer in LAYERS:
         name = f"base_model.model.model.layers.{layer}.mlp.down_proj.lora"
         down, up = tensors[f"{name}_A.weight"], tensors[f"{name}_B.weight"]
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         counts["adapter differs from the ledger"] += same is False
         loaded = AlphaEditor.from_pretrained(folder, model=tiny_model("llama"))
         counts["adapter differs after loading"] += adapter_is_ledger(folder) is not True
-        events = committed_events(folder)
+        events = committed_events(folder, ADAPTER)
         done = [done_by(events[: number + 1]) for number in range(known, len(events))]
         known = len(events)
         counts["reported"] += len(told)

@@ -35,6 +35,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from common.report import print_frame
 from hf_iclr.vision.evaluation.procedural_clips import Clip, procedural_clip
 from hf_iclr.vision.formats.segment_files import given_segments
 from hf_iclr.vision.inpainting.background_plate import fill_smoothly, soften
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
                 rows += [{**about, **row} for row in measure(clip)]
     table = pd.DataFrame(rows)
     means = table.drop(columns="seed").groupby(["clips", "frames", "painted"], sort=False).mean()
-    print(means.to_string(float_format="{:.2f}".format, na_rep=""))
+    print_frame(means.reset_index(), digits=2)
 
     lengths = (max(args.frames), 4 * max(args.frames))
     memory = {frames: peak_bytes(procedural_clip(10_000, frames=frames, size=args.size)) for frames in lengths}

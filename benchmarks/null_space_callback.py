@@ -45,6 +45,7 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from common.edit_data import load_edit_data
+from common.report import print_frame
 from hf_iclr.editors import NullSpaceCallback
 from hf_iclr.editors.alpha_edit import EditRequest, KeyStatistics, evaluate_edits, perplexity
 from hf_iclr.tour.demo.language_model import load_demo_model
@@ -145,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     ranks = {layer: basis.shape[1] for layer, basis in preserved.items()}
     print(f"preserved directions of 1536 by layer: {ranks}")
     print(f"{statistics.tokens:,} tokens of statistics, {count} facts a seed, {args.seeds} seeds")
-    print(summary.T.round(4).to_string())
+    print_frame(summary.T.reset_index(names=["measured", ""]), digits=4)
     seconds = time.process_time() - began
     print(f"{seconds:.0f} CPU-seconds")
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("data", "out")}

@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
+from common.report import print_frame
 from hf_iclr.trainers.safety_audit.judge import RefusalJudge
 from hf_iclr.trainers.safety_audit.refusal_cues import refusal_features
 from tests.trainers.safety_audit.refusal_examples import ANSWERS, REFUSALS
@@ -97,7 +98,7 @@ def report_left_out(models: dict[str, pd.DataFrame]) -> None:
             rows.append(measure(name, *parts, table["label"].to_numpy()))
         rows.append(measure("all", *np.concatenate(everything, axis=1)))
         print(f"\nFitted on the other models, {title}")
-        print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        print_frame(pd.DataFrame(rows))
         if change is str:
             reached = rows[-1]["accuracy"] >= 0.94 and rows[-1]["recall"] >= 0.9
             print(f"accuracy >= .94 and recall >= .90: {'reached' if reached else 'NOT reached'}")

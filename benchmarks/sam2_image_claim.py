@@ -32,6 +32,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sam2HieraDetConfig, Sam2VisionConfig, Sam2VisionModel, SamVisionConfig, SamVisionModel
 
+from common.report import print_frame
+
 
 PAPER = 130.1 / 21.7
 
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     table = measure(args.side, args.repeats)
     ratios = table.loc["SAM ViT-H"] / table.loc["SAM 2.1 B+"]
-    print(table.round(2).to_string())
+    print_frame(table.reset_index(names="encoder"), digits=2)
     slower, larger = ratios["CPU seconds"], ratios["operations (T)"]
     print(f"\nSAM ViT-H takes {slower:.1f} x the time and {larger:.1f} x the operations.")
     print(f"Paper, one A100: {PAPER:.1f} x.")

@@ -11,8 +11,9 @@ repeat runs both in one process and in random order, on frames in memory, with p
 the size of the video as the result; reported are the medians of the ratios within a repeat, and fastest to fastest, in
 CPU seconds of one thread. A round of correction is a click on the middle frame and a pass over the whole video; the
 direct loop's click is forgotten by that pass, which costs the same. Bytes kept are counted over the tensors of the
-session. `--reference` also times the reference predictor with the same weights and frames; where to get it says
-tests/vision/session/make_reference_masks.py.
+session. `--compile` also times the pipeline with the parts of the model compiled, after passes that warm it up, and
+counts what is compiled later. `--reference` also times the reference predictor with the same weights and frames; where
+to get it says tests/vision/session/make_reference_masks.py.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, help="pixels of the model's square (default: 128, or 1024 of hiera-tiny)")
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--reference", action="store_true", help="also time PyPI's sam2")
+    parser.add_argument("--compile", action="store_true", help="also time the pipeline with a compiled model")
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--stream", type=int, default=300, help="streamed frames; 0 leaves this out")
@@ -49,6 +51,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import av
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 from tqdm import tqdm
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
@@ -132,6 +135,15 @@ def make_reference_loop(pipe) -> Callable[[np.ndarray, int], list[np.ndarray]]:
         return [(masks > 0).numpy() for _, _, masks in predictor.propagate_in_video(state)]
 
     return loop
+
+
+def compiled_pipe(shape: str, side: int | None) -> Sam2VideoPipeline:
+    """The pipeline of `make_pipe` with the parts compiled that take the time."""
+    pipe = make_pipe(shape, side)
+    model = pipe.model
+    for part in (model.vision_encoder.backbone, model.memory_attention, model.mask_decoder, model.memory_encoder):
+        part.compile()
+    return pipe
 
 
 def compare(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -288,6 +300,22 @@ def main(args: argparse.Namespace) -> None:
         )
         for objects in args.objects
     }
+    if args.compile:
+        compiled = compiled_pipe(args.shape, args.side)
+        for _ in range(2):
+            for objects in args.objects:
+                pipeline_loop(compiled, video, objects)
+        graphs = counters["stats"]["unique_graphs"]
+        for objects in args.objects:
+            times[f"{objects}, compiled"] = compare(
+                {
+                    "direct": lambda objects=objects: direct_loop(pipe, video, objects),
+                    "pipeline": lambda objects=objects: pipeline_loop(compiled, video, objects),
+                },
+                args.repeats,
+            )
+        report["compiled later"] = counters["stats"]["unique_graphs"] - graphs
+        print(f"{graphs} graphs compiled to warm up, {report['compiled later']} later")
     if args.reference:
         reference = make_reference_loop(pipe)
         for objects in args.objects:

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import torch
 
+from common.report import print_frame
 from hf_iclr.tour.demo.language_model import load_demo_model
 from hf_iclr.trainers.squeeze import influence_audit
 
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         report = influence_audit(model, tokenizer, pairs, PROBES, batch_size=6, **settings)
         print(f"\n{name}: correlation {report.correlation:.5f}, slope {report.slope:.3f}, ", end="")
         print(f"{time.perf_counter() - begin:.0f} s")
-        print(report.table.drop(columns="probe").round(4).to_string(index=False))
+        print_frame(report.table.drop(columns="probe"), digits=4)
         slug = name.replace(", ", "_").replace(" ", "_")
         report.table.to_csv(args.out / f"{slug}.csv", index=False)
         report.tokens.to_csv(args.out / f"{slug}_tokens.csv", index=False)

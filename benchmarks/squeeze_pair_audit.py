@@ -35,6 +35,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from common.report import print_frame
 from common.squeeze_step import measure_chosen_change
 from hf_iclr.tour.demo.language_model import load_demo_model
 from hf_iclr.trainers.squeeze.pair_audit import SCORES, audit_pairs, filter_pairs
@@ -141,10 +142,11 @@ def main(args: argparse.Namespace) -> None:
     table["fall per token"] = -table["chosen_change"] / tokens
     table["push per token"] = -table["push_on_chosen"] / tokens
     table["push over pull"] = -table["push_on_chosen"] / (table["chosen_change"] - table["push_on_chosen"])
-    print(table.round(4).to_string())
+    print_frame(table, digits=4)
 
     for label, group in (("all", table), ("without near copies", table[table["kind"] != "near copy"])):
-        print(f"\nSpearman, {len(group)} pairs, {label}:\n{correlations(group).to_string(index=False)}")
+        print(f"\nSpearman, {len(group)} pairs, {label}:")
+        print_frame(correlations(group))
     print(f"\n{(table['chosen_change'] < 0).sum()} of {len(pairs)} chosen answers fell; audit {audit_seconds:.1f} s")
     kept = filter_pairs(pairs, table, drop=0.25)
     print(f"kept of {len(pairs)} at drop=.25, by kind: {pd.Series(kept['kind']).value_counts().to_dict()}")

@@ -29,6 +29,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import pandas as pd
 
+from common.report import print_frame
 from hf_iclr.trainers.squeeze import replay_log
 
 
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
             table = replay_log(curve, delta=delta)
             tables.append(table[table["watched"] == "probe"].assign(curve=name, delta=delta))
     table = pd.concat(tables)[["curve", "evaluations", "delta", "highest_at", "alarm", "fall"]]
-    print(table.astype({"alarm": "Int64"}).round(2).to_string(index=False))
+    print_frame(table.assign(alarm=table["alarm"].astype(object)), digits=2)
     table.to_csv(args.out / "squeeze_replay.csv", index=False)
 
 

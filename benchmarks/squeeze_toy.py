@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import numpy as np
 import pandas as pd
 
+from common.report import print_frame
 from hf_iclr.tour.demo.squeeze_toy import plot_squeeze_panels, squeeze_panels, squeeze_step
 
 
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
                 "most likely other": np.log(step.ratio[others][step.probs_before[others].argmax()]),
             }
         )
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    print_frame(pd.DataFrame(rows))
 
     rng = np.random.default_rng(0)
     fallen = risen = agree = first_order = tokens = 0

@@ -10,8 +10,8 @@ words, so the table says how far pictures move, not what they show.
 """
 
 import sys
+import tempfile
 
-import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
@@ -46,22 +46,20 @@ before = {prompt: draw(prompt) for prompt in prompts}
 editor = ConceptEditor(pipeline, retain=retain, **settings)
 print(editor.edit(concepts).to_string(index=False))
 after = {prompt: draw(prompt) for prompt in prompts}
-editor.save_pretrained("concept_edits")  # pipeline.load_lora_weights("concept_edits") draws the same
+with tempfile.TemporaryDirectory() as folder:
+    editor.save_pretrained(folder)  # pipeline.load_lora_weights(folder) draws the same
 
 editor.undo()
 undone = {prompt: draw(prompt) for prompt in prompts}
 
-rows = []
+print(
+    "\n| prompt | role | moved | to the other's, before | after | after undo |\n| --- | --- | --- | --- | --- | --- |"
+)
 for prompt in dict.fromkeys(prompts):
     other = concepts.get(prompt)
-    rows.append(
-        {
-            "prompt": prompt or "(empty)",
-            "role": "edited" if prompt in concepts else "retained" if prompt in [*retain, ""] else "replaces",
-            "picture moved": distance(after[prompt], before[prompt]),
-            "to the other's, before": None if other is None else distance(before[prompt], before[other]),
-            "to the other's, after": None if other is None else distance(after[prompt], before[other]),
-            "moved after undo": distance(undone[prompt], before[prompt]),
-        }
-    )
-print(pd.DataFrame(rows).to_string(index=False, float_format="{:.1e}".format, na_rep=""))
+    role = f'reads as "{other}"' if other else "erased" if prompt in concepts else "retained"
+    role = "replaces" if prompt and prompt in concepts.values() else role
+    pairs = [] if other is None else [(before[prompt], before[other]), (after[prompt], before[other])]
+    told = [f"{distance(*pair):.1e}" for pair in [(after[prompt], before[prompt]), *pairs]]
+    told += [""] * (3 - len(told)) + [f"{distance(undone[prompt], before[prompt]):.1e}"]
+    print(f"| {prompt or '(empty)'} | {role} | {' | '.join(told)} |")

@@ -9,6 +9,7 @@ from .editors import (
 )
 from .generation import (
     DEFERRAL_RULES,
+    Eagle3ForCausalLM,
     SpeculativeCascadeConfig,
     SpeculativeCascadeForCausalLM,
     SpeculativeCascadeGenerationMixin,
@@ -23,6 +24,8 @@ from .metrics import load_metric
 from .runs import read_run, write_run_report
 from .trainers import (
     DataShapleyResult,
+    DeepSafetyMixin,
+    DeepSafetyOptions,
     DeepSafetySFTConfig,
     DeepSafetySFTTrainer,
     HarmJudge,
@@ -69,8 +72,11 @@ __all__ = [
     "AnnotationProject",
     "ConceptEditor",
     "DataShapleyResult",
+    "DeepSafetyMixin",
+    "DeepSafetyOptions",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "Eagle3ForCausalLM",
     "EditReport",
     "EditRequest",
     "FrameSegments",

@@ -119,9 +119,8 @@ class HubMixin(PushToHubMixin):
         self, api: HfApi, repo_id: str, folder: str | Path, commit_message: str | None = None, **kwargs: Any
     ) -> CommitInfo:
         message = commit_message or f"Upload {type(self).__name__}"
-        return api.upload_folder(
-            repo_id=repo_id, repo_type=self._repo_type, folder_path=folder, commit_message=message, **kwargs
-        )
+        kwargs |= {"repo_type": self._repo_type, "ignore_patterns": ".lock"}
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **kwargs)
 
     def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
         """The commit that a push must follow, with what others pushed taken in; `None` where the last push counts."""

@@ -1,13 +1,15 @@
 """What somebody else may have made: names that must stay in their folder, and files that may be damaged or hostile."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 
 if TYPE_CHECKING:
@@ -194,3 +196,30 @@ def whole_number(value: Any, name: str, least: int = 0, most: int = 2**53) -> in
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"Expected {name} to be a whole number from {least} to {most}, got {value!r:.80}.")
     return value
+
+
+def check_field_types(config: Any, kind: type) -> None:
+    """
+    A configuration's own fields that are text, numbers or booleans.
+
+    Args:
+        config (`Any`):
+            What was made.
+        kind (`type`):
+            The class whose annotations are held against it; those of its parents are theirs.
+
+    Raises:
+        TypeError: when a value is of another type, or no number.
+    """
+    plain: dict[Any, type] = {float: Real, int: Integral, str: str, bool: bool, type(None): type(None)}
+    hints = get_type_hints(kind)
+    for name in kind.__annotations__:
+        options = get_args(hints[name]) or (hints[name],)
+        if not set(options) <= plain.keys():
+            continue
+        value = getattr(config, name)
+        known = tuple(plain[option] for option in options)
+        is_nan = isinstance(value, float) and math.isnan(value)
+        if not isinstance(value, known) or is_nan or (isinstance(value, bool) and bool not in options):
+            wanted = " or ".join(option.__name__.replace("NoneType", "None") for option in options)
+            raise TypeError(f"Expected {name} to be {wanted}, got {value!r:.80}.")

@@ -146,6 +146,26 @@ def load_session(folder: Path):
     return VideoSession.load(tiny_pipe(), folder / "session.safetensors", video=clip(3))
 
 
+def make_project(folder: Path) -> None:
+    from hf_iclr import AnnotationProject
+    from tests.vision.session.test_frames import smooth, write_video
+    from tests.vision.tiny import tiny_pipe
+
+    project = AnnotationProject(folder, tiny_pipe())
+    (name,) = project.add_videos(write_video(folder / "clip.mp4", smooth(3)))
+    project.edit(name, "prompt", {"frame": 0, "obj": 1, "points": [[20, 20]], "labels": [1]})
+    project.close()
+
+
+def load_project(folder: Path):
+    from hf_iclr import AnnotationProject
+    from tests.vision.tiny import tiny_pipe
+
+    project = AnnotationProject(folder, tiny_pipe())
+    (video,) = project.queue.videos()
+    return project.session(video["name"])
+
+
 def make_annotations(folder: Path) -> None:
     from hf_iclr.vision.annotation.store import FEATURES, AnnotationStore
 
@@ -196,6 +216,7 @@ KINDS = {
     "session": Kind(
         make_session, load_session, ("session.safetensors",), {"session.safetensors": ("num_frames", "latest")}
     ),
+    "project": Kind(make_project, load_project, ("settings.json", "project.sqlite")),
     "annotations": Kind(make_annotations, load_annotations, ("settings.json", "shards/clip.parquet")),
 }
 

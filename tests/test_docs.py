@@ -81,3 +81,32 @@ def test_each_page_stands_in_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").glob("**/*.md")}
     assert set(re.findall(r"[\w/]+\.md", navigation)) == pages
+
+
+PARTS = (
+    "cascade", "deep_safety", "safety_audit", "squeeze", "data_shapley", "alphaedit", "concept_editor", "sam2",
+    "sam2_data_engine",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_has_problem_example_picture_figures_and_limits(part):
+    """Its first example runs in tests/test_snippets.py."""
+    text = (ROOT / "docs" / f"{part}.md").read_text(encoding="utf-8")
+    problem, example, rest = text.partition("\n```python\n")
+    assert len(problem) > 300 and example, "says what the problem is, and then how little to type"
+    pictures = part in ("data_shapley", "alphaedit") or re.findall(r"!\[([^\]]{20,})\]\((pictures/[\w.]+)\)", rest)
+    assert pictures
+    assert re.search(r"^\| ---", rest, re.MULTILINE) and re.search(r"`(?:python )?(?:benchmarks|examples)/", text)
+    assert re.search(r"^## (Limits|What is tested, and what is not)$", rest, re.MULTILINE)
+
+
+def test_each_measured_row_of_the_readme_has_its_command():
+    """By names that benchmarks/run.py takes."""
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("## What was measured")[2].partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| .* \| `python benchmarks/run.py (\w+)` \|$", section, re.MULTILINE)
+    index = (ROOT / "benchmarks" / "index.toml").read_text(encoding="utf-8")
+    assert len(rows) == len(re.findall(r"^\|", section, re.MULTILINE)) - 2 >= 12
+    assert [name for name in rows if not re.search(rf'^(\[{name}\]|name = "{name}")$', index, re.MULTILINE)] == []

@@ -1,17 +1,30 @@
 """Anything at all as input: it is taken, or refused in a sentence of ours, never by a library's error from inside."""
 
+import json
 import os
+import shutil
+import tempfile
 import traceback
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_iclr import AlphaEditConfig, EditRequest, VideoPrompts
+from hf_iclr import (
+    AlphaEditConfig,
+    DeepSafetyOptions,
+    EditRequest,
+    Sam2TrainingConfig,
+    SqueezeDPOConfig,
+    VideoPrompts,
+)
 from hf_iclr.editors.alpha_edit import edit_requests
 from hf_iclr.generation.deferral_rules import DEFERRAL_RULES, check_rule
 from hf_iclr.models import check_prompts
 from hf_iclr.untrusted import parse_json
+from hf_iclr.vision.session.config import VideoSessionConfig
+from tests.hostile import KINDS, json_of, put_json
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +44,10 @@ def containers(inner):
 
 
 ANYTHING = st.recursive(PLAIN, containers, max_leaves=12)
+IN_JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANYTHING_IN_JSON = st.recursive(
+    IN_JSON, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
 
 
 def taken_or_refused(function, *args, **kwargs):
@@ -103,3 +120,68 @@ def test_prompts_of_audits(prompts):
 @given(st.text(max_size=40) | st.binary(max_size=40))
 def test_a_file_of_json(content):
     taken_or_refused(parse_json, content, "a file")
+
+
+KINDS_OF_CONFIG = [DeepSafetyOptions, SqueezeDPOConfig, VideoSessionConfig, Sam2TrainingConfig]
+ELSEWHERE = {SqueezeDPOConfig: {"output_dir": "out", "use_cpu": True, "bf16": False}}
+ELSEWHERE[Sam2TrainingConfig] = {"output_dir": "out", "use_cpu": True}
+
+
+@FUZZ
+@given(st.data())
+@pytest.mark.parametrize("kind", KINDS_OF_CONFIG)
+def test_a_configuration(kind, data):
+    own = sorted(next(one for one in kind.__mro__ if one.__annotations__).__annotations__)
+    fields = data.draw(st.dictionaries(st.sampled_from(own), ANYTHING, max_size=2))
+    taken_or_refused(kind, **{**ELSEWHERE.get(kind, {}), **fields})
+
+
+FILES = [(kind, name) for kind, about in KINDS.items() for name in about.files]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each kind of folder that is read, made once."""
+    parent = tmp_path_factory.mktemp("folders")
+    for kind, about in KINDS.items():
+        about.make(parent / kind)
+    return parent
+
+
+@settings(FUZZ, max_examples=max(2, FUZZ.max_examples // len(FILES)))
+@given(st.data())
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_bytes_of_a_file(folders, kind, name, data):
+    """Some are changed, left out or put in."""
+    path = folders / kind / name
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole)))
+    length, new = data.draw(st.sampled_from([(1, 1), (4, 4), (1, 0), (0, 1)]))
+    changed = whole[:place] + data.draw(st.binary(min_size=new, max_size=new)) + whole[place + length :]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(folders / kind, Path(folder) / kind)
+        (copy / name).write_bytes(changed)
+        taken_or_refused(KINDS[kind].load, copy)
+
+
+@settings(FUZZ, max_examples=max(2, FUZZ.max_examples // len(FILES)))
+@given(st.data())
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in FILES if ".json" in name])
+def test_a_value_in_a_file(folders, kind, name, data):
+    """Anything stands in the place of one value of its JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(folders / kind, Path(folder) / kind)
+        written = json.loads(json_of(copy / name))
+        place, key = None, None
+        inside = written
+        while isinstance(inside, dict | list) and inside and (place is None or data.draw(st.booleans())):
+            keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+            place, key = inside, data.draw(st.sampled_from(keys))
+            inside = place[key]
+        value = data.draw(ANYTHING_IN_JSON)
+        if place is None:
+            written = value
+        else:
+            place[key] = value
+        put_json(copy / name, json.dumps(written))
+        taken_or_refused(KINDS[kind].load, copy)

@@ -21,8 +21,8 @@ FLOORS = {
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "trainers.safety_audit": [[""], ["asking"]],
-    "generation": [["calibration", "drafting"], [""]],
-    "editors": [["", "concepts"], ["alpha_edit"], ["cards"]],
+    "generation": [["calibration", "drafting", "vllm"], [""]],
+    "editors": [["", "concepts"], ["alpha_edit"], ["records"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
 }

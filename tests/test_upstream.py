@@ -192,11 +192,14 @@ def imports_from_inside(package: str, area: str | Path) -> set[str]:
 
 
 def private_overrides(cls: type) -> set[str]:
-    """Methods with one leading underscore that a class redefines from a parent outside of this project."""
-    parents = [parent for parent in cls.__mro__[1:] if not parent.__module__.startswith("hf_iclr.")]
+    """Methods with one leading underscore that a class, or a mixin of it that isn't listed, redefines from outside."""
+    inside = [parent for parent in cls.__mro__ if parent.__module__.startswith("hf_iclr.")]
+    parents = [parent for parent in cls.__mro__ if parent not in inside]
+    ours = [one for one in inside if one is cls or f"{one.__module__}:{one.__name__}" not in PRIVATE_OVERRIDES]
     return {
         name
-        for name, value in vars(cls).items()
+        for one in ours
+        for name, value in vars(one).items()
         if name.startswith("_") and not name.startswith("__") and inspect.isroutine(value)
         if any(name in vars(parent) for parent in parents)
     }

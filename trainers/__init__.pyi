@@ -1,5 +1,12 @@
 from .data_shapley import DataShapleyResult, InRunDataShapleyCallback
-from .deep_safety import DeepSafetySFTConfig, DeepSafetySFTTrainer, constrained_sft_loss, make_safety_recovery_dataset
+from .deep_safety import (
+    DeepSafetyMixin,
+    DeepSafetyOptions,
+    DeepSafetySFTConfig,
+    DeepSafetySFTTrainer,
+    constrained_sft_loss,
+    make_safety_recovery_dataset,
+)
 from .safety_audit import (
     HarmJudge,
     OpenAIEndpoint,
@@ -23,6 +30,8 @@ from .squeeze import (
 
 __all__ = [
     "DataShapleyResult",
+    "DeepSafetyMixin",
+    "DeepSafetyOptions",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
     "HarmJudge",

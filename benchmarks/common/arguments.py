@@ -71,6 +71,7 @@ def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     if args.quick and args.out == quick_folder:
         shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "settings.json").write_text(json.dumps(vars(args), default=str) + "\n")
     return args
 
 

@@ -13,19 +13,28 @@ WAYS = {"video": {"num_frames": 5, "batch": 4}, "image": {"num_frames": 1, "batc
 RATES = {"video": 3e-4, "image": 3e-4}  # the first that was tried; --choose compares others
 
 
-def tune(videos: Sequence, way: str, rate: float, steps: int, seed: int, folder: Path) -> tuple[Any, float]:
-    """A pipeline with the tuned model, and the CPU seconds of the training."""
+def tune(
+    videos: Sequence,
+    way: str,
+    rate: float,
+    steps: int,
+    seed: int,
+    folder: Path,
+    clicks: int = 0,
+    augment: bool = False,
+) -> tuple[Any, float]:
+    """A pipeline with the tuned model, and the CPU seconds of the training; `clicks` corrections of a clip's frame."""
     pipe = load_demo_segmenter()
     args = Sam2TrainingConfig(
         str(folder),
         seed=seed,
         num_frames=WAYS[way]["num_frames"],
         per_device_train_batch_size=WAYS[way]["batch"],
-        augment=False,  # turned and sheared clips are another look still
+        augment=augment,
         mask_share=0.4,
         box_share=0.0,
         max_prompted_frames=1,
-        corrective_clicks=0,  # more steps in a minute
+        corrective_clicks=clicks,
         iou_weight=0.3,  # near to what the tiny model was trained with
         object_weight=0.3,
         learning_rate=rate,

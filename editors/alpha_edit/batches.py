@@ -122,8 +122,8 @@ class EditBatch:
                     f"{self.name!r}, got {value.dtype} of shape {tuple(value.shape)}. Get the edits again from where "
                     "they came."
                 )
-        if len(self.edits) != count:
-            raise ValueError(f"Expected {count} rows of the report in batch {self.name!r}, got {len(self.edits)}.")
+        if len(self.edits) != count or not all(isinstance(row, dict) for row in self.edits):
+            raise ValueError(f"Expected {count} rows of the report in batch {self.name!r}, got {self.edits!r:.80}.")
 
     def without(self, ids: Collection[str]) -> "EditBatch":
         """What is left without some edits, to be solved anew: it has states, and no updates."""
@@ -175,7 +175,7 @@ class EditBatch:
             kinds = {kind: getattr(batch, kind) for kind in _KINDS}
             for name, tensor in tensors.items():
                 kind, _, layer = name.partition(".")
-                kinds[kind][int(layer)] = contiguous_clone(tensor)
+                kinds[kind][int(layer) if layer.isdecimal() else layer] = contiguous_clone(tensor)
         return batch
 
     def record(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision
 from hf_iclr.untrusted import check_links
 
-from ..cards.edits import edit_card, give_card
+from ..records.edit_card import edit_card, give_card
 from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, remove_adapters
 from .config import AlphaEditConfig
 from .journal import EditJournal, load_null_space
@@ -130,8 +130,8 @@ class AlphaEditor(HubMixin):
         Args:
             requests (iterable of `EditRequest`):
                 The facts. A request that cannot be made is not made and stands in the report with its reason; so does
-                a second one for the same prompt and subject. One for the prompt and subject of an edit in force takes
-                its place: the earlier edit is taken back as by [`~AlphaEditor.remove`].
+                a second one for the same text of prompt and subject. One for the text of an edit in force takes its
+                place: the earlier edit is taken back as by [`~AlphaEditor.remove`].
             batch_size (`int`, *optional*, defaults to 100):
                 Facts solved for at once. Later batches leave earlier ones alone as well as they can.
             progress (`bool`, *optional*, defaults to `True`):
@@ -359,8 +359,8 @@ class AlphaEditor(HubMixin):
 
     def _edit_batch(self, requests: list[EditRequest], report: EditReport, progress: bool) -> None:
         p_before = edit_probabilities(self.model, self.tokenizer, requests, self.config)
-        asked = {(request.prompt, request.subject) for request in requests}
-        kept, redone = self._without({edit.id for edit in self.edits if (edit.prompt, edit.subject) in asked})
+        asked = {request.text for request in requests}
+        kept, redone = self._without({edit.id for edit in self.edits if edit.text in asked})
         found = find_target_states(self.model, self.tokenizer, self.projections, requests, self.config, progress)
         good = (found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()).tolist()
         if not all(good):  # what one of these would have corrected stays

@@ -1,46 +1,44 @@
 """The record of all edits, in memory or in a folder: a line of JSON an event, a file a batch, and the adapter."""
 
-import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.utils import WeakFileLock
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from hf_iclr.saving import atomic_file, contiguous_clone, write_safetensors
-from hf_iclr.untrusted import (
-    as_written_by,
-    check_links,
-    inside,
-    parse_json,
-    read_safetensors,
-    regular_file,
-    whole_number,
-)
+from hf_iclr.saving import contiguous_clone, write_safetensors
+from hf_iclr.untrusted import as_written_by, check_links, inside, read_safetensors, regular_file
 
+from ..records.ledger import (
+    JOURNAL_NAME,
+    MARK,
+    batches_of,
+    committed_events,
+    digests,
+    leftovers,
+    locked,
+    mark_of,
+    read_events,
+    write_ledger,
+)
 from .batches import ADAPTER, ADAPTER_CONFIG, BATCHES, EditBatch, concatenate_updates, save_adapter
 from .config import CONFIG_NAME, AlphaEditConfig
 from .projections import DownProjection
+from .requests import EditRequest
 
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_NAME = "ledger.jsonl"
 _NULL_SPACE = "null_space.safetensors"
-_WAIT = 3600.0  # seconds for another editor's work
-_MARK = "hf_iclr.journal"  # in an adapter's header: the digest of the events that it is made of
 
 
 class EditJournal:
@@ -93,26 +91,31 @@ class EditJournal:
         Raises:
             ValueError: when there is no journal, or one that cannot be trusted.
         """
-        self._adopt(folder, committed_events(folder))
+        for name in (JOURNAL_NAME, CONFIG_NAME, _NULL_SPACE, ADAPTER, ADAPTER_CONFIG, ".lock", "README.md"):
+            if os.path.lexists(folder / name):
+                regular_file(inside(folder, name))
+        self._adopt(folder, committed_events(folder, ADAPTER))
         if keep and os.access(folder, os.W_OK) and not (folder / JOURNAL_NAME).is_symlink():
             self.folder = folder
-            whole = (folder / ADAPTER_CONFIG).exists() and _mark(folder) == _digests(self.events)[-1]
-            if not whole or _leftovers(folder):
+            whole = (folder / ADAPTER_CONFIG).exists() and mark_of(folder / ADAPTER) == digests(self.events)[-1]
+            if not whole or leftovers(folder, folder / BATCHES):
                 try:
-                    with self._lock(folder, 0.1):
+                    with locked(folder, 0.1):
                         self.refresh()
                         self._write(folder, self.events, self.batches)
-                        for path in _leftovers(folder):
+                        for path in leftovers(folder, folder / BATCHES):
                             path.unlink()
                 except TimeoutError:
                     logger.info("Another editor is writing to %s just now.", folder)
+        elif keep:
+            logger.warning("%s can't be written to: save what you edit to a folder of your own.", folder)
 
     @contextmanager
     def writing(self) -> Iterator[bool]:
         """Alone with editor and folder; says whether others added edits or took some back, which are then here too."""
         with self._thread, ExitStack() as stack:
             if self.folder is not None:
-                stack.enter_context(self._lock(self.folder))
+                stack.enter_context(locked(self.folder))
             yield self.refresh()
 
     def refresh(self) -> bool:
@@ -120,8 +123,8 @@ class EditJournal:
         if self.folder is None:
             return False
         self.agree(AlphaEditConfig.from_pretrained(self.folder), self.folder)
-        events = committed_events(self.folder)
-        if _digests(events) == _digests(self.events):
+        events = committed_events(self.folder, ADAPTER)
+        if digests(events) == digests(self.events):
             return False
         self._adopt(self.folder, events)
         logger.info("Other editors have written to %s: now %d batches are in force.", self.folder, len(self.batches))
@@ -171,9 +174,9 @@ class EditJournal:
             ValueError: when it has other edits, an adapter of something else, or a link that leads out of it.
         """
         folder = check_links(folder)
-        with self._lock(folder):
-            known = committed_events(folder) if (folder / JOURNAL_NAME).exists() else []
-            if _digests(known) != _digests(self.events[: len(known)]):
+        with locked(folder):
+            known = committed_events(folder, ADAPTER) if (folder / JOURNAL_NAME).exists() else []
+            if digests(known) != digests(self.events[: len(known)]):
                 raise ValueError(
                     f"Expected a new folder or the one these edits were saved to, got {folder} with other edits."
                 )
@@ -188,7 +191,10 @@ class EditJournal:
     def of_repository(self, api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, "EditJournal | None"]:
         """The last commit of a repository and, if it has one, its journal, in the settings of this one."""
         head = api.model_info(repo_id, revision=revision)
-        if JOURNAL_NAME not in [file.rfilename for file in head.siblings or ()]:
+        there = [file.rfilename for file in head.siblings or ()]
+        if JOURNAL_NAME not in there:
+            if ADAPTER_CONFIG in there:
+                raise ValueError(f"Expected a new repository or one with edits, got {repo_id} with another adapter.")
             return head.sha, None
         wanted = [JOURNAL_NAME, CONFIG_NAME, f"{BATCHES}/*"]
         folder = check_links(api.snapshot_download(repo_id, revision=head.sha, allow_patterns=wanted))
@@ -199,7 +205,7 @@ class EditJournal:
 
     def has(self, other: "EditJournal") -> bool:
         """Whether this one only goes on from the other."""
-        return _digests(other.events)[-1] in _digests(self.events)
+        return digests(other.events)[-1] in digests(self.events)
 
     def join(self, theirs: "EditJournal") -> tuple[int, list[EditBatch]]:
         """
@@ -210,14 +216,18 @@ class EditJournal:
             ValueError: when both answer one prompt in different ways.
         """
         common = 0
-        for ours, other in zip(_digests(self.events)[1:], _digests(theirs.events)[1:], strict=False):
+        for ours, other in zip(digests(self.events)[1:], digests(theirs.events)[1:], strict=False):
             common += ours == other
-        before = {request["id"] for record in batches_of(self.events[:common]) for request in record["requests"]}
-        own = {request.id: request for batch in self.batches for request in batch.requests}
-        its = {request.id: request for batch in theirs.batches for request in batch.requests}
-        added = [own[name] for name in own if name not in before and name not in its]
-        told = {(request.prompt, request.subject): request for request in its.values()}
-        clashes = [(mine, told[mine.prompt, mine.subject]) for mine in added if (mine.prompt, mine.subject) in told]
+        own, its = (_by_content(r for batch in j.batches for r in batch.requests) for j in (self, theirs))
+        records = batches_of(self.events[:common])
+        before = _by_content(EditRequest.from_dict(r) for record in records for r in record["requests"])
+        lost = before.keys() - own.keys()  # taken back or corrected here
+        gone = {its[content].id for content in lost & its.keys()}
+        stays = {content: request for content, request in its.items() if content not in lost}
+        told, names = ({getattr(r, by): r for r in stays.values()} for by in ("text", "id"))
+        said = {content[1:] for content in stays}
+        added = [r for content, r in own.items() if content not in before and content[1:] not in said]
+        clashes = [(r, told.get(r.text) or names[r.id]) for r in added if r.text in told or r.id in names]
         if clashes:
             named = "; ".join(
                 f"{a.id} says {a.text!r} is {a.target_new!r}, {b.id} {b.target_new!r}" for a, b in clashes
@@ -226,32 +236,13 @@ class EditJournal:
                 f"Expected edits that agree with those of another editor, got {named}. Take yours back first: "
                 f"`editor.remove({clashes[0][0].id!r})`."
             )
-        gone = before - {*own}
         left = [batch.without(gone) for batch in theirs.batches]
         kept = next(
             (i for i, batch in enumerate(theirs.batches) if len(left[i].requests) < len(batch.requests)), len(left)
         )
         wanted = {request.id for request in added}
-        left += [batch.without({*own} - wanted) for batch in self.batches]
+        left += [batch.without({request.id for request in own.values()} - wanted) for batch in self.batches]
         return kept, [batch for batch in left[kept:] if batch.requests]
-
-    @contextmanager
-    def _lock(self, folder: Path, timeout: float = _WAIT) -> Iterator[None]:
-        """The kernel frees the lock of a process that ended, in whatever way."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            for seconds in (min(timeout, 0.5), timeout):
-                try:
-                    stack.enter_context(WeakFileLock(inside(folder, ".lock"), timeout=seconds))
-                    break
-                except TimeoutError:
-                    if seconds == timeout:
-                        raise TimeoutError(
-                            f"Expected {folder} to be free within {timeout:g} seconds, but another editor is still "
-                            "writing to it. Try again once it is done."
-                        ) from None
-                    logger.warning("Another editor is writing to %s: waiting for it.", folder)
-            yield
 
     def _adopt(self, folder: Path, events: list[dict[str, Any]]) -> None:
         known = {batch.name: batch for batch in self.batches}
@@ -267,111 +258,21 @@ class EditJournal:
     ) -> None:
         for batch in batches:
             batch.save(folder)
-        _write_ledger(folder, events)
+        write_ledger(folder, events, ADAPTER)
         updates = concatenate_updates([batch.updates for batch in batches], rank)
-        base, mark = self.config.base_model_name_or_path, {_MARK: _digests(events)[-1]}
+        base, mark = self.config.base_model_name_or_path, {MARK: digests(events)[-1]}
         save_adapter(folder, self.projections, updates, base, mark)
+
+
+def _by_content(requests: Iterable[EditRequest]) -> dict[tuple[str, str, str], EditRequest]:
+    """Requests by what they are told apart by: a correction may have the name of what it corrects."""
+    return {(request.id, request.text, request.target_new.strip()): request for request in requests}
 
 
 def check_adapter(folder: Path) -> None:
     """Raises `ValueError` when a folder has an adapter of something else, which edits would take the place of."""
     if not (folder / JOURNAL_NAME).exists() and (folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
-
-
-def _write_ledger(folder: Path, events: list[dict[str, Any]]) -> None:
-    """Have exactly these events in the ledger, and that on the disk: lines are added, behind what was cut short."""
-    path = inside(folder, JOURNAL_NAME)
-    there = _read_lines(folder) if path.exists() else []
-    lines = [json.dumps(event) + "\n" for event in events]
-    known = len(there)
-    if _digests([event for event, _ in there]) != _digests(events[:known]):
-        with atomic_file(path) as part:
-            part.write_text("".join(lines))
-        return
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(there[-1][1] if there else 0)
-        file.seek(-1 if there else 0, os.SEEK_END)
-        newline = file.read(1) in (b"\n", b"")
-        file.write(b"\n" * (not newline) + "".join(lines[known:]).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def committed_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a folder that count: those of which its adapter is made, or all if there is no such adapter."""
-    mark, events = _mark(folder), read_events(folder)
-    digests = _digests(events)
-    return events[: digests.index(mark)] if mark in digests else events
-
-
-def _mark(folder: Path) -> str | None:
-    path = inside(folder, ADAPTER)
-    try:
-        with safe_open(regular_file(path), "pt") as file:
-            return (file.metadata() or {}).get(_MARK)
-    except (SafetensorError, OSError, ValueError):
-        return None
-
-
-def _digests(events: list[dict[str, Any]]) -> list[str]:
-    """Of no event, of the first, of the first two, and so on."""
-    digest = hashlib.sha256()
-    digests = [digest.hexdigest()]
-    for event in events:
-        digest.update(json.dumps(event).encode() + b"\n")
-        digests.append(digest.hexdigest())
-    return digests
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """Parts of files that were being written when a process was killed."""
-    return [
-        path for place in (folder, folder / BATCHES) for path in place.glob(".*") if re.match(r"\.\d+\.", path.name)
-    ]
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """
-    The events of a folder's ledger, without a line that was cut short.
-
-    Raises:
-        ValueError: when there is no ledger, or a line that is whole cannot be trusted.
-    """
-    return [event for event, _ in _read_lines(folder)]
-
-
-def _read_lines(folder: Path) -> list[tuple[dict[str, Any], int]]:
-    """Each event and where its line ends, in bytes."""
-    path = inside(folder, JOURNAL_NAME)
-    if not path.exists():
-        raise ValueError(f"Expected {JOURNAL_NAME} in {folder}, got none: no edits were saved there.")
-    events, end = [], 0
-    for number, line in enumerate(regular_file(path).read_bytes().splitlines(keepends=True), 1):
-        end += len(line)
-        try:
-            events.append((parse_json(line, f"line {number} of {path}", nan=True), end))
-        except ValueError as error:
-            if not isinstance(error.__cause__, json.JSONDecodeError):
-                raise
-    return events
-
-
-def batches_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    The records of the batches in force after some events, in order.
-
-    Raises:
-        ValueError: when more batches were undone than there were, or two have one name.
-    """
-    batches: list[dict[str, Any]] = []
-    for event in events:
-        kept = len(batches) - whole_number(event["undone"], "the number of batches undone", most=len(batches))
-        batches = batches[:kept] + event["batches"]
-    names = [batch["name"] for batch in batches]
-    if len({*names}) < len(names):
-        raise ValueError(f"Expected a file of its own for each batch of the journal, got the names {names}.")
-    return batches
 
 
 def load_null_space(
@@ -388,10 +289,17 @@ def load_null_space(
     path = inside(folder, _NULL_SPACE)
     basis = {name: contiguous_clone(value) for name, value in read_safetensors(path)[0].items()}
     expected = {str(p.index): p.in_features for p in projections}
-    found = {name: len(value) for name, value in basis.items() if value.ndim == 2 and value.isfinite().all()}
+    found = {name: len(value) for name, value in basis.items() if _orthonormal(value)}
     if found != expected or len(basis) != len(expected):
         raise ValueError(
-            f"Expected finite directions of sizes {expected} by layer in {path}, got {found}. Get the edits again "
-            "from where they came."
+            f"Expected orthonormal float64 directions of sizes {expected} by layer in {path}, got {found}. Get the "
+            "edits again from where they came."
         )
     return {int(name): value for name, value in basis.items()}
+
+
+def _orthonormal(columns: torch.Tensor) -> bool:
+    if columns.ndim != 2 or columns.dtype != torch.float64:
+        return False
+    one = torch.eye(columns.shape[1], dtype=columns.dtype)
+    return torch.allclose(columns.T @ columns, one, atol=1e-6)

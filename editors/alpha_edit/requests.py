@@ -4,13 +4,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
-# What only rows of EasyEdit and KnowEdit have.
-_EASY_EDIT = {"ground_truth", "rephrase_prompt", "rephrase", "locality", "locality_prompt", "portability"}
+# What only rows of EasyEdit and KnowEdit have, and CounterFact's where they are flat.
+_EASY_EDIT = {
+    "ground_truth", "rephrase_prompt", "rephrase", "locality", "locality_prompt", "portability",
+    "paraphrase_prompts", "neighborhood_prompts",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -202,14 +206,16 @@ def edit_requests(rows: Iterable[Mapping[str, Any]], *, limit: int | None = None
 
 
 def _read_row(index: int, row: Mapping[str, Any]) -> EditRequest:
-    if "requested_rewrite" in row:
-        return _read_counterfact(row)
-    if {"src", "answers", "rephrase", "subject"} <= set(row):
-        return _read_zsre(index, row)
-    if {"prompt", "target_new"} <= set(row):
-        # A dataset fills the columns a row lacks with None.
-        values = {name: value for name, value in row.items() if value is not None}
-        if _EASY_EDIT & set(values) or "{}" not in row["prompt"] and values.get("subject", "") in row["prompt"]:
+    values = {name: value for name, value in row.items() if value is not None}  # which a dataset fills columns with
+    if "requested_rewrite" in values:
+        return _read_counterfact(index, values)
+    if {"src", "answers", "subject"} <= set(values):
+        return _read_zsre(index, values)
+    if {"text", "labels", "concept"} <= set(values):  # KnowEdit's WikiBio
+        values |= {"prompt": values["text"], "subject": values["concept"], "target_new": values["labels"]}
+        return _read_easy_edit(index, values)
+    if {"prompt", "target_new"} <= set(values):
+        if _EASY_EDIT & set(values) or "{}" not in values["prompt"] and values.get("subject", "") in values["prompt"]:
             return _read_easy_edit(index, values)
         return EditRequest.from_dict(values)
     raise ValueError(
@@ -219,81 +225,90 @@ def _read_row(index: int, row: Mapping[str, Any]) -> EditRequest:
     )
 
 
-def _read_counterfact(row: Mapping[str, Any]) -> EditRequest:
-    rewrite = row["requested_rewrite"]
+def _read_counterfact(index: int, row: Mapping[str, Any]) -> EditRequest:
+    rewrite, name = row["requested_rewrite"], row.get("case_id")
     return EditRequest(
         prompt=rewrite["prompt"],
         subject=rewrite["subject"],
-        target_new=rewrite["target_new"]["str"],
-        target_true=rewrite["target_true"]["str"],
-        paraphrases=tuple(row.get("paraphrase_prompts") or filter(None, [rewrite.get("question")])),
-        neighborhood=tuple(row.get("neighborhood_prompts") or ()),
-        id=f"counterfact-{row['case_id']}" if row.get("case_id") is not None else "",
+        target_new=_answer(index, rewrite["target_new"]),
+        target_true=_answer(index, rewrite["target_true"]) if rewrite.get("target_true") else None,
+        paraphrases=_texts(row.get("paraphrase_prompts") or rewrite.get("question")),
+        neighborhood=_texts(row.get("neighborhood_prompts")),
+        id="" if name is None else f"counterfact-{name}",
         source="CounterFact",
     )
 
 
 def _read_zsre(index: int, row: Mapping[str, Any]) -> EditRequest:
-    subject, question = row["subject"], row["src"]
-    if subject not in question:
+    prompt, subject = _subject_in(row["src"], row["subject"])
+    if subject is None:
         raise ValueError(
-            f"Expected the question of row {index} to name its subject {subject!r}, got {question!r}. Leave the row "
-            "out."
+            f"Expected the question of row {index} to name its subject {row['subject']!r}, got {row['src']!r}. Leave "
+            "the row out."
         )
     if not row["answers"]:
         raise ValueError(f"Expected row {index} to have an answer, got {row['answers']!r}. Leave the row out.")
-    neighborhood: Any = ((f"{row['loc']}?", row["loc_ans"]),) if row.get("loc") else ()
+    pair = (f"{row['loc'].removesuffix('?')}?", _answer(index, row["loc_ans"])) if row.get("loc") else None
     return EditRequest(
-        prompt=question.replace(subject, "{}", 1),
+        prompt=prompt,
         subject=subject,
-        target_new=row["answers"][0],
-        paraphrases=(row["rephrase"],),
-        neighborhood=neighborhood,
+        target_new=_answer(index, row["answers"]),
+        paraphrases=_texts(row.get("rephrase", row.get("rephrases"))),
+        neighborhood=(pair,) if pair else (),
         source="zsRE",
     )
 
 
-def _read_easy_edit(index: int, row: dict[str, Any]) -> EditRequest:
-    subject, prompt = row.get("subject"), row["prompt"]
+def _read_easy_edit(index: int, row: Mapping[str, Any]) -> EditRequest:
+    prompt, subject = row["prompt"], row.get("subject")
     if "{}" not in prompt:
-        place = prompt.find(subject) if subject else -1
-        if subject is None or place < 0:
-            subject = None
-        else:
-            prompt = prompt[:place] + "{}" + prompt[place + len(subject) :]
-    paraphrases = row.get("rephrase_prompt", row.get("rephrase", row.get("paraphrases", ())))
+        prompt, subject = _subject_in(prompt, subject)
+    paraphrases = ("rephrase_prompt", "rephrase", "paraphrases", "paraphrase_prompts")
     return EditRequest(
         prompt=prompt,
         subject=subject,
-        target_new=_first_text(index, row["target_new"]),
-        target_true=_first_text(index, row["ground_truth"]) if row.get("ground_truth") else row.get("target_true"),
-        paraphrases=(paraphrases,) if isinstance(paraphrases, str) else tuple(paraphrases),
-        neighborhood=tuple(_locality(index, row)),
+        target_new=_answer(index, row["target_new"]),
+        target_true=_answer(index, row["ground_truth"]) if row.get("ground_truth") else row.get("target_true"),
+        paraphrases=_texts(next((row[name] for name in paraphrases if name in row), None)),
+        neighborhood=(*_locality(index, row), *_texts(row.get("neighborhood_prompts"))),
         id=str(row.get("id", "")),
         source=row.get("source"),
         license=row.get("license"),
     )
 
 
-def _locality(index: int, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _subject_in(prompt: str, subject: str | None) -> tuple[str, str | None]:
+    """A prompt with `{}` for its subject, as a word of its own where it is one; `None` where it does not stand."""
+    if not subject or subject not in prompt:
+        return prompt, None
+    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
+    place = whole.start() if whole else prompt.index(subject)
+    return prompt[:place] + "{}" + prompt[place + len(subject) :], subject
+
+
+def _locality(index: int, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Prompts and answers of all kinds of locality: lists of pairs, or a list of prompts and one of answers."""
-    parts = [value for value in (row.get("locality") or {}).values() if value]
+    locality = row.get("locality", {})
+    parts = [*locality.values()] if isinstance(locality, Mapping) else [locality]
     if row.get("locality_prompt"):
         parts.append({"prompt": row["locality_prompt"], "ground_truth": row["locality_ground_truth"]})
-    for part in parts:
+    for part in filter(None, parts):
         if isinstance(part, Mapping):
             prompts, answers = part["prompt"], part["ground_truth"]
-            several = not isinstance(prompts, str)
-            pairs = zip(prompts, answers, strict=True) if several else [(prompts, answers)]
+            pairs = [(prompts, answers)] if isinstance(prompts, str) else zip(prompts, answers, strict=True)
         else:
             pairs = [(entry["prompt"], entry["ground_truth"]) for entry in part]
-        for prompt, answer in pairs:
-            if answer:
-                yield prompt, _first_text(index, answer)
+        yield from ((prompt, _answer(index, answer)) for prompt, answer in pairs if answer and any(answer))
 
 
-def _first_text(index: int, value: Any) -> str:
-    """An answer: text, or the first of a list of answers, which may be lists of aliases."""
+def _texts(value: Any) -> tuple[Any, ...]:
+    """One text or a list of them, which [`EditRequest`] checks."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _answer(index: int, value: Any) -> str:
+    """An answer: text, CounterFact's `{"str": text}`, or the first of a list of answers, which may be lists too."""
+    value = value.get("str") if isinstance(value, Mapping) else value
     while isinstance(value, Sequence) and not isinstance(value, str) and value:
         value = value[0]
     if not isinstance(value, str):

@@ -220,14 +220,14 @@ def reasons_against(
     is the number of tokens that the model takes, `made` the edits in force by
     their ids.
     """
-    seen: dict[tuple[str, str | None], int] = {}
+    seen: dict[str, int] = {}
     names: dict[str, int] = {}
     reasons: dict[int, str] = {}
     for index, request in enumerate(requests):
-        other = seen.setdefault((request.prompt, request.subject), index)
+        other = seen.setdefault(request.text, index)
         named = names.setdefault(request.id, index)
         force = made.get(request.id, request)
-        if (force.prompt, force.subject) != (request.prompt, request.subject):
+        if force.text != request.text:
             reasons[index] = f"an edit of {force.text!r} with its id {request.id} is in force"
         elif request.id in made and force.target_new == request.target_new:
             reasons[index] = "this edit is in force already"

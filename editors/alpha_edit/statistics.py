@@ -22,7 +22,7 @@ from hf_iclr.models import evaluation_mode, hash_weights, pad_rows
 from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
-from ..cards.statistics import statistics_card
+from ..records.statistics_card import statistics_card
 from .closed_form import check_null_space_rule, count_preserved, main_eigenvectors, sum_of_squares
 from .projections import DownProjection, capture, check_weights, choose_layers, find_down_projections, run_until
 from .requests import text_of

@@ -12,12 +12,13 @@ from huggingface_hub import HfApi, ModelCard
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
 from hf_iclr.saving import contiguous_clone
-from hf_iclr.untrusted import as_written_by, inside, read_json, read_safetensors, whole_number
+from hf_iclr.untrusted import as_written_by, inside, read_safetensors, whole_number
 
 from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
 from ..alpha_edit.projections import DownProjection, EditedWeight
-from ..cards.concepts import concept_card
-from .batches import EDITS_NAME, WEIGHTS_NAME, ConceptBatch, check_repository, name_of, write_edits
+from ..records.concept_card import concept_card
+from ..records.ledger import JOURNAL_NAME, batches_of, committed_events
+from .batches import WEIGHTS_NAME, ConceptBatch, check_repository, write_edits
 from .pipelines import (
     ROUNDING,
     denoiser_name,
@@ -121,7 +122,10 @@ class ConceptEditor(HubMixin):
             for name, layer in layers.items()
         }
         self._batches: list[ConceptBatch] = []
-        self._known: set[str] = set()  # names of all batches that were ever in force here
+        self._events = [
+            {"event": "begin", "base_model": pipeline.name_or_path, "base_hash": self.base_hash,
+             "settings": self.settings, "retain": self.retain, "undone": 0, "batches": []}
+        ]  # fmt: skip
         self._retained = self._encode(self.retain) if self.retain else {}
         self._preserved = self._preserved_directions()
 
@@ -192,6 +196,7 @@ class ConceptEditor(HubMixin):
                 row.concept,
             )
         self._write([*self._batches, batch])
+        self._events.append({"event": "edit", "undone": 0, "batches": [batch.record()]})
         return table
 
     def undo(self, batches: int = 1) -> None:
@@ -208,6 +213,7 @@ class ConceptEditor(HubMixin):
         if not 0 < batches <= len(self._batches):
             raise ValueError(f"Expected between 1 and {len(self._batches)} batches to undo, got {batches}.")
         self._write(self._batches[:-batches])
+        self._events.append({"event": "undo", "undone": batches, "batches": []})
 
     def lora_state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -229,8 +235,8 @@ class ConceptEditor(HubMixin):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Write the edits as a LoRA that `pipeline.load_lora_weights` takes, where the pipeline has that, what is needed
-        to undo them, and a card.
+        Write the edits as a LoRA that `pipeline.load_lora_weights` takes, where the pipeline has that, the ledger that
+        is needed to undo them, and a card.
 
         Args:
             save_directory (`str` or `Path`):
@@ -240,19 +246,11 @@ class ConceptEditor(HubMixin):
             ValueError: when the folder has edits that this editor has not made or loaded, or another LoRA.
         """
         state = {f"{self.component}.{name}": value for name, value in self.lora_state_dict().items()}
-        self.save_card(write_edits(save_directory, self._about(), state, self._known))
+        write_edits(Path(save_directory), self._events, state)
+        self.save_card(save_directory)
 
     def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
-        return check_repository(api, repo_id, revision, self._known)
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "base_model": self.pipeline.name_or_path,
-            "base_hash": self.base_hash,
-            "settings": self.settings,
-            "retain": self.retain,
-            "batches": [batch.record() for batch in self._batches],
-        }
+        return check_repository(api, repo_id, revision, self._events)
 
     @classmethod
     def from_pretrained(
@@ -285,14 +283,12 @@ class ConceptEditor(HubMixin):
             ValueError: when there are no edits, the pipeline is another one, or a file is not what
                 [`~ConceptEditor.save_pretrained`] writes.
         """
-        folder = pretrained_folder(name_or_path, [WEIGHTS_NAME, EDITS_NAME], revision=revision, token=token)
-        path = inside(folder, EDITS_NAME)
-        if not path.exists():
-            raise ValueError(f"Expected a folder or repository with {EDITS_NAME}, got {name_or_path}, which has none.")
-        about = read_json(path)
+        folder = pretrained_folder(name_or_path, [WEIGHTS_NAME, JOURNAL_NAME], revision=revision, token=token)
+        events = committed_events(folder, WEIGHTS_NAME)
         found = hash_weights(getattr(pipeline, denoiser_name(pipeline)))
         tensors, _ = read_safetensors(inside(folder, WEIGHTS_NAME))
-        with as_written_by("ConceptEditor.save_pretrained", path):
+        with as_written_by("ConceptEditor.save_pretrained", folder):
+            about = events[0]
             if check_base_model and found != about["base_hash"]:
                 raise ValueError(
                     f"Expected the pipeline that was edited, {about['base_model']!r} with weights "
@@ -301,9 +297,10 @@ class ConceptEditor(HubMixin):
             editor = cls(pipeline, about["retain"], **about["settings"])
             state = {name.removeprefix(f"{editor.component}."): value for name, value in tensors.items()}
             starts = dict.fromkeys(editor.layers, 0)
-            for entry in about["batches"]:
+            for entry in batches_of(events):
                 editor._batches.append(editor._read_batch(entry, state, starts))
         editor._write(editor._batches)
+        editor._events = events
         return editor
 
     def _read_batch(
@@ -312,7 +309,7 @@ class ConceptEditor(HubMixin):
         """A batch of the file, whose columns begin at `starts`, which are moved on."""
         concepts = self._check(entry["concepts"])
         keys = self._encode([*concepts.values(), *concepts])
-        batch = ConceptBatch(concepts, name=name_of(entry))
+        batch = ConceptBatch(concepts, name=entry["name"])
         for kind, rank in entry["ranks"].items():
             batch.keys[kind] = keys[kind].flatten(0, 1).T
             columns = slice(starts[kind], starts[kind] + whole_number(rank, "the rank of a batch"))
@@ -326,7 +323,8 @@ class ConceptEditor(HubMixin):
         return batch
 
     def _card(self, repo_id: str) -> ModelCard:
-        return concept_card(self._about(), repo_id, hasattr(self.pipeline, "load_lora_weights"))
+        lora = hasattr(self.pipeline, "load_lora_weights")
+        return concept_card(self._events[0], self.concepts, repo_id, lora)
 
     def _encode(self, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
         return encode_prompts(self.pipeline, prompts, self.settings["encode_options"] | options, self.layers)
@@ -371,7 +369,6 @@ class ConceptEditor(HubMixin):
                 for name in layers:
                     act(self._weights[name], [(batch.residuals[name], batch.factors[kind]) for batch in batches])
         self._batches = batches
-        self._known |= {batch.name for batch in batches}
 
 
 def _norms(columns: torch.Tensor, parts: int) -> torch.Tensor:

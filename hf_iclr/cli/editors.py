@@ -13,7 +13,8 @@ def edit(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            help="JSON lines with prompt (with {}), subject and target_new; or CounterFact or zsRE rows.",
+            help="JSON lines, or a list, with prompt (with {}), subject and target_new; or rows of CounterFact, zsRE, "
+            "MQuAKE, EasyEdit or KnowEdit.",
         ),
     ] = None,
     out: Annotated[
@@ -44,7 +45,8 @@ def edit(
     from rich.text import Text
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
-    from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, check_adapter
+    from hf_iclr.editors.alpha_edit.journal import check_adapter
+    from hf_iclr.editors.records.ledger import JOURNAL_NAME
 
     console = Console()
     if undo:
@@ -66,8 +68,11 @@ def edit(
 
     from hf_iclr.editors.alpha_edit import edit_requests
     from hf_iclr.runs.prompt_files import read_json_lines
+    from hf_iclr.untrusted import parse_json
 
-    facts, config = edit_requests(read_json_lines(requests)), AlphaEditConfig(solver=solver or "alphaedit")
+    whole = requests.read_bytes().lstrip(b"\xef\xbb\xbf \n\r\t")
+    rows_asked = parse_json(whole, requests) if whole.startswith(b"[") else read_json_lines(requests)
+    facts, config = edit_requests(rows_asked), AlphaEditConfig(solver=solver or "alphaedit")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
     keys: KeyStatistics | None = None

@@ -15,7 +15,8 @@ import jinja2
 import pandas as pd
 from datasets import Dataset
 
-from hf_iclr.editors.alpha_edit.journal import JOURNAL_NAME, batches_of, read_events
+from hf_iclr.editors.alpha_edit.batches import ADAPTER
+from hf_iclr.editors.records.ledger import JOURNAL_NAME, batches_of, committed_events
 from hf_iclr.extras import new_figure, require
 from hf_iclr.saving import atomic_file
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
@@ -121,7 +122,8 @@ def read_run(folder: str | Path) -> RunRecord:
         if isinstance(content := read_json(path), dict) and "report" in content:
             run.audits[_name(path, folder)] = SafetyReport.load(path.parent)
     for path in _here_and_below(folder, JOURNAL_NAME):
-        run.edits[_name(path, folder)] = batches_of(read_events(path.parent))
+        batches = batches_of(committed_events(path.parent, ADAPTER))
+        run.edits[_name(path, folder)] = [batch for batch in batches if "edits" in batch]  # not those of concepts
     if (folder / "cascade.jsonl").is_file():
         lines = regular_file(folder / "cascade.jsonl").read_text(encoding="utf-8").splitlines()
         run.cascades = [parse_json(line, folder / "cascade.jsonl") for line in lines if line.strip()]
@@ -327,8 +329,8 @@ def _audit_table(report: SafetyReport) -> tuple[str, pd.DataFrame]:
 
 
 def _edit_table(batches: list[dict[str, Any]]) -> tuple[str, pd.DataFrame]:
-    edits = [{"time": batch["time"], **edit} for batch in batches for edit in batch["edits"]]
-    names = ["time", "prompt", "subject", "target_new", "p_before", "p_after"]
+    edits = [edit for batch in batches for edit in batch["edits"]]
+    names = ["batch", "prompt", "subject", "target_new", "p_before", "p_after"]
     return "Probability of the target, before and after", pd.DataFrame(edits, columns=names)
 
 

@@ -224,7 +224,8 @@ def test_edit_adds_to_the_edits_of_a_folder(run, word_tokenizer, tmp_path):
     def edit(subject, *more):
         facts = tmp_path / "facts.jsonl"
         rows = [{"prompt": "w2 {} w1", "subject": subject, "target_new": " w9"}, *others]
-        facts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8-sig")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        facts.write_text(text if others else json.dumps(rows, indent=1), encoding="utf-8-sig")  # lines or one list
         return run("edit", str(tmp_path / "model"), str(facts), "--out", str(out), *more)
 
     others: list = []

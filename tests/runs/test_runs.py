@@ -2,20 +2,32 @@
 
 import asyncio
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import trl
+from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import Trainer
 from typer.testing import CliRunner
 
-from hf_iclr import KeyStatistics, write_run_report
+from hf_iclr import (
+    DeepSafetySFTConfig,
+    DeepSafetySFTTrainer,
+    KeyStatistics,
+    SqueezeDPOConfig,
+    SqueezeDPOTrainer,
+    write_run_report,
+)
 from hf_iclr.cli.app import app
 from hf_iclr.doctor.self_check import TRAINING
 from hf_iclr.runs.parts import parts_in_every_trainer
 from hf_iclr.runs.report import read_run
+from tests.editors.alpha_edit.test_editor import make_editor
+from tests.editors.tiny import REQUESTS
 from tests.trainers.tiny import tiny_llama, triplet_rows, word_rows
 from tests.vision.annotation.chromium import CHROMIUM, open_tab
 
@@ -96,6 +108,41 @@ def test_a_script_trains_the_same_model_with_our_callbacks(folder, watched):
     assert not any("/" in key for entry in read_run(plain).log for key in entry)
 
 
+def test_names_of_what_is_logged(folder, watched, word_tokenizer, tmp_path):
+    """Each stands in the table of docs/runs.md, whose names are all logged, but for some of rare settings."""
+    table = (Path(__file__).parents[2] / "docs" / "runs.md").read_text().partition("## Names of what is logged")[2]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+    ends = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    pairs = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
+    log = [*read_run(watched).log]
+    for trainer_class, config, rows, more in (
+        (SqueezeDPOTrainer, SqueezeDPOConfig, pairs, {"ref_model": tiny_llama(), "probe_dataset": pairs}),
+        (DeepSafetySFTTrainer, DeepSafetySFTConfig, word_rows(8), {}),
+    ):
+        args = config(str(tmp_path), **{**TRAINING, **ends})
+        sets = {"train_dataset": rows, "eval_dataset": rows, "processing_class": word_tokenizer}
+        trainer = trainer_class(tiny_llama(), args=args, **sets, **more)
+        trainer.train()
+        log += trainer.state.log_history
+    logged = {key.removeprefix("eval_") for entry in log for key in entry if "/" in key or "constrained" in key}
+    logged -= {key for key in logged if key.startswith(("rewards/", "logps/", "logits/"))}  # TRL's
+    known = {name: re.compile(re.sub("{.+?}", _choice, name.removeprefix("eval_"))) for name in names}
+    assert [key for key in sorted(logged) if not any(one.fullmatch(key) for one in known.values())] == []
+    never = {name for name, one in known.items() if not any(map(one.fullmatch, logged))}
+    assert {name.partition("/")[0] for name in never if not name.startswith("safety/")} == {
+        "crosstalk",
+        "onpolicy",
+        "repeat",
+    }
+    assert {name for name in never if name.startswith("safety/")} == {"safety/over_refusal_rate", "safety/beta_scale"}
+
+
+def _choice(braces):
+    names = braces[0][1:-1].split(", ")
+    return f"({'|'.join(names)})" if len(names) > 1 else r"\w+"
+
+
 def test_squeeze_alone_logs_what_a_preference_loss_does(folder):
     original = trl.DPOTrainer
     plain, watched = run(folder, "dpo.py", "dpo"), run(folder, "dpo.py", "dpo-watched", "squeeze")
@@ -145,6 +192,15 @@ def test_the_page_tells_what_the_folder_holds(folder, watched, tmp_path):
     ]
     assert panels == sorted(panels) and "<h3>Rewards of the loss</h3>" not in page
     assert page.count("<svg") == page.count("<figure>") and "src=" not in page and 'href="http' not in page
+
+
+def test_the_page_tells_of_edits_in_force(word_tokenizer, tmp_path):
+    editor = make_editor(word_tokenizer, folder=tmp_path / "edits", num_steps=1)
+    editor.edit(REQUESTS[:2], batch_size=1, progress=False)
+    editor.undo()
+    page = write_run_report(tmp_path).read_text()
+    assert "1 in force" in page and REQUESTS[0].prompt in page and REQUESTS[1].prompt not in page
+    assert f"{editor.batches[0].edits[0]['p_after']:.4g}" in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

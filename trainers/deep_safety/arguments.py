@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
@@ -117,7 +118,8 @@ def choose_reference(trainer: Any, ref_model: Any) -> str:
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     every = [rows for rows in (trainer.train_dataset, *evaluation.values()) if rows is not None]
     once = (
-        all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
+        isinstance(trainer, SFTTrainer)
+        and all(isinstance(rows, Dataset) and rows.format["type"] != "custom" for rows in every)
         and not trainer._is_vision_dataset
         and not trainer.is_fsdp_enabled
     )
@@ -127,8 +129,8 @@ def choose_reference(trainer: Any, ref_model: Any) -> str:
     if reference in ("precompute", "window") and not once:
         raise ValueError(
             f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
-            'evaluation), `with_transform`, images and FSDP do not allow. Set `reference="adapter"` with a '
-            '`peft_config`, or `reference="frozen"`.'
+            "evaluation), `with_transform`, images, FSDP and trainers other than TRL's do not allow. Set "
+            '`reference="adapter"` with a `peft_config`, or `reference="frozen"`.'
         )
     if reference == "adapter" and not isinstance(trainer.model, PeftModel):
         raise ValueError(

@@ -1,9 +1,12 @@
-"""Settings of [`DeepSafetySFTTrainer`]."""
+"""Settings of [`DeepSafetySFTTrainer`] and of other trainers that keep refusals."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
+
+from hf_iclr.untrusted import check_field_types
 
 from .constrained_loss import WINDOW_STARTS
 
@@ -13,12 +16,12 @@ CONSTRAIN = ("all", "refused", "none")
 
 
 @dataclass
-class DeepSafetySFTConfig(SFTConfig):
+class DeepSafetyOptions:
     """
-    [`~trl.SFTConfig`] plus the settings of both methods of https://huggingface.co/papers/2406.05946. Defaults are the
-    paper's, also where they differ from TRL's: Adam's beta1 is 0.5 and the learning rate warms up for 10 steps.
+    What a trainer with [`DeepSafetyMixin`] does, by both methods of https://huggingface.co/papers/2406.05946. Defaults
+    are the paper's. A trainer whose arguments have no such fields takes those of its `safety_options`.
 
-    Parameters:
+    Args:
         constrain (`str`, *optional*, defaults to `"all"`):
             Which answers get the constrained loss: `"all"`, `"refused"` (those to turns that the reference refuses, by
             one short greedy answer to each before training) or `"none"`. The others get plain cross-entropy, as do
@@ -60,10 +63,6 @@ class DeepSafetySFTConfig(SFTConfig):
             Longest such start C, in tokens.
     """
 
-    adam_beta1: float = field(default=0.5, metadata={"help": "The beta1 hyperparameter of Adam; the paper's 0.5."})
-    warmup_steps: float = field(
-        default=10, metadata={"help": "Steps, or share of all steps below 1, of linear warm-up; the paper's 10."}
-    )
     constrain: str = field(
         default="all", metadata={"help": "Rows that get the constrained loss.", "choices": list(CONSTRAIN)}
     )
@@ -92,7 +91,7 @@ class DeepSafetySFTConfig(SFTConfig):
     max_prefix_tokens: int = field(default=100, metadata={"help": "Longest such start in tokens."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_field_types(self, DeepSafetyOptions)
         for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
@@ -118,23 +117,46 @@ class DeepSafetySFTConfig(SFTConfig):
                 "Expected `recovery_probability` from 0 to 1 and `max_prefix_tokens` of at least 1, got "
                 f"{self.recovery_probability} and {self.max_prefix_tokens}. The paper's values are 0.5 and 100."
             )
-        if self.constrain != "none":
-            self._check_constrained()
 
-    def _check_constrained(self) -> None:
-        reason = None
-        if self.loss_type == "dft":
-            reason = "`loss_type='dft'` multiplies the log-probabilities this loss rewrites. Set `loss_type='nll'`"
-        elif self.label_smoothing_factor > 0:
-            reason = "`label_smoothing_factor` takes its loss from full logits. Set it to 0"
-        elif self.packing and self.constrain == "refused":
-            reason = "`constrain='refused'` answers every prompt first, and packed rows have none. Set `packing=False`"
-        elif self.packing and self.packing_strategy != "bfd":
-            reason = (
-                f"`packing_strategy={self.packing_strategy!r}` cuts answers in the middle, where their positions "
-                "would start again at 1. Set `packing_strategy='bfd'`"
-            )
-        elif self.truncation_mode == "keep_end":
-            reason = "`truncation_mode='keep_end'` cuts off the start of an answer. Set `truncation_mode='keep_start'`"
-        if reason:
-            raise ValueError(f"The constrained loss cannot be right here: {reason}, or `constrain='none'`.")
+
+@dataclass
+class DeepSafetySFTConfig(DeepSafetyOptions, SFTConfig):
+    """
+    [`~trl.SFTConfig`] and [`~hf_iclr.trainers.deep_safety.config.DeepSafetyOptions`]. Defaults are the paper's, also
+    where they differ from TRL's: Adam's beta1 is 0.5 and the learning rate warms up for 10 steps.
+
+    Args:
+        kwargs:
+            Options of [`~trl.SFTConfig`] and of [`~hf_iclr.trainers.deep_safety.config.DeepSafetyOptions`].
+    """
+
+    adam_beta1: float = field(default=0.5, metadata={"help": "The beta1 hyperparameter of Adam; the paper's 0.5."})
+    warmup_steps: float = field(
+        default=10, metadata={"help": "Steps, or share of all steps below 1, of linear warm-up; the paper's 10."}
+    )
+
+    def __post_init__(self) -> None:
+        SFTConfig.__post_init__(self)
+        DeepSafetyOptions.__post_init__(self)
+        check_constrained(self)
+
+
+def check_constrained(args: Any) -> None:
+    """Raises `ValueError` where the constrained loss could not be right with these arguments of a trainer."""
+    packing = getattr(args, "packing", False)  # which only TRL's arguments have
+    reason = None
+    if getattr(args, "loss_type", "nll") == "dft":
+        reason = "`loss_type='dft'` multiplies the log-probabilities this loss rewrites. Set `loss_type='nll'`"
+    elif args.label_smoothing_factor > 0:
+        reason = "`label_smoothing_factor` takes its loss from full logits. Set it to 0"
+    elif packing and args.constrain == "refused":
+        reason = "`constrain='refused'` answers every prompt first, and packed rows have none. Set `packing=False`"
+    elif packing and args.packing_strategy != "bfd":
+        reason = (
+            f"`packing_strategy={args.packing_strategy!r}` cuts answers in the middle, where their positions "
+            "would start again at 1. Set `packing_strategy='bfd'`"
+        )
+    elif getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        reason = "`truncation_mode='keep_end'` cuts off the start of an answer. Set `truncation_mode='keep_start'`"
+    if reason and args.constrain != "none":
+        raise ValueError(f"The constrained loss cannot be right here: {reason}, or `constrain='none'`.")

@@ -1,6 +1,8 @@
 """Which training prompts the reference refuses, by one short greedy answer each."""
 
+import dataclasses
 import logging
+import statistics
 from itertools import chain
 from typing import Any
 
@@ -14,11 +16,15 @@ from hf_iclr.prefill import continue_rows
 
 from ..safety_audit.asking.thoughts import opens_thoughts, read_answers
 from ..safety_audit.judge import find_refusal_cue
+from .reference_log_probs import CONSTRAIN, REF_LOGPS
 
 
 logger = logging.getLogger(__name__)
 
 SHORT, WITH_THOUGHTS = 24, 512  # tokens of an answer: refusals show in their first words, where there are no thoughts
+# β₁ times the negative log-probability (nats) of a compliant first token at which refusals stayed in
+# benchmarks/deep_safety.py; see docs/deep_safety.md.
+STRONG_CONSTRAINT = 20.0
 
 
 def prompts_of(rows: Dataset) -> list[list[tuple[int, ...]]]:
@@ -104,3 +110,33 @@ def find_refusals(
             WITH_THOUGHTS,
         )
     return {prompt: refusal for part in gather_object([found]) for prompt, refusal in part.items()}
+
+
+def warn_of_a_weak_constraint(trainer: Any) -> None:
+    """Say so where the reference finds the answers to prompts that it refuses not unlikely enough to be held back."""
+    rows = trainer.train_dataset.select([i for i, marks in enumerate(trainer.train_dataset[CONSTRAIN]) if any(marks)])
+    if not len(rows):
+        logger.warning(
+            "The reference refuses no prompt of the %d training rows, by the English cues of `RefusalJudge`: "
+            "nothing is constrained, this is plain SFT. Mark rows in a boolean column `constrain` and set "
+            "`constrain='all'`.",
+            len(trainer.train_dataset),
+        )
+        return
+    rows = rows.map(
+        lambda row: {"labels": [t if mark else -100 for t, mark in zip(row["labels"], row[CONSTRAIN], strict=True)]}
+    )
+    first_token = dataclasses.replace(trainer.data_collator.window, stored_tokens=1)
+    scored = trainer._score(rows, "refused rows' first tokens", window=first_token, keep=False)[REF_LOGPS]
+    loss = -statistics.mean(value for values in scored for value in values)
+    logger.info("The reference refuses the prompts of %d of %d training rows.", len(rows), len(trainer.train_dataset))
+    if trainer.args.beta_first * loss < STRONG_CONSTRAINT:
+        logger.warning(
+            "On the %d prompts it refuses, the reference finds the first token of the training answers only %.1f "
+            "nats unlikely. `beta_first=%s` gives way by ln(1 + 2 β r t) / β nats, so refusals may be lost; set "
+            "`beta_first=%.1f`.",
+            len(rows),
+            loss,
+            trainer.args.beta_first,
+            STRONG_CONSTRAINT / max(loss, 0.1),
+        )

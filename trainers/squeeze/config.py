@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from hf_iclr.untrusted import check_field_types
+
 
 SQUEEZE_METRICS = ("off", "default", "full")
 
@@ -50,6 +52,7 @@ class SqueezeOptions:
     )
 
     def __post_init__(self) -> None:
+        check_field_types(self, SqueezeOptions)
         if self.squeeze_metrics not in SQUEEZE_METRICS:
             raise ValueError(
                 f"squeeze_metrics must be one of {', '.join(SQUEEZE_METRICS)}, got {self.squeeze_metrics!r}."
@@ -57,7 +60,7 @@ class SqueezeOptions:
         for name in ("argmax_every", "probe_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}. For example `{name}=10`.")
-        if not isinstance(self.probe_budget, int | float) or not 0 < self.probe_budget <= 1:
+        if not 0 < self.probe_budget <= 1:
             raise ValueError(
                 f"probe_budget must be in (0, 1], got {self.probe_budget}. For example `probe_budget=0.05`."
             )

@@ -1,9 +1,7 @@
 """Masklets, the masks of one object through a video: tracked, measured, and found without prompts."""
 
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,7 +202,7 @@ def _encode(
     images: list[torch.Tensor] = []
     for frame in range(first, min(first + _ENCODED_AT_ONCE, session.num_frames or 0)):
         try:
-            images.append(pixels(frame).to(session.model.device, session.model.dtype))
+            images.append(pixels(frame))
         except (ValueError, TypeError):
             break  # raised when its turn comes
     if not images:
@@ -270,13 +268,13 @@ def find_masklets(pipe, session: VideoSession, config: AutomaticMaskConfig, vide
     length = session.num_frames or 0
     searched = config.frame - 1
     for searched in range(config.frame, length, config.every or length):
-        if _search(pipe, session, searched, config):
+        if pipe._add_found(session, searched, config):
             break
     masklets: dict[int, Masklet] = {}
     for segments in _walk(session) if session.objects else ():
         if config.every and segments.frame > searched and (segments.frame - config.frame) % config.every == 0:
             searched = segments.frame
-            if _search(pipe, session, searched, config):
+            if pipe._add_found(session, searched, config):
                 segments = session.segments(searched)
         for obj in segments.objects:
             masklets.setdefault(obj, Masklet(video, name, obj, session)).take(segments, session)
@@ -284,39 +282,6 @@ def find_masklets(pipe, session: VideoSession, config: AutomaticMaskConfig, vide
     for obj in set(masklets) - {masklet.object for masklet in kept}:
         session.remove_object(obj)
     return kept
-
-
-def _search(pipe, session: VideoSession, frame: int, config: AutomaticMaskConfig) -> bool:
-    """Adds what is found on a frame and not tracked yet; whether there was any. The frame is encoded only once."""
-    before = len(session.objects)
-    with _encoded_once(session, frame):
-        pipe._add_found(session, frame, config)
-    return len(session.objects) > before
-
-
-@contextmanager
-def _encoded_once(session: VideoSession, frame: int) -> Iterator[None]:
-    """While it lasts, the first image that the model encodes is known to be the whole frame, crops come after it."""
-    model, compute = session.model, session.model.get_image_features
-    whole = True
-
-    def get_image_features(pixel_values, **kwargs):
-        nonlocal whole
-        if not whole:
-            return compute(pixel_values, **kwargs)
-        whole = False
-        known = session.features.get(frame)
-        if known is None:
-            outputs = compute(pixel_values, **kwargs)
-            known = list(outputs.fpn_hidden_states), outputs.fpn_position_encoding[-1]
-            session.features.put(frame, *known)
-        return SimpleNamespace(fpn_hidden_states=list(known[0]), fpn_position_encoding=[known[1]])
-
-    model.get_image_features = get_image_features
-    try:
-        yield
-    finally:
-        del model.get_image_features
 
 
 def _without_duplicates(masklets: list[Masklet], max_overlap: float) -> list[Masklet]:

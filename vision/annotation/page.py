@@ -36,6 +36,7 @@ from .requests import (
     send_file,
     sentence,
 )  # fmt: skip
+from .sources import file_stem
 
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class AnnotationPage:
         kind = request.query.get("format", "sav")
 
         def write() -> tuple[bytes, str]:
-            title = Path(self.project.queue.video(name)["title"]).stem or "video"
+            title = file_stem(Path(self.project.queue.video(name)["title"])) or "video"
             known = self.project.queue.masklets(name)
             named = {obj: one["category"] for obj, one in known.items() if one["category"]} or None
             return export_bytes(_all_segments(self.project.session(name)), title, kind, named)
@@ -226,17 +227,17 @@ class AnnotationPage:
             raise ValueError("This page was opened for one video; it takes no other.")
         person = person_of(request)
         path = inside(self.project.folder / "videos", request.query.get("name") or "video")
-        if path.exists():
-            path = inside(path.parent, f"{path.stem}-{time.time_ns()}{path.suffix}")
-        await save_body(request, path)
+        sent = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+        await save_body(request, sent)
 
         def add() -> str:
             try:
-                self.project.pipe.session(str(path)).size  # noqa: B018 - without a readable frame it is refused here
+                self.project.pipe.session(str(sent)).size  # noqa: B018 - without a readable frame it is refused here
             except BaseException:
-                path.unlink()
+                sent.unlink()
                 raise
-            (name,) = self.project.add_videos(path)
+            kept = path.with_stem(f"{path.stem[:60]}-{time.time_ns()}") if path.exists() else path
+            (name,) = self.project.add_videos(sent.rename(kept))
             self.project.hold(name, person)
             return name
 

@@ -46,21 +46,21 @@ async def read_fields(request: web.Request) -> dict[str, Any]:
 
 
 async def save_body(request: web.Request, path: Path) -> None:
-    """Writes what is sent to a file, never more than is allowed, and nothing if it does not come whole."""
+    """Writes what is sent to a file, never more than is allowed; there is none if it does not come whole."""
     if (request.content_length or 0) > MOST_VIDEO_BYTES:
         raise _too_large(MOST_VIDEO_BYTES, request.content_length)
     path.parent.mkdir(exist_ok=True)
-    part, taken = path.with_name(f".{path.name}.part"), 0
+    taken = 0
     try:
-        with part.open("wb") as file:
+        with path.open("wb") as file:
             async for chunk in request.content.iter_chunked(2**20):
                 taken += len(chunk)
                 if taken > MOST_VIDEO_BYTES:
                     raise _too_large(MOST_VIDEO_BYTES, None)
                 file.write(chunk)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def send_file(name: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -1,6 +1,7 @@
 """The videos to annotate: found in folders, opened, and named by what is in them, wherever they lie."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from ..session.frames import IMAGE_SUFFIXES, StreamedFrames, VideoFrames
 from ..session.videos import open_video
 
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".gif"}
+VIDEO_SUFFIXES = {
+    ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".wmv", ".asf",
+    ".flv", ".3gp", ".ogv", ".mxf", ".gif",
+}  # fmt: skip
 _CHUNK = 2**20  # bytes read at once
 
 
@@ -94,15 +98,21 @@ def name_video(video: Any) -> tuple[str, str | None]:
     if isinstance(video, (str, Path)):
         path = Path(video)
         if "://" in str(video):
-            return f"{path.stem}-{digest([str(video).encode()])}", str(video)
+            return f"{file_stem(path)}-{digest([str(video).encode()])}", str(video)
         if not path.exists():
             raise ValueError(f"There is no video {video}.")
-        return f"{path.stem}-{digest(_content(path))}", str(video)
+        return f"{file_stem(path)}-{digest(_content(path))}", str(video)
     if isinstance(video, Mapping) and video.get("bytes") is not None:
         video = video["bytes"]
     if isinstance(video, (bytes, bytearray)):
         return f"video-{digest([bytes(video)])}", None
     return f"video-{digest(_pixels(open_frames(video)))}", None
+
+
+def file_stem(path: Path) -> str:
+    """Of the name of a file what any file system takes with something behind it."""
+    name = re.sub(r'[][\\/:*?"<>|\x00-\x1f]', "_", path.stem)
+    return name.encode("utf-8", "replace")[:150].decode("utf-8", "ignore")
 
 
 def digest(chunks: Iterable[bytes]) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hf_iclr.extras import new_figure, save_figure
+from hf_iclr.extras import new_figure
 from hf_iclr.saving import atomic_file
 
 from ..session.session import VideoSession
 from .j_and_f import j_and_f, region_similarity
 from .simulated_prompts import correct_object, prompt_object
-from .vos import clips_with_objects
+from .vos import clips_with_objects, save_tables
 
 
 MODES = ("offline", "online")
@@ -89,10 +89,7 @@ class InteractiveResult:
 
     def save(self, folder: str | Path) -> None:
         """Writes `table.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
-        for name, table in {"table": self.table, "mean": self.mean().reset_index()}.items():
-            with atomic_file(Path(folder) / f"{name}.csv") as part:
-                table.to_csv(part, index=False)
-        save_figure(self.plot, Path(folder) / "plot.png")
+        save_tables(folder, {"table": self.table, "mean": self.mean().reset_index()}, self.plot)
 
 
 def evaluate_interactive(

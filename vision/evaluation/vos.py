@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,7 @@ class VosResult:
     def save(self, folder: str | Path) -> None:
         """Writes `table.csv`, `frames.csv`, `mean.csv` and, with matplotlib, `plot.png` to a folder."""
         tables = {"table": self.table, "frames": self.frames, "mean": self.mean().reset_index()}
-        for name, table in tables.items():
-            with atomic_file(Path(folder) / f"{name}.csv") as part:
-                table.to_csv(part, index=False)
-        save_figure(self.plot, Path(folder) / "plot.png")
+        save_tables(folder, tables, self.plot)
 
 
 def evaluate_vos(
@@ -162,6 +159,19 @@ def clips_with_objects(clips: Iterable[Any], least: int) -> Iterator[tuple]:
             else:
                 starts[obj] = int(seen[0])
         yield clip, video, truth, starts
+
+
+def save_tables(folder: str | Path, tables: Mapping[str, pd.DataFrame], plot: Callable[[Path], None]) -> None:
+    """Writes each table as CSV under its name and, with matplotlib, `plot.png` to a folder."""
+    for name, table in tables.items():
+        write_csv(table, Path(folder) / f"{name}.csv")
+    save_figure(plot, Path(folder) / "plot.png")
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Writes a table, whole or not at all."""
+    with atomic_file(path) as part:
+        table.to_csv(part, index=False)
 
 
 def _label(kind: Any) -> str:

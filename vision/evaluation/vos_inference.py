@@ -14,8 +14,6 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from hf_iclr.saving import atomic_file
-
 from ..formats.annotated_video import AnnotatedVideo
 from ..formats.annotated_videos import read_object_png_videos, read_videos
 from ..formats.mask_folders import save_labels, to_labels
@@ -23,6 +21,7 @@ from ..formats.segment_files import atomic_folder, read_json, write_json
 from ..session.prompts import to_boolean_mask
 from ..session.segments import FrameSegments
 from .j_and_f import j_and_f
+from .vos import write_csv
 
 
 logger = logging.getLogger(__name__)
@@ -81,16 +80,14 @@ def segment_dataset(
         scores = out / "scores" / f"{video.name}.csv"
         if not scores.exists():
             rows = _segment(pipe, video, out / "masks" / video.name, by_object, options)
-            with atomic_file(scores) as part:
-                pd.DataFrame(rows, columns=_COLUMNS).to_csv(part, index=False)
+            write_csv(pd.DataFrame(rows, columns=_COLUMNS), scores)
     state.wait_for_everyone()
     parts = [pd.read_csv(out / "scores" / f"{video.name}.csv", dtype={"video": str}) for video in videos]
     table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     if not len(table):
         return None
     if state.is_main_process:
-        with atomic_file(out / "table.csv") as part:
-            table.to_csv(part, index=False)
+        write_csv(table, out / "table.csv")
     return table
 
 

@@ -5,14 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_iclr.untrusted import inside
 
-from ..session.frames import IMAGE_SUFFIXES
+from ..session.videos import list_images
 from .annotated_video import AnnotatedVideo
 from .annotation_json import annotations_by, as_rle
-from .mask_folders import read_labels
+from .mask_folders import labelled_masks
 from .segment_files import read_json
 
 
@@ -71,11 +69,11 @@ def read_image_masks(images: str | Path, masks: str | Path) -> list[AnnotatedVid
     Raises:
         ValueError: if no mask has an image of its name.
     """
-    files = {file.stem: file for file in Path(images).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES}
-    pairs = [(files[mask.stem], mask) for mask in sorted(Path(masks).glob("*.png")) if mask.stem in files]
+    files = {mask.stem: mask for mask in Path(masks).glob("*.png")}
+    pairs = [(image, files[image.stem]) for image in list_images(images) if image.stem in files]
     if not pairs:
         raise ValueError(f"Expected images in {images} and PNGs of the same names in {masks}, got no such pair.")
-    return [AnnotatedVideo(str(image), [0], partial(_png_masks, mask), mask.stem) for image, mask in pairs]
+    return [AnnotatedVideo(str(image), [0], partial(labelled_masks, {0: mask}), mask.stem) for image, mask in pairs]
 
 
 def find_annotated_images(folder: Path, split: str) -> list[AnnotatedVideo] | None:
@@ -98,8 +96,3 @@ def find_annotated_images(folder: Path, split: str) -> list[AnnotatedVideo] | No
 def _coco_masks(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], frame: int) -> dict[int, Any]:
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     return {number: as_rle(one["segmentation"], size) for number, one in enumerate(objects, start=1)}
-
-
-def _png_masks(file: Path, frame: int) -> dict[int, np.ndarray]:
-    labels = read_labels(file)
-    return {int(number): labels == number for number in np.unique(labels) if number}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from PIL import Image
 
 from hf_iclr.untrusted import check_links
 
-from ..session.frames import IMAGE_SUFFIXES
+from ..session.videos import list_images
 from .annotated_images import find_annotated_images, read_coco_images
 from .annotated_video import AnnotatedVideo, to_annotated
 from .annotation_json import read_sav
-from .mask_folders import read_labels
+from .mask_folders import labelled_masks
 
 
 def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo]:
@@ -42,7 +43,8 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
         return read_coco_images(folder)
     if (folder / "shards").is_dir():
         check_links(folder)
-        shards = [str(file) for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        files = [file for file in sorted(folder.glob("shards/*.parquet")) if pq.read_metadata(file).num_rows]
+        shards = [escape(str(file)) for file in files]  # else brackets in a name are a pattern, which finds nothing
         rows = load_dataset("parquet", data_files=shards, split="train") if shards else []
         videos = read_rows(row for row in rows if row["video"] is not None)
         for video in videos:
@@ -87,13 +89,10 @@ def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVide
     """
     videos = []
     for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
-        images = {file.stem: file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES}
-        files = [file for file in sorted(folder.glob("*.png")) if file.stem in images]
+        images = list_images(Path(frames) / folder.name)
+        files = {place: file for place, image in enumerate(images) if (file := folder / f"{image.stem}.png").is_file()}
         if files:
-            ordered = sorted(images)
-            places = {ordered.index(file.stem): file for file in files}
-            pictures = [images[stem] for stem in ordered]
-            videos.append(AnnotatedVideo(pictures, sorted(places), partial(_labels, places), folder.name))
+            videos.append(AnnotatedVideo(images, list(files), partial(labelled_masks, files), folder.name))
     if not videos:
         raise ValueError(f"Expected folders of the same names with images in {frames} and PNGs in {masks}, got none.")
     return videos
@@ -113,14 +112,14 @@ def read_object_png_videos(frames: str | Path, masks: str | Path) -> list[Annota
     """
     videos = []
     for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
-        images = [file for file in (Path(frames) / folder.name).glob("*") if file.suffix in IMAGE_SUFFIXES]
-        places = {file.stem: place for place, file in enumerate(sorted(images))}
+        images = list_images(Path(frames) / folder.name)
+        places = {file.stem: place for place, file in enumerate(images)}
         files: dict[int, dict[int, Path]] = {}
         for file in sorted(folder.glob("[0-9]*/*.png")):
             if file.stem in places:
                 files.setdefault(places[file.stem], {})[int(file.parent.name)] = file
         if files:
-            videos.append(AnnotatedVideo(sorted(images), sorted(files), partial(_object_masks, files), folder.name))
+            videos.append(AnnotatedVideo(images, sorted(files), partial(_object_masks, files), folder.name))
     if not videos:
         raise ValueError(
             f"Expected folders of the same names with images in {frames} and a folder of PNGs an object in {masks}, "
@@ -200,11 +199,6 @@ def stream_videos(videos: Iterable[Any]) -> Iterator[AnnotatedVideo]:
             yield from read_rows([video, *(row for _, row in group)])
         else:
             yield to_annotated(video, number)
-
-
-def _labels(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:
-    labels = read_labels(files[frame])
-    return {int(number): labels == number for number in np.unique(labels) if number}
 
 
 def _object_masks(files: Mapping[int, Mapping[int, Path]], frame: int) -> dict[int, np.ndarray]:

@@ -95,11 +95,12 @@ def read_sav(path: str | Path, stride: int | None = None) -> tuple[VideoSegments
             f"Expected {path} to tell which frames its {count} annotated ones are, got video_frame_count "
             f"{record.get('video_frame_count')!r} and {SAV_FRAMES} {record.get(SAV_FRAMES)!r:.80}. Pass stride=."
         )
-    frames = []
+    frames, size = [], (int(record.get("video_height", 0)), int(record.get("video_width", 0)))
     for number, masks in zip(numbers, record["masklet"], strict=True):
         if len(masks) != len(objects):
             raise ValueError(f"Expected {len(objects)} masks on frame {number} of {path}, got {len(masks)}.")
-        frames.append(given_segments(number, tuple(masks[0]["size"]), dict(zip(objects, masks, strict=True))))
+        size = tuple(masks[0]["size"]) if masks else size
+        frames.append(given_segments(number, size, dict(zip(objects, masks, strict=True))))
     ours = ("masklet", "masklet_id", SAV_FRAMES)
     return VideoSegments(frames), {key: value for key, value in record.items() if key not in ours}
 
@@ -211,8 +212,8 @@ def write_ytvis(videos: Videos, path: str | Path, categories: Mapping[int, str] 
 
 def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
     """
-    Reads a file of YouTube-VIS, by the folder that a video's files are in. Frames have the numbers of their files;
-    objects have their own numbers if the file tells them, else 1 and so on.
+    Reads a file of YouTube-VIS, by the folder that a video's files are in. Frames have the numbers of their files, or
+    of their places where files have other names; objects have their own numbers if the file tells them, else 1 and on.
 
     Raises:
         ValueError: if the file has no videos and annotations.
@@ -229,7 +230,8 @@ def read_ytvis(path: str | Path) -> dict[str, VideoSegments]:
             masks = {o: track["segmentations"][place] for o, track in objects.items()}
             masks = {o: as_rle(mask, size) for o, mask in masks.items() if mask is not None}
             scores = {o: float(track.get("score", 1.0)) for o, track in objects.items()}
-            frames.append(given_segments(int(Path(file).stem), size, masks, scores))
+            stem = Path(file).stem  # OVIS' files are no bare numbers
+            frames.append(given_segments(int(stem) if stem.isdigit() else place, size, masks, scores))
         videos[Path(video["file_names"][0]).parent.name] = VideoSegments(frames)
     return videos
 
@@ -263,6 +265,8 @@ def as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], str):
         return dict(segmentation)
     if not isinstance(segmentation, Mapping):  # pycocotools trusts polygons with its memory
+        if not segmentation:
+            raise ValueError("Expected a mask of each object, got an annotation whose segmentation is empty.")
         reach = 2 * max(size)
         for polygon in segmentation:
             points = np.asarray(polygon, dtype=float)

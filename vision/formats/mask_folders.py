@@ -231,6 +231,12 @@ def read_labels(file: Path) -> np.ndarray:
     return np.where(labels == VOID, 1 if binary else 0, labels)
 
 
+def labelled_masks(files: Mapping[int, Path], frame: int) -> dict[int, np.ndarray]:
+    """The masks of a frame by object, from one of `files` as [`read_labels`] reads it."""
+    labels = read_labels(files[frame])
+    return {int(number): labels == number for number in np.unique(labels) if number}
+
+
 def _from_labels(images: Mapping[int, np.ndarray], first: Mapping[int, int] | None = None) -> VideoSegments:
     objects = sorted({int(obj) for labels in images.values() for obj in np.unique(labels)} - {0})
     return VideoSegments(

@@ -1,6 +1,5 @@
 """Masks drawn over the frames of a video, as mp4 or GIF."""
 
-import io
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from hf_iclr.saving import atomic_file
 
 from ..session.frames import VideoFrames
 from ..session.segments import FrameSegments
-from ..session.videos import open_video
+from ..session.videos import FileFrames, open_container, open_video
 from .segment_files import PALETTE
 
 
@@ -147,17 +146,16 @@ def _uneven_times(source: VideoFrames, rate: float) -> list[float]:
 
 def _copied_sound(stack: ExitStack, source: VideoFrames, container: Any) -> Iterator[tuple[float, Any]]:
     """The packets of the sound of a file, for which the container gets streams, and seconds from its first picture."""
-    file = getattr(source, "file", None)
-    if file is None:
+    if not isinstance(source, FileFrames):
         return iter(())
-    opened: Any = stack.enter_context(av.open(io.BytesIO(file) if isinstance(file, bytes) else file))
+    opened, picture = open_container(source.source_file())
+    stack.enter_context(opened)
     streams = {}
     for stream in opened.streams.audio:
         if stream.codec_context.name.removesuffix("float") in _SOUND_OF_MP4:
             streams[stream.index] = container.add_stream_from_template(stream)
         else:
             logger.warning("The sound (%s) can't be copied into mp4 and is left out.", stream.codec_context.name)
-    picture = opened.streams.video[0]
     start = float((picture.start_time or 0) * picture.time_base)
 
     def packets() -> Iterator[tuple[float, Any]]:

@@ -14,7 +14,7 @@ from torchvision.ops import masks_to_boxes, nms
 from .mask_postprocessing import small_regions
 from .prompts import ObjectPrompt
 from .segments import box_around
-from .tracking import using
+from .tracking import as_maps, using
 
 
 _EDGE = 20.0  # pixels: a mask this near to the border of a crop is another crop's, as in the reference
@@ -98,7 +98,13 @@ class AutomaticMaskConfig:
         return np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
 
 
-def generate_masks(model, processor, image: np.ndarray, config: AutomaticMaskConfig | None = None) -> list[dict]:
+def generate_masks(
+    model,
+    processor,
+    image: np.ndarray,
+    config: AutomaticMaskConfig | None = None,
+    features: list[torch.Tensor] | None = None,
+) -> list[dict]:
     """
     Everything in an image.
 
@@ -107,6 +113,7 @@ def generate_masks(model, processor, image: np.ndarray, config: AutomaticMaskCon
         processor: Its processor.
         image (`np.ndarray` of shape `(height, width, 3)`): In uint8 RGB.
         config (`AutomaticMaskConfig`, *optional*): Options.
+        features (`list[torch.Tensor]`, *optional*): The image's `fpn_hidden_states`, if they are known.
 
     Returns:
         `list[dict]`, best first: `segmentation` (boolean array), `area`, `bbox` (x, y, width, height),
@@ -116,7 +123,8 @@ def generate_masks(model, processor, image: np.ndarray, config: AutomaticMaskCon
     records = []
     for layer, crop in crop_boxes(image.shape[:2], config.crop_n_layers, config.crop_overlap_ratio):
         with using(model):
-            found = list(_masks_of_crop(model, processor, image, layer, crop, config))
+            levels = None if layer else features
+            found = list(_masks_of_crop(model, processor, image, levels, layer, crop, config))
         records += _without_duplicates(found, [record["predicted_iou"] for record in found], config.box_nms_thresh)
     if config.crop_n_layers:
         smallness = [1 / (record["crop_box"][2] * record["crop_box"][3]) for record in records]
@@ -140,12 +148,15 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> Iter
             yield layer, (x, y, min(x + crop_width, width), min(y + crop_height, height))
 
 
-def _masks_of_crop(model, processor, image, layer, crop, config) -> Iterator[dict[str, Any]]:
+def _masks_of_crop(model, processor, image, levels, layer, crop, config) -> Iterator[dict[str, Any]]:
     left, top, right, bottom = crop
     pixels = np.ascontiguousarray(image[top:bottom, left:right])
     height, width = pixels.shape[:2]
-    inputs = processor.image_processor(pixels, return_tensors="pt", device=model.device)["pixel_values"]
-    embeddings = model.get_image_embeddings(inputs.to(model.dtype))
+    if levels is None:
+        inputs = processor.image_processor(pixels, return_tensors="pt", device=model.device)["pixel_values"]
+        levels = model.get_image_features(inputs.to(model.dtype), return_dict=True).fpn_hidden_states
+    *fine, coarse = levels
+    embeddings = as_maps([*fine, coarse + model.no_memory_embedding], model.backbone_feature_sizes)
     points = torch.from_numpy(config.grid(layer) * [width, height]).float()
     for batch in points.split(config.points_per_batch):
         clicks = (batch * (processor.target_size / torch.tensor([width, height]))).to(model.device)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_iclr.untrusted import check_field_types
+
 from .memory import MemoryPolicy
 from .segments import OUTPUTS
 
@@ -63,6 +65,7 @@ class VideoSessionConfig:
     undo_levels: int = 4
 
     def __post_init__(self):
+        check_field_types(self, VideoSessionConfig)
         choices: dict[str, tuple] = {
             "output": OUTPUTS, "keep": ("all", "window"), "offload": (False, True, "disk")
         }  # fmt: skip

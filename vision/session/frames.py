@@ -100,7 +100,7 @@ class StreamedFrames(VideoFrames):
 
 
 class PixelValues:
-    """Frames by number as a model takes them, `(3, side, side)`; of a video, the next ones of a pass come along."""
+    """Frames by number as the model takes them, `(3, side, side)`; of a video, the next ones of a pass come along."""
 
     def __init__(self, frames: VideoFrames, processor, model):
         self.frames, self.processor, self.model = frames, processor, model
@@ -110,7 +110,8 @@ class PixelValues:
     def __call__(self, frame: int) -> torch.Tensor:
         kwargs = {"return_tensors": "pt", "device": self.model.device}
         if isinstance(self.frames, StreamedFrames):  # the processor's own way with a stream and with a video
-            return self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
+            pixels = self.processor.image_processor(self.frames[frame], **kwargs)["pixel_values"][0]
+            return pixels.to(self.model.dtype)
         if frame not in self._ahead:
             pixels = [self.frames[frame]]
             for number in range(1, _PREPROCESSED_AHEAD):
@@ -120,7 +121,7 @@ class PixelValues:
                     break  # raised when its turn comes
             values = self.processor.video_processor(np.stack(pixels), **kwargs)["pixel_values_videos"][0]
             self._ahead = {frame + number * self.step: value for number, value in enumerate(values)}
-        return self._ahead[frame]
+        return self._ahead[frame].to(self.model.dtype)
 
 
 def is_image(value: Any) -> bool:

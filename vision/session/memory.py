@@ -170,7 +170,7 @@ class ObjectMemory(Sam2VideoInferenceSession):
         return self._num_frames
 
     def get_frame(self, frame_idx: int) -> torch.Tensor:
-        return self._pixel_values(frame_idx).to(self.inference_device, self.dtype)
+        return self._pixel_values(frame_idx)
 
     @property
     def conditioning(self) -> dict[int, dict[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from .frames import VideoFrames, is_image
 from .prompts import VideoPrompts
 from .segments import FrameSegments, VideoSegments, encode_mask
 from .session import VideoSession
+from .tracking import frame_features, using
 from .videos import open_video
 
 
@@ -290,8 +291,7 @@ print(result[3].masks[1], result[3].scores[1])""",
         begin, end = finder.config.frame, session.num_frames or 0
         frames = range(begin, end, finder.config.every or end) or range(begin, begin + 1)
         for frame in frames:
-            self._add_found(session, frame, finder.config, finder)
-            if session.objects:
+            if self._add_found(session, frame, finder.config, finder):
                 return frame
         where = f"frame {begin}" if len(frames) == 1 else f"any of frames {', '.join(map(str, frames))}"
         lower = "pred_iou_thresh" if finder.detector is None else "the threshold of the detector"
@@ -304,16 +304,18 @@ print(result[3].masks[1], result[3].scores[1])""",
         config: AutomaticMaskConfig,
         finder: _Finder | None = None,
         numbered: int = 0,
-    ) -> None:
-        """Adds the objects found on a frame that are not tracked yet, numbered on from `numbered` at least."""
+    ) -> bool:
+        """Adds what is found on a frame and not tracked yet, numbered from `numbered` on; whether there was any."""
         image, segments, most = session.frames[frame], session.segments(frame), config.max_overlap
         known = [segments.binary(obj) for obj in segments.objects]
-        obj = max(numbered, *session.objects, 0) + 1
+        first = obj = max(numbered, *session.objects, 0) + 1
         if finder is None or finder.detector is None:
-            found = generate_masks(self.model, self.processor, image, config)
-            for place, record in enumerate(new_objects(found, known, most)):
-                session.add(frame, obj + place, mask=record["segmentation"])
-            return
+            with using(self.model):
+                levels, _ = frame_features(self.model, session.features, frame, session._pixels)
+            found = generate_masks(self.model, self.processor, image, config, levels)
+            for obj, record in enumerate(new_objects(found, known, most), start=first):
+                session.add(frame, obj, mask=record["segmentation"])
+            return first in session.objects
         for detection in detect_objects(finder.detector, image):
             session._show(frame, obj, detection.prompt)
             mask = session.segments(frame, objects=[obj]).binary(obj)
@@ -324,6 +326,7 @@ print(result[3].masks[1], result[3].scores[1])""",
                 obj += 1
             else:
                 session.remove_object(obj)
+        return obj > first
 
     def _everything(self, session: VideoSession, finder: AutomaticMaskConfig) -> FrameSegments:
         """The masks found in an image as they are, rather than as prompts."""

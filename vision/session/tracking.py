@@ -1,7 +1,7 @@
 """Passes over a video, and the step of the model once more from its own parts, for many objects at once."""
 
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -164,8 +164,8 @@ def answer_prompt(
     memory.obj_with_new_inputs = []
     reverse = not alone and memory.ways[frame]["reverse"]
     with using(model):
-        levels, positions = _features(model, memory, frame)
-        *fine, image = _as_maps(levels, model.backbone_feature_sizes)
+        levels, positions = frame_features(model, memory.cache, frame, memory.get_frame)
+        *fine, image = as_maps(levels, model.backbone_feature_sizes)
         if mask is not None:
             given = model._use_mask_as_output(image, fine, mask)
             found = _Found(
@@ -174,7 +174,7 @@ def answer_prompt(
             )  # fmt: skip
         else:
             if alone:
-                (image,) = _as_maps([levels[-1] + model.no_memory_embedding], model.backbone_feature_sizes[-1:])
+                (image,) = as_maps([levels[-1] + model.no_memory_embedding], model.backbone_feature_sizes[-1:])
             else:
                 image = _attend(model, [memory], frame, reverse, levels[-1], positions)
             multimask = _multimask(model.config, alone, 0 if points is None else points["point_labels"].shape[2])
@@ -188,10 +188,10 @@ def track_frame(model, memories: Sequence[ObjectMemory], frame: int, reverse: bo
     if not memories:
         return
     with using(model):
-        levels, positions = _features(model, memories[0], frame)
+        levels, positions = frame_features(model, memories[0].cache, frame, memories[0].get_frame)
         image = _attend(model, memories, frame, reverse, levels[-1], positions)
         fine = [level.expand(-1, len(memories), -1) for level in levels[:-1]]
-        fine = _as_maps(fine, model.backbone_feature_sizes[:-1])
+        fine = as_maps(fine, model.backbone_feature_sizes[:-1])
         found = _decode(model, memories[0].cache, image, fine, _multimask(model.config, False, 0))
         outputs = list(_remember(model, levels[-1], found, prompted=False))
     for memory, output in zip(memories, outputs, strict=True):
@@ -204,12 +204,13 @@ def _multimask(config, alone: bool, points: int) -> bool:
     return here and config.multimask_min_pt_num <= points <= config.multimask_max_pt_num
 
 
-def _features(model, memory: ObjectMemory, frame: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def frame_features(
+    model, cache: FeatureCache, frame: int, pixels_of: Callable[[int], torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Maps `(height * width, 1, channels)`, fine to coarse, and the positions of the coarse one."""
-    cache = memory.cache
     known = cache.get(frame)
     if known is None:
-        pixels = memory.get_frame(frame)[None]
+        pixels = pixels_of(frame)[None]
         if cache.positions is not None and _is_plain_sam2(model):
             known = _encode(model, pixels), cache.positions
         else:
@@ -246,7 +247,7 @@ def _encode(model, pixels: torch.Tensor) -> list[torch.Tensor]:
     return [level.flatten(2).permute(2, 0, 1) for level in (decoder.conv_s0(fine), decoder.conv_s1(middle), *coarse)]
 
 
-def _as_maps(levels: Sequence[torch.Tensor], sizes: Sequence) -> list[torch.Tensor]:
+def as_maps(levels: Sequence[torch.Tensor], sizes: Sequence) -> list[torch.Tensor]:
     """Flat maps `(height * width, objects, channels)` as `(objects, channels, height, width)`."""
     return [level.permute(1, 2, 0).unflatten(2, tuple(size)) for level, size in zip(levels, sizes, strict=True)]
 

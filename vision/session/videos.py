@@ -46,7 +46,7 @@ class FileFrames(VideoFrames):
         self._keys: list[int] = []  # numbers of the key frames met so far
         self._in_time = True  # whether times of frames grow from one to the next
         self._reason: str | None = None  # of the first damage
-        self._container, self._stream = _open(self._source())
+        self._container, self._stream = open_container(self.source_file())
         self._announced, self._hidden, sound = self._demux()
         super().__init__(self._decode, self._announced if sound else None, None if isinstance(file, bytes) else file)
         self.rate = _rate(self._container, self._stream)
@@ -80,12 +80,13 @@ class FileFrames(VideoFrames):
         sound &= 0 == hidden < packets >= self._stream.frames
         return max(packets, self._stream.frames) - hidden, hidden, sound
 
-    def _source(self) -> Any:
+    def source_file(self) -> Any:
+        """What FFmpeg opens anew."""
         return io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file
 
     def _reopen(self) -> None:
         self._container.close()
-        self._container, self._stream = _open(self._source(), self._threads)
+        self._container, self._stream = open_container(self.source_file(), self._threads)
         self._frames = _decode(self._container, self._stream, self._note)
         self._position, self._sought = -1, False
 
@@ -227,9 +228,7 @@ def _open_path(path: str) -> VideoFrames:
     if not Path(path).exists():
         raise ValueError(f"There is no video {path}. Give the path of a video file, an image or a folder of images.")
     if Path(path).is_dir():
-        files = sorted(
-            (file for file in Path(path).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural_order
-        )
+        files = list_images(path)
         if not files:
             raise ValueError(f"Expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none.")
         return VideoFrames(files.__getitem__, len(files), source=path)
@@ -238,13 +237,15 @@ def _open_path(path: str) -> VideoFrames:
     return FileFrames(path) if Path(path).is_file() else _open_address(path)
 
 
-def _natural_order(file: Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
+def list_images(folder: str | Path) -> list[Path]:
+    """The images in a folder, none if it is not there, in the order of the numbers in their names."""
+    images = [file for file in Path(folder).glob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(images, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.name)])
 
 
 def _open_address(address: str) -> VideoFrames:
     """A file elsewhere, or what has no end that is known, which is read as it comes."""
-    container, stream = _open(address)
+    container, stream = open_container(address)
     if container.duration:
         container.close()
         return FileFrames(address)
@@ -253,15 +254,22 @@ def _open_address(address: str) -> VideoFrames:
     return frames
 
 
-def _open(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
+def open_container(file: Any, threads: str = "AUTO") -> tuple[Any, Any]:
+    """
+    PyAV's container of a path, an address or a file object, and its video stream.
+
+    Raises:
+        ValueError: if there is none.
+    """
     name = file if isinstance(file, str) else "The video"
     try:
-        container: Any = av.open(file)
+        # Else FFmpeg takes what is before a colon for a protocol.
+        container: Any = av.open(f"file:{file}" if isinstance(file, str) and "://" not in file else file)
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{name} is no video that FFmpeg can read ({error}).") from None
-    if not container.streams.video:
+    stream = container.streams.best("video")  # as FFmpeg chooses: the first may be a picture of the cover
+    if stream is None:
         raise ValueError(f"{name} has no video stream.")
-    stream = container.streams.video[0]
     stream.thread_type = threads
     return container, stream
 
@@ -288,8 +296,8 @@ def _decode(container: Any, stream: Any, note: Callable[[str], None]) -> Iterato
 
 
 def _rate(container: Any, stream: Any) -> float | None:
-    rate = (stream.average_rate if container.duration else None) or stream.guessed_rate
-    return float(rate) if rate else None
+    rates = (stream.average_rate if container.duration else None, stream.guessed_rate)
+    return next((float(rate) for rate in rates if rate and rate < 1000), None)  # DV files average their time base
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_iclr.untrusted import check_field_types
 from hf_iclr.upstream import checkpointing_argument
 
 
@@ -87,6 +88,7 @@ class Sam2TrainingConfig(TrainingArguments):
     frame_checkpointing: bool = field(default=False, metadata={"help": "Gradient checkpointing, frame by frame."})
 
     def __post_init__(self):
+        check_field_types(self, Sam2TrainingConfig)
         for name, least in (
             *dict.fromkeys(("num_frames", "max_objects", "max_prompted_frames"), 1).items(),
             *dict.fromkeys(("max_corrected_frames", "corrective_clicks", "mask_share", "box_share"), 0).items(),

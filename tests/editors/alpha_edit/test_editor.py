@@ -453,6 +453,8 @@ def test_a_correction_takes_the_place_of_the_earlier_edit(word_tokenizer):
     assert report.rejected[0]["reason"] == "this edit is in force already"
     named = editor.edit([EditRequest("w9 {}", "w8", "w31", id=right.id)], progress=False)
     assert f"with its id {right.id} is in force" in named.rejected[0]["reason"]
+    editor.edit([EditRequest(right.text, None, "w31")], progress=False)  # the same text, without a subject
+    assert [edit.target_new for edit in editor.edits] == ["w15", "w19", "w25", "w31"]
 
 
 def test_two_threads_of_one_editor_wait_for_each_other(word_tokenizer):

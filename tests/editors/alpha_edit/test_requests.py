@@ -108,6 +108,38 @@ def test_rows_of_easy_edit_and_know_edit_are_read():
         edit_requests([EASY_EDIT | {"target_new": 5}])
 
 
+def test_answers_and_wordings_may_be_one_text_or_a_list_of_them():
+    """Copies of these data sets differ in that."""
+    one = {**ZSRE, "answers": "Chicago", "rephrase": None, "loc": "who paints?", "loc_ans": [["the city", "it"]]}
+    (request,) = edit_requests([one])
+    assert (request.target_new, request.paraphrases) == ("Chicago", ())
+    assert request.neighborhood == (("who paints?", "the city"),)
+    assert edit_requests([{**ZSRE, "rephrase": ["a", "b"]}])[0].paraphrases == ("a", "b")
+    plain = {"prompt": "{} is in", "subject": "Oslo", "target_new": "Peru", "target_true": None}
+    (request,) = edit_requests([{"requested_rewrite": plain, "neighborhood_prompts": ["Bergen is in"]}])
+    assert (request.target_new, request.target_true, request.neighborhood) == ("Peru", None, ("Bergen is in",))
+    flat = {"prompt": "Oslo is in", "subject": "Oslo", "target_new": "Peru", "paraphrase_prompts": ["Where is Oslo?"]}
+    (request,) = edit_requests([flat | {"target_true": "Norway", "neighborhood_prompts": ["Bergen is in"]}])
+    assert (request.prompt, request.paraphrases) == ("{} is in", ("Where is Oslo?",))
+    assert (request.target_true, request.neighborhood) == ("Norway", ("Bergen is in",))
+    locality = [{"prompt": "who paints", "ground_truth": "the city"}, {"prompt": "Nobody knows", "ground_truth": [[]]}]
+    assert edit_requests([EASY_EDIT | {"locality": locality}])[0].neighborhood == (("who paints", "the city"),)
+    biography = {
+        "text": "This is about john reynolds.",
+        "concept": "john reynolds",
+        "labels": "He was",
+        "locality": {},
+    }
+    assert edit_requests([biography]) == [EditRequest("This is about {}.", "john reynolds", "He was")]
+
+
+def test_a_subject_is_found_as_a_word_before_it_is_found_in_one():
+    (request,) = edit_requests([{**ZSRE, "subject": "Iran", "src": "Which Iranian town is the capital of Iran?"}])
+    assert request.prompt == "Which Iranian town is the capital of {}?"
+    (request,) = edit_requests([{"prompt": "日本の首都は", "subject": "日本", "target_new": "京都"}])
+    assert request.prompt == "{}の首都は"
+
+
 def test_each_rewrite_of_a_row_is_a_request():
     """As in MQuAKE, whose rewrites have a question each."""
     rewrites = [

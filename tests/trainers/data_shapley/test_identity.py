@@ -1,5 +1,7 @@
 """Rows keep their identity through loaders, collators, resuming, TRL's pairs and packing."""
 
+import pickle
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.gradients.direction import pack_directions
-from hf_iclr.trainers.data_shapley.identity import RowKeys, content_id, take_rows, watched_loop
+from hf_iclr.trainers.data_shapley.identity import RowKeys, _NumberedDataset, content_id, take_rows, watched_loop
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import QUICK, tiny_llama, word_rows
 
@@ -153,9 +155,19 @@ def test_ids_of_contents_do_not_depend_on_how_numbers_are_kept():
     assert content_id({"a": "x", "b": [1.5]}) == content_id({"b": torch.tensor([1.5]), "a": "x"})
 
 
+def test_a_numbered_dataset_is_the_dataset_but_for_its_rows():
+    rows = _NumberedDataset(token_rows(3))
+    assert rows.column_names == token_rows(3).column_names and len(rows) == 3
+    assert pickle.loads(pickle.dumps(rows))[2] == (2, token_rows(3)[2]) == rows.__getitems__([0, 2])[1]
+    with pytest.raises(AttributeError):
+        _NumberedDataset.__new__(_NumberedDataset).dataset  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        ([1.25], [1.5]),
+        ([2**53], [2**53 + 1]),
         ({"input_ids": [1, 2], "labels": 0}, {"input_ids": [1, 2], "labels": 1}),
         ({"a": "bc"}, {"ab": "c"}),
         ([[1], [2, 3]], [[1, 2], [3]]),

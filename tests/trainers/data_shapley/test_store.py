@@ -197,6 +197,16 @@ def test_a_step_twice_is_refused(tmp_path):
         store.add(4, rows_of(4), {})
 
 
+@pytest.mark.parametrize("steps", [["one"], [1, "two"]])
+def test_records_without_a_number_are_refused(tmp_path, steps):
+    store = train(tmp_path, 1, 4)
+    part = store._parts[0]
+    part.attrs["steps"] = [{"step": step} for step in steps]
+    part.to_parquet(next(tmp_path.glob("shapley/*/part-*.parquet")), index=False)
+    with pytest.raises(ValueError, match="InRunDataShapleyCallback"):
+        read_run(tmp_path)
+
+
 def test_reading_writes_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_run(tmp_path / "nowhere")

@@ -9,6 +9,8 @@ from hf_iclr.trainers.deep_safety.constrained_loss import (
     BEYOND_WINDOW,
     answer_positions,
     constrained_sft_loss,
+    constraint_means,
+    constraint_sums,
     constraint_weights,
     schedule_betas,
     window_positions,
@@ -96,3 +98,23 @@ def test_schedule_of_the_paper():
     """β = 0.5 for the first token, 2 for tokens 2 to 5, 0.1 after."""
     betas = schedule_betas(torch.tensor([0, 1, 2, 5, 6, BEYOND_WINDOW]), 0.5, 2.0, 0.1, 5)
     torch.testing.assert_close(betas, torch.tensor([0.0, 0.5, 2.0, 2.0, 0.1, 0.1]))
+
+
+def test_metrics_worked_out_by_hand():
+    """
+    Six tokens at log π_ref = -3 and β = 2: one outside of answers, the first, two in the window of 3, one behind it,
+    and one in the window whose β is 0. Weights 2 / (1 + e^(2 (log π + 3))): 1 at log π = -3, .2384058 at -2,
+    1.7615942 at -4.
+    """
+    logps = torch.tensor([[-9.0, -2.0, -3.0, -4.0, -3.0, -1.0]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 2]])
+    betas = torch.tensor([[0.0, 2.0, 2.0, 2.0, 2.0, 0.0]])
+    losses, mask = torch.tensor([[0.0, 1.0, 2.0, 4.0, 8.0, 16.0]]), positions > 0
+    sums = constraint_sums(logps, torch.full_like(logps, -3.0), betas, positions, losses, mask, window_tokens=3)
+    expected = [31.0, 5.0, 1.0, 0.2384058, 1.0, 2.0, 2.7615942, -1.0, 1.0, 1.0, 0.0]
+    assert sums.tolist() == pytest.approx(expected, abs=1e-6)
+    means = constraint_means([1.0, 3.0, 6.0, 2.0, 5.0, -4.0, 0.0, 0.0, 0.0])
+    assert means == {
+        "constraint/weight_first": 3.0, "constraint/log_ratio_first": 6.0, "constraint/weight_initial": 2.5,
+        "constraint/log_ratio_initial": -2.0,
+    }  # fmt: skip

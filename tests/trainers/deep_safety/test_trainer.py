@@ -513,7 +513,7 @@ def test_another_reference_model(train, monkeypatch):
         asked.append(model.model.embed_tokens.weight.clone())
         return {}
 
-    monkeypatch.setattr("hf_iclr.trainers.deep_safety.trainer.find_refusals", refusals)
+    monkeypatch.setattr("hf_iclr.trainers.deep_safety.mixin.find_refusals", refusals)
     train(ref_model=tiny_llama(seed=7), constrain="refused", start=False)
     assert torch.equal(asked[0], tiny_llama(seed=7).model.embed_tokens.weight)
 

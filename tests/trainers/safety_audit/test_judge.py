@@ -156,6 +156,7 @@ def test_text_classification_models(classifier_folder):
     for judge in (pipe, classifier_folder):
         assert RefusalJudge([judge], refusal_label="rejection").judge(["no", "yes"]) == [True, True]
         assert RefusalJudge([judge], refusal_label="fine").judge(["no"]) == [False]
+        assert list(RefusalJudge([judge], refusal_label="fine").votes([])) == [classifier_folder, "refusal"]
         with pytest.raises(ValueError, match="one of fine, rejection; got None"):
             RefusalJudge([judge])
 

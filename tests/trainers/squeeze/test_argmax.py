@@ -18,7 +18,7 @@ from transformers import (
 from trl.trainer import add_fused_lm_head
 
 from hf_iclr.trainers.squeeze import argmax as module
-from hf_iclr.trainers.squeeze.argmax import HiddenStateTap, exact_argmax, logit_transform
+from hf_iclr.trainers.squeeze.argmax import HiddenStateTap, exact_argmax, from_logits, logit_transform
 
 
 SHAPE = {
@@ -151,3 +151,22 @@ def test_only_what_zero_3_has_sharded_is_gathered(monkeypatch):
         with module.gathered_head(*some):
             pass
     assert [[id(one) for one in given] for given in gathered] == [[id(parameters[0])]] * 2
+
+
+def test_logits_that_are_there_tell_the_same():
+    """Against the full softmax; zero where labels are -100. One token of an answer is the likeliest."""
+    with torch.no_grad():
+        logits = make_model("llama")(INPUT_IDS).logits
+    labels = LABELS.clone()
+    labels[0, 5] = logits[0, 4].argmax()
+    found = [field for tokens in from_logits(logits, labels) for field in tokens]
+    log_p, labels = logits[:, :-1].double().log_softmax(-1), labels[:, 1:]
+    own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    highest, index = log_p.max(-1)
+    rest = log_p.scatter(-1, index[..., None], -torch.inf).logsumexp(-1)
+    entropy, log_s = -(log_p.exp() * log_p).sum(-1), (2 * log_p).logsumexp(-1)
+    expected = [own, entropy, log_s, index == labels, highest, rest, highest - own]
+    for actual, value in zip(found, expected, strict=True):
+        value = value.to(actual.dtype).masked_fill(labels == -100, 0)
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=2e-6)
+    assert found[3][0, 4]

@@ -47,6 +47,7 @@ def alarm(values, key="probe/chosen/logp", **rule):
         ([-1.0, -1.0, -1.0], {}, None),  # nothing is learnt
         ([-2.0, -3.0, -2.5], {}, 2),  # on its way back, but far below
         ([-2.0], {"patience": 1}, None),
+        ([-1.0, -1.5], {"patience": 1, "delta": 0.5}, 1),  # as far as delta is far enough
     ],
 )
 def test_by_hand(values, rule, expected):

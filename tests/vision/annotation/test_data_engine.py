@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -120,11 +121,21 @@ def test_automatic_masklets_that_become_the_same_object_are_one():
             assert (a & b).sum() < 0.8 * (a | b).sum()
 
 
+def test_threads_that_share_a_model_find_what_each_finds_alone():
+    def find(seed: int) -> list[dict]:
+        session = tiny_pipe().session(clip(2, seed=seed), output="rle")
+        return [masklet.masks for masklet in find_masklets(tiny_pipe(), session, ANYTHING, None, "clip")]
+
+    alone = [find(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(find, range(4))) == alone and alone[0] != alone[1]
+
+
 def test_objects_that_come_later_are_found_too(monkeypatch):
     """A finder of our own finds one object on frame 0 and another one on frame 4."""
     seen = {0: [(0, 10)], 4: [(30, 48)]}
 
-    def generate(model, processor, image, config):
+    def generate(model, processor, image, *args):
         number = int(np.flatnonzero((video == image).all(axis=(1, 2, 3)))[0])
         masks = [np.zeros((48, 80), dtype=bool) for _ in seen[number]]
         for mask, (top, bottom) in zip(masks, seen[number], strict=True):
@@ -507,6 +518,15 @@ def test_names_depend_on_the_video_alone(tmp_path):
     assert name_video(clip(2)) == name_video({"frames": list(clip(2))}) != name_video(clip(2, seed=1))
     one, other = ({"video": {"bytes": data, "path": "0.mp4"}} for data in (b"x", b"y"))
     assert name_video(one) != name_video(other)
+
+
+@pytest.mark.parametrize("stem", ["a\\b", "A: b", "x" * 250, "é" * 120, "one\ntwo", "why? [720p]"])
+def test_names_are_such_as_any_folder_takes(stem, tmp_path):
+    (tmp_path / f"{stem}.mp4").write_bytes(b"film")
+    name = name_video(tmp_path / f"{stem}.mp4")[0]
+    store = AnnotationStore(tmp_path / "out", {})
+    store.write(name, [])
+    assert store.names() == [name] and len(name.encode()) < 170 and not set(name) & set('\\/:*?"<>|[]\n')
 
 
 def test_a_folder_that_was_renamed_is_not_annotated_again(tmp_path):

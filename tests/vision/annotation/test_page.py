@@ -261,6 +261,19 @@ def test_a_video_is_opened_from_the_page(tmp_path):
     during(steps)
 
 
+def test_two_people_send_videos_of_one_name_at_once(tmp_path):
+    films = [Path(write_video(tmp_path / f"{frames}.mp4", smooth(frames))).read_bytes() for frames in (3, 5)]
+
+    async def steps(client, page):
+        requests = (client.post("/open?name=clip.mp4", data=film) for film in films)
+        states = [await response.json() for response in await asyncio.gather(*requests)]
+        assert [state["num_frames"] for state in states] == [3, 5]
+        paths = [page.project.queue.video(state["clip"])["path"] for state in states]
+        assert [Path(path).read_bytes() for path in paths] == films
+
+    during(steps)
+
+
 def test_other_sites_are_refused():
     async def steps(client, page):
         for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
@@ -320,7 +333,7 @@ def test_a_name_sent_by_the_page_leads_nowhere(name, kind, tmp_path, monkeypatch
         page.project.queue.mark(page.clip, title=name)
         response = await client.get("/export", params={"format": kind})
         assert response.status in (200, 400)
-        assert (response.status == 400) == ("\\" in name or (name, kind) == ("..", "png")), await response.text()
+        assert (response.status == 400) == ((name, kind) == ("..", "png")), await response.text()
         assert list(tmp_path.iterdir()) == [tmp_path / "temporary"]
         page._can_open = True
         response = await client.post("/open", params={"name": name}, data=b"no video")

@@ -78,6 +78,9 @@ def test_folders_of_davis_are_read_where_both_images_and_masks_are(tmp_path):
     write_images(tmp_path / "JPEGImages" / "cat", CLIP)
     (tmp_path / "Annotations").mkdir()
     write_davis(segments_of(CLIP, [1, 2, 3, 5]), tmp_path / "Annotations" / "dog")
+    for folder, suffix in ((tmp_path / "JPEGImages" / "dog", ".JPG"), (tmp_path / "Annotations" / "dog", ".png")):
+        for file in sorted(folder.iterdir(), reverse=True):  # as cameras name them
+            file.rename(folder / f"img_{int(file.stem) + 7}{suffix}")
     (video,) = read_png_videos(tmp_path / "JPEGImages", tmp_path / "Annotations")
     assert_masks_are(video, CLIP, [1, 2, 3, 5])
     item = ClipDataset([video], tiny_processor(), num_frames=2)[0]
@@ -132,11 +135,12 @@ def test_a_video_without_objects_is_a_file_that_can_be_read(tmp_path):
         "dog"
     ]
     pq.write_table(FEATURES.arrow_schema.empty_table(), tmp_path / "out" / "shards" / "c.parquet")
-    (video,) = read_videos(tmp_path / "out")
+    out = (tmp_path / "out").rename(tmp_path / "out [720p]")  # no pattern
+    (video,) = read_videos(out)
     assert list(video.frames) == [0, 1] and np.array_equal(to_boolean_mask(video.masks(1)[1]), CLIP.masks[1][1])
-    (tmp_path / "out" / "shards" / "b.parquet").unlink()
+    (out / "shards" / "b.parquet").unlink()
     with pytest.raises(ValueError, match="Expected accepted masklets"):
-        read_videos(tmp_path / "out")
+        read_videos(out)
 
 
 def test_rows_of_a_dataset_are_joined_by_their_video(tmp_path):

@@ -144,6 +144,27 @@ def test_trackeval_reads_our_youtube_vis(tmp_path):
                 assert sum(runs["counts"]) == SIZE[0] * SIZE[1]
 
 
+def test_files_of_ovis_are_numbered_by_place(tmp_path):
+    write_ytvis({"park": video()}, tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["videos"][0]["file_names"] = [f"park/img_{number + 1:07}.jpg" for number in range(4)]
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    again = read_ytvis(tmp_path / "b.json")["park"]
+    assert again.frames == [0, 1, 2, 3] and np.array_equal(again[3].binary(2), masks(3)[2])
+
+
+def test_files_without_an_object_or_a_mask(tmp_path):
+    record = {"masklet": [[], []], "masklet_id": [], "video_frame_count": 5, "video_height": 4, "video_width": 6}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    segments, _ = read_sav(tmp_path / "a.json")
+    assert segments.frames == [0, 4] and segments.objects == [] and segments[0].size == (4, 6)
+    image = {"id": 9, "file_name": "x.jpg", "height": 20, "width": 40}
+    record = {"images": [image], "annotations": [{"image_id": 9, "bbox": [1, 2, 3, 4], "segmentation": []}]}
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="segmentation is empty"):
+        read_coco(tmp_path / "b.json")
+
+
 def test_categories_are_those_that_objects_have(tmp_path):
     for write in (write_coco, write_ytvis):
         write({"park": video()}, tmp_path / "a.json", {1: "dog", 2: "cat"})

@@ -6,9 +6,11 @@ from PIL import Image, ImageDraw
 
 from hf_iclr.vision.formats.mask_folders import (
     read_davis,
+    read_labels,
     read_object_folders,
     read_yolo,
     read_youtube_vos,
+    save_labels,
     write_davis,
     write_object_folders,
     write_yolo,
@@ -146,3 +148,16 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(ValueError, match=r"1\.\.254.*got 300"):
         write_davis(frames, tmp_path / "clip")
     assert not list(tmp_path.iterdir())
+
+
+def test_void_is_an_object_in_plain_black_and_white_alone(tmp_path):
+    """In gray 255 is object 1 where no other number is; in a palette it is void in any case."""
+    labels = np.zeros(SIZE, np.uint8)
+    labels[:4], labels[8:10] = 255, 1
+    Image.fromarray(labels).save(tmp_path / "gray.png")
+    assert np.array_equal(read_labels(tmp_path / "gray.png"), labels == 1)
+    labels[8:10] = 0
+    save_labels(labels, tmp_path / "palette.png")
+    assert not read_labels(tmp_path / "palette.png").any()
+    Image.fromarray(labels > 0).save(tmp_path / "bits.png")
+    assert np.array_equal(read_labels(tmp_path / "bits.png"), labels > 0)

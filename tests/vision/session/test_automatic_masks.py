@@ -165,7 +165,7 @@ def test_a_video_is_searched_again_for_new_objects(monkeypatch):
 
     looked = []
 
-    def found(model, processor, image, config):
+    def found(model, processor, image, *args):
         looked.append(int(np.flatnonzero((video == image).all((1, 2, 3)))[0]))
         return [square(5), square(50)] if len(looked) > 1 else [square(5)]
 

@@ -296,3 +296,23 @@ def test_an_empty_film_is_told(tmp_path):
     (tmp_path / "a.mp4").write_bytes(data)
     with pytest.raises(ValueError, match="a.mp4 has no frame that can be decoded"):
         list(open_video(tmp_path / "a.mp4"))
+
+
+def test_the_film_is_chosen_not_the_picture_of_its_cover(tmp_path):
+    with av.open(str(tmp_path / "film.mkv"), "w") as file:
+        for codec, size in (("mjpeg", (32, 32)), ("libx264", (64, 48))):
+            stream = file.add_stream(codec, rate=24)
+            stream.width, stream.height = size
+            stream.pix_fmt = FORMATS.get(codec, "yuv420p")
+        for stream, shown in zip(file.streams.video, (1, COUNT), strict=True):
+            for picture in pictures(shown):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode())
+    assert open_video(str(tmp_path / "film.mkv")).num_frames == COUNT
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    write_video(tmp_path / "film.mp4", smooth(3))
+    monkeypatch.chdir(tmp_path)
+    os.rename("film.mp4", "12:30.mp4")
+    assert open_video("12:30.mp4").num_frames == 3

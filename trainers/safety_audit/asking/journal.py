@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from hf_iclr.models import hash_weights
-from hf_iclr.untrusted import as_written_by, check_links, parse_json, regular_file
+from hf_iclr.untrusted import as_written_by, check_links, parse_json, regular_file, whole_number
 
 from .endpoint import OpenAIEndpoint
 
@@ -115,7 +115,7 @@ class Journal:
             with as_written_by("an unfinished audit", path):
                 for line in lines:
                     entry = parse_json(line, path)
-                    rows = {int(row): value for row, value in entry["rows"]}
+                    rows = {whole_number(pair[0], f"a row in {path}"): pair[1] for pair in entry["rows"]}
                     self._stages.setdefault(str(entry["stage"]), {}).update(rows)
 
     def _wait(self) -> None:

@@ -7,24 +7,22 @@ from huggingface_hub import ModelCard
 from hf_iclr.hub import model_card, repository_name, table_cell
 
 
-def concept_card(about: dict[str, Any], repo_id: str, loads_lora: bool = True) -> ModelCard:
+def concept_card(about: dict[str, Any], concepts: dict[str, str], repo_id: str, loads_lora: bool = True) -> ModelCard:
     """
-    A card that lists which concept reads as which, of what `concept_edits.json` holds; whether its pipeline loads
-    LoRAs.
+    A card that lists which concept reads as which, of the ledger's first event and the concepts in force; whether its
+    pipeline loads LoRAs.
     """
     lora = f'pipeline.load_lora_weights("{repo_id}")  # with the edits\n' if loads_lora else ""
     unload = "pipeline.unload_lora_weights()\n" if loads_lora else ""
     base = repository_name(about["base_model"])
     rows = "\n".join(
-        f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |"
-        for batch in about["batches"]
-        for concept, other in batch["concepts"].items()
+        f"| {table_cell(concept)} | {table_cell(other) or '*(erased)*'} |" for concept, other in concepts.items()
     )
     return model_card(
         f"Concept edits of {base or 'a local pipeline'}",
         f"""Concepts that read as others, made in closed form with `hf_iclr.ConceptEditor`, by the update of
 [AlphaEdit](https://huggingface.co/papers/2410.02355). {len(about["retain"])} prompts were retained; they stand in
-`concept_edits.json`. Base weights {about["base_hash"]}.
+`ledger.jsonl`. Base weights {about["base_hash"]}.
 
 | concept | reads as |
 | --- | --- |

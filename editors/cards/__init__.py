@@ -1,1 +1,0 @@
-"""Model cards of edits: begin with edits.py."""
