@@ -106,7 +106,7 @@ def test_logs_reach_the_trackers(tmp_path):
 
     make(tmp_path, callbacks=[Tracker(), callback()]).train()
     ratios = {"shapley/explained_ratio", "shapley/harmful_share", "shapley/energy", "shapley/scored_share"}
-    assert ratios | {"shapley/loss_validation"} == set(seen)
+    assert ratios | {"shapley/loss_validation", "shapley/agreement"} == set(seen)
 
 
 def test_steps_too_large_for_their_sizes_to_mean_anything_are_said_to_be(tmp_path, caplog):
