@@ -198,11 +198,11 @@ class BatchedCascade:
         drafted, outputs = lengths + any_draft.sum(1), ((scores, next_scores), (logits[:, :gamma], next_logits))
         tokens, counts, unfinished = self._emit(found, drafted, next_token, deferred, drift, outputs)
         facts = torch.stack([broken.expand_as(counts), counts, unfinished, found.counts, found.node, found.bonus])
-        flags, written, going, kept, nodes, bonus, *columns = torch.cat([facts, tokens.T]).tolist()
+        flags, written, going, kept, nodes, bonus, *new_tokens = torch.cat([facts, tokens.T]).tolist()
         check_numbers(flags[0], self.written)
         self.emitted = tokens[0, : written[0]]
         if self.lookup is not None:
-            for row, new in enumerate(zip(*columns, strict=True)):
+            for row, new in enumerate(zip(*new_tokens, strict=True)):
                 self.lookup.extend(row, new[: written[row]])
                 if sizes[row] and gamma:
                     self.statistics.looked_up += gamma

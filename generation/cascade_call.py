@@ -48,10 +48,10 @@ def complete_options(named: dict[str, Any], defaults: dict[str, Any] | None = No
     `ValueError` for values that can't be meant.
     """
     given = {name: value for name, value in named.items() if value is not None}
-    options = (defaults or {}) | given
+    options: dict[str, Any] = (defaults or {}) | given
     if "num_assistant_tokens" in options:  # a draft length that is named is kept
         options.setdefault("num_assistant_tokens_schedule", "constant")
-    options = CASCADE_DEFAULTS | options
+    options = {**CASCADE_DEFAULTS, **options}
     if options["cascade_rule"] == "spec" and "cascade_alpha" in given and "cascade_rule" not in given:
         raise ValueError(
             f"cascade_alpha={options['cascade_alpha']!r} is a rule's parameter, and rule 'spec' has none: the text is "

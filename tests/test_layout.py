@@ -81,7 +81,7 @@ def test_every_module_is_installed(tmp_path):
         f"{name.replace('.', '/')}/{path.name}"
         for folder, name in ROOMS.items()
         for path in folder.iterdir()
-        if path.suffix in (".py", ".pyi", ".html", ".js", ".md", ".typed")
+        if path.suffix in (".py", ".pyi", ".html", ".js", ".md", ".txt", ".typed")
     }
     assert built == here
 

@@ -129,7 +129,8 @@ class Eagle3Drafter(CachedDecoder):
 
     def __init__(self, model: Eagle3ForCausalLM, large: CachedDecoder):
         super().__init__(model, large.ids[:, :0], large.positions[:, :0])
-        self.large, self.unread = large, None  # states at the tokens before those that it has yet to read
+        self.large = large
+        self.unread: torch.Tensor | None = None  # states at the tokens before those that it has yet to read
         self.unknown, self.kept_slots = large.positions.shape[1] + 1, 0  # first tokens of which no state is known
         large.keep_layers = model.layers(large.model)
 
@@ -169,4 +170,5 @@ class Eagle3Drafter(CachedDecoder):
     def compact(self, rows: torch.Tensor) -> None:
         """As of any decoder, and of the states that are not read yet."""
         super().compact(rows)
+        assert self.unread is not None
         self.unread, self.kept_slots = self.unread[rows], self.positions.shape[1]

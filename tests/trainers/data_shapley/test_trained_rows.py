@@ -147,3 +147,16 @@ def test_rows_that_share_no_column_that_tells_them_apart_are_refused(columns):
         with pytest.raises(ValueError, match="can't be told which those are.*Give trainer.train_dataset"):
             known.keys(TEXTS.select_columns(["answer", *columns]), all_of(6))
         assert list(known.keys(trained, all_of(6))) == list(range(6))
+
+
+def test_texts_are_also_known_by_their_beginnings_if_they_are_long_enough():
+    rows = Dataset.from_dict({"seven": ["abcdefg", "bcdefgh"], "eight": ["abcdefgh", "bcdefghi"], "n": [1, 2]})
+    rows = rows.add_column("long", ["a" * 90, "b" * 80]).add_column("same", ["c" * 20] * 2)
+    assert set(TrainedRows.of(rows).digests) == {"seven", "eight", "eight[:4]", "n", "long", "long[:32]"}
+
+
+def test_rows_of_which_nothing_is_known_are_taken_as_they_come():
+    """Enough of them must be there."""
+    assert list(TrainedRows().keys(TEXTS, all_of(4))) == list(range(6))
+    with pytest.raises(ValueError, match="the 7 rows that were trained on, .*got 6 rows"):
+        TrainedRows().keys(TEXTS, all_of(7))
