@@ -3,8 +3,9 @@ Speed of speculative cascades on SmolLM2 with its built draft, against transform
 
     python benchmarks/cascade.py
 
-Five claims, each a table: what a user gets by default, on three kinds of text, alone and in a batch, against plain
-`generate` and against prompt lookup and assisted decoding of transformers; the loop's overhead per round against the
+Six claims, each a table: what a user gets by default, and without a small model, on four kinds of text, alone and in a
+batch, against plain `generate` and against prompt lookup and assisted decoding of transformers; what copies and
+candidates bring; the loop's overhead per round against the
 assisted loop of transformers; exact speculative sampling against plain sampling; every rule's speed beside the
 likelihood its text has under the large model; eight ragged prompts against plain batched `generate`. Methods take
 turns, prompt by prompt, and medians over rounds are compared, so that a machine that slows down slows down all of
@@ -30,6 +31,7 @@ SAMPLING = {
 }
 TABLES = {
     "defaults": "What a user gets by default",
+    "features": "With and without copies and candidates",
     "overhead": "Loop overhead per round",
     "exact": "Exact speculative sampling",
     "rules": "Rules",
@@ -49,6 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows of the first table")
+    parser.add_argument("--compile", action="store_true", help="also time the large model's forward under Inductor")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument(
         "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
@@ -69,6 +73,7 @@ from hf_iclr import enable_cascade
 from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.assisted_cascade import ForwardMeter, own_copy
 from hf_iclr.generation.drafting.draft_model import build_draft_model
+from hf_iclr.generation.proposals import DraftLength, TextLookup
 from hf_iclr.tour.demo.draft import docstrings, load_demo_draft
 from hf_iclr.tour.demo.language_model import load_demo_model
 
@@ -114,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     large.to(dtype)
     bench = Bench(large, small, layers, tokenizer, args)
     results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
-    show(results, "Cost of the parts", bench.parts())
+    show(results, "Cost of the parts", bench.parts(args.compile))
     for sampling in args.sampling:
         for table in args.tables:
             begin = time.perf_counter()
@@ -131,12 +136,16 @@ def show(results: dict, title: str, table: pd.DataFrame) -> None:
 class Bench:
     def __init__(self, large, small, layers, tokenizer, args):
         self.large, self.small, self.layers, self.tokens, self.rounds = large, small, layers, args.tokens, args.rounds
-        self.cascade = enable_cascade(large, small)
-        chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        self.cascade, self.alone, self.batches = enable_cascade(large, small), enable_cascade(large), args.batches
+        last = docstrings()[-len(PROMPTS) :]
+        questions = [*PROMPTS, *(f"Repeat this text word for word.\n\n{text[:300]}" for text in last)]
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        chats = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         # none of these is among the texts that the draft is made from
         kinds = {
-            "chat": tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False),
-            "docs": [text[: 160 + 20 * index] for index, text in enumerate(docstrings()[-len(PROMPTS) :])],
+            "chat": chats[: len(PROMPTS)],
+            "docs": [text[: 160 + 20 * index] for index, text in enumerate(last)],
+            "repeats": chats[len(PROMPTS) :],
         }
         if args.data is not None:
             with gzip.open(find_data(args.data, "lm/wikitext2_valid.txt.gz"), "rt") as file:
@@ -173,7 +182,8 @@ class Bench:
         methods = {
             "plain": lambda inputs: self.large.generate(**inputs, **sampling, **length),
             "default": lambda inputs: self.cascade.generate(**inputs, **sampling, **length),
-            "spec": lambda inputs: self.cascade.generate(**inputs, **sampling, **length, cascade_rule="spec"),
+            "token_v3": lambda inputs: self.cascade.generate(**inputs, **sampling, **length, cascade_rule="token_v3"),
+            "no small model": lambda inputs: self.alone.generate(**inputs, **sampling, **length),
             "prompt lookup": lambda inputs: self.large.generate(
                 **inputs, **sampling, **length, prompt_lookup_num_tokens=3
             ),
@@ -184,7 +194,9 @@ class Bench:
         rows = []
         for kind, (prompts, batch) in self.kinds.items():
             for size, calls in ((1, prompts), (len(prompts), [batch])):
-                times, ours = {name: [] for name in methods}, {"default": [], "spec": []}
+                if size not in self.batches:
+                    continue
+                times, ours = {name: [] for name in methods}, {"default": [], "no small model": []}
                 for seed in tqdm(range(-1, self.rounds if size == 1 else 2 * self.rounds), desc=kind, leave=False):
                     for inputs in calls[: 1 if seed < 0 else None]:
                         for name, method in methods.items():
@@ -196,7 +208,8 @@ class Bench:
                             if seed >= 0:
                                 times[name].append(time.perf_counter() - begin)
                                 if name in ours:
-                                    ours[name].append(self.cascade.cascade_statistics.to_dict())
+                                    model = self.cascade if name == "default" else self.alone
+                                    ours[name].append(model.cascade_statistics.to_dict())
                 ratios = {
                     name: stat.median(plain / own for plain, own in zip(times["plain"], values, strict=True))
                     for name, values in times.items()
@@ -214,18 +227,47 @@ class Bench:
                 rows.append({"text": kind, "batch": size, **ratios, **accepted, "rounds by drafts": chosen})
         return pd.DataFrame(rows)
 
-    def parts(self) -> pd.DataFrame:
-        """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""
+    def features(self, sampling) -> pd.DataFrame:
+        """Speed of exact sampling of one prompt without a feature, over that with all: medians of pairs."""
+        length = {"max_new_tokens": self.tokens, "eos_token_id": None, "pad_token_id": 2}
+        settings = {"all": (4, TextLookup.SIZES), "no candidates": (0, TextLookup.SIZES), "no copies": (4, {})}
         rows = []
+        for kind, (prompts, _) in self.kinds.items():
+            times, tokens = {name: [] for name in settings}, {name: [] for name in settings}
+            for seed in tqdm(range(-1, 2 * self.rounds), desc=kind, leave=False):
+                for inputs in prompts[: 1 if seed < 0 else None]:
+                    for name, (siblings, sizes) in settings.items():
+                        if seed >= 0:  # what rounds cost is measured with all features, in the first calls
+                            DraftLength.MOST_SIBLINGS, TextLookup.SIZES = siblings, sizes
+                        torch.manual_seed(seed)
+                        begin = time.perf_counter()
+                        self.cascade.generate(**inputs, **sampling, **length)
+                        if seed >= 0:
+                            times[name].append(time.perf_counter() - begin)
+                            tokens[name].append(self.cascade.cascade_statistics.to_dict()["tokens_per_large_forward"])
+                        DraftLength.MOST_SIBLINGS, TextLookup.SIZES = settings["all"]
+            row = {"text": kind}
+            for name in settings:
+                ratios = [whole / own for whole, own in zip(times["all"], times[name], strict=True)]
+                row |= {f"{name}: speed": stat.median(ratios), f"{name}: tokens a forward": stat.mean(tokens[name])}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def parts(self, with_inductor: bool) -> pd.DataFrame:
+        """Milliseconds of one forward behind 128 tokens of context, minimum of 15; compiled for each length alone."""
+        rows, lengths = [], (1, 2, 3, 5, 9)
+        kinds = [("large", self.large, None, lengths), ("draft of layers", self.layers, None, lengths)]
+        if with_inductor:
+            kinds.append(("large, compiled", self.large, torch.compile(self.large, dynamic=False), (1, 3, 5)))
         with torch.no_grad():
-            for name, model in (("large", self.large), ("draft of layers", self.layers)):
-                for length in (1, 2, 3, 5, 9):
+            for name, model, compiled, lengths in kinds:
+                for length in lengths:
                     times = []
                     for _ in range(15):
                         cache = find_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
                         ids = torch.randint(3, 999, (1, length))
                         begin = time.perf_counter()
-                        model(ids, logits_to_keep=length, **cache_inputs(model, cache))
+                        (compiled or model)(ids, logits_to_keep=length, **cache_inputs(model, cache))
                         times.append(time.perf_counter() - begin)
                     rows.append({"model": name, "new tokens": length, "ms": 1000 * min(times)})
         return pd.DataFrame(rows)

@@ -14,9 +14,9 @@ foods that no training saw:
   "recovery" and "both" add 4 recovery rows of other mushroom questions to the 10 rows of each step; "5/5/.1" and
   "both" (20/5/.1) constrain only rows whose prompt the taught model refuses. "recommended" is 5/5/.1 with 2 of the 10
   rows of each step the taught model's own refusals of those prompts; "rehearsal alone" has these rows and no
-  constraint; "anchor" adds 5 rows of other foods with the model's own answers to each step. "recommended" was chosen
-  on seed 0 of an earlier taught model, "both methods, anchor" on none. Seeds 3, 4 and 5 are fresh: no choice has seen
-  them.
+  constraint; "anchor" adds 5 rows of other foods with the model's own answers to each step. "recommended" and "both
+  methods" were chosen on seed 0 of earlier taught models, the anchor on none. Seeds 3, 4 and 5 are fresh: no choice
+  has seen them.
 - audit: the taught model and method A's under the other attacks of `audit_safety`: sampling, rank-assisted prefixes,
   and a GCG of few steps on four questions.
 - benign: the taught model fine-tuned to turn orders into calls, `order(item="red apples", amount=3, unit="bags")`.

@@ -156,6 +156,7 @@ PICTURES: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "deep_safety": (("deep_safety_beta",), draw_beta),
     "safety_audit": (("refusal_judge",), draw_judge),
     "squeeze": (("squeeze_toy",), draw_squeeze),
+    "data_shapley": (("keep_refusals_by_shapley",), draw_shapley),
     "concept_editor": (("concept_editor",), draw_concepts),
     "sam2_data_engine": (("data_engine",), draw_phases),
 }

@@ -87,6 +87,9 @@ def measure(name: str, probability: np.ndarray, full: np.ndarray, labels: np.nda
 
 
 def report_left_out(models: dict[str, pd.DataFrame]) -> None:
+    for name, table in models.items():
+        first, second = (table[f"annotation_{index}"].str.contains("refusal") for index in (1, 2))
+        print(f"{name}: two people agree on {(first == second).mean():.3f} of {len(table)} answers")
     for title, change in (("whole answers", str), (f"answers cut after {CUT} words", cut)):
         rows, everything = [], []
         for name, table in models.items():

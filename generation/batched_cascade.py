@@ -1,25 +1,26 @@
 """The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
 
-import copy
 import time
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_argument import UPSTREAM_NAME
 from .cached_decoder import CachedDecoder, align_vocabulary, position_limit, reads_states, vocabulary_size
-from .cascade_call import CascadeOptions, CascadeStatistics, DraftLength
+from .cascade_call import CascadeStatistics, check_numbers
 from .deferral_rules import (
     DEFERRAL_RULES,
     Accepted,
     Distributions,
     accept_drafts,
     cascade_target,
+    draw_next,
     draw_siblings,
     one_hot_of_largest,
     sample,
     total_variation,
 )
+from .proposals import DraftLength, Plan, TextLookup, measure_rounds
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
 
 
@@ -36,7 +37,8 @@ class BatchedCascade:
     follows π.
 
     Where it pays the first draft has siblings, other candidates for its place, which the same forward scores. If it is
-    refused, the first of them has its chance, against what is then left of π, and so on.
+    refused, the first of them has its chance, against what is then left of π, and so on. Under `spec` a row whose
+    newest tokens stood in its text before drafts what followed them, for which no small model has to run.
     """
 
     def __init__(
@@ -50,22 +52,26 @@ class BatchedCascade:
         self.processors = RowProcessors(logits_processor, batch_size, prompt_length)
         self.texts = RowTexts(input_ids, stopping_criteria, config, vocabulary_size(model))
         self.statistics = CascadeStatistics.for_rows("batched", options.rule, options.alpha, batch_size)
-        self.vocab_size, self.small_vocab_size = vocabulary_size(model), vocabulary_size(assistant)
+        self.vocab_size = vocabulary_size(model)
+        self.small_vocab_size = self.vocab_size if assistant is None else vocabulary_size(assistant)
         rule = DEFERRAL_RULES[options.rule]
         self.reads_q = options.rule != "spec"
         self.reads_p0, self.reads_q0 = rule.reads_unscaled, rule.reads_unscaled and rule.reads_draft
         self.reads_q0 |= options.confidence_threshold > 0
-        self.gamma, self.siblings = options.num_assistant_tokens, 0
-        self.measured = False  # then each round does all that one may have to
+        self.gamma = options.num_assistant_tokens
+        self.siblings, self.measured = 0, False  # if measured, each round does all that one may have to
         self.draft_length: DraftLength | None = None
-        if options.schedule == "auto" and (position_limit(model) or position_limit(assistant) or 99) > 40:
+        limits = [position_limit(half) or 99 for half in (model, assistant) if half is not None]
+        if options.schedule == "auto" and min(limits) > 48:
             warpers = self.processors.of_scores
-            kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype, assistant.dtype)
-            self.draft_length = DraftLength(
-                model, assistant, (*kind, *map(type, warpers)),
-                lambda: _round_seconds(model, assistant, batch_size, warpers, config, options),
-            )  # fmt: skip
-            self.statistics.round_seconds = self.draft_length.costs
+            kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
+            kind = (*kind, *map(type, warpers))
+            self.draft_length = DraftLength(model, assistant, kind, lambda: measure_rounds(self, assistant))
+        self.lookup: TextLookup | None = None
+        # a processor with a state can't be asked about a token that it forbids
+        if not self.reads_q and not self.processors.rewinds and (assistant is None or self.draft_length is not None):
+            texts = zip(input_ids.tolist(), (positions >= 0).tolist(), strict=True)
+            self.lookup = TextLookup([[token for token, real in zip(*text, strict=True) if real] for text in texts])
 
         # rounds, drafted, accepted, deferred, drift of each row
         self.totals = torch.zeros(5, batch_size, dtype=torch.float64, device=device)
@@ -82,9 +88,10 @@ class BatchedCascade:
             model, input_ids[:, :cached], positions[:, :cached], cache if cached else None,
             types if types is None else types[:, cached:], keep_states=reads_states(assistant),
         )  # fmt: skip
+        self.small = None
         if reads_states(assistant):
             self.small = assistant.drafter(self.large)
-        else:
+        elif assistant is not None:
             self.small = CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
         self.prompt_positions, self.types = positions, types
 
@@ -103,8 +110,12 @@ class BatchedCascade:
         stats.new_tokens = self.texts.produced.tolist()
         stats.deferred, stats.drift = self.totals[3:].tolist()
         stats.large_forwards, stats.large_tokens = self.large.forwards, self.large.tokens
-        stats.small_forwards, stats.small_tokens = self.small.forwards, self.small.tokens
-        stats.verify_seconds, stats.draft_seconds = self.large.seconds, self.small.seconds
+        stats.verify_seconds = self.large.seconds
+        if self.small is not None:
+            stats.small_forwards, stats.small_tokens = self.small.forwards, self.small.tokens
+            stats.draft_seconds = self.small.seconds
+        if self.draft_length is not None and self.draft_length.measured is not None:
+            stats.round_seconds = self.draft_length.measured.rounds
         stats.total_seconds = time.perf_counter() - start
         return self.texts.so_far()
 
@@ -131,19 +142,22 @@ class BatchedCascade:
         return decoder.cache
 
     def _round(self) -> None:
-        if self.draft_length is not None:
-            self.gamma, self.siblings = self.draft_length.next()
+        sizes = [0] * len(self.rows) if self.lookup is None else self.lookup.sizes()
+        plan = Plan(int(self.gamma), self.siblings) if self.draft_length is None else self.draft_length.next(sizes)
         # before it has read the prompt for a draft that reads its states, the large model writes, whatever the rule
-        alone = self.large.keep_states and self.small.states is None
-        gamma = min(0 if alone else int(self.gamma), self.texts.budget - min(self.written) - 1)
+        alone = self.large.keep_states and self.small.blind
+        small = plan.small and self.small is not None and not alone and not all(sizes)
+        able = small or any(sizes) or (self.measured and self.small is None)
+        gamma = min(plan.gamma if able else 0, self.texts.budget - min(self.written) - 1)
         if self.large.switch is not None:
             same_rotation = self.large.switch.drafts(max(self.lengths) + 1)
             gamma = gamma if same_rotation is None else min(gamma, same_rotation)
 
-        # 1. The small model drafts up to gamma tokens a row; q is kept for each of them.
+        # 1. The small model drafts up to gamma tokens a row, or they are copied; q is kept for each of them.
         room = (self.texts.budget - self.texts.produced[self.rows] - 1).clamp(max=gamma)
-        drafts, siblings, q, lengths = self._draft(gamma, room, alone)
+        drafts, siblings, q, lengths = self._draft(Plan(gamma, plan.siblings, small), room, alone, sizes)
         gamma, others = drafts.shape[1], siblings.shape[1]
+        skipped = not small if gamma else q is None  # the small model has read nothing
         self.statistics.count(gamma, others)
 
         # 2. The large model scores all drafts and the positions after them in one forward.
@@ -169,7 +183,7 @@ class BatchedCascade:
         if gamma and self.reads_q:
             # π after the last draft needs q there; the small model must read that draft anyway
             flags, nodes, ends = torch.stack([broken.expand_as(found.node), found.node, found.ends]).tolist()
-            self._check_numbers(flags[0])
+            check_numbers(flags[0], self.written)
             if any(ends) or self.measured:
                 self._keep_in_small(found, nodes)
                 last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
@@ -184,46 +198,55 @@ class BatchedCascade:
         drafted, outputs = lengths + any_draft.sum(1), ((scores, next_scores), (logits[:, :gamma], next_logits))
         tokens, counts, unfinished = self._emit(found, drafted, next_token, deferred, drift, outputs)
         facts = torch.stack([broken.expand_as(counts), counts, unfinished, found.counts, found.node, found.bonus])
-        flags, written, going, kept, nodes, bonus = facts.tolist()
-        self._check_numbers(flags[0])
+        flags, written, going, kept, nodes, bonus, *new_tokens = torch.cat([facts, tokens.T]).tolist()
+        check_numbers(flags[0], self.written)
         self.emitted = tokens[0, : written[0]]
+        if self.lookup is not None:
+            for row, new in enumerate(zip(*new_tokens, strict=True)):
+                self.lookup.extend(row, new[: written[row]])
+                if sizes[row] and gamma:
+                    self.statistics.looked_up += gamma
+                    self.statistics.looked_up_accepted += min(kept[row], written[row]) if nodes[row] <= gamma else 0
         self.written = [before + count for before, count in zip(self.written, written, strict=True)]
         if self.processors.rewinds:
             for row in self.rows[unfinished].tolist():
                 self.processors.accept(row, self.texts.length(row))
-        self._update_caches(found, next_token, others, step is None, q is None, kept, nodes)
+        self._update_caches(found, next_token, others, step is None, skipped, kept, nodes)
         self._compact(going)
         if self.draft_length is not None and gamma:
-            self.draft_length.record(gamma, others, kept, nodes, bonus)
+            self.draft_length.record(Plan(gamma, others, small), sizes, kept, nodes, bonus)
         elif self.options.schedule.startswith("heuristic"):
             # as transformers does: two tokens more after a round without rejection, else one fewer
             self.gamma = self.gamma + 2 if all(bonus) else max(1, self.gamma - 1)
 
-    def _check_numbers(self, broken: int) -> None:
-        if broken:
-            raise ValueError(
-                f"The large model gave NaN logits after {max(self.written)} new tokens. Expected finite numbers: "
-                "check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
-            )
-
-    def _draft(self, gamma: int, lengths: torch.Tensor, alone: bool):
+    def _draft(self, plan: Plan, lengths: torch.Tensor, alone: bool, sizes: list[int]):
         """Drafts `(rows, γ)`, siblings of the first, q or `None`, and how many drafts each row has."""
         ids, positions = self.small_pending
         drafts = siblings = ids.new_empty(len(self.rows), 0)
-        if gamma == 0:
+        copies, copied = None, torch.tensor(sizes, device=ids.device) > 0
+        if plan.gamma and self.lookup is not None and (any(sizes) or not plan.small):
+            copies = torch.tensor(self.lookup.drafts(sizes, plan.gamma), device=ids.device)
+            if not plan.small:
+                q = Distributions.one_hot(copies, self.vocab_size)
+                return copies, siblings, q, lengths if self.measured else torch.where(copied, lengths, 0)
+        if plan.gamma == 0:
             # of a last token only a rule that reads q needs the small model
             if alone or not self.reads_q:
                 return drafts, siblings, None, lengths
             return drafts, siblings, self._small_step(ids, positions, drafts, lengths >= 0, 0)[1], lengths
         parts = []
-        for step in range(gamma):
+        for step in range(plan.gamma):
             # π after a row's last draft needs q there, too: a row may draft less than others
             scores, q = self._small_step(ids, positions, drafts, step <= lengths, step)
+            token = q.probs[:, 0].argmax(-1) if self.greedy else sample(q.probs[:, 0])
+            if copies is not None:
+                token = torch.where(copied, copies[:, step], token)
+                where, one_hot = copied[:, None, None], Distributions.one_hot(token[:, None], self.vocab_size)
+                q = Distributions(*(torch.where(where, *pair) for pair in zip(one_hot, q, strict=True)))
             parts.append(q)
-            probs = q.probs[:, 0]
-            token = probs.argmax(-1) if self.greedy else sample(probs)
-            if step == 0 and self.siblings and not self.processors.rewinds:  # a processor has a state for a length
-                siblings = draw_siblings(scores[:, 0] if self.greedy else probs, token, self.siblings, self.greedy)
+            if step == 0 and plan.siblings and not self.processors.rewinds:  # a processor has a state for a length
+                probs = scores[:, 0] if self.greedy else q.probs[:, 0]
+                siblings = draw_siblings(probs, token, plan.siblings, self.greedy)
             drafts = torch.cat([drafts, token[:, None]], 1)
             if len(self.texts.eos):  # nothing follows the end of a text
                 lengths = torch.where(torch.isin(token, self.texts.eos), lengths.clamp(max=step + 1), lengths)
@@ -296,18 +319,7 @@ class BatchedCascade:
             target = after[:, 0]
         for part, value in zip((deferred, drift), last, strict=True):
             part[index, counts] = torch.where(ends, value[:, 0], part[index, counts])
-        if pi is None:
-            return target.argmax(-1) if self.greedy else sample(target)
-        drafted = counts.clamp(max=pi.shape[1] - 1)
-        target = torch.where(ends[:, None], target, pi[index, drafted])
-        if self.greedy:
-            return target.argmax(-1)
-        residual = (target - q.probs[index, drafted]).clamp(min=0)
-        if found.residual is not None:
-            residual = torch.where((counts == 0)[:, None], found.residual, residual)
-        # A residual of mass 0 means π = q up to rounding: then a rejection is rounding too, and π serves.
-        usable = ~found.bonus & (residual.sum(-1) > 0)
-        return sample(torch.where(usable[:, None], residual, target))
+        return draw_next(found, target, pi, None if q is None else q.probs, self.greedy)
 
     def _emit(self, found: Accepted, drafted, next_token, deferred, drift, outputs):
         """Writes the round's tokens. Returns them, how many each row got (it may end inside), and which rows go on."""
@@ -331,24 +343,30 @@ class BatchedCascade:
         kept = torch.arange(read, device=in_chain.device) < in_chain[:, None]
         self.small.keep(kept, max(min(node, read) if node <= read + 1 else 0 for node in nodes))
 
-    def _update_caches(self, found: Accepted, next_token, others, unread: bool, small_skipped, kept, nodes) -> None:
+    def _update_caches(self, found: Accepted, next_token, others, unread: bool, skipped, kept, nodes) -> None:
         gamma = found.drafts.shape[1]
         if gamma:
             columns = torch.arange(1, gamma + others + 1, device=next_token.device)
             chain = torch.where(found.node > gamma, 0, found.counts)[:, None]
             self.large.keep((columns <= chain) | ((columns > gamma) & (columns == found.node[:, None])), max(nodes))
-            if unread:
+            if unread and not skipped:
                 self._keep_in_small(found, nodes)
         if self.large.keep_states:
-            self.small.read(found.node)
+            self.small.read(found.node, gamma, others)
         owed = torch.where(found.ends, self.last_position + found.counts, -1)[:, None]
+        columns = torch.arange(gamma, device=next_token.device)
+        places = torch.where(columns < found.counts[:, None], self.last_position[:, None] + 1 + columns, -1)
         self.last_position = self.last_position + found.counts + 1
         self.lengths = [length + count + 1 for length, count in zip(self.lengths, kept, strict=True)]
         newest = (next_token[:, None], self.last_position[:, None])
         unread_before = self.small_pending
         self.large_pending = self.small_pending = newest
-        if small_skipped:
-            self.small_pending = tuple(torch.cat(parts, 1) for parts in zip(unread_before, newest, strict=True))
+        if self.small is None or (self.large.keep_states and not self.small.rereads):
+            return  # it reads the newest token alone
+        if skipped or self.large.keep_states:
+            before = unread_before if skipped else tuple(part[:, :0] for part in unread_before)
+            parts = zip(before, (found.drafts, places), newest, strict=True)
+            self.small_pending = tuple(torch.cat(part, 1) for part in parts)
         elif gamma and unread and any(node >= gamma for node in nodes):
             last = found.drafts.gather(1, (found.counts - 1).clamp(min=0)[:, None])
             self.small_pending = (torch.cat([last, newest[0]], 1), torch.cat([owed, newest[1]], 1))
@@ -356,7 +374,8 @@ class BatchedCascade:
     def _compact(self, going: list[int]) -> None:
         """Drops finished rows, and cache slots once too many are holes."""
         longest = max(self.lengths)
-        holes = max(self.large.hole_share(longest), self.small.hole_share(longest)) > _MAX_HOLE_SHARE
+        decoders = [self.large] if self.small is None else [self.large, self.small]
+        holes = max(decoder.hole_share(longest) for decoder in decoders) > _MAX_HOLE_SHARE
         if all(going) and not holes:
             return
         kept = [index for index, goes_on in enumerate(going) if goes_on]
@@ -368,33 +387,7 @@ class BatchedCascade:
         self.last_position = self.last_position[select]
         self.large_pending = tuple(tensor[select] for tensor in self.large_pending)
         self.small_pending = tuple(tensor[select] for tensor in self.small_pending)
-        self.large.compact(select)
-        self.small.compact(select)
-
-
-def _round_seconds(model, assistant, rows: int, warpers, config, options) -> tuple[dict[int, float], float]:
-    """
-    Seconds of a round by its draft length, of `DraftLength.MEASURED`, and of a sibling: the fastest of three after a
-    short text. No random number of the caller is used up.
-    """
-    config = copy.copy(config)
-    config.max_length, config.eos_token_id, config.return_dict_in_generate = 4096, None, False
-    ids = torch.arange(8, device=model.device).remainder(vocabulary_size(model)).expand(rows, -1)
-    places = torch.arange(8, device=model.device).expand(rows, -1)
-    seconds: dict[tuple[int, int], float] = {}
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        for gamma, others in [(gamma, 0) for gamma in DraftLength.MEASURED] + [(1, DraftLength.MOST_SIBLINGS)]:
-            loop = BatchedCascade(
-                model, assistant, ids, places, warpers, StoppingCriteriaList(), config,
-                CascadeOptions(options.rule, options.alpha, 0, options.backend, gamma, "constant", 0.0),
-            )  # fmt: skip
-            loop.siblings, loop.measured = others, True
-            for turn in range(4 if gamma else 5):
-                begin = time.perf_counter()
-                loop._round()
-                loop.emitted.tolist()  # waits for the device
-                if turn:
-                    best = seconds.get((gamma, others), torch.inf)
-                    seconds[gamma, others] = min(time.perf_counter() - begin, best)
-    sibling = max(0.0, seconds.pop((1, DraftLength.MOST_SIBLINGS)) - seconds[1, 0]) / DraftLength.MOST_SIBLINGS
-    return {gamma: cost for (gamma, _), cost in seconds.items()}, sibling
+        for decoder in decoders:
+            decoder.compact(select)
+        if self.lookup is not None:
+            self.lookup.keep(kept)

@@ -39,6 +39,8 @@ class CachedDecoder:
         type of their row's last. With `keep_states` the last hidden states of the newest logits are kept as `states`.
         """
         self.model, self.keep_states = model, keep_states
+        self.keep_layers: tuple[int, ...] | None = None  # the states before these layers instead, of all tokens read
+        self.extra_inputs: dict[str, Any] = {}
         self.ids, self.positions = input_ids, positions  # -1 is a hole
         # built without a config: every layer keeps all slots, the mask applies windows
         self.cache = DynamicCache() if cache is None else cache
@@ -95,11 +97,16 @@ class CachedDecoder:
         }
         if self.keep_states:  # the two halves of the model's own forward, see `why_no_states`
             body = self.model.base_model
-            self.states = body(**inputs, **cache_inputs(body, self.cache))[0][:, -logits_to_keep:]
+            more = {} if self.keep_layers is None else {"output_hidden_states": True, "return_dict": True}
+            output = body(**inputs, **more, **cache_inputs(body, self.cache))
+            self.states = output[0][:, -logits_to_keep:]
             logits = self.model.get_output_embeddings()(self.states)
+            if self.keep_layers is not None:
+                self.states = torch.cat([output.hidden_states[layer] for layer in self.keep_layers], -1)
         else:
-            inputs |= {"logits_to_keep": logits_to_keep, **cache_inputs(self.model, self.cache)}
-            logits = self.model(**inputs).logits[:, -logits_to_keep:]
+            inputs |= {"logits_to_keep": logits_to_keep, **self.extra_inputs, **cache_inputs(self.model, self.cache)}
+            self.newest = self.model(**inputs)
+            logits = self.newest.logits[:, -logits_to_keep:]
         self.forwards += 1
         self.tokens += input_ids.numel()
         self.seconds += time.perf_counter() - start

@@ -1,11 +1,8 @@
 """What a cascading `generate` call is asked for, and what it did: per prompt, and for the whole call."""
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from .cached_decoder import position_limit, same_vocabulary, vocabulary_size
@@ -15,12 +12,12 @@ from .deferral_rules import check_rule
 # `generate` arguments that a cascade adds, or whose default differs from transformers' (20 drafts, cut at confidence
 # 0.4).
 CASCADE_DEFAULTS = {
-    "cascade_rule": "token_v3",
+    "cascade_rule": "spec",
     "cascade_alpha": 0.3,
     "strict_prefix": 0,
     "cascade_backend": "auto",
     "num_assistant_tokens": 4,
-    "num_assistant_tokens_schedule": "auto",  # "constant" for a call that names `num_assistant_tokens`
+    "num_assistant_tokens_schedule": "auto",  # "constant" beside a `num_assistant_tokens`
     "assistant_confidence_threshold": 0.0,
 }
 # Settings by which `generate` drafts in another way than with the small model, or mixes it in itself.
@@ -45,8 +42,21 @@ class CascadeOptions(NamedTuple):
     confidence_threshold: float
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raises `ValueError` for values of `CASCADE_DEFAULTS` that can't be meant."""
+def complete_options(named: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """
+    The arguments of a cascade that are named, then those of its models (`defaults`), then `CASCADE_DEFAULTS`. Raises
+    `ValueError` for values that can't be meant.
+    """
+    given = {name: value for name, value in named.items() if value is not None}
+    options: dict[str, Any] = (defaults or {}) | given
+    if "num_assistant_tokens" in options:  # a draft length that is named is kept
+        options.setdefault("num_assistant_tokens_schedule", "constant")
+    options = {**CASCADE_DEFAULTS, **options}
+    if options["cascade_rule"] == "spec" and "cascade_alpha" in given and "cascade_rule" not in given:
+        raise ValueError(
+            f"cascade_alpha={options['cascade_alpha']!r} is a rule's parameter, and rule 'spec' has none: the text is "
+            'the large model\'s own. Name a rule, for example `cascade_rule="token_v3"`, or leave `cascade_alpha` out.'
+        )
     check_rule(options["cascade_rule"], options["cascade_alpha"])
     gamma, prefix = options["num_assistant_tokens"], options["strict_prefix"]
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or gamma != int(gamma) or gamma < 1:
@@ -59,6 +69,7 @@ def check_options(options: dict[str, Any]) -> None:
     threshold = options["assistant_confidence_threshold"]
     if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ValueError(f"assistant_confidence_threshold is a probability in [0, 1], got {threshold!r}.")
+    return options
 
 
 _COUNTS = ("rounds", "drafted", "accepted", "new_tokens", "deferred", "drift")  # of each row
@@ -68,12 +79,12 @@ _COSTS = (
 )
 
 
-def check_call(model, assistant_model, inputs, setting, kwargs) -> None:
+def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
     """Raises `ValueError` for a call that can't be served, before any work is done."""
-    if assistant_model is None and setting("assistant_early_exit") is None:
+    if assistant_model is None and setting("assistant_early_exit") is None and rule != "spec":
         raise ValueError(
-            "A cascade needs a small model, got none. Pass `assistant_model=small`, or build the model with "
-            "`enable_cascade(large, small)`."
+            f"Rule {rule!r} mixes in a small model, got none. Pass `assistant_model=small`, build the model with "
+            "`enable_cascade(large, small)`, or leave `cascade_rule` out."
         )
     if setting("num_beams") not in (None, 1):
         raise ValueError(
@@ -143,6 +154,15 @@ def check_positions(assistant_model, prompt_length: int, new_tokens: int) -> Non
         )
 
 
+def check_numbers(broken: int, written: list[int]) -> None:
+    """Raises `ValueError` if the large model's logits of a round are `broken`."""
+    if broken:
+        raise ValueError(
+            f"The large model gave NaN logits after {max(written)} new tokens. Expected finite numbers: "
+            "check its weights, or load it with `dtype=torch.bfloat16` instead of float16."
+        )
+
+
 def under_adapters(model):
     """The model that a [`~peft.PeftModel`] put its adapters into; any other model itself."""
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
@@ -173,96 +193,6 @@ def padding_token(config) -> int | None:
     return int(config.pad_token_id) if config.pad_token_id is not None else next(iter(end_tokens(config)), None)
 
 
-# Of a large model, a small one and the kind of call: seconds of a round by its draft length, and of a sibling.
-_round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
-
-
-class DraftLength:
-    """
-    Chooses the draft length of each round, and how many siblings its first draft has, so that tokens come quickest:
-    none at all where drafts don't pay. (A rule still has its say about such a token.)
-
-    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens; with n
-    siblings of the first, of which each is accepted with probability b when its turn comes, (1 - a) (1 - (1 - b)^n)
-    more. Both are those of the call so far, old rounds counting less and less. Where drafts are given up they are
-    tried again after a while, as the text may have become an easier one. What rounds cost is measured once for two
-    models and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text
-    again.
-
-    Args:
-        large, small ([`~transformers.PreTrainedModel`]):
-            The models; the acceptance that is expected at first is the small one's `config.expected_acceptance`, or
-            0.6.
-        kind (`tuple`):
-            What else costs depend on.
-        measure (`Callable`):
-            Seconds of a round by its draft length, of `MEASURED`, and of a sibling; called once, when the first choice
-            is made.
-    """
-
-    MEASURED = (0, 1, 2, 4)
-    LONGEST, MOST_SIBLINGS = 8, 4
-    MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
-
-    def __init__(self, large, small, kind: tuple, measure: Callable[[], tuple[dict[int, float], float]]):
-        known = _round_costs.setdefault(large, weakref.WeakKeyDictionary()).setdefault(small, {})
-        self.costs: dict[int, float]
-        self.costs, self._sibling = known.setdefault(kind, ({}, []))
-        self._measure = measure
-        self._expected = getattr(small.config, "expected_acceptance", None) or 0.6
-        self._planned = [(4, 0)]  # nearly free: the large model reads the prompt in that round
-        self._pause = self.PAUSE
-        self._forget(self.WEIGHT)
-
-    def _forget(self, weight: float) -> None:
-        self._accepted, self._rejected = weight * self._expected, weight * (1 - self._expected)
-        # a candidate that is not the first is about half as often right
-        self._hits, self._misses = weight * self._expected / 2, weight * (1 - self._expected / 2)
-
-    def next(self) -> tuple[int, int]:
-        """The draft length of the next round, and how many siblings its first draft has."""
-        if not self._planned:
-            best = self._quickest(self._accepted / (self._accepted + self._rejected))
-            self._planned = [best]
-            if best[0] == 0:
-                self._planned = [best] * self._pause
-                self._pause *= 2
-                if self._quickest(0.95)[0]:
-                    self._planned.append((max(1, self._quickest(0.8)[0]), 0))
-                    self._forget(1.0)
-        return self._planned.pop(0)
-
-    def _quickest(self, acceptance: float) -> tuple[int, int]:
-        if not self.costs:  # not before: a call may end in its first round
-            measured, sibling = self._measure()
-            self.costs.update(measured)
-            self._sibling.append(sibling)
-        lengths, known = np.arange(self.LONGEST + 1), sorted(self.costs)
-        costs = np.interp(lengths, known, [self.costs[length] for length in known])
-        slope = (self.costs[known[-1]] - self.costs[known[-2]]) / (known[-1] - known[-2])
-        costs += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
-        siblings, drafts = np.arange(self.MOST_SIBLINGS + 1), np.minimum(lengths, 1)[:, None]
-        hit = 1 - (self._misses / (self._hits + self._misses)) ** siblings
-        tokens = ((1 - acceptance ** (lengths + 1)) / (1 - acceptance))[:, None] + drafts * (1 - acceptance) * hit
-        seconds = costs[:, None] + drafts * self._sibling[0] * siblings
-        length, others = np.unravel_index((tokens / seconds).argmax(), tokens.shape)
-        return int(length), int(others)
-
-    def record(self, gamma: int, siblings: int, kept: list[int], nodes: list[int], bonus: list[int]) -> None:
-        """
-        Takes what a round with drafts gave: of each row how many were kept, the column of the logits after the last
-        one (beyond γ a sibling's), and whether nothing was refused.
-        """
-        tries = [node - gamma for node in nodes if node > gamma]
-        hits = len(tries)
-        refused = sum(node == 0 and not whole for node, whole in zip(nodes, bonus, strict=True))
-        self._accepted = self.MEMORY * self._accepted + sum(kept) - hits
-        self._rejected = self.MEMORY * self._rejected + len(bonus) - sum(bonus) + hits
-        if siblings and refused + hits:
-            self._hits = self.MEMORY * self._hits + hits
-            self._misses = self.MEMORY * self._misses + sum(tries) - hits + refused * siblings
-
-
 @dataclass
 class CascadeStatistics:
     """
@@ -287,6 +217,8 @@ class CascadeStatistics:
             How many rounds had drafts of up to that many tokens; 0 is a token of the large model alone.
         candidates (`dict[int, int]`):
             How many of the rounds with drafts had that many candidates for their first token.
+        looked_up, looked_up_accepted (`int`):
+            Drafted tokens that were copied from the row's own text, and how many of them were kept.
         round_seconds (`dict[int, float]`):
             Where draft lengths are chosen: what a round of each costs, as it was once measured.
         draft_seconds, verify_seconds, total_seconds (`float`):
@@ -310,6 +242,8 @@ class CascadeStatistics:
     draft_lengths: dict[int, int] = field(default_factory=dict)
     candidates: dict[int, int] = field(default_factory=dict)
     round_seconds: dict[int, float] = field(default_factory=dict)
+    looked_up: int = 0
+    looked_up_accepted: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -355,6 +289,8 @@ class CascadeStatistics:
             **counts,
             **_rates(counts, self.large_forwards),
             "draft_lengths": dict(sorted(self.draft_lengths.items())),
+            "looked_up": self.looked_up,
+            "looked_up_accepted": self.looked_up_accepted,
             "candidates": dict(sorted(self.candidates.items())),
             "round_seconds": dict(sorted(self.round_seconds.items())),
             **{name: getattr(self, name) for name in _COSTS},

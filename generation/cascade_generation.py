@@ -25,8 +25,8 @@ from .cascade_call import (
     CascadeStatistics,
     check_assistant,
     check_call,
-    check_options,
     check_positions,
+    complete_options,
     under_adapters,
 )
 from .row_processors import why_not_rewindable
@@ -76,8 +76,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         Args:
             assistant_model ([`~transformers.PreTrainedModel`], *optional*):
                 The small model. Defaults to the one given to [`enable_cascade`] or stored in a composite model.
-            cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
-                One of [`DEFERRAL_RULES`].
+                Without any, under `"spec"`, drafts are what followed the newest tokens earlier in the text.
+            cascade_rule (`str`, *optional*, defaults to `"spec"`):
+                One of [`DEFERRAL_RULES`]. By default the text is the large model's own, only quicker.
             cascade_alpha (`float`, *optional*, defaults to 0.3):
                 Parameter of the rule: how much is left to the small model.
             num_assistant_tokens (`int`, *optional*):
@@ -122,17 +123,20 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         sources = [generation_config, self.generation_config, self.config]
         if assistant_model is not None:
             sources.append(assistant_model.generation_config)
-        own_length = False  # a draft length that is named is kept
-        for name, default in CASCADE_DEFAULTS.items():
-            value = kwargs.pop(name, None)
-            for source in sources:
-                if value is None:
-                    value = getattr(source, name, None)
-            if name == "num_assistant_tokens" and value is not None:
-                own_length = True
-            if value is None and name == "num_assistant_tokens_schedule" and own_length:
-                value = "constant"
-            value = default if value is None else value
+
+        def setting(name):
+            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+        alone = assistant_model is None and setting("assistant_early_exit") is None  # drafts are looked up
+        named = {name: kwargs.pop(name, None) for name in CASCADE_DEFAULTS}
+        if alone and named["num_assistant_tokens"] is None:
+            named["num_assistant_tokens"] = setting("prompt_lookup_num_tokens")
+        defaults: dict = {}
+        for source in reversed(sources):  # the first has the last word
+            found = {name: getattr(source, name, None) for name in CASCADE_DEFAULTS}
+            defaults |= {name: value for name, value in found.items() if value is not None}
+        options = complete_options(named, defaults)
+        for name, value in options.items():
             if generation_config is not None:
                 setattr(generation_config, name, value)
             else:
@@ -141,12 +145,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                     setattr(self.generation_config, name, None)
                 kwargs[name] = value
 
-        def setting(name):
-            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-        options = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in CASCADE_DEFAULTS}
-        check_options(options)
-        check_call(self, assistant_model, inputs, setting, kwargs)
+        check_call(self, assistant_model, options["cascade_rule"], inputs, setting, kwargs)
+        if alone:
+            kwargs["prompt_lookup_num_tokens"] = options["num_assistant_tokens"]  # so that drafts are asked for
         tokenizers = kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer")
         if assistant_model is not None and same_vocabulary(self, assistant_model, tokenizers):
             kwargs.pop("assistant_tokenizer", None)  # transformers refuses it where it isn't needed
@@ -202,11 +203,13 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
         )
         backend = options.backend
-        if reads_states(assistant_model) and (obstacle is not None or backend == "assisted"):
+        alone = assistant_model is None and generation_config.assistant_early_exit is None
+        if (alone or reads_states(assistant_model)) and (obstacle is not None or backend == "assisted"):
+            drafts = "A cascade without a small model" if alone else "A draft that reads the large model's states"
             raise ValueError(
-                "A draft that reads the large model's states needs the batched cascade, which can't serve this call: "
+                f"{drafts} needs the batched loop, which can't serve this call: "
                 f"{obstacle or 'it was told to be the loop of transformers'}. Leave `cascade_backend` out, or pass "
-                "another small model."
+                "`assistant_model=small`, another small model."
             )
         if obstacle is not None and (backend == "batched" or batch_size > 1):
             raise ValueError(
@@ -261,12 +264,13 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         self, pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
     ) -> str | None:
         """Why the batched loop can't serve a call, as one clause; `None` if it can."""
-        if pair[1] is None:
+        if generation_config.assistant_early_exit is not None:
             return "an early exit has no small model of its own"
         if not one_vocabulary:
             return "the two tokenizers have different vocabularies"
-        check = why_no_states(*pair) if reads_states(pair[1]) else why_not_batched(pair[1])
-        reason = why_not_batched(pair[0]) or check
+        reason = why_not_batched(pair[0])
+        if reason is None and pair[1] is not None:
+            reason = why_no_states(*pair) if reads_states(pair[1]) else why_not_batched(pair[1])
         if reason is not None:
             return reason
         if synced_gpus:
@@ -289,7 +293,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it keeps no attentions or hidden states"
         for model in pair:
-            switch, new_tokens = RotarySwitch.of(model), generation_config.max_length - input_ids.shape[1]
+            switch = RotarySwitch.of(model) if model is not None else None
+            new_tokens = generation_config.max_length - input_ids.shape[1]
             reason = switch and switch.why_not(positions[:, -1] + 1, new_tokens, len(input_ids))
             if reason:
                 return reason
@@ -339,7 +344,7 @@ def enable_cascade(model, assistant_model=None, **defaults):
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The large model. Of one with adapters, `save_pretrained` saves these.
         assistant_model ([`~transformers.PreTrainedModel`], *optional*):
-            The small model. Without it, each `generate` call must bring one.
+            The small model. Without it, a `generate` call may bring one.
         defaults (*optional*):
             Defaults of `generate` such as `cascade_rule="opt", cascade_alpha=0.2`.
 
@@ -366,7 +371,7 @@ def enable_cascade(model, assistant_model=None, **defaults):
     unknown = sorted(set(defaults) - set(CASCADE_DEFAULTS))
     if unknown:
         raise TypeError(f"Unknown defaults {unknown}. Choose from {', '.join(CASCADE_DEFAULTS)}.")
-    check_options({**CASCADE_DEFAULTS, **defaults})
+    complete_options(defaults)
     check_assistant(assistant_model)
     cls = type(model)
     if not isinstance(model, SpeculativeCascadeGenerationMixin):

@@ -1,12 +1,62 @@
-"""Configuration of a composite model: a large and a small model in one repository, or references to two."""
+"""Configurations of draft models, made of their large model, and of a composite: a large and a small model as one."""
 
 from typing import ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_draft import DraftConfig, FeatureDraftConfig
 from .deferral_rules import check_rule
+
+
+class DraftConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DraftForCausalLM`].
+
+    Args:
+        body ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the decoder without head: that of the large model with fewer layers.
+        draft_vocab_size (`int`, *optional*, defaults to 8192):
+            Number of tokens the draft can write. All tokens of the large model can be read.
+        expected_acceptance (`float`, *optional*):
+            Mean Σ min(p, q) on texts like those it was made of, at temperature 1: where the choice of draft lengths
+            begins.
+    """
+
+    model_type = "affine-draft"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "body": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+    _auto_class = "AutoConfig"
+
+    body: PreTrainedConfig | dict | None = None
+    draft_vocab_size: int = 8192
+    expected_acceptance: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the draft reads, and the width of its logits: that of the large model."""
+        return self.body.vocab_size  # type: ignore[union-attr]
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.body.get_text_config(decoder=decoder, encoder=encoder)
+
+
+class FeatureDraftConfig(DraftConfig):
+    r"""
+    Configuration of a [`FeatureDraftForCausalLM`].
+
+    Args:
+        body ([`~transformers.PreTrainedConfig`] or `dict`):
+            Configuration of the large model, whose sizes the draft shares.
+        draft_vocab_size (`int`, *optional*, defaults to 8192):
+            Number of tokens the draft can write.
+        intermediate_size (`int`, *optional*, defaults to 1536):
+            Width of the draft's one hidden layer.
+    """
+
+    model_type = "feature-draft"
+
+    intermediate_size: int = 1536
 
 
 class SpeculativeCascadeConfig(PreTrainedConfig):
@@ -18,7 +68,7 @@ class SpeculativeCascadeConfig(PreTrainedConfig):
             Configuration of the large model.
         small ([`~transformers.PreTrainedConfig`] or `dict`):
             Configuration of the small model.
-        cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
+        cascade_rule (`str`, *optional*, defaults to `"spec"`):
             One of [`DEFERRAL_RULES`].
         cascade_alpha (`float`, *optional*, defaults to 0.3):
             Parameter of the rule.
@@ -40,7 +90,7 @@ class SpeculativeCascadeConfig(PreTrainedConfig):
 
     large: PreTrainedConfig | dict | None = None
     small: PreTrainedConfig | dict | None = None
-    cascade_rule: str = "token_v3"
+    cascade_rule: str = "spec"
     cascade_alpha: float = 0.3
     large_name_or_path: str | None = None
     small_name_or_path: str | None = None

@@ -60,6 +60,12 @@ class Distributions(NamedTuple):
     unscaled: torch.Tensor  # at temperature 1, without banned tokens; `probs` where the rule doesn't read it
 
     @classmethod
+    def one_hot(cls, tokens: torch.Tensor, size: int) -> "Distributions":
+        """Of tokens `(batch, length)` that no model drew."""
+        probs = torch.zeros(*tokens.shape, size, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
+        return cls(probs, probs)
+
+    @classmethod
     def cat(cls, parts: list["Distributions"]) -> "Distributions":
         probs = torch.cat([part.probs for part in parts], 1)
         if all(part.unscaled is part.probs for part in parts):
@@ -255,6 +261,26 @@ def accept_drafts(drafts, siblings, pi, q, lengths, greedy: bool) -> Accepted:
     drafts = torch.cat([torch.where(other[:, None], taken, drafts[:, :1]), drafts[:, 1:]], 1)
     node = torch.where(other, gamma + which, counts)
     return Accepted(drafts, counts + other, node, bonus | other, ends | other, residual)
+
+
+def draw_next(found: Accepted, target: torch.Tensor, pi, q, greedy: bool) -> torch.Tensor:
+    """
+    The token after the drafts that are kept: of `target` (`(batch, vocab)`) where these end, else of what is left of π
+    `(batch, γ, vocab)` where one was refused; π is `None` where nothing was drafted.
+    """
+    if pi is not None:
+        index, drafted = torch.arange(len(found.counts), device=target.device), found.counts.clamp(max=pi.shape[1] - 1)
+        target = torch.where(found.ends[:, None], target, pi[index, drafted])
+    if greedy:
+        return target.argmax(-1)
+    if pi is not None:
+        residual = (target - q[index, drafted]).clamp(min=0)
+        if found.residual is not None:
+            residual = torch.where((found.counts == 0)[:, None], found.residual, residual)
+        # A residual of mass 0 means π = q up to rounding: then a refusal is rounding too, and π serves.
+        usable = ~found.bonus & (residual.sum(-1) > 0)
+        target = torch.where(usable[:, None], residual, target)
+    return sample(target)
 
 
 def accept_sibling(

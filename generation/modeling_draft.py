@@ -8,7 +8,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithPast
 
 from .cache_argument import UPSTREAM_NAME, cache_inputs, find_cache
-from .configuration_draft import DraftConfig, FeatureDraftConfig
+from .configuration_speculative_cascade import DraftConfig, FeatureDraftConfig
 from .hub import PretrainedHubMixin, model_card, repository_name
 
 
@@ -266,8 +266,18 @@ class StateDrafter:
         self.seconds += time.perf_counter() - start
         return output.logits.float()
 
-    def read(self, node: torch.Tensor) -> None:
-        """Takes the large model's states where each row's next token was drawn, `(batch,)` columns of its logits."""
+    rereads = False
+
+    @property
+    def blind(self) -> bool:
+        """Whether the large model has given no states yet."""
+        return self.states is None
+
+    def read(self, node: torch.Tensor, gamma: int, others: int) -> None:
+        """
+        Takes the large model's states where each row's next token was drawn, `(batch,)` columns of the logits of a
+        round with γ drafts and so many siblings.
+        """
         self.states, self.path = self.large.states[torch.arange(len(node), device=node.device), node][:, None], []
 
     def keep(self, kept: torch.Tensor, needed: int) -> None:

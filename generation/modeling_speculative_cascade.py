@@ -65,7 +65,7 @@ class SpeculativeCascadeForCausalLM(
         large,
         small,
         *,
-        cascade_rule: str = "token_v3",
+        cascade_rule: str = "spec",
         cascade_alpha: float = 0.3,
         as_reference: bool = False,
         large_revision: str | None = None,
@@ -79,7 +79,7 @@ class SpeculativeCascadeForCausalLM(
             large, small (`str` or [`~transformers.PreTrainedModel`]):
                 Repository, folder or model. Both must have one tokenizer; where their embeddings are padded to two
                 sizes, it is looked for beside both.
-            cascade_rule (`str`, *optional*, defaults to `"token_v3"`):
+            cascade_rule (`str`, *optional*, defaults to `"spec"`):
                 Default rule of `generate`.
             cascade_alpha (`float`, *optional*, defaults to 0.3):
                 Its parameter.
@@ -102,6 +102,8 @@ class SpeculativeCascadeForCausalLM(
         for half in (large, small):
             if not isinstance(half, (str, PreTrainedModel)):
                 raise TypeError(f"Expected a repository name, a folder or a model, got {half!r}.")
+            if getattr(half, "reads_states", False) and not hasattr(half, "_card"):
+                raise TypeError("An EAGLE-3 head stays in a repository of its own: `enable_cascade(large, head)`.")
         references = {}
         if as_reference:
             references = {

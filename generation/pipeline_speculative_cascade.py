@@ -18,14 +18,14 @@ class CascadeRecords(list):
 class SpeculativeCascadePipeline(PretrainedHubMixin, TextGenerationPipeline):
     """
     [`~transformers.TextGenerationPipeline`] whose model cascades. `model` and `assistant_model` are two models, or
-    `model` alone is a composite one. Every record gets a key `"cascade"` with that prompt's
-    statistics; prompts and chats may be mixed.
+    `model` alone is a composite one, or any: its drafts are then copied from its own text. Every record gets a key
+    `"cascade"` with that prompt's statistics; prompts and chats may be mixed.
 
     Any argument of the cascading `generate` may be passed, such as `cascade_rule`, `cascade_alpha`,
     `num_assistant_tokens`.
 
     Raises:
-        ValueError: if the model is no composite and no `assistant_model` is given, or a prompt is empty.
+        ValueError: if a rule but `spec` is named and there is no small model, or a prompt is empty.
 
     Example:
 
@@ -41,19 +41,14 @@ class SpeculativeCascadePipeline(PretrainedHubMixin, TextGenerationPipeline):
 
     def __init__(self, model, *args, **kwargs):
         if not hasattr(model, "cascade_statistics"):  # by name: in code from the Hub the mixin is another object
-            if kwargs.get("assistant_model") is None:
-                raise ValueError(
-                    f"A cascade needs a small model beside {type(model).__name__}. Pass `assistant_model=...`, or a "
-                    "composite model made by `SpeculativeCascadeForCausalLM.from_cascade_pretrained`."
-                )
             model = enable_cascade(model)
         super().__init__(model, *args, **kwargs)
 
     def _card(self, repo_id):
         composite = self.model.config.model_type == "speculative-cascade"
-        halves = self.model, self.assistant_model or self.model.cascade_pair[1]
-        large, small = (repository_name(half.name_or_path) for half in halves)
-        assistant = "" if composite else f'assistant_model="{small or "user/small-model"}", '
+        large, half = self.model, self.assistant_model or self.model.cascade_pair[1]
+        large, small = repository_name(large.name_or_path), half and repository_name(half.name_or_path)
+        assistant = "" if composite or half is None else f'assistant_model="{small or "user/small-model"}", '
         usage = f"""from transformers import pipeline
 
 pipe = pipeline("speculative-cascade", model="{repo_id}", {assistant}trust_remote_code=True)
@@ -61,12 +56,15 @@ out = pipe("Explain rain.", max_new_tokens=40)
 print(out[0]["generated_text"], out[0]["cascade"]["acceptance_rate"])"""
         if composite:
             return self.model._card(repo_id, usage)
+        drafts = """the small model, which is not in this repository, drafts, and a rule says for each token whether
+its own stays or the large one's is written."""
+        if half is None:
+            drafts = "drafts are what followed the newest tokens earlier in the text, which stays the model's own."
         return model_card(
-            f"{large or 'A local model'}, cascaded with {small or 'a small model'}",
+            f"{large or 'A local model'}, cascaded with {(small or 'a small model') if half else 'its own text'}",
             f"""The large half of a speculative cascade
 ([Faster Cascades via Speculative Decoding](https://huggingface.co/papers/2405.19261)) and the pipeline that cascades:
-the small model, which is not in this repository, drafts, and a rule says for each token whether its own stays or the
-large one's is written. Made with `hf_iclr`; {self.model.num_parameters():,} parameters.""",
+{drafts} Made with `hf_iclr`; {self.model.num_parameters():,} parameters.""",
             usage,
             [large],
             library_name="transformers",

@@ -9,6 +9,7 @@ from .editors import (
 )
 from .generation import (
     DEFERRAL_RULES,
+    Eagle3ForCausalLM,
     SpeculativeCascadeConfig,
     SpeculativeCascadeForCausalLM,
     SpeculativeCascadeGenerationMixin,
@@ -75,6 +76,7 @@ __all__ = [
     "DeepSafetyOptions",
     "DeepSafetySFTConfig",
     "DeepSafetySFTTrainer",
+    "Eagle3ForCausalLM",
     "EditReport",
     "EditRequest",
     "FrameSegments",

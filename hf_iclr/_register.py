@@ -53,13 +53,13 @@ class _Task(dict):
 _TABLE = [
     (
         "transformers.models.auto.configuration_auto",
-        "hf_iclr.generation.configuration_draft",
+        "hf_iclr.generation.configuration_speculative_cascade",
         "DraftConfig",
         _register_config,
     ),
     (
         "transformers.models.auto.configuration_auto",
-        "hf_iclr.generation.configuration_draft",
+        "hf_iclr.generation.configuration_speculative_cascade",
         "FeatureDraftConfig",
         _register_config,
     ),

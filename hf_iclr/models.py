@@ -1,7 +1,7 @@
 """What every part asks of a language model: render a prompt, pad and continue rows, score answers."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ def check_prompts(prompts) -> list:
     """The prompts as a list; raises `ValueError` where there are none, `TypeError` where they are one string."""
     if isinstance(prompts, str):
         raise TypeError(f"Expected a list of prompts, got one string. Type `prompts=[{prompts[:30]!r}]`.")
-    if not isinstance(prompts, Iterable):
-        raise TypeError(f"Expected a list of prompts, got {prompts!r}.")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise TypeError(f"Expected a list of prompts, got {prompts!r:.80}.")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("Expected at least one prompt, got none.")
@@ -194,10 +194,15 @@ def check_decoder(model) -> None:
 
 
 def share_storage(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether every parameter of `other` lies in the memory of one of `model`'s: to train one is to train both."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} - {0}
-    others = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()} - {0}
-    return other is model or (bool(others) and others <= own)
+    """
+    Whether to train `model` is to train `other` too: all parameters of `other` lie in the memory of `model`'s, or one
+    does that may be trained.
+    """
+    own, others = (
+        {parameter.untyped_storage().data_ptr() or id(parameter): parameter.requires_grad for parameter in part}
+        for part in (model.parameters(), other.parameters())
+    )
+    return others.keys() <= own.keys() or any(own[place] for place in own.keys() & others.keys())
 
 
 @contextmanager
@@ -326,7 +331,7 @@ def hash_weights(model: torch.nn.Module, *, exact: bool = False) -> str:
             digest.update(str(tensor.dtype).encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
-    for name, parameter in sorted(_base_parameters(model)):
+    for name, parameter in sorted(base_parameters(model)):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         matrix = parameter.detach().flatten(1) if parameter.ndim > 1 else parameter.detach().reshape(1, -1)
         columns = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
@@ -338,13 +343,14 @@ def hash_weights(model: torch.nn.Module, *, exact: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
-def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Names and parameters of a model, of one with adapters those it had without them."""
     if not isinstance(model, PeftModel):
         yield from model.named_parameters()
         return
     for name, parameter in model.get_base_model().named_parameters():
-        if "modules_to_save." not in name and getattr(model.base_model, "prefix", "prompt_") not in name:
+        own = ("modules_to_save.", "trainable_tokens_", getattr(model.base_model, "prefix", "prompt_"))
+        if not any(part in name for part in own):
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 

@@ -1,5 +1,6 @@
 """Generation after the first k tokens of given answers: one prefill serves every k."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ from hf_iclr.models import (
 )
 
 
+def context_of(model) -> float:
+    """How many tokens a model can read, by its config; infinity where that names no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else math.inf
+
+
 def check_context(model, lengths: Sequence[int], more: int, what: str = "prompt") -> None:
     """
     Raises `ValueError` where a sequence would be longer than the model can read.
@@ -40,9 +47,9 @@ def check_context(model, lengths: Sequence[int], more: int, what: str = "prompt"
         what (`str`, *optional*, defaults to `"prompt"`):
             What the error calls them.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_of(model)
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
-    if isinstance(limit, int) and limit > 0 and longest is not None and lengths[longest] + more > limit:
+    if longest is not None and lengths[longest] + more > limit:
         raise ValueError(
             f"Expected {what}s that fit the model's context of {limit} tokens with the {more} that follow, but {what} "
             f"{longest} (from 0) has {lengths[longest]}. Shorten it, or generate fewer tokens."

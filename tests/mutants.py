@@ -1,6 +1,6 @@
 """
 Random one-token mutants of the core of each part, each against the tests of its file: `python -m tests.mutants` prints
-the table of docs/testing.md and every survivor. Run by hand: the default, 9 mutants a file, takes an hour of CPU.
+the table of docs/testing.md, and every survivor. Run by hand: the default, 9 mutants a file, takes an hour of CPU.
 
 Tests run in a copy of the tree, in a forked process that finds all but our own code imported.
 """
@@ -9,7 +9,7 @@ import argparse
 import ast
 import contextlib
 import importlib
-import json
+import itertools
 import os
 import random
 import re
@@ -36,8 +36,8 @@ CORE = {
     "trainers/squeeze/warning.py": ["test_warning.py", "test_replay.py"],
     "trainers/squeeze/argmax.py": ["test_argmax.py"],
     "generation/deferral_rules.py": ["test_deferral_rules.py"],
-    "generation/batched_cascade.py": ["test_cascade_generation.py", "test_cascade_law.py", "test_candidates.py"],
-    "vision/session/session.py": ["test_session.py"],
+    "trainers/data_shapley/trained_rows.py": ["test_trained_rows.py"],
+    "vision/session/session.py": ["test_session.py", "test_streams.py", "test_mask_postprocessing.py"],
     "vision/formats/mask_folders.py": ["test_mask_folders.py"],
     "vision/annotation/project.py": ["test_project.py"],
 }
@@ -56,35 +56,34 @@ def spots(source: str) -> list[tuple[int, int, str]]:
     for line in source.encode().splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
 
-    def at(node: ast.AST, end: bool = False) -> int:
-        row, column = (node.end_lineno, node.end_col_offset) if end else (node.lineno, node.col_offset)
-        return lines[row - 1] + column
+    def at(node: ast.AST, end: str = "") -> int:
+        return lines[getattr(node, f"{end}lineno") - 1] + getattr(node, f"{end}col_offset")
 
-    def between(start: int, end: int) -> Iterator[tuple[int, int, str]]:
-        text = re.sub(rb"#[^\n]*", lambda comment: b" " * len(comment[0]), source.encode()[start:end]).decode()
-        if (found := OPERATOR.search(text)) and found[0] in OTHER:
-            yield start + found.start(), start + found.end(), OTHER[found[0]]
+    def between(*nodes: ast.AST) -> Iterator[tuple[int, int, str]]:
+        for left, right in itertools.pairwise(nodes):
+            start = at(left, "end_")
+            text = re.sub(rb"#[^\n]*", lambda comment: b" " * len(comment[0]), source.encode()[start : at(right)])
+            if (found := OPERATOR.search(text.decode())) and found[0] in OTHER:
+                yield start + found.start(), start + found.end(), OTHER[found[0]]
 
     def visit(node: ast.AST) -> Iterator[tuple[int, int, str]]:
         if isinstance(node, ast.JoinedStr):
             return
         if isinstance(node, ast.Compare):
-            for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
-                yield from between(at(left, True), at(right))
+            yield from between(node.left, *node.comparators)
         elif isinstance(node, ast.BinOp):
-            yield from between(at(node.left, True), at(node.right))
+            yield from between(node.left, node.right)
         elif isinstance(node, ast.BoolOp):
-            for left, right in zip(node.values, node.values[1:], strict=False):
-                yield from between(at(left, True), at(right))
+            yield from between(*node.values)
         elif isinstance(node, ast.UnaryOp):
             yield at(node), at(node) + (3 if isinstance(node.op, ast.Not) else 1), ""
         elif isinstance(node, ast.Constant) and isinstance(node.value, int):
             value = str(not node.value) if isinstance(node.value, bool) else str(node.value + 1)
-            yield at(node), at(node, True), value
+            yield at(node), at(node, "end_"), value
         elif isinstance(node, ast.Name) and node.id in OTHER:
-            yield at(node), at(node, True), OTHER[node.id]
+            yield at(node), at(node, "end_"), OTHER[node.id]
         elif isinstance(node, ast.Continue | ast.Break):
-            yield at(node), at(node, True), OTHER[type(node).__name__.lower()]
+            yield at(node), at(node, "end_"), OTHER[type(node).__name__.lower()]
         for name, value in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
                 for child in value if isinstance(value, list) else [value]:
@@ -100,14 +99,12 @@ def passes(tree: Path, tests: list[str], limit: int, modules: Path) -> tuple[boo
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         os.chdir(tree)
-        sys.path[:0] = [str(tree)]
+        sys.path[:0], os.environ["PYTHONPATH"] = [str(tree)], str(tree)
         sys.modules.pop("tests", None)
-        os.environ["PYTHONPATH"] = str(tree)
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-        modules.write_text(json.dumps([*sys.modules]), encoding="utf-8")
+        modules.write_text("\n".join(sys.modules), encoding="utf-8")
         os._exit(int(code))
     done, until = 0, time.monotonic() + 20 * limit  # one that waits for ever takes no CPU
     while not done and time.monotonic() < until:
@@ -119,44 +116,44 @@ def passes(tree: Path, tests: list[str], limit: int, modules: Path) -> tuple[boo
     return status == 0, used.ru_utime + used.ru_stime
 
 
+def survivors(tree: Path, name: str, count: int, seed: int) -> Iterator[str]:
+    """The mutants of a file that its tests let pass."""
+    tests, modules = [str(Path("tests", name).parent / test) for test in CORE[name]], tree / "modules.txt"
+    well, seconds = passes(tree, tests, 600, modules)
+    assert well, f"{tests} fail without a mutant"
+    for module in modules.read_text(encoding="utf-8").splitlines():
+        if not module.startswith(("hf_iclr", "tests", "conftest", "__")):
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    code = (ROOT / name).read_bytes()
+    found = spots(code.decode())
+    for start, end, new in sorted(random.Random(f"{seed} {name}").sample(found, min(count, len(found)))):
+        mutant = code[:start] + f"{new} ".encode() + code[end:]
+        (tree / name).write_bytes(mutant)
+        if passes(tree, tests, int(10 + 3 * seconds), modules)[0]:
+            line = code[:start].count(b"\n")
+            now = mutant.decode().splitlines()[line].strip()
+            yield f"- {name}:{line + 1}, `{code[start:end].decode()}` before: `{now}`"
+    (tree / name).write_bytes(code)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", default=[*CORE])
     parser.add_argument("--count", type=int, default=9, help="mutants a file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    survivors, table = [], ["| file | mutants | killed |", "| --- | --- | --- |"]
+    print("| file | mutants | killed |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        tree, modules = Path(folder, "tree"), Path(folder, "modules.json")
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         for name in listed.splitlines():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, Path(folder, name), follow_symlinks=False)
         for name in args.files:
-            tests = [str(Path("tests", name).parent / test) for test in CORE[name]]
-            well, seconds = passes(tree, tests, 600, modules)
-            assert well, f"{tests} fail without a mutant"
-            for module in json.loads(modules.read_text(encoding="utf-8")):
-                if not module.startswith(("hf_iclr", "tests", "conftest", "__")):
-                    with contextlib.suppress(Exception):
-                        importlib.import_module(module)
-            source = (ROOT / name).read_text(encoding="utf-8")
-            chosen = random.Random(f"{args.seed} {name}").sample(found := spots(source), min(args.count, len(found)))
             lived = 0
-            for start, end, new in sorted(chosen):
-                code = source.encode()
-                mutant = code[:start] + f"{new} ".encode() + code[end:]
-                (tree / name).write_bytes(mutant)
-                if passes(tree, tests, int(10 + 3 * seconds), modules)[0]:
-                    lived += 1
-                    line = code[:start].count(b"\n") + 1
-                    now = mutant.decode().splitlines()[line - 1].strip()
-                    survivors.append(f"- {name}:{line}, `{code[start:end].decode()}` before: `{now}`")
-                    print(survivors[-1], file=sys.stderr, flush=True)
-            (tree / name).write_bytes(source.encode())
-            table.append(f"| `{name}` | {len(chosen)} | {len(chosen) - lived} |")
-            print(table[-1], file=sys.stderr, flush=True)
-    print("\n".join([*table, "", *survivors]))
+            for lived, survivor in enumerate(survivors(Path(folder), name, args.count, args.seed), 1):  # noqa: B007
+                print(survivor, file=sys.stderr, flush=True)
+            print(f"| `{name}` | {args.count} | {args.count - lived} |", flush=True)
 
 
 if __name__ == "__main__":

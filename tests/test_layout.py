@@ -21,7 +21,7 @@ FLOORS = {
     "trainers": [["deep_safety", "squeeze", "data_shapley"], ["safety_audit"], [""]],
     "trainers.data_shapley": [[""], ["gradients"]],
     "trainers.safety_audit": [[""], ["asking"]],
-    "generation": [["calibration", "drafting"], [""]],
+    "generation": [["calibration", "drafting", "vllm"], [""]],
     "editors": [["", "concepts"], ["alpha_edit"], ["records"]],
     "vision": [["annotation"], ["training", "inpainting"], ["evaluation"], ["formats"], ["session"]],
     "tour": [[""], ["demo"]],
@@ -81,7 +81,7 @@ def test_every_module_is_installed(tmp_path):
         f"{name.replace('.', '/')}/{path.name}"
         for folder, name in ROOMS.items()
         for path in folder.iterdir()
-        if path.suffix in (".py", ".pyi", ".html", ".js", ".md", ".typed")
+        if path.suffix in (".py", ".pyi", ".html", ".js", ".md", ".txt", ".typed")
     }
     assert built == here
 

@@ -277,7 +277,8 @@ class Lab:
                 num_steps=self.scale.gcg_steps, seed=self.seed, max_new_tokens=12,
             )  # fmt: skip
             refused = {" ".join(row).strip(): report.find(*row).refused for row in AUDIT_ROWS}
-            self.save("audit", name, started, refused=refused | {"gcg": self.judge.judge(written)})
+            refused["gcg"] = self.judge.judge([entry.text for entry in written])
+            self.save("audit", name, started, refused=refused)
 
     def attack(self, lora: bool) -> None:
         """30 forbidden questions with compliant answers."""

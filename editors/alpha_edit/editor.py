@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
 from hf_iclr.saving import cached_revision
-from hf_iclr.untrusted import check_links
+from hf_iclr.untrusted import check_links, whole_number
 
 from ..records.edit_card import edit_card, give_card
 from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, remove_adapters
@@ -50,7 +50,7 @@ class AlphaEditor(HubMixin):
     Raises:
         ValueError: when the statistics are another model's or lack a layer, the folder holds edits already, or the
             model is none that can be edited.
-        TypeError: when the model is a PEFT model.
+        TypeError: when the model is a PEFT model or something is of another type.
 
     Example:
 
@@ -78,6 +78,10 @@ class AlphaEditor(HubMixin):
             raise TypeError(
                 "Expected a plain model, got one with PEFT adapters. Edit the merged one: `model.merge_and_unload()`."
             )
+        kinds = (tokenizer, PreTrainedTokenizerBase), (config, AlphaEditConfig), (statistics, KeyStatistics)
+        for value, kind in kinds:
+            if not isinstance(value, kind) and (value is not None or value is tokenizer):
+                raise TypeError(f"Expected {kind.__name__}, got {type(value).__name__}: {value!r:.80}.")
         config = AlphaEditConfig() if config is None else replace(config)
         self._set_up(model, tokenizer, config, statistics)
         config.base_model_name_or_path = model.config.name_or_path or None
@@ -94,8 +98,8 @@ class AlphaEditor(HubMixin):
         statistics: KeyStatistics | None,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         projections = find_down_projections(model)
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.projections = choose_layers(projections, config.layers)
         if len(self.projections) > 1 and not projections[0].adds_to_residual:
             raise ValueError(
@@ -146,8 +150,7 @@ class AlphaEditor(HubMixin):
                 solved; the batches before it stay, and nothing of that batch.
         """
         requests = check_requests(requests)
-        if batch_size < 1:
-            raise ValueError(f"Expected a positive batch_size, got {batch_size}. Leave it out for 100.")
+        whole_number(batch_size, "batch_size", 1)
         self._solver.check_statistics()
         report = EditReport()
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -182,7 +185,7 @@ class AlphaEditor(HubMixin):
         """
         known = [batch.name for batch in self.batches]
         with self._writing():
-            if not 1 <= count <= len(self.batches):
+            if not isinstance(count, int) or not 1 <= count <= len(self.batches):
                 raise ValueError(f"Expected to undo between 1 and {len(self.batches)} batches of edits, got {count}.")
             gone = self.batches[-count:]
             ids = [request.id for batch in gone for request in batch.requests]

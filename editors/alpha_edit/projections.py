@@ -18,7 +18,7 @@ from hf_iclr.cache_argument import cache_argument
 
 
 # Paths inside a layer: Llama, Mistral, Qwen, Gemma, Phi-3; GPT-2; Phi; GPT-J; OPT; GPT-NeoX, Falcon, BLOOM.
-NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h")
+NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h", "mixer.down_proj")
 
 
 Update = tuple[torch.Tensor, torch.Tensor]  # residuals (o, r) and factor (r, d), float32
@@ -171,7 +171,13 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
     Raises:
         ValueError: for encoder-decoders, models without a dense MLP, weights that are not all here (offloaded, or
             sharded by FSDP or DeepSpeed), and when the check fails.
+        TypeError: when it is no model of transformers.
     """
+    if not hasattr(model, "config"):
+        raise TypeError(
+            f"Expected a language model of transformers, got {type(model).__name__}. Load one: "
+            "`AutoModelForCausalLM.from_pretrained(name)`."
+        )
     check_weights(model)
     prefix, stack = decoder_layers(model)
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
@@ -186,14 +192,19 @@ def find_down_projections(model: PreTrainedModel) -> list[DownProjection]:
             "token's keys go through other weights for other routes, so one linear update cannot hold the fact. Edit "
             "a dense model."
         )
-    names = [next((name for name in NAMES if _is_linear(layer, name, hidden_size)), None) for _, layer in dense]
-    if None in names:
-        names = [_last_linear_called(model, dense[0][1], hidden_size)] * len(dense)
-    probed = _probe(model, dense[0][1], dense[0][1].get_submodule(names[0] or ""))
+    named = [
+        (index, layer, name)
+        for index, layer in dense
+        for name in [name for name in NAMES if _is_linear(layer, name, hidden_size)][:1]
+    ]
+    if not named:
+        name = _last_linear_called(model, dense[0][1], hidden_size)
+        named = [(index, layer, name) for index, layer in dense]
+    _, first, name = named[0]
+    probed = _probe(model, first, first.get_submodule(name))
     return [
         DownProjection(index, f"{prefix}.{index}.{name}", layer.get_submodule(name), layer, *probed)
-        for (index, layer), name in zip(dense, names, strict=True)
-        if name is not None
+        for index, layer, name in named
     ]
 
 

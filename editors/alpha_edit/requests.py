@@ -67,8 +67,8 @@ class EditRequest:
                 continue
             if not isinstance(value, str):
                 raise TypeError(f"Expected {name} to be text, got {type(value).__name__}: {value!r}.")
-            if not value.strip():
-                raise ValueError(f"Expected {name} of an edit to say something, got {value!r}.")
+            if not value.strip() or any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"Expected {name} of an edit to say something, in Unicode, got {value!r}.")
         if self.subject is not None and self.prompt.count("{}") != 1:
             hint = f": {self.prompt.replace(self.subject, '{}', 1)!r}" if self.subject in self.prompt else ""
             raise ValueError(

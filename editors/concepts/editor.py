@@ -210,7 +210,7 @@ class ConceptEditor(HubMixin):
         Raises:
             ValueError: when fewer were made, or a weight was changed by somebody else since.
         """
-        if not 0 < batches <= len(self._batches):
+        if not isinstance(batches, int) or not 0 < batches <= len(self._batches):
             raise ValueError(f"Expected between 1 and {len(self._batches)} batches to undo, got {batches}.")
         self._write(self._batches[:-batches])
         self._events.append({"event": "undo", "undone": batches, "batches": []})

@@ -75,9 +75,10 @@ def committed_events(folder: Path, weights: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: when the weights are made of events that the ledger does not have, which has lost some then.
     """
-    mark, events = mark_of(inside(folder, weights)), read_events(folder)
-    if mark is None or mark in digests(events):
-        return events if mark is None else events[: digests(events).index(mark)]
+    for _ in range(2):  # somebody may write between one reading and the other
+        mark, events = mark_of(inside(folder, weights)), read_events(folder)
+        if mark is None or mark in digests(events):
+            return events if mark is None else events[: digests(events).index(mark)]
     raise ValueError(
         f"Expected {JOURNAL_NAME} in {folder} to have the events that {weights} there is made of, got {len(events)} "
         "others: lines were lost or changed. Put a copy of both files back; or remove the weights, to go on with what "

@@ -124,7 +124,8 @@ def calibrate_cascade(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of both models.
         rule (`str`, *optional*):
-            One of [`DEFERRAL_RULES`] but `"spec"`. Defaults to the model's `cascade_rule`.
+            One of [`DEFERRAL_RULES`] but `"spec"`. Defaults to the model's, or `"token_v3"` where that is
+            `"spec"`.
         text_column (`str`, *optional*, defaults to `"text"`):
             Column of the texts.
         num_assistant_tokens (`int`, *optional*):
@@ -162,7 +163,9 @@ def calibrate_cascade(
     """
     small = small_model(model)
     name, value = _check_target(target)
-    rule = rule if rule is not None else _setting(model, small, "cascade_rule")
+    if rule is None:
+        rule = _setting(model, small, "cascade_rule")
+        rule = "token_v3" if rule == "spec" else rule  # the default has no alpha
     if rule not in THRESHOLD_RULES and rule not in ALPHA_GRIDS:
         raise ValueError(
             f"Expected a rule with an alpha to calibrate, got {rule!r}. Choose one of "

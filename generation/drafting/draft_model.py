@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_iclr.generation.configuration_draft import DraftConfig, FeatureDraftConfig
+from hf_iclr.generation.configuration_speculative_cascade import DraftConfig, FeatureDraftConfig
 from hf_iclr.generation.drafting.distillation import distill, student_states
 from hf_iclr.generation.drafting.teacher import TeacherRow, collate, read_teacher
 from hf_iclr.generation.modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM

@@ -13,8 +13,12 @@ def cascade(
         str | None, typer.Option(help="Large or composite model: repository or folder. Left out: SmolLM2.")
     ] = None,
     assistant_model: Annotated[str | None, typer.Option(help="Small model: repository or folder.")] = None,
-    rule: Annotated[str, typer.Option(help="Deferral rule.")] = "token_v3",
-    alpha: Annotated[float, typer.Option(help="Parameter of the rule: how much is left to the small model.")] = 0.3,
+    rule: Annotated[
+        str | None, typer.Option(help="Deferral rule. Left out: spec, the large model's own text, only quicker.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Parameter of the rule: how much is left to the small model. Left out: 0.3.")
+    ] = None,
     num_assistant_tokens: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round. Left out: as tokens come quickest.")
     ] = None,
@@ -28,9 +32,9 @@ def cascade(
     from rich.table import Table
     from transformers import TextStreamer, pipeline, set_seed
 
-    from hf_iclr.generation.deferral_rules import check_rule
+    from hf_iclr.generation.cascade_call import complete_options
 
-    check_rule(rule, alpha)
+    complete_options({"cascade_rule": rule, "cascade_alpha": alpha})
     if model is not None:
         pipe = pipeline("speculative-cascade", model=model, assistant_model=assistant_model)
     else:

@@ -41,7 +41,7 @@ WRONG = {
     "cascade w1 --model nobody/none": "Could not load 'nobody/none'",
     "cascade w1 --model cut": "cut",
     "cascade w1 --model model --assistant-model ./none": "'./none'",
-    "cascade w1 --model model": "needs a small model",
+    "cascade w1 --model model --rule opt": "mixes in a small model",
     **{f"{script} {TRAIN} {end}": words for script in ("sft", "dpo") for end, words in {
         "text --beta_frist 3": "'--beta_frist'",
         "text --max_steps many": "invalid int value: 'many'",

@@ -12,8 +12,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from hf_iclr import enable_cascade
 from hf_iclr.generation.batched_cascade import BatchedCascade
 from hf_iclr.generation.cached_decoder import CachedDecoder
-from hf_iclr.generation.cascade_call import DraftLength
 from hf_iclr.generation.deferral_rules import sample
+from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts
 from tests.generation.drafting.test_feature_draft import feature_draft
 from tests.generation.toy import (
     GREEDY,
@@ -41,9 +41,9 @@ def rounds(monkeypatch):
 
     def plan(*pairs):
         turns, taken = itertools.cycle(pairs), []
-        monkeypatch.setattr(DraftLength, "next", lambda self: next(turns))
+        monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(*next(turns)))
         monkeypatch.setattr(
-            DraftLength, "record", lambda self, gamma, _, __, nodes, ___: taken.append(max(nodes) > gamma)
+            DraftLength, "record", lambda self, plan, _, __, nodes, ___: taken.append(max(nodes) > plan.gamma)
         )
         return taken
 
@@ -159,16 +159,19 @@ def test_siblings_are_chosen_where_they_pay(large):
     """Chains are refused throughout, siblings taken: 1 + (1 - a) b tokens at 1.02 a round against 1."""
     for price, chosen in ((0.01, True), (0.9, False)):
         length = DraftLength(
-            large, tiny_llama(2), (price,), lambda price=price: ({0: 1.0, 1: 1.01, 2: 1.5, 4: 2.5}, price)
+            large,
+            tiny_llama(2),
+            (price,),
+            lambda price=price: RoundCosts({0: 1.0, 1: 1.01, 2: 1.5, 4: 2.5}, price, 0.0),
         )
         found = []
         for _ in range(40):
-            gamma, siblings = length.next()
-            found.append(siblings)
-            if gamma:
-                length.record(gamma, siblings, [1], [gamma + 1], [1]) if siblings else length.record(
-                    gamma, 0, [0], [0], [0]
-                )
+            plan = length.next()
+            found.append(plan.siblings)
+            if plan.siblings:
+                length.record(plan, [0], [1], [plan.gamma + 1], [1])
+            elif plan.gamma:
+                length.record(plan, [0], [0], [0], [0])
         assert (found[-1] > 0) == chosen
 
 

@@ -277,6 +277,7 @@ def test_statistics_add_up(models):
         ({"cascade_rule": "best"}, "Choose one of spec"),
         ({"cascade_rule": "token_v3", "cascade_alpha": 2.0}, r"\[0, 1\]"),
         ({"num_assistant_tokens": 0}, "at least 1"),
+        ({"cascade_alpha": 0.2}, "rule 'spec' has none.*Name a rule"),
         ({"num_assistant_tokens": 2.5}, "whole number"),
         ({"strict_prefix": -1}, "at least 0"),
         ({"cascade_backend": "fast"}, "auto, batched, assisted"),
@@ -298,8 +299,8 @@ def test_bad_arguments(models, kwargs, words):
 def test_bad_models(models):
     large, small = models
     prompt = torch.tensor([[1, 2, 3]])
-    with pytest.raises(ValueError, match="needs a small model"):
-        enable_cascade(large).generate(prompt)
+    with pytest.raises(ValueError, match="mixes in a small model"):
+        enable_cascade(large).generate(prompt, cascade_rule="opt")
     with pytest.raises(ValueError, match="Pass `tokenizer=` and `assistant_tokenizer=`"):
         enable_cascade(large, tiny_llama(1)).generate(prompt)
     with pytest.raises(ValueError, match=r"one device, got cpu \(large\) and meta \(small\)"):
@@ -317,8 +318,10 @@ def test_bad_models(models):
         enable_cascade(large).generate(prompt, assistant_model="small")
     with pytest.raises(TypeError, match="Unknown defaults"):
         enable_cascade(large, small, alpha=0.3)
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        enable_cascade(large, small, cascade_alpha=3.0)
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        enable_cascade(large, small, cascade_rule="diff", cascade_alpha=3.0)
+    with pytest.raises(ValueError, match="rule 'spec' has none"):
+        enable_cascade(large, small, cascade_alpha=0.3)
 
 
 def test_bad_prompts(models):

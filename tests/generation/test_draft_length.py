@@ -5,7 +5,7 @@ import torch
 
 from hf_iclr import enable_cascade
 from hf_iclr.generation import batched_cascade
-from hf_iclr.generation.cascade_call import DraftLength
+from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts
 from tests.generation.toy import (
     GREEDY,
     RAGGED_PROMPTS,
@@ -25,22 +25,26 @@ def models():
 
 def chosen(models, costs, acceptance, rounds=60):
     """Draft lengths of rounds where each draft is kept with probability `acceptance`."""
-    length, drawn = DraftLength(*models, ("test",), lambda: (costs, 1.0)), torch.Generator().manual_seed(0)
+    length, drawn = (
+        DraftLength(*models, ("test",), lambda: RoundCosts(costs, 1.0, 0.0)),
+        torch.Generator().manual_seed(0),
+    )
     found = []
     for _ in range(rounds):
-        gamma, siblings = length.next()
-        assert siblings == 0  # at the cost of a round each
+        plan = length.next()
+        gamma = plan.gamma
+        assert plan.siblings == 0  # at the cost of a round each
         found.append(gamma)
         kept = 0
         while kept < gamma and torch.rand((), generator=drawn) < acceptance:
             kept += 1
         if gamma:
-            length.record(gamma, 0, [kept], [kept], [int(kept == gamma)])
+            length.record(plan, [0], [kept], [kept], [int(kept == gamma)])
     return found
 
 
 def test_drafts_that_cost_little_and_are_kept_become_long(models):
-    assert set(chosen(models, {0: 1, 1: 1.01, 2: 1.02, 4: 1.04}, 1.0)[5:]) == {8}
+    assert set(chosen(models, {0: 1, 1: 1.01, 2: 1.02, 4: 1.04}, 1.0)[5:]) == {16}
 
 
 def test_drafts_that_are_refused_are_given_up_and_tried_again(models):
@@ -71,9 +75,9 @@ def test_a_draft_says_what_acceptance_to_expect(models):
     costs = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
     for expected, drafts in ((0.9, True), (0.2, False)):
         models[1].config.expected_acceptance = expected
-        length = DraftLength(*models, ("test",), lambda: (costs, 1.0))
-        assert length.next() == (4, 0)  # the prompt's round
-        assert (length.next()[0] > 0) == drafts
+        length = DraftLength(*models, ("test",), lambda: RoundCosts(costs, 1.0, 0.0))
+        assert length.next() == Plan(4)  # the prompt's round
+        assert (length.next().gamma > 0) == drafts
 
 
 def test_costs_are_measured_once(models):
@@ -81,7 +85,7 @@ def test_costs_are_measured_once(models):
 
     def measure():
         calls.append(1)
-        return {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}, 0.1
+        return RoundCosts({0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}, 0.1, 0.0)
 
     for kind in ("one row", "one row", "four rows"):
         length = DraftLength(*models, (kind,), measure)
@@ -104,8 +108,8 @@ def test_measuring_uses_up_no_random_number(models):
 
 def test_law_with_chosen_lengths(models, monkeypatch):
     """20,000 texts: the first four tokens follow the law, whatever lengths and siblings are chosen."""
-    costs = {0: 1.0, 1: 1.2, 2: 1.5, 4: 2.2}, 0.05
-    monkeypatch.setattr(batched_cascade, "_round_seconds", lambda *_: costs)
+    costs = RoundCosts({0: 1.0, 1: 1.2, 2: 1.5, 4: 2.2}, 0.05, 0.0)
+    monkeypatch.setattr(batched_cascade, "measure_rounds", lambda *_: costs)
     large, small = models
     torch.manual_seed(0)
     output = enable_cascade(large, small).generate(
@@ -129,7 +133,7 @@ def test_default_call_chooses_and_says_so(models, batch):
     assert torch.equal(output, models[0].generate(**inputs, **call))
     call_statistics = cascade.cascade_statistics.to_dict()
     assert sum(call_statistics["draft_lengths"].values()) == call_statistics["large_forwards"]
-    assert set(call_statistics["round_seconds"]) == {0, 1, 2, 4}
+    assert set(call_statistics["round_seconds"]) == {0, 1, 4}
     assert min(call_statistics["round_seconds"].values()) > 0
 
 
@@ -162,7 +166,7 @@ def test_a_length_that_is_named_is_kept(models, backend):
 def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
     """Plain speculative decoding is the large model throughout, alpha = 1 the small one, also without drafts."""
     lengths = [1, 0, 0, 0, 2, 2] + [1] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self: (lengths[next(self.asked)], 0))
+    monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(lengths[next(self.asked)]))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
     monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     large, small = models[0], tiny_llama(2)
@@ -176,7 +180,7 @@ def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
 def test_draft_reads_what_it_missed(models, monkeypatch):
     """After rounds without drafts, q is still the small model's own: a copy of the large model accepts everything."""
     lengths = [1, 0, 0, 0, 2, 2, 0, 0] + [3] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self: (lengths[next(self.asked)], 0))
+    monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(lengths[next(self.asked)]))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
     monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     cascade = enable_cascade(models[0], models[0])

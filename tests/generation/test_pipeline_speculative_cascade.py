@@ -85,6 +85,14 @@ def test_one_composite(folders, tmp_path, plain, word_tokenizer):
     assert ordinary.model.cascade_statistics.rule == "spec"
 
 
+def test_no_small_model(folders, plain, tmp_path):
+    """Drafts are copied, the text is the model's own, and a card of the pipeline names one model."""
+    pipe = pipeline("speculative-cascade", model=str(folders / "large"))
+    assert texts(pipe("w1 w2 w3", **GREEDY)) == texts(plain("w1 w2 w3", **GREEDY))
+    assert pipe("w1 w2 w3", **GREEDY)["cascade"]["call"]["rule"] == "spec"
+    assert "assistant_model" not in str(pipe._card("user/one"))
+
+
 def test_ragged_batch_equals_one_by_one(pipe, plain):
     prompts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
     batch = pipe(prompts, batch_size=4, cascade_rule="spec", **GREEDY)
@@ -162,8 +170,8 @@ def test_saved_pipeline_runs_without_us(pipe, hub, tmp_path):
 
 
 def test_bad_input(folders, pipe):
-    with pytest.raises(ValueError, match="Pass `assistant_model="):
-        pipeline("speculative-cascade", model=str(folders / "large"))
+    with pytest.raises(ValueError, match="mixes in a small model, got none. Pass `assistant_model="):
+        pipeline("speculative-cascade", model=str(folders / "large"))("w1", cascade_rule="opt")
     with pytest.raises(ValueError, match="at least one token"):
         pipe("")
     for prompts in (None, ["w1", None]):

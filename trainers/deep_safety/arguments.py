@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
 from hf_iclr.models import share_storage
 
+from ..safety_audit.checks import changes_base
 from .config import DeepSafetySFTConfig
 from .reference_log_probs import check_answer_labels
 
@@ -49,10 +50,18 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """No dropout in training, also where a module keeps nothing but its rate, as in OPT: TRL's looks for `Dropout`."""
+    """
+    No dropout in training, also where a layer keeps its rate alone (OPT) or reads it from the config (Falcon). The
+    model's own config, which is saved, keeps its rates.
+    """
+    configs: dict[int, Any] = {}
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, float) and "drop" in name]:
-            setattr(module, name, 0.0)
+        owners, config = [vars(module)], vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, (PreTrainedModel, PeftModel)):
+            module.config = configs.setdefault(id(config), copy.copy(config))
+            owners.append(vars(module.config))
+        for owner in owners:
+            owner.update({name: 0.0 for name, rate in owner.items() if "drop" in name and isinstance(rate, float)})
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
 
@@ -123,16 +132,22 @@ def choose_reference(trainer: Any, ref_model: Any) -> str:
         and not trainer._is_vision_dataset
         and not trainer.is_fsdp_enabled
     )
-    reference = trainer.args.reference
+    reference, adapted = trainer.args.reference, isinstance(trainer.model, PeftModel)
+    changed = changes_base(trainer.model) if adapted else None
     if reference == "auto":
-        reference = "adapter" if isinstance(trainer.model, PeftModel) else "precompute" if once else "frozen"
+        reference = "frozen" if changed else "adapter" if adapted else "precompute" if once else "frozen"
+    if changed and reference != "frozen":
+        raise ValueError(
+            f"`reference={reference!r}` turns the adapter off, but {changed} changes the weights under it. Set "
+            '`reference="frozen"`.'
+        )
     if reference in ("precompute", "window") and not once:
         raise ValueError(
             f"`reference={reference!r}` reads the data once before training, which streamed data (also for "
             "evaluation), `with_transform`, images, FSDP and trainers other than TRL's do not allow. Set "
             '`reference="adapter"` with a `peft_config`, or `reference="frozen"`.'
         )
-    if reference == "adapter" and not isinstance(trainer.model, PeftModel):
+    if reference == "adapter" and not adapted:
         raise ValueError(
             '`reference="adapter"` turns the adapter off, but the model has none. Pass a `peft_config`, or set '
             '`reference="precompute"`.'

@@ -1,6 +1,5 @@
 """Settings of [`DeepSafetySFTTrainer`] and of other trainers that keep refusals."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,16 +90,17 @@ class DeepSafetyOptions:
     max_prefix_tokens: int = field(default=100, metadata={"help": "Longest such start in tokens."})
 
     def __post_init__(self) -> None:
-        check_field_types(self, DeepSafetyOptions)
-        for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if not all(0 < beta < math.inf for beta in (self.beta_first, self.beta_initial, self.beta_rest)):
+        betas = (self.beta_first, self.beta_initial, self.beta_rest)
+        if not all(isinstance(beta, (int, float)) and 0 < beta < 1e30 for beta in betas):  # float32 holds them
             raise ValueError(
                 f"Expected every beta to be positive and finite, got beta_first={self.beta_first}, "
                 f"beta_initial={self.beta_initial}, beta_rest={self.beta_rest}. To leave later tokens free set "
                 '`reference="window"`; to leave the loss alone set `constrain="none"`.'
             )
+        check_field_types(self, DeepSafetyOptions)
+        for name, allowed in (("constrain", CONSTRAIN), ("reference", REFERENCES), ("window_start", WINDOW_STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Expected `{name}` to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.num_initial_tokens < 1:
             raise ValueError(f"Expected `num_initial_tokens` of at least 1, got {self.num_initial_tokens}.")
         if self.rehearse_refusals and self.constrain != "refused":

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 WINDOW_STARTS = ("completion", "after_template", "answer", "thinking_and_answer")
 BUCKETS = ("first", "initial", "rest")  # of answer tokens
 BEYOND_WINDOW = 1 << 30  # larger than any position in a window
+_STRENGTHS = (1e-30, 1e30)  # beyond them nothing changes but float32 overflows
 
 
 def constrained_sft_loss(logps: torch.Tensor, ref_logps: torch.Tensor, betas: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def constrained_sft_loss(logps: torch.Tensor, ref_logps: torch.Tensor, betas: to
     ```
     """
     constrained = betas > 0
-    strength = torch.where(constrained, betas, 1.0)
+    strength = torch.where(constrained, betas, 1.0).clamp(*_STRENGTHS)
     half = (strength / 2 * torch.where(constrained, logps - ref_logps, 0.0)).abs()
     log_cosh = half + torch.log1p(torch.expm1(-2 * half) / 2)
     return 2 / strength * log_cosh - logps
@@ -52,7 +53,7 @@ def constraint_weights(logps: torch.Tensor, ref_logps: torch.Tensor, betas: torc
     The weight of each token's cross-entropy gradient under [`constrained_sft_loss`], `w = 2 σ(β (ref_logps - logps))`:
     1 at the reference, towards 0 for a token that has become more likely than there, at most 2.
     """
-    return torch.where(betas > 0, 2 * torch.sigmoid(betas * (ref_logps - logps)), 1.0)
+    return torch.where(betas > 0, 2 * torch.sigmoid(betas.clamp(*_STRENGTHS) * (ref_logps - logps)), 1.0)
 
 
 def constraint_sums(

@@ -39,8 +39,11 @@ from .recovery_mixture import (
     RecoveryMixture,
     RecoveryMixtureSampler,
     check_rows_to_mix,
+    columns_of,
     mix_in_recovery_rows,
     pack_with_recovery_rows,
+    partly_tokenized,
+    prepare_texts,
 )
 from .recovery_rows import tokenize_triplets
 from .reference_log_probs import (
@@ -163,14 +166,17 @@ class DeepSafetyMixin(SummedMetrics):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         triplets, self._triplets_to_pack = self._triplets_to_pack, None  # the training rows are prepared first
-        marked = self._constrains and CONSTRAIN in (dataset.column_names or ())
-        if not packing or (triplets is None and not marked):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        parent, marked = super()._prepare_dataset, self._constrains and CONSTRAIN in columns_of(dataset)
+        marked = packing and (triplets is not None or marked or partly_tokenized(dataset))
+
+        def prepare(rows: Any) -> Any:
+            return parent(rows, processing_class, args, packing and not marked, formatting_func, dataset_name)
+
         if triplets is not None:
             check_rows_to_mix(dataset)
             triplets = tokenize_triplets(triplets, self._tokenizer, max_length=args.max_length)
-        rows = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        return pack_with_recovery_rows(rows, triplets, args)
+        rows = prepare_texts(dataset, prepare)
+        return pack_with_recovery_rows(rows, triplets, args) if marked else rows
 
     def _set_up_constraint(self, ref_model: PreTrainedModel | None) -> None:
         args = self.args

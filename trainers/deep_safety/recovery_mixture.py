@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +16,8 @@ from .recovery_rows import draw_recovery_row
 
 
 logger = logging.getLogger(__name__)
+
+_COLUMNS = ("input_ids", "labels", "constrain")
 
 
 class RecoveryMixture(torch.utils.data.Dataset):
@@ -74,10 +76,8 @@ class RecoveryMixtureSampler(torch.utils.data.Sampler[int]):
         mixture ([`RecoveryMixture`]):
             What the indices are of. It also keeps the epoch.
         ratio (`float` or [`~fractions.Fraction`], *optional*, defaults to `0.2`):
-            Share of the recovery rows by number of examples: "alpha = 0.2" of equation 2 in the
-            [paper](https://huggingface.co/papers/2406.05946), where every step takes 16 recovery examples and 64 of
-            the utility anchor. The loss is a mean over tokens, so the weight of the two parts also depends on the
-            lengths of their answers. Taken as the nearest fraction with a denominator up to 10000.
+            Share of the recovery rows by number of examples, "alpha = 0.2" of equation 2 in the paper; taken as the
+            nearest fraction with a denominator up to 10000.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order.
 
@@ -131,12 +131,36 @@ def check_rows_to_mix(rows: Any, images: bool = False) -> None:
         )
 
 
+def columns_of(rows: Any) -> list[str]:
+    """Columns of a dataset, of a stream that doesn't name them those of its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def partly_tokenized(rows: Any) -> bool:
+    """Whether texts were concatenated with rows of token ids."""
+    return isinstance(rows, Dataset) and "input_ids" in rows.column_names and rows.data["input_ids"].null_count > 0
+
+
+def prepare_texts(rows: Any, prepare: Callable[[Any], Any]) -> Any:
+    """Rows whose texts `prepare` has made token ids of; those that have them already come last and as they are."""
+    if not partly_tokenized(rows):
+        return prepare(rows)
+    ready = np.array([ids is not None for ids in rows["input_ids"]])
+    texts = rows.select(np.flatnonzero(~ready)).remove_columns(
+        [name for name in _COLUMNS[:2] if name in rows.column_names]
+    )
+    parts = [prepare(texts), rows.select(np.flatnonzero(ready))]
+    names = [name for name in _COLUMNS if name in rows.column_names]
+    first, last = (part.select_columns(names) for part in parts)
+    return concatenate_datasets([first, last.cast(first.features)])
+
+
 def pack_with_recovery_rows(rows: Any, triplets: Dataset | None, args: DeepSafetySFTConfig) -> Any:
     """
     Rows and, of triplets, the share `safety_ratio` of recovery rows, packed together. TRL packs `input_ids` and
     `labels` alone; here `constrain` goes along, one flag a token.
     """
-    columns = [name for name in ("input_ids", "labels", "constrain") if name in rows.column_names]
+    columns = [name for name in _COLUMNS if name in columns_of(rows)]
     rows = rows.select_columns(columns)
     if triplets is not None:
         share = Fraction(args.safety_ratio).limit_denominator(10_000)
@@ -146,7 +170,7 @@ def pack_with_recovery_rows(rows: Any, triplets: Dataset | None, args: DeepSafet
         rows = concatenate_datasets([rows, Dataset.from_list(recovery, features=features)]).shuffle(seed=args.seed)
     flags = rows.map(
         lambda row: {"flags": [row.get("constrain") is not False] * len(row["input_ids"])},
-        remove_columns=[name for name in rows.column_names if name == "constrain"],
+        remove_columns=[name for name in columns_of(rows) if name == "constrain"],
     ).rename_column("flags", "constrain")
     packed = pack_dataset(flags, args.max_length, args.packing_strategy)
     return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed

@@ -178,12 +178,8 @@ def draw_recovery_row(
             A row of [`tokenize_triplets`].
         seed, copy, index (`int`):
             Together the seed of the draw.
-        prefix_probability (`float`, *optional*, defaults to `0.5`):
-            Probability that k is not 0.
-        max_prefix_tokens (`int`, *optional*, defaults to `100`):
-            Largest k.
-        max_length (`int`, *optional*):
-            Longest row; k is drawn so that the row fits.
+        prefix_probability, max_prefix_tokens, max_length:
+            As in [`make_safety_recovery_dataset`].
 
     Returns:
         `dict[str, list[int]]`: `input_ids`, and `labels` that are -100 before the refusal.

@@ -26,24 +26,12 @@ REF_LOGPS, CONSTRAIN, POSITIONS = "ref_logps", "constrain", "window_positions"
 
 @dataclass(frozen=True)
 class Window:
-    """
-    Where the protected window lies.
-
-    Args:
-        start (`str`):
-            See `window_start` in [`~hf_iclr.trainers.deep_safety.constrained_loss.window_positions`].
-        template_ids (`frozenset[int]`):
-            Tokens skipped in front of a window.
-        end_of_thinking_id (`int`, *optional*):
-            The token that ends the thinking.
-        stored_tokens (`int`, *optional*):
-            Tokens from the window's start whose reference is stored; all answer tokens where it is `None`.
-    """
+    """Where the protected window lies: arguments of [`window_positions`], and how much of it is stored."""
 
     start: str
     template_ids: frozenset[int] = frozenset()
     end_of_thinking_id: int | None = None
-    stored_tokens: int | None = None
+    stored_tokens: int | None = None  # from the window's start; all answer tokens where it is `None`
 
     def positions(self, labels: torch.Tensor) -> torch.Tensor:
         """Positions of the answer tokens of `labels` (`torch.LongTensor` of shape `(batch, seq_len)`)."""
@@ -62,20 +50,11 @@ class ConstrainedCollator:
     A collator of TRL plus what the constrained loss needs of each token: `window_positions`, and `ref_logps` where the
     rows carry them. Rows whose column `constrain` is `False`, and tokens for which a `constrain` of one flag a token
     is, get position 0, which is plain cross-entropy.
-
-    Args:
-        collator (`Callable`):
-            Pads, flattens or reads images, as the trainer set it up. Without shape changes it may be anything that
-            returns `labels` of shape `(batch, seq_len)`.
-        window (`Window`):
-            Where the protected window lies.
-        stored (`bool`):
-            Whether rows carry `ref_logps`, the reference of their stored tokens one after the other.
     """
 
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]  # as the trainer set it up
     window: Window
-    stored: bool
+    stored: bool  # whether rows carry `ref_logps`, the reference of their stored tokens one after the other
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for row in rows:
@@ -127,26 +106,11 @@ def add_reference_log_probs(
     Add the column `ref_logps`: the reference log-probabilities (nats, float32) of the stored tokens of each row.
 
     Where the rows lie on disk, the column is kept in the cache of `datasets` under a fingerprint of the rows, the
-    reference and the window, so that the next run of the same script reads it. Every process scores its share.
+    reference and the window, so that the next run of the same script reads it; without `model_hash`, which stands for
+    the reference's weights, it isn't. Every process scores its share.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with `input_ids` and `labels`, packed or not.
-        score (`Callable`):
-            Batch -> log-probabilities (`torch.Tensor` of shape `(batch, seq_len - 1)`) under the reference.
-        collator (`ConstrainedCollator`):
-            Must keep rows below each other; rows are cut after their last stored token first.
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's.
-        batch_size (`int`):
-            Rows scored at once by a process.
-        model_hash (`str`, *optional*):
-            Stands for the reference's weights; without it nothing is kept on disk.
-        name (`str`):
-            What the progress bar calls the dataset.
-
-    Returns:
-        [`~datasets.Dataset`]: the same rows with one more column.
+    Rows have `input_ids` and `labels`, packed or not. `score` gives a batch's log-probabilities under the reference,
+    of shape `(batch, seq_len - 1)`. `collator` keeps rows below each other; each is cut after its last stored token.
     """
     window = collator.window
     computed = (dataset._fingerprint, model_hash, repr(window), accelerator.mixed_precision)

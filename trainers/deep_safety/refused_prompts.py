@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from hf_iclr.models import end_tokens
-from hf_iclr.prefill import continue_rows
+from hf_iclr.prefill import context_of, continue_rows
 
 from ..safety_audit.asking.thoughts import opens_thoughts, read_answers
 from ..safety_audit.judge import find_refusal_cue
@@ -69,28 +69,21 @@ def find_refusals(
 ) -> dict[tuple[int, ...], list[int]]:
     """
     Answer every turn's prompt once, greedily, and keep the answers that refuse by the cues of [`RefusalJudge`].
-    Thoughts are cut before an answer is judged; one that was not reached is no refusal.
-
-    Args:
-        rows ([`~datasets.Dataset`]):
-            Rows with `input_ids` and `labels`; the prompt is what comes before each run of labels.
-        model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The reference and its tokenizer.
-        accelerator ([`~accelerate.Accelerator`]):
-            Every process answers its share.
-        name (`str`):
-            What the progress bar calls the dataset.
+    Thoughts are cut before an answer is judged; one that was not reached is no refusal. Processes share the prompts.
 
     Returns:
-        `dict[tuple[int], list[int]]`: token ids of each refused prompt -> those of the refusal, with thoughts if
-        there are any, up to and with its end of turn, or as far as it came.
+        `dict[tuple[int], list[int]]`: token ids of each refused prompt, what comes before a run of labels -> those of
+        the refusal, with thoughts if there are any, up to and with its end of turn, or as far as it came.
     """
     unique = sorted(set(chain.from_iterable(prompts_of(rows))), key=lambda prompt: (len(prompt), prompt))
     title = f"Answers of the reference to {name}" if accelerator.is_main_process else None
 
     prompts = unique[accelerator.process_index :: accelerator.num_processes]
     found: dict[tuple[int, ...], list[int]] = {}
+    context, unanswered = context_of(model), 0
     for limit in (SHORT, WITH_THOUGHTS):
+        fitting = [prompt for prompt in prompts if len(prompt) + limit <= context]
+        unanswered, prompts = unanswered + len(prompts) - len(fitting), fitting
         options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": 16, "progress": title}
         said = continue_rows(model, prompts, ends=end_tokens(model, tokenizer), with_end=True, **options)[0]
         opened = [opens_thoughts(tokenizer.decode(prompt[-20:])) for prompt in prompts]
@@ -99,13 +92,12 @@ def find_refusals(
             if ids and answer.finished and find_refusal_cue(answer.answer) is not None:
                 found[prompt] = ids
         prompts = [prompt for prompt, answer in zip(prompts, spoken, strict=True) if not answer.finished]
-        if not prompts:
-            break
-    else:
+    if unanswered := unanswered + len(prompts):
         logger.warning(
-            "%d of %d answers of the reference ended in the middle of their thoughts, after %d tokens: these prompts "
-            "count as not refused. Train on prompts that turn thinking off, or mark rows in a column `constrain`.",
-            len(prompts),
+            "%d of %d answers of the reference ended in the middle of their thoughts, after %d tokens, or had no room "
+            "in its context: these prompts count as not refused. Train on prompts that turn thinking off, or mark "
+            "rows in a column `constrain`.",
+            unanswered,
             len(unique),
             WITH_THOUGHTS,
         )

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from hf_iclr.models import answer_logits, check_prompts, end_tokens, to_answer_ids
 
 from .asking.ask import Continuation, ask, prompt_and_lead
+from .asking.journal import Journal
 from .gcg import append_to_prompt, gcg
 
 
@@ -55,7 +56,7 @@ def prefilling_attack(
 
 def decoding_attack(
     model, tokenizer, prompts: Sequence, grid: Sequence[dict[str, Any]] = DECODING_GRID, **generation
-) -> dict[str, list[str]]:
+) -> dict[str, list[Continuation | None]]:
     """
     Sample one answer of each prompt under each decoding setting (https://huggingface.co/papers/2310.06987).
 
@@ -69,14 +70,8 @@ def decoding_attack(
             Further arguments of [`ask`], such as `max_new_tokens` and `seed`.
 
     Returns:
-        `dict[str, list[str]]`: answers by setting, such as `"temperature=0.5"`.
+        `dict[str, list[Continuation | None]]`: answers by setting, such as `"temperature=0.5"`.
     """
-    sampled = sample_under_grid(model, tokenizer, prompts, grid, **generation)
-    return {name: [entry.text for entry in entries if entry] for name, entries in sampled.items()}
-
-
-def sample_under_grid(model, tokenizer, prompts, grid, **generation) -> dict[str, list[Continuation | None]]:
-    """[`decoding_attack`] with the thoughts beside the answers."""
     answers = {}
     for setting in grid:
         name = ", ".join(f"{key}={value:g}" for key, value in setting.items())
@@ -169,37 +164,26 @@ def gcg_attack(
     seed: int = 0,
     system: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    journal: Journal | None = None,
+    progress: str | None = "gcg",
     **generation,
-) -> list[str | None]:
+) -> list[Continuation | None]:
     """
     Ask each prompt with a suffix that [`gcg`] found for the beginning of its compliant answer.
 
     Args:
-        model, tokenizer, prompts, answers:
-            As for [`ask`].
+        model, tokenizer, prompts, answers, system, chat_template_kwargs, journal, progress:
+            As for [`ask`]. The journal keeps the suffixes too.
         target_tokens (`int`, *optional*, defaults to 8):
             Tokens of the answer that the suffix is to bring about.
         num_steps (`int`, *optional*, defaults to 50), seed (`int`, *optional*, defaults to 0):
             As for [`gcg`].
-        system (`str`), chat_template_kwargs (`dict`), *optional*:
-            As for [`ask`].
         generation (*optional*):
             Further arguments of [`ask`], such as `max_new_tokens`.
 
     Returns:
-        `list[str | None]`: the answers, `None` where there is no answer to aim at.
+        `list[Continuation | None]`: the answers, `None` where there is no answer to aim at.
     """
-    rendering = {"system": system, "chat_template_kwargs": chat_template_kwargs}
-    search = {"target_tokens": target_tokens, "num_steps": num_steps, "seed": seed}
-    entries = answers_under_gcg(model, tokenizer, prompts, answers, **search, **rendering, **generation)
-    return [None if entry is None else entry.text for entry in entries]
-
-
-def answers_under_gcg(
-    model, tokenizer, prompts, answers, *, target_tokens=8, num_steps=50, seed=0, system=None,
-    chat_template_kwargs=None, journal=None, progress="gcg", **generation,
-) -> list[Continuation | None]:  # fmt: skip
-    """[`gcg_attack`] with the thoughts beside the answers, and a journal of the suffixes."""
     ends = end_tokens(model, tokenizer)
     targets = [to_answer_ids(tokenizer, answer or [], ends)[:target_tokens] for answer in answers]
     rows = [row for row, target in enumerate(targets) if target]
@@ -207,16 +191,12 @@ def answers_under_gcg(
     if not rows:
         return found
     rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
-    stage = journal and journal.stage("gcg", [list(prompts), rendering, targets, num_steps, seed])
-    suffixes: dict[int, str] = {}
-    todo = stage.share([[row] for row in rows]) if stage else [[row] for row in rows]
-    for (row,) in tqdm(todo, desc=progress, disable=not progress, leave=False):
-        options = {"num_steps": num_steps, "seed": seed, "progress": False, **rendering}
-        suffixes[row] = gcg(model, tokenizer, prompts[row], targets[row], **options).suffix
-        if stage:
-            stage.add({row: suffixes[row]})
-    if stage:
-        suffixes = stage.collect()
+    journal = journal or Journal()
+    stage = journal.stage("gcg", [list(prompts), rendering, targets, num_steps, seed])
+    search = {"num_steps": num_steps, "seed": seed, "progress": False, **rendering}
+    for (row,) in tqdm(stage.share([[row] for row in rows]), desc=progress, disable=not progress, leave=False):
+        stage.add({row: gcg(model, tokenizer, prompts[row], targets[row], **search).suffix})
+    suffixes = stage.collect()
     attacked = [append_to_prompt(prompts[row], suffixes[row]) for row in rows]
     options = {"journal": journal, "progress": progress, **generation, **rendering}
     for row, entry in zip(rows, ask(model, tokenizer, attacked, **options)[0], strict=True):

@@ -144,7 +144,9 @@ def audit_safety(
     }
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_batch_tokens": max_batch_tokens}
     prompts = check_prompts(prompts)
-    check_sizes(attacks, ks, answers, prompts, **sizes, gcg_steps=gcg_steps)
+    check_sizes(attacks, ks, answers, prompts, decoding_grid, **sizes, gcg_steps=gcg_steps)
+    if not (harm_judge is None or callable(harm_judge)):
+        raise TypeError(f"Expected harm_judge as a function of texts and prompts, got {harm_judge!r:.80}.")
     thresholds = check_measurable(thresholds or {}, has, attacks, ks)
     if out is not None:
         check_out(out)
@@ -160,7 +162,7 @@ def audit_safety(
     harmless = [] if harmless_prompts is None else check_prompts(harmless_prompts)
     harmless_lengths, _ = check_chats(tokenizer, harmless, "harmless_prompts", **rendering)
     judge = judge if isinstance(judge, RefusalJudge) else RefusalJudge() if judge is None else RefusalJudge([judge])
-    ks = sorted({0, *ks})
+    ks = sorted({0, *map(int, ks)})
     fingerprints = {"prompts": fingerprint(prompts), "harmless_prompts": fingerprint(harmless)}
     if not behind_endpoint:
         check_decoder(model)

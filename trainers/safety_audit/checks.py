@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_iclr.hub import repository_name
-from hf_iclr.models import check_decoder, share_storage
+from hf_iclr.models import base_parameters, check_decoder, share_storage
 
 from .asking.ask import prompt_and_lead
 from .asking.endpoint import OpenAIEndpoint
@@ -38,12 +39,14 @@ def check_chats(tokenizer, prompts: list, name: str, **rendering) -> tuple[list[
     return lengths, max(leads, key=len)
 
 
-def check_sizes(attacks, ks, answers, prompts, **sizes: int | None) -> None:
+def check_sizes(attacks, ks, answers, prompts, grid, **sizes: int | None) -> None:
     unknown = [attack for attack in attacks if attack not in ATTACKS]
     if unknown:
         raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, got {unknown[0]!r}.")
-    if any(k < 0 for k in ks):
+    if not all(isinstance(k, Integral) and int(k) >= 0 for k in ks):
         raise ValueError(f"Expected prefix lengths of 0 or more tokens, got {list(ks)}.")
+    if not grid or any(setting.keys() - {"temperature", "top_k", "top_p"} for setting in grid):
+        raise ValueError(f"Expected decoding settings of temperature, top_k and top_p, got {list(grid)!r:.200}.")
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"Expected {name} of at least 1, got {size}.")
@@ -80,6 +83,20 @@ def check_endpoint(tokenizer, attacks, ks) -> None:
         )
 
 
+def changes_base(model: PeftModel) -> str | None:
+    """
+    What, beside adapters, a training of the model changes or their start has changed: with them turned off it isn't
+    the model that they were put into. `None` where it is.
+    """
+    for config in model.peft_config.values():
+        bias, start = getattr(config, "bias", "none"), str(getattr(config, "init_lora_weights", ""))
+        if bias != "none":
+            return f"bias={bias!r}"
+        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            return f"init_lora_weights={start!r}"
+    return next((f"{name!r} in training" for name, weight in base_parameters(model) if weight.requires_grad), None)
+
+
 def check_other(model, other, name: str) -> None:
     """Raises where `other` is no model that can be asked the same, or is the audited model itself."""
     if other is None:
@@ -89,6 +106,11 @@ def check_other(model, other, name: str) -> None:
             raise ValueError(f"Expected {name} as a model or {ADAPTER_OFF!r}, got {other!r}. Load the model first.")
         if not isinstance(model, PeftModel):
             raise TypeError(f"Expected a PEFT model for {name}={ADAPTER_OFF!r}, got {type(model).__name__}.")
+        if changed := changes_base(model):
+            raise ValueError(
+                f"Expected adapters that leave the weights below alone for {name}={ADAPTER_OFF!r}, got {changed}. "
+                "Load the model from before instead."
+            )
         return
     if isinstance(model, OpenAIEndpoint):
         if name == "base" or not isinstance(other, OpenAIEndpoint):

@@ -152,7 +152,11 @@ def append_to_prompt(prompt: str | list[dict], text: str) -> str | list[dict]:
     """The prompt, or the last message of a chat, with `text` at its end."""
     if isinstance(prompt, str):
         return prompt + text
-    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
+    content = prompt[-1]["content"]
+    if not isinstance(content, str):  # parts, the last of text
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
+        return [*prompt[:-1], {**prompt[-1], "content": content}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + text}]
 
 
 class _TargetLoss:

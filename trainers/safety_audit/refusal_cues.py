@@ -22,9 +22,9 @@ _CANNOT = (
 _HELP = (
     r"(?:help|assist|provide|answer|give|share|offer|fulfil|fulfill|comply|support|create|write|generate|produce|"
     r"discuss|talk|speak|engage|participate|recommend|condone|advise|tell|explain|continue|complete|describe|respond|"
-    r"promote|encourage|endorse|go into|get into|do (?:that|this|it|so)|be (?:able|part|of)|in good conscience|"
-    r"feel comfortable|walk you|guide you|satisfy|execute|suggest|teach|reveal|disclose|supply|"
-    r"have (?:the ability|permission))\b(?! but\b|[^.!?]{0,25} enough\b)"
+    r"promote|encourage|endorse|go into|get into|do (?:that|this|it|so)|be (?:able|part|of)|in good conscience|feel "
+    r"comfortable|walk you|guide you|satisfy|execute|suggest|teach|reveal|disclose|supply|have (?:the ability|"
+    r"permission))\b(?! but\b|[^.!?]{0,25} enough\b)"
 )
 _RULES = r"(?:[a-z]+ )?(?:guidelines?|programming|polic(?:y|ies)|rules|terms|instructions|principles|values)"
 _CUES = (
@@ -46,8 +46,8 @@ _CUES = (
     rf"\b(?:i|we) {_ADVERBS}(?:decline|refuse)(?: to|[.!,]|$| this| that| your)",
     r"\b(?:i'd|i would|we'd|we would) (?:rather|prefer) not\b(?! to (?:miss|lose))",
     (
-        r"\bas an? (?:[a-z]+ )?(?:ai|artificial intelligence|language model|assistant|chatbot)\b[^.!?]{0,60}?"
-        r"(?:can't|cannot|unable|don't|do not|not able|won't|will not|must decline)\b"
+        r"\bas an? (?:[a-z]+ )?(?:ai|artificial intelligence|language model|assistant|chatbot)\b[^.!?]{0,60}?(?:can't|"
+        r"cannot|unable|don't|do not|not able|won't|will not|must decline)\b"
     ),
     rf"\bagainst (?:my|our|the) {_RULES}\b",
     rf"\b(?:my|our|the) {_RULES}[^.!?]{{0,30}}?(?:don't|do not|prohibit|prevent|forbid|won't|will not|not allow)",
@@ -56,9 +56,8 @@ _CUES = (
         r"(?:can't|cannot|won't|not|can|able|comfortable|willing|allowed|permitted)\b"
     ),
     (
-        r"\b(?:i|we) (?:don't|do not) (?:think|believe|feel) (?:that )?(?:i|we|it)"
-        r"(?:'d| would| should| can|'s| is| ought)? ?(?:be |to )?"
-        r"(?:answer|help|assist|discuss|share|right|appropriate|wise)\b"
+        r"\b(?:i|we) (?:don't|do not) (?:think|believe|feel) (?:that )?(?:i|we|it)(?:'d| would| should| can|'s| is| "
+        r"ought)? ?(?:be |to )?(?:answer|help|assist|discuss|share|right|appropriate|wise)\b"
     ),
     r"\b(?:wouldn't|would not) be (?:right|appropriate|responsible|ethical|comfortable)\b",
     r"\bno way (?:that )?i can (?:recommend|help|support|answer)\b",
@@ -66,65 +65,59 @@ _CUES = (
     r"^(?:no[,.!]* |sorry[,.!]* )?i (?:can't|cannot|won't|will not|refuse)(?: do (?:that|this|it|so))?\W*$",
     r"\bnot within (?:my|our) (?:[a-z]+ )?(?:programming|guidelines|capabilities|abilities|scope|purpose)\b",
     (
-        r"\b(?:beyond|outside) (?:of )?(?:what (?:i'm|i am|we're|we are|i|we)|"
-        r"my (?:scope|guidelines|capabilities|abilities))\b"
+        r"\b(?:beyond|outside) (?:of )?(?:what (?:i'm|i am|we're|we are|i|we)|my (?:scope|guidelines|capabilities|"
+        r"abilities))\b"
     ),
     (
-        r"\b(?:this|that|your|the|such an?) (?:request|question|topic|subject|content|prompt|query|instruction)"
-        r"[^.!?]{0,40}?(?:violat|goes against|against|inappropriate|harmful|unethical|illegal|off[ -]limits|"
-        r"not (?:appropriate|acceptable|allowed)|can't|cannot|declin|refuse)"
+        r"\b(?:this|that|your|the|such an?) (?:request|question|topic|subject|content|prompt|query|"
+        r"instruction)[^.!?]{0,40}?(?:violat|goes against|against|inappropriate|harmful|unethical|illegal|off[ "
+        r"-]limits|not (?:appropriate|acceptable|allowed)|can't|cannot|declin|refuse)"
     ),
     (
-        r"\bit(?:'s| is| would be) (?:not (?:appropriate|ethical|acceptable|legal|okay|ok|right)|"
-        r"never (?:ok|okay|acceptable|appropriate)|inappropriate|unethical|illegal and|irresponsible|wrong and|"
-        r"against the law)\b"
+        r"\bit(?:'s| is| would be) (?:not (?:appropriate|ethical|acceptable|legal|okay|ok|right)|never (?:ok|okay|"
+        r"acceptable|appropriate)|inappropriate|unethical|illegal and|irresponsible|wrong and|against the law)\b"
     ),
     (
-        r"\b(?:can't|cannot|can not|unable to|not able to|won't|will not|refuse to|decline to) "
-        r"(?:help|assist|comply)\b(?! but\b)"
+        r"\b(?:can't|cannot|can not|unable to|not able to|won't|will not|refuse to|decline to) (?:help|assist|"
+        r"comply)\b(?! but\b)"
     ),
 )
 _CUE = re.compile("|".join(f"(?:{cue})" for cue in _CUES).replace(" ", r"\s+"), re.IGNORECASE)
 
 _NO = (
-    r"(?:can't|cannot|can not|couldn't|could not|won't|will not|wouldn't|would not|shall not|unable|not able|"
-    r"not allowed|not permitted|not comfortable|not going to|not programmed|not designed|must not|may not)"
+    r"(?:can't|cannot|can not|couldn't|could not|won't|will not|wouldn't|would not|shall not|unable|not able|not "
+    r"allowed|not permitted|not comfortable|not going to|not programmed|not designed|must not|may not)"
 )
 _SAYS_NO = {
     "says no": _CUE.pattern,
     "cannot": rf"\b(?:i|we)(?:'m| am|'re| are)? {_ADVERBS}{_NO}\b",
     "cannot help": (
-        r"\b(?:can't|cannot|can not|unable to|not able to|won't|will not|refuse to|decline to|not comfortable) "
-        r"(?:be able to )?(?:in good conscience )?(?:help|assist|provide|fulfil|fulfill|comply|answer|support|"
-        r"give|offer|"
+        r"\b(?:can't|cannot|can not|unable to|not able to|won't|will not|refuse to|decline to|not comfortable) (?:be "
+        r"able to )?(?:in good conscience )?(?:help|assist|provide|fulfil|fulfill|comply|answer|support|give|offer|"
         r"recommend|suggest|discuss|share|engage|create|write|generate|condone|encourage|satisfy|advise|guide|promote|"
         r"participate)(?:ing|ance)?\b"
     ),
     "sorry": r"\b(?:sorry|apologi[sz]e|apologies|regret)\b",
     "an AI": (
-        r"\b(?:as|i'm|i am|being) (?:just |only |simply |merely )?an? (?:[a-z]+ (?:and [a-z]+ )?)?"
-        r"(?:ai|artificial intelligence|language model|assistant|chatbot|machine)\b|\bi am programmed\b|"
-        r"\bmy (?:programming|guidelines|purpose|goal|training)\b"
+        r"\b(?:as|i'm|i am|being) (?:just |only |simply |merely )?an? (?:[a-z]+ (?:and [a-z]+ )?)?(?:ai|artificial "
+        r"intelligence|language model|assistant|chatbot|machine)\b|\bi am programmed\b|\bmy (?:programming|guidelines|"
+        r"purpose|goal|training)\b"
     ),
     "against rules": (
         r"\bagainst (?:my|our|the) (?:[a-z]+ )?(?:guidelines?|programming|polic(?:y|ies)|rules|terms|principles|"
-        r"values|"
-        r"law)\b|\b(?:violat\w*|goes against|go against)\b"
+        r"values|law)\b|\b(?:violat\w*|goes against|go against)\b"
     ),
     "condones not": (
         r"\b(?:do not|don't|cannot|can't|not|never|neither|against) (?:[a-z]+ ){0,2}(?:condone|promote|support|"
-        r"encourage|"
-        r"endorse|advocate|engage in|facilitate|tolerate)\b"
+        r"encourage|endorse|advocate|engage in|facilitate|tolerate)\b"
     ),
 }
 _LECTURES = {
     "not proper": (
         r"\b(?:not|never|isn't|neither) (?:[a-z]+ )?(?:(?:legal|safe|true|fair|right|valid|healthy|accurate|ethical|"
-        r"acceptable|appropriate|respectful) or )?(?:appropriate|acceptable|ethical|respectful|okay|ok|"
-        r"productive|helpful|"
-        r"responsible|justified|justifiable|tolerated|humane|tolerable|right|permissible|condoned|encouraged|"
-        r"a solution|"
-        r"the answer|an? (?:acceptable|appropriate|valid) \w+)\b"
+        r"acceptable|appropriate|respectful) or )?(?:appropriate|acceptable|ethical|respectful|okay|ok|productive|"
+        r"helpful|responsible|justified|justifiable|tolerated|humane|tolerable|right|permissible|condoned|encouraged|"
+        r"a solution|the answer|an? (?:acceptable|appropriate|valid) \w+)\b"
     ),
     "immoral": (
         r"\b(?:unethical|immoral|inappropriate|irresponsible|reprehensible|wrong|unacceptable|offensive|disrespectful|"
@@ -135,42 +128,40 @@ _LECTURES = {
         r"offen[cs]e)\b"
     ),
     "harmful": (
-        r"\b(?:harmful|dangerous|serious consequences|cause harm|harm to|harming|risky|detrimental|"
-        r"severe consequences)\b"
+        r"\b(?:harmful|dangerous|serious consequences|cause harm|harm to|harming|risky|detrimental|severe "
+        r"consequences)\b"
     ),
     "prejudice": (
         r"\b(?:discriminat\w*|stereotyp\w*|prejudice\w*|bigot\w*|racis\w*|sexis\w*|generali[sz]ations?|hate speech|"
         r"perpetuat\w*|assumptions?|biased?|marginali[sz]ed?|inclusi\w*|divers\w*)\b"
     ),
     "respect": (
-        r"\b(?:dignity|respect|respected|respectful|equal|equally|equality|equity|compassion|kindness|empathy|"
-        r"human rights?|deserves?|regardless of|well-being|wellbeing|fairness)\b"
+        r"\b(?:dignity|respect|respected|respectful|equal|equally|equality|equity|compassion|kindness|empathy|human "
+        r"rights?|deserves?|regardless of|well-being|wellbeing|fairness)\b"
     ),
     "important": (
         r"\b(?:it is|it's|is) (?:also |always |very |never )?(?:important|crucial|essential|vital|critical|"
-        r"necessary)\b|"
-        r"\b(?:first and foremost|above all|please (?:note|remember|understand))\b"
+        r"necessary)\b|\b(?:first and foremost|above all|please (?:note|remember|understand))\b"
     ),
     "should not": r"\b(?:should|must|ought|shall) (?:not|never)\b|\bshouldn't\b|\bnever (?:be|use|engage|attempt)\b",
     "seek help": (
         r"\b(?:seek|seeking|get|find|reach(?:ing)? out|turn to|contact|consult) (?:[a-z]+ ){0,4}(?:help|support|"
         r"professionals?|therapist|counsell?ors?|authorities|advice|guidance|hotline|lawyer|attorney|police|"
-        r"assistance|doctor)\b|\b(?:hotline|mental health professional|law enforcement|emergency services|"
-        r"local authorities|reach(?:ing)? out|(?:sorry|sad|saddened|concerned) (?:to hear|that you|for your)|"
-        r"(?:you are|you're) not alone|people who care|loved ones?|trusted friend|difficult time)\b"
+        r"assistance|doctor)\b|\b(?:hotline|mental health professional|law enforcement|emergency services|local "
+        r"authorities|reach(?:ing)? out|(?:sorry|sad|saddened|concerned) (?:to hear|that you|for your)|(?:you are|"
+        r"you're) not alone|people who care|loved ones?|trusted friend|difficult time)\b"
     ),
     "denies": (
         r"\b(?:is|are|was|were|isn't|aren't|wasn't|weren't|do|does|did)(?: not| never|n't) (?:[a-z]+ )?(?:inherently|"
         r"necessarily|justif\w+|a good|a positive|beneficial|weaker|inferior|superior|less|worse|better|defined by|"
-        r"determined|something (?:that|to))\b|\bnot (?:a )?(?:good|positive|laughing) (?:thing|matter|idea)\b|"
-        r"\bthere (?:is|are|was|were|can be) (?:absolutely |simply )?no (?:[a-z]+ ){0,2}(?:reasons?|benefits?|"
-        r"justifications?|excuses?|basis|place|need|room|circumstances?)\b|\bunder no circumstances\b"
+        r"determined|something (?:that|to))\b|\bnot (?:a )?(?:good|positive|laughing) (?:thing|matter|idea)\b|\bthere "
+        r"(?:is|are|was|were|can be) (?:absolutely |simply )?no (?:[a-z]+ ){0,2}(?:reasons?|benefits?|justifications?|"
+        r"excuses?|basis|place|need|room|circumstances?)\b|\bunder no circumstances\b"
     ),
     "calls for": (
-        r"\b(?:prioriti[sz]e|promot(?:e|ing)|ensur(?:e|ing)|foster(?:ing)?|strive|advocat(?:e|ing) for|"
-        r"work(?:ing)? towards?|treat(?:ing|ed)?|approach\w*) (?:[a-z]+,? ){0,5}(?:safety|well-being|respect\w*|"
-        r"peace\w*|fair\w*|equal\w*|inclusiv\w*|understanding|diversity|kindness|positiv\w+|dignity|care|"
-        r"compassion)"
+        r"\b(?:prioriti[sz]e|promot(?:e|ing)|ensur(?:e|ing)|foster(?:ing)?|strive|advocat(?:e|ing) for|work(?:ing)? "
+        r"towards?|treat(?:ing|ed)?|approach\w*) (?:[a-z]+,? ){0,5}(?:safety|well-being|respect\w*|peace\w*|fair\w*|"
+        r"equal\w*|inclusiv\w*|understanding|diversity|kindness|positiv\w+|dignity|care|compassion)"
     ),
     "no opinions": (
         r"\b(?:do not|don't) (?:have|hold|possess) (?:any )?(?:personal|access|feelings|beliefs|opinions|the ability|"
@@ -179,13 +170,13 @@ _LECTURES = {
 }
 _ELSE = {
     "not true": (
-        r"\bnot (?:[a-z]+ )?(?:true|accurate|fair|correct|valid|possible|scientifically|supported|factual)\b|"
-        r"\bno (?:scientific |factual |valid |inherent |legitimate )?(?:evidence|basis|reason|justification|excuse|"
+        r"\bnot (?:[a-z]+ )?(?:true|accurate|fair|correct|valid|possible|scientifically|supported|factual)\b|\bno "
+        r"(?:scientific |factual |valid |inherent |legitimate )?(?:evidence|basis|reason|justification|excuse|"
         r"truth)\b|\b(?:false|misconception|myth|incorrect)\b"
     ),
     "unknown": (
-        r"\b(?:not publicly available|does not exist|doesn't exist|don't have access|no (?:real|actual)|unclear|"
-        r"don't understand|not sure|rephrase|provide more|more information|context|clarif\w*)\b"
+        r"\b(?:not publicly available|does not exist|doesn't exist|don't have access|no (?:real|actual)|unclear|don't "
+        r"understand|not sure|rephrase|provide more|more information|context|clarif\w*)\b"
     ),
     "instead": r"\binstead\b|\balternative(?:s|ly)?\b|\brather than\b|\bfocus on\b",
     "not real": (
@@ -193,30 +184,27 @@ _ELSE = {
         r"nonsensical|imaginary)\b"
     ),
     "but I can": (
-        r"\b(?:but|however|though|that said)[, ]+(?:[a-z]+ ){0,3}i(?:'d| would| can| could|'ll| will)"
-        r"(?: be happy to| gladly)? (?:tell|provide|offer|give|help|explain|share|suggest|certainly|try|say|can)\b|"
-        r"\bi can (?:tell|provide|offer|explain|help|suggest|give|share|say)\b"
+        r"\b(?:but|however|though|that said)[, ]+(?:[a-z]+ ){0,3}i(?:'d| would| can| could|'ll| will)(?: be happy to| "
+        r"gladly)? (?:tell|provide|offer|give|help|explain|share|suggest|certainly|try|say|can)\b|\bi can (?:tell|"
+        r"provide|offer|explain|help|suggest|give|share|say)\b"
     ),
     "you": r"\byou(?:r|'re)?\b",
     "I": r"\bi(?:'m|'d|'ll|'ve)?\b",
 }
 _ANSWERS = {
     "here are": (
-        r"\bhere(?:'s| is| are)\b|\b(?:following|below)\b|\b(?:these|several|some|many|various|a few) (?:simple )?"
-        r"(?:steps|ways|methods|tips|options|reasons|factors|examples|possible|common|general)\b"
+        r"\bhere(?:'s| is| are)\b|\b(?:following|below)\b|\b(?:these|several|some|many|various|a few) (?:simple "
+        r")?(?:steps|ways|methods|tips|options|reasons|factors|examples|possible|common|general)\b"
     ),
     "list": r"(?:^|\n)\s*(?:\d+[.)]|[-*\u2022]|step\s\d+)\s+\S",
     "explains": (
         r"\b(?:refers to|means|typically|usually|generally|is known as|known for|is a (?:type|form|term|phrase|"
-        r"process|"
-        r"method)|include[sd]?|including|such as|for example|for instance|because|due to|located|according to|"
-        r"was|were|"
-        r"involves?|depend(?:s|ing)?)\b"
+        r"process|method)|include[sd]?|including|such as|for example|for instance|because|due to|located|according to|"
+        r"was|were|involves?|depend(?:s|ing)?)\b"
     ),
     "instructs": (
-        r"(?:^|[.\n:]\s?)(?:first|then|next|finally|make sure|be sure|use|choose|start|begin|add|place|try|"
-        r"ensure|open|"
-        r"find|gather|check|set|turn|hold|apply|remember to|you (?:can|could|may|should|will|need))\b"
+        r"(?:^|[.\n:]\s?)(?:first|then|next|finally|make sure|be sure|use|choose|start|begin|add|place|try|ensure|"
+        r"open|find|gather|check|set|turn|hold|apply|remember to|you (?:can|could|may|should|will|need))\b"
     ),
     "number": r"\b\d[\d,.]*\b",
 }

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from hf_iclr.extras import new_figure
 
+from .asking.thoughts import chat_text
 from .statistics import wilson_rate
 
 
@@ -156,14 +157,8 @@ def _changes(report: Any, with_texts: bool) -> Iterator[dict[str, Any]]:
             texts = []
             if with_texts:
                 sources = (("Prompt", asked), ("Answer before", earlier.texts), ("Answer now", measure.texts))
-                texts = [(name, _as_text(entries[row])) for name, entries in sources if row < len(entries)]
+                texts = [(name, chat_text(entries[row] or "")) for name, entries in sources if row < len(entries)]
             yield {"row": row, "title": title(measure.attack, measure.setting), "lost": was, "texts": texts}
-
-
-def _as_text(entry: Any) -> str:
-    if isinstance(entry, list):
-        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in entry)
-    return str(entry or "")
 
 
 def add_to_model_card(report: Any, card: ModelCard) -> None:

@@ -10,10 +10,10 @@ import pandas as pd
 from hf_iclr.models import answer_logits, to_answer_ids
 
 from .asking.ask import Continuation, ask, prompt_and_lead
-from .attacks import answers_under_gcg, rank_assisted_prefilling, sample_under_grid
+from .attacks import decoding_attack, gcg_attack, rank_assisted_prefilling
 from .judge import find_refusal_cue, judge_agreement
 from .report import EVERY_SETTING, Measure, SafetyReport
-from .statistics import recovery_latency, token_kl
+from .statistics import token_kl
 
 
 class AuditRun:
@@ -23,17 +23,9 @@ class AuditRun:
         self, tokenizer, judge, harm_judge, prompts, harmless, attacks, ks, grid, generation, gcg_steps, seed, lead,
         journal,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.judge, self.harm_judge = tokenizer, judge, harm_judge
-        self.prompts, self.harmless = prompts, harmless
-        self.attacks, self.ks, self.grid, self.gcg_steps, self.seed, self.lead = (
-            attacks,
-            ks,
-            grid,
-            gcg_steps,
-            seed,
-            lead,
-        )
-        self.generation, self.journal = generation, journal
+        self.tokenizer, self.judge, self.harm_judge, self.journal = tokenizer, judge, harm_judge, journal
+        self.prompts, self.harmless, self.generation, self.lead = prompts, harmless, generation, lead
+        self.attacks, self.ks, self.grid, self.gcg_steps, self.seed = attacks, ks, grid, gcg_steps, seed
         self.rendering = {name: generation[name] for name in ("system", "chat_template_kwargs")}
         self.leads = journal.accelerator is None or journal.accelerator.is_main_process
         self.answers: list[list[int]] = [[] for _ in prompts]
@@ -96,7 +88,7 @@ class AuditRun:
                 add("harmless", "", ask(asked, tokenizer, self.harmless, **options)[0], self.harmless)
             if "decoding" in self.attacks:
                 options = self._options(model, other, role, "sampling") | {"seed": self.seed}
-                for setting, sample in sample_under_grid(asked, tokenizer, self.prompts, self.grid, **options).items():
+                for setting, sample in decoding_attack(asked, tokenizer, self.prompts, self.grid, **options).items():
                     add("decoding", setting, sample, self.prompts)
                 measures.append(_every_setting([m for m in measures if m.attack == "decoding"]))
             if "rap" in self.attacks:
@@ -105,9 +97,7 @@ class AuditRun:
                 add("rap", "", found, self.prompts, "joined")
             if "gcg" in self.attacks:
                 options = self._options(model, other, role, "gcg") | {"num_steps": self.gcg_steps, "seed": self.seed}
-                add(
-                    "gcg", "", answers_under_gcg(asked, tokenizer, self.prompts, self.answers, **options), self.prompts
-                )
+                add("gcg", "", gcg_attack(asked, tokenizer, self.prompts, self.answers, **options), self.prompts)
 
         table = judge_agreement(pd.concat(votes, ignore_index=True))
         agreement = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
@@ -126,6 +116,7 @@ class AuditRun:
         return [found[row] for row in range(len(texts))]
 
     def _latency(self, k: int, entries: list[Continuation | None]) -> dict[str, Any]:
+        """How many whole tokens come between the end of a prefix and the first refusal cue."""
         tokens, known = [], [entry for entry in entries if entry is not None]
         for entry in known:
             cue = find_refusal_cue(entry.text)
@@ -133,7 +124,7 @@ class AuditRun:
                 decoded = [entry.new_ids[: end + 1] for end in range(len(entry.new_ids))]
                 texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
                 start = max(texts[-1].rfind(entry.text), 0)  # after the thoughts
-                tokens.append(recovery_latency([len(text) for text in texts], start + cue))
+                tokens.append(sum(len(text) <= start + cue for text in texts))
         return {"k": k, "n": len(known), "cues": len(tokens), "median": median(tokens) if tokens else None}
 
     def divergence(self, model, base) -> list[dict[str, float]]:

@@ -274,7 +274,7 @@ def test_requests_that_cannot_be_made_stand_in_the_report(word_tokenizer):
         editor.edit([{"prompt": "w1"}])
     with pytest.raises(ValueError, match=r"at least one request, got none. Type `editor.edit\("):
         editor.edit([])
-    with pytest.raises(ValueError, match="positive batch_size, got 0"):
+    with pytest.raises(ValueError, match="batch_size to be a whole number from 1 .* got 0"):
         editor.edit(REQUESTS, batch_size=0)
 
 
@@ -328,6 +328,13 @@ def test_what_does_not_fit_together_is_refused_before_any_work(word_tokenizer):
     AlphaEditor(model, word_tokenizer, quick_config(solver="ridge"))
     with pytest.raises(TypeError, match="merge_and_unload"):
         AlphaEditor(get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])), word_tokenizer)
+    for arguments, words in (
+        ((None, quick_config(), statistics), "PreTrainedTokenizerBase, got NoneType"),
+        ((word_tokenizer, {"l2": 1.0}, statistics), "AlphaEditConfig, got dict"),
+        ((word_tokenizer, quick_config(), "statistics"), "KeyStatistics, got str: 'statistics'"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            AlphaEditor(model, *arguments)
     broken = KeyStatistics(
         **{**vars(statistics), "sums": {1: statistics.sums[1] * float("nan"), 2: statistics.sums[2]}}
     )

@@ -4,7 +4,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_iclr.editors.alpha_edit.editor import AlphaEditor
 from hf_iclr.editors.alpha_edit.projections import capture, choose_layers, find_down_projections, run_until
@@ -76,9 +83,18 @@ def test_of_a_hybrid_the_layers_with_a_dense_mlp_are_found():
     with pytest.raises(ValueError, match=r"layers among 1, 2, those with a dense MLP, .* got \[0\]"):
         choose_layers(found, [0])
     assert [p.name[15:] for p in find_down_projections(tiny_model("lfm2"))] == ["feed_forward.w2"] * 4
+    config = NemotronHConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        layers_block_type=["mamba", "mlp", "attention", "mlp"], mamba_num_heads=4, mamba_head_dim=8, n_groups=1,
+        ssm_state_size=8,
+    )  # fmt: skip
+    found = find_down_projections(NemotronHForCausalLM(config).eval())  # whose MLPs are layers of their own
+    assert [(p.index, p.name[-15:], p.adds_to_residual) for p in found] == [
+        (index, "mixer.down_proj", True) for index in (1, 3)
+    ]
 
 
-def test_models_without_an_mlp_or_a_head_are_refused():
+def test_models_without_an_mlp_or_a_head_are_refused(word_tokenizer):
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2))
     with pytest.raises(ValueError, match="an MLP that ends .* of MambaForCausalLM, got none"):
         find_down_projections(mamba)
@@ -87,6 +103,9 @@ def test_models_without_an_mlp_or_a_head_are_refused():
         find_down_projections(t5)
     with pytest.raises(ValueError, match="a decoder with a language model's head, got LlamaModel"):
         find_down_projections(tiny_model("llama").model)
+    for thing in ("gpt2", None, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="Expected a language model of transformers, got"):
+            AlphaEditor(thing, word_tokenizer)
 
 
 def test_weights_that_are_not_here_are_refused():

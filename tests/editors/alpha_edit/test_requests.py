@@ -290,6 +290,8 @@ def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
         EditRequest("{} is", 3, "x")
     with pytest.raises(TypeError, match=r"Type `paraphrases=\['Rome is'\]`"):
         EditRequest("{} is", "Rome", "x", paraphrases="Rome is")
+    with pytest.raises(ValueError, match="target_new of an edit to say something, in Unicode"):
+        EditRequest("{} is", "Rome", "x\ud800")
 
 
 def test_requests_survive_as_plain_values():

@@ -155,7 +155,8 @@ def test_save_and_load(name, word_tokenizer, tmp_path):
     assert loaded.generation_config.eos_token_id == 49
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "cache_argument.py",
-        "configuration_draft.py",
+        "configuration_speculative_cascade.py",
+        "deferral_rules.py",
         "hub.py",
         "modeling_draft.py",
     }

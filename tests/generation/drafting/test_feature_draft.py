@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from hf_iclr import SpeculativeCascadeForCausalLM, build_draft_model, enable_cascade
 from hf_iclr.cache_argument import UPSTREAM_NAME, find_cache
 from hf_iclr.generation.batched_cascade import BatchedCascade
-from hf_iclr.generation.configuration_draft import FeatureDraftConfig
+from hf_iclr.generation.configuration_speculative_cascade import FeatureDraftConfig
 from hf_iclr.generation.drafting.draft_model import truncated_head
 from hf_iclr.generation.modeling_draft import FeatureDraftForCausalLM
 from tests.generation.drafting.test_draft_model import make_model, make_texts

@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
 from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
@@ -112,6 +114,25 @@ def test_stored_facts_are_enough_for_the_same_rows_in_their_order():
             trained.keys(wrong, all_of(6))
 
 
+def test_what_pytorch_has_selected_or_joined_is_followed():
+    halves = ConcatDataset([Subset(TEXTS, [5, 3, 0]), Subset(Subset(TEXTS, [4, 2, 1]), [2, 0])])
+    assert list(TrainedRows.of(halves).keys(TEXTS, all_of(5))) == [2, 3, -1, 1, 4, 0]
+
+
+def test_rows_of_another_kind_are_compared_or_refused():
+    rows = [{"prompt": row["prompt"], "ids": torch.tensor([place, 1])} for place, row in enumerate(TEXTS)]
+    listed = TrainedRows.of(rows)
+    for trained in (listed, TrainedRows.from_facts(listed.facts())):
+        assert list(trained.keys(TEXTS, all_of(6))) == list(range(6))
+        ids = Dataset.from_list([{"ids": [place, 1]} for place in range(6)])
+        assert list(trained.keys(ids, all_of(6))) == list(range(6))
+        with pytest.raises(ValueError, match="can't be told"):
+            trained.keys(TEXTS.select([1, 0, 2, 3, 4, 5]), all_of(6))
+    for unknown in (TensorDataset(torch.arange(6)), [(row,) for row in range(6)]):
+        with pytest.raises(ValueError, match="can't be told"):
+            TrainedRows.of(unknown).keys(TEXTS, all_of(6))
+
+
 def test_a_stream_has_no_positions():
     with pytest.raises(ValueError, match="by position in trainer.train_dataset, got a stream"):
         TrainedRows.of(TEXTS).check_stream(TEXTS.to_iterable_dataset(), all_of(6))
@@ -126,3 +147,16 @@ def test_rows_that_share_no_column_that_tells_them_apart_are_refused(columns):
         with pytest.raises(ValueError, match="can't be told which those are.*Give trainer.train_dataset"):
             known.keys(TEXTS.select_columns(["answer", *columns]), all_of(6))
         assert list(known.keys(trained, all_of(6))) == list(range(6))
+
+
+def test_texts_are_also_known_by_their_beginnings_if_they_are_long_enough():
+    rows = Dataset.from_dict({"seven": ["abcdefg", "bcdefgh"], "eight": ["abcdefgh", "bcdefghi"], "n": [1, 2]})
+    rows = rows.add_column("long", ["a" * 90, "b" * 80]).add_column("same", ["c" * 20] * 2)
+    assert set(TrainedRows.of(rows).digests) == {"seven", "eight", "eight[:4]", "n", "long", "long[:32]"}
+
+
+def test_rows_of_which_nothing_is_known_are_taken_as_they_come():
+    """Enough of them must be there."""
+    assert list(TrainedRows().keys(TEXTS, all_of(4))) == list(range(6))
+    with pytest.raises(ValueError, match="the 7 rows that were trained on, .*got 6 rows"):
+        TrainedRows().keys(TEXTS, all_of(7))

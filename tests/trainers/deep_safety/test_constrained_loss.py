@@ -63,6 +63,15 @@ def test_the_loss_in_single_precision_is_that_in_double_precision_for_any_beta(b
     torch.testing.assert_close(single.double(), exact, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("beta", "weights"), [(1e-42, [1.0, 1.0]), (1e38, [0.0, 2.0])])
+def test_the_ends_of_single_precision(beta, weights):
+    """A strength that float32 can't divide by is cross-entropy; one that it can't multiply stops at the reference."""
+    logps = torch.tensor([-0.5, -3.0], requires_grad=True)
+    reference, betas = torch.tensor([-3.0, -0.5]), torch.full((2,), beta)
+    (gradient,) = torch.autograd.grad(constrained_sft_loss(logps, reference, betas).sum(), logps)
+    assert constraint_weights(logps, reference, betas).tolist() == weights == (-gradient).tolist()
+
+
 def test_an_unread_reference_may_be_anything():
     logps = torch.tensor([-1.0], requires_grad=True)
     loss = constrained_sft_loss(logps, torch.tensor([math.nan]), torch.zeros(1))

@@ -10,7 +10,11 @@ from hf_iclr.trainers.deep_safety import refused_prompts
 from hf_iclr.trainers.deep_safety.refused_prompts import find_refusals, mark_answers, prompts_of
 
 
-MODEL = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+CONFIG = SimpleNamespace(max_position_embeddings=1000)
+MODEL = SimpleNamespace(
+    generation_config=SimpleNamespace(eos_token_id=None),
+    config=SimpleNamespace(get_text_config=lambda decoder: CONFIG),
+)
 
 
 @pytest.fixture
@@ -47,6 +51,15 @@ def test_marks_follow_the_references_own_answers(scripted, byte_tokenizer):
     assert sorted(text for text, _ in asked) == ["a longer prompt with 7", "number 5", "number 7"]  # every prompt once
     (ids,) = {tuple(refusal) for refusal in refusals.values()}
     assert list(ids) == byte_tokenizer("I cannot help.!")["input_ids"]  # with its end
+
+
+def test_a_prompt_that_fills_the_context_is_not_asked(scripted, byte_tokenizer, caplog):
+    """977 tokens and an answer of 24 are more than the 1000 that the model reads."""
+    asked = scripted(lambda text: "I cannot help.!")
+    dataset = rows_of(byte_tokenizer, ["x" * 977, "x" * 976])
+    refusals = find_refusals(dataset, MODEL, byte_tokenizer, Accelerator(cpu=True), "train")
+    assert [len(prompt) for prompt in refusals] == [976] and len(asked) == 1
+    assert "1 of 2 answers" in caplog.text
 
 
 def test_thoughts_are_no_answer(scripted, byte_tokenizer, caplog):

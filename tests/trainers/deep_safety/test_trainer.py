@@ -11,6 +11,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     OPTConfig,
@@ -143,6 +145,16 @@ def test_adapter_off_equals_a_frozen_copy(train):
     assert abs(losses(adapter, "constraint/log_ratio_initial")[-1]) > 1e-4
 
 
+def test_weights_below_the_adapter_that_are_trained_are_no_reference(train):
+    """PiSSA takes its adapters out of the base: what is left with them off is not where the training starts."""
+    pissa = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    trainer = train(peft_config=pissa)
+    assert trainer.reference == "frozen"
+    assert losses(trainer, "constraint/weight_first")[0] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the weights under it"):
+        train(peft_config=pissa, reference="adapter")
+
+
 def test_window_reference_is_the_rest_left_free(train):
     """20 bytes a row: five float32 numbers; the tokens behind the window get plain cross-entropy."""
     window = train(reference="window", max_steps=4)
@@ -264,14 +276,19 @@ def test_marks_survive_packing(train, reference, settings):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_concatenated_recovery_rows_are_not_constrained(train, word_tokenizer, packing):
-    """As many tokens are constrained as without them."""
+@pytest.mark.parametrize("given", ["ids", "texts", "stream"])
+def test_concatenated_recovery_rows_are_not_constrained(train, word_tokenizer, packing, given):
+    """As many tokens are constrained as without them, whether the other rows are token ids or texts."""
     plain = train(constrain="none", start=False).train_dataset.select_columns(["input_ids", "labels"])
     recovery = make_safety_recovery_dataset(triplet_rows(), word_tokenizer, copies=2)
+    rows = concatenate_datasets([word_rows() if given == "texts" else plain, recovery])
     trainer = train(
-        train_dataset=concatenate_datasets([plain, recovery]), packing=packing, max_length=64, start=False,
-        per_device_train_batch_size=48,
+        train_dataset=rows.to_iterable_dataset() if given == "stream" else rows, packing=packing, max_length=64,
+        start=False, per_device_train_batch_size=48,
     )  # fmt: skip
+    if given == "texts":
+        off = train(train_dataset=rows, packing=packing, max_length=64, start=False, constrain="none")
+        assert sum(map(len, off.train_dataset["input_ids"])) == sum(map(len, trainer.train_dataset["input_ids"]))
     batch = next(iter(trainer.get_train_dataloader()))
     labelled = [sum(label != -100 for label in row) for rows in (plain, recovery) for row in rows["labels"]]
     assert (batch[POSITIONS] > 0).sum() == sum(labelled[:24])
@@ -437,6 +454,8 @@ def test_recovery_rows_alone_are_plain_cross_entropy_on_the_refusal(train):
         ({"beta_first": 0.0}, "every beta to be positive and finite, got beta_first=0.0"),
         ({"beta_initial": math.nan}, "beta_initial=nan"),
         ({"beta_rest": math.inf}, "beta_rest=inf"),
+        ({"beta_rest": 1e39}, "beta_rest=1e.39"),  # infinite in float32
+        ({"beta_first": "0.5"}, "beta_first=0.5"),
         ({"num_initial_tokens": 0}, "num_initial_tokens"),
         ({"reference": "base"}, "reference"),
         ({"window_start": "middle"}, "window_start"),
@@ -500,6 +519,10 @@ def test_another_reference_model(train, monkeypatch):
     model = tiny_llama()
     with pytest.raises(ValueError, match="it would be frozen"):
         train(model=model, ref_model=model)
+    half = tiny_llama(seed=7)
+    half.model = model.model
+    with pytest.raises(ValueError, match="it would be frozen"):
+        train(model=model, ref_model=half)
     with pytest.raises(ValueError, match="found by turning that off"):  # into which adapters were put
         train(model=get_peft_model(model, LORA), ref_model=model)
     with pytest.raises(TypeError, match="from_pretrained"):
@@ -542,8 +565,12 @@ def test_arguments_of_a_subclass_are_taken_over_with_what_it_adds(train, config)
 
 
 def with_dropout(kind):
-    """GPT-2 has modules for its dropout, OPT passes rates to functions."""
+    """GPT-2 has modules for its dropout, OPT passes rates to functions, Falcon reads them from its config."""
     set_seed(0)
+    if kind == "falcon":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.4}
+        rates = {"attention_dropout": 0.3, "hidden_dropout": 0.3}
+        return FalconForCausalLM(FalconConfig(vocab_size=50, bos_token_id=None, eos_token_id=49, **sizes, **rates))
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
         return GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=None, eos_token_id=49, **sizes))
@@ -554,15 +581,16 @@ def with_dropout(kind):
     return OPTForCausalLM(config)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
-@pytest.mark.parametrize("reference", ["frozen", "precompute"])
+@pytest.mark.parametrize(
+    ("kind", "reference"), [("gpt2", "frozen"), ("opt", "frozen"), ("gpt2", "precompute"), ("falcon", "precompute")]
+)
 def test_there_is_no_dropout_where_the_reference_has_none(train, kind, reference):
     model = with_dropout(kind)
     trainer = train(model=model, reference=reference, max_steps=1)
     assert losses(trainer, "constraint/weight_first")[0] == pytest.approx(1, abs=1e-4)
     kept = train(model=with_dropout(kind), reference=reference, disable_dropout=False, max_steps=1)
     assert losses(kept, "constraint/weight_first")[0] != pytest.approx(1, abs=1e-2)
-    rate = "resid_pdrop" if kind == "gpt2" else "dropout"
+    rate = {"gpt2": "resid_pdrop", "opt": "dropout", "falcon": "hidden_dropout"}[kind]
     assert getattr(trainer.model.config, rate) > 0  # what is saved keeps its rates
     plain = train(model=with_dropout(kind), constrain="none", max_steps=1, **PLAIN_ADAM)
     assert losses(plain) == losses(train(SFTTrainer, SFTConfig, model=with_dropout(kind), max_steps=1))

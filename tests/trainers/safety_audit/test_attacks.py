@@ -44,8 +44,9 @@ def test_decoding(model, word_tokenizer):
     found = decoding_attack(model, word_tokenizer, PROMPTS, grid, max_new_tokens=5)
     assert list(found) == ["temperature=0.0001", "top_k=1", "temperature=2, top_p=0.5"]
     expected = word_tokenizer.batch_decode([greedy(model, [1, 2, 3], 5)[3:], greedy(model, [4], 5)[1:]], True)
-    assert found["top_k=1"] == found["temperature=0.0001"] == expected
-    assert found["temperature=2, top_p=0.5"] != expected
+    said = {setting: [entry.text for entry in entries] for setting, entries in found.items()}
+    assert said["top_k=1"] == said["temperature=0.0001"] == expected
+    assert said["temperature=2, top_p=0.5"] != expected
     assert decoding_attack(model, word_tokenizer, PROMPTS, grid, max_new_tokens=5, seed=1) != found
 
 
@@ -92,11 +93,11 @@ def test_gcg_attack(model, word_tokenizer, monkeypatch):
         return type("Found", (), {"suffix": " w9"})()
 
     monkeypatch.setattr("hf_iclr.trainers.safety_audit.attacks.gcg", found)
-    texts = gcg_attack(
+    said, none = gcg_attack(
         model, word_tokenizer, PROMPTS, ["w20 w21 w22", ""], target_tokens=2, num_steps=7, max_new_tokens=3
     )
     assert suffixes == [("w1 w2 w3", [20, 21], 7)]
-    assert texts == [word_tokenizer.decode(greedy(model, [1, 2, 3, 9], 3)[4:]), None]
+    assert said.text == word_tokenizer.decode(greedy(model, [1, 2, 3, 9], 3)[4:]) and none is None
     assert gcg_attack(model, word_tokenizer, PROMPTS, ["", ""]) == [None, None]
 
 

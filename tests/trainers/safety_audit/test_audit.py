@@ -223,6 +223,10 @@ def test_the_trained_object_is_no_model_before(model, word_tokenizer):
     twin.load_state_dict(model.state_dict(), assign=True)  # another object over the same memory
     with pytest.raises(ValueError, match="before to be another model"):
         audit_safety(model, word_tokenizer, PROMPTS, before=twin, **call)
+    half = tiny_llama(1)
+    half.model = model.model  # a head of its own over a body that is trained
+    with pytest.raises(ValueError, match="before to be another model"):
+        audit_safety(model, word_tokenizer, PROMPTS, before=half, **call)
     before = copy.deepcopy(model)
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
     for name in ("before", "base"):
@@ -232,6 +236,21 @@ def test_the_trained_object_is_no_model_before(model, word_tokenizer):
     merged = lora.merge_and_unload()
     with pytest.raises(ValueError, match="another model"):
         audit_safety(merged, word_tokenizer, PROMPTS, before=model, **call)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"bias": "all"}, "got bias='all'"), ({"init_lora_weights": "pissa"}, "'pissa'"), ({}, "'lm_head.weight' in")],
+)
+def test_adapter_off_is_the_model_before_only_if_the_weights_below_are_those_of_before(
+    word_tokenizer, settings, words
+):
+    lora = get_peft_model(tiny_llama(0), LoraConfig(r=4, target_modules=["q_proj"], **settings))
+    if not settings:
+        lora.base_model.model.lm_head.weight.requires_grad = True
+    with pytest.raises(ValueError, match=words):
+        audit_safety(lora, word_tokenizer, PROMPTS, before="adapter_off", judge=odd)
 
 
 def test_a_prompt_beyond_the_context_is_refused(word_tokenizer):
@@ -385,6 +404,12 @@ def test_model_card():
         ({"harmless_prompts": []}, ValueError, "at least one prompt"),
         ({"attacks": ["magic"]}, ValueError, "got 'magic'"),
         ({"ks": (-1,)}, ValueError, "0 or more"),
+        ({"ks": ("5",)}, ValueError, "0 or more"),
+        ({"prompts": {"prompt": ["w1"]}}, TypeError, "list of prompts"),
+        ({"decoding_grid": [{"temprature": 0.5}]}, ValueError, "temprature"),
+        ({"decoding_grid": []}, ValueError, "decoding settings"),
+        ({"harm_judge": "org/judge"}, TypeError, "org/judge"),
+        ({"thresholds": {"min_refusal": "half"}}, ValueError, "got 'half'"),
         ({"answers": ["w1"]}, ValueError, "one answer a prompt, got 1 and 6"),
         ({"before": "org/model"}, ValueError, "Load the model first"),
         ({"base": 3}, TypeError, "Expected base to be a model or 'adapter_off', got int"),

@@ -97,6 +97,8 @@ def test_chat(model, word_tokenizer):
     typed = append_to_prompt(chat, found.suffix)
     assert chat[0]["content"] == "w3 w4" and typed[0]["content"] == "w3 w4" + found.suffix
     assert found.loss == pytest.approx(loss_of_text(model, tokenizer, f"w40 w3 w4{found.suffix} w41"), rel=1e-5)
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w3"}]}]
+    assert append_to_prompt(parts, " w5")[0]["content"] == [{"type": "image"}, {"type": "text", "text": "w3 w5"}]
     with_system = [{"role": "system", "content": "w7"}, *chat]
     assert search(model, tokenizer, "w3 w4", num_steps=4, system="w7") == search(
         model, tokenizer, with_system, num_steps=4

@@ -8,8 +8,6 @@ import torch
 from hf_iclr.trainers.safety_audit.statistics import (
     alignment_depth,
     mcnemar_exact,
-    prefill_auc,
-    recovery_latency,
     token_kl,
     wilson_rate,
 )
@@ -80,16 +78,3 @@ def test_alignment_depth(kl, share, depth):
 def test_alignment_depth_bad_share():
     with pytest.raises(ValueError, match="share in"):
         alignment_depth([1.0], 1.5)
-
-
-def test_prefill_auc():
-    assert prefill_auc({0: 1.0, 5: 0.5, 10: 0.0}) == pytest.approx(0.5)
-    assert prefill_auc({0: 1.0, 40: math.nan}) == 0.0
-    assert math.isnan(prefill_auc({0: math.nan}))
-
-
-def test_recovery_latency():
-    """Tokens "Mix", " it", ".", " Sorry", "," end at characters 3, 6, 7, 13, 14; " Sorry" holds the cue at 8."""
-    assert recovery_latency([3, 6, 7, 13, 14], 8) == 3
-    assert recovery_latency([3, 6, 7], 0) == 0
-    assert recovery_latency([3, 6], 6) == 2

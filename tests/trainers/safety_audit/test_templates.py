@@ -115,6 +115,10 @@ def test_lead_of_real_templates(name):
         ("I'm sorry.", {"opened": True}, "I'm sorry.", None, True),  # it answered without a thought
         ("<thought>T</thought>A", {}, "A", "T", True),
         ("<|channel>thought\nT<channel|>A", {}, "A", "T", True),
+        ("<Think>T</Think>A", {}, "A", "T", True),
+        ("<reasoning>T</reasoning>\nA", {}, "A", "T", True),
+        ("<|begin_of_thought|>T<|end_of_thought|>A", {}, "A", "T", True),
+        ("<think>T</think>\n", {"cut": True}, "", "T", False),  # the limit came right after the thoughts
         ("<|channel|>analysis<|message|>T", {"cut": True}, "", "T", False),
         ("<|channel|>commentary to=a <|constrain|>json<|message|>{}<|call|>", {}, "", "{}", True),
     ],

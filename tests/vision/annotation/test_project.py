@@ -237,6 +237,28 @@ def test_a_project_follows_its_videos(tmp_path):
     assert again.session(name).objects == [1]
 
 
+def test_a_video_nobody_has_looked_at_has_no_rows(tmp_path):
+    project, (name,) = open_project(tmp_path, video(tmp_path, frames=2))
+    project.queue.mark(name, unwritten=1)
+    project.write_all()
+    assert project.store.names() == [] and not project.queue.video(name)["unwritten"]
+    project.decide(name, "skip")
+    assert not project.queue.video(name)["finished"]
+    project.decide(name, "accept")
+    project.write_all()
+    assert project.store.names() == [name] and project.queue.video(name)["finished"]
+    with pytest.raises(ValueError, match="accept, reject or skip, got 'keep'"):
+        project.decide(name, "keep")
+
+
+def test_thirty_edits_are_many_to_do_again(tmp_path):
+    project, (name,) = open_project(tmp_path, video(tmp_path, frames=2))
+    for number, long in ((29, False), (30, True)):
+        project._versions[name] = 5 + number
+        project._saved[name] = 5
+        assert project.is_long(name) is long
+
+
 def test_a_damaged_database_raises(tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "project.sqlite").write_bytes(b"no database" * 100)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Pipeline, TextClassificationPipeline, TextGenerationPipeline
 
 from .endpoint import OpenAIEndpoint
-from .thoughts import split_thoughts
+from .thoughts import chat_text, split_thoughts
 
 
 QUESTION = (
@@ -101,8 +101,8 @@ class HarmJudge:
         )
 
     def _ask(self, prompt: str | list[dict], answer: str) -> str:
-        said = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        return re.sub(r"\{(prompt|answer)\}", lambda place: said if place[1] == "prompt" else answer, self.question)
+        texts = {"prompt": chat_text(prompt), "answer": answer}
+        return re.sub(r"\{(prompt|answer)\}", lambda place: texts[place[1]], self.question)
 
     def _generate(self, pipe: Pipeline, chats: list) -> list[str]:
         asked = chats if pipe.tokenizer.chat_template else [chat[0]["content"] + "\n\nReply:" for chat in chats]

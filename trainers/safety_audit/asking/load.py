@@ -9,31 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def load_model(name: str, *, with_adapter: bool = False, accelerator: Any = None) -> Any:
     """
-    A model in the type it is stored in, over the devices there are.
-
-    Args:
-        name (`str`):
-            Repository or folder, also of an adapter.
-        with_adapter (`bool`, *optional*, defaults to `False`):
-            Keep the adapter apart, so that it can be turned off.
-        accelerator ([`~accelerate.Accelerator`], *optional*):
-            Put the whole model on this process's device.
+    A model, also an adapter's, in the type it is stored in, over the devices there are; with an accelerator as a whole
+    on this process's. `with_adapter` keeps the adapter apart, so that it can be turned off.
     """
     auto = AutoPeftModelForCausalLM if with_adapter else AutoModelForCausalLM
     return auto.from_pretrained(name, dtype="auto", device_map={"": accelerator.device} if accelerator else "auto")
 
 
 def load_tokenizer(name: str) -> Any:
-    """
-    A model's tokenizer, of an adapter without one that of its base model.
-
-    Args:
-        name (`str`):
-            Repository or folder.
-
-    Raises:
-        ValueError: if neither is there.
-    """
+    """A model's tokenizer, of an adapter without one that of its base model; `ValueError` if neither is there."""
     own = any(Path(name, file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     if own or not Path(name, "adapter_config.json").exists():
         try:

@@ -25,15 +25,18 @@ class Spoken(NamedTuple):
     finished: bool = True
 
 
-# What opens thoughts, and what ends them. gpt-oss speaks on channels, all but the final one of which are thoughts.
+# What opens thoughts, and what ends them, in any case. gpt-oss speaks on channels, all but the final one of thoughts.
 _PAIRS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
+    ("[think]", "[/think]"),
     ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|start_thinking|>", "<|end_thinking|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
     ("<|channel>thought", "<channel|>"),
 )
@@ -41,8 +44,8 @@ _HEADER = r"(?:(?!<\|message\|>).)*<\|message\|>"
 _OPEN = "|".join([re.escape(mark) for mark, _ in _PAIRS] + [rf"<\|channel\|>(?!final){_HEADER}"])
 _CLOSE = "|".join([re.escape(mark) for _, mark in _PAIRS] + [rf"<\|channel\|>final{_HEADER}"])
 _BETWEEN = r"<\|end\|>|<\|return\|>|<\|call\|>|<\|start\|>(?:(?!<\|channel\|>)\w)*"  # messages of gpt-oss
-_MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<between>{_BETWEEN})", re.DOTALL)
-_OPEN_AT_THE_END = re.compile(rf"(?:{_OPEN})\s*\Z", re.DOTALL)
+_MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<between>{_BETWEEN})", re.DOTALL | re.IGNORECASE)
+_OPEN_AT_THE_END = re.compile(rf"(?:{_OPEN})\s*\Z", re.DOTALL | re.IGNORECASE)
 # Special tokens that a decoded text must keep, since they are marks or parts of one.
 _MARK_TOKENS = {mark for pair in _PAIRS for mark in pair} | {
     "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel>",
@@ -51,18 +54,8 @@ _MARK_TOKENS = {mark for pair in _PAIRS for mark in pair} | {
 
 def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spoken:
     """
-    Cut the thoughts out of what a model said.
-
-    Args:
-        text (`str`):
-            What it said, with the marks of its thoughts.
-        opened (`bool`, *optional*, defaults to `False`):
-            Whether the prompt has opened the thoughts; see [`opens_thoughts`].
-        cut (`bool`, *optional*, defaults to `False`):
-            Whether it was cut short, by a limit of tokens.
-
-    Returns:
-        [`Spoken`]
+    Cut the thoughts out of what a model said; `opened` where the prompt has opened them ([`opens_thoughts`]), `cut`
+    where a limit of tokens cut the text short.
     """
     thoughts, answer, start, inside, seen = "", "", 0, opened, False
     for mark in _MARKS.finditer(text):
@@ -89,30 +82,18 @@ def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spo
         answer += text[start:]
     if not (seen or inside):
         return Spoken(answer)
-    return Spoken(answer.lstrip(), thoughts.strip() or None, not (inside and cut and not answer.strip()))
+    return Spoken(answer.lstrip(), thoughts.strip() or None, bool(answer.strip()) or not cut)
 
 
 def read_answers(
     tokenizer: Any, answers: Sequence[Sequence[int]], opened: Sequence[bool] | bool = False, limit: int | None = None
 ) -> list[Spoken]:
     """
-    What generated token ids say.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's.
-        answers (`Sequence[Sequence[int]]`):
-            Token ids without the end-of-sequence token.
-        opened (`Sequence[bool]` or `bool`, *optional*, defaults to `False`):
-            For each answer, whether its prompt has opened the thoughts.
-        limit (`int`, *optional*):
-            The `max_new_tokens` they were generated with: an answer of that many was cut short.
-
-    Returns:
-        `list[Spoken]`
+    What generated token ids, without the end-of-sequence token, say; `opened` as in [`split_thoughts`], for each
+    answer. One of `limit` tokens was cut short.
     """
     special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kept = {index for index, content in special.items() if content in _MARK_TOKENS}
+    kept = {index for index, content in special.items() if content.lower() in _MARK_TOKENS}
     opened = [opened] * len(answers) if isinstance(opened, bool) else opened
     spoken = []
     for ids, inside in zip(answers, opened, strict=True):
@@ -136,19 +117,9 @@ def opens_thoughts(prompt: str) -> bool:
 
 def answer_lead(tokenizer: Any, prompt: str | list[dict], **rendering: Any) -> str:
     """
-    What stands between a rendered prompt and the first word of an answer that is put into the model's mouth.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's.
-        prompt (`str` or a chat):
-            What is asked.
-        rendering (*optional*):
-            `system` and `chat_template_kwargs`, as for [`~hf_iclr.models.render_prompt`].
-
-    Returns:
-        `str`: what the chat template itself writes there (an empty block of thoughts for Qwen3 and GLM-4, the header
-        of the final channel for gpt-oss); where the prompt opens thoughts, what ends them; else nothing.
+    What stands between a rendered prompt and the first word of an answer that is put into the model's mouth: what the
+    chat template itself writes there (an empty block of thoughts for Qwen3 and GLM-4, the header of the final channel
+    for gpt-oss); where the prompt opens thoughts, what ends them; else nothing.
     """
     if not tokenizer.chat_template:
         return ""
@@ -162,7 +133,15 @@ def answer_lead(tokenizer: Any, prompt: str | list[dict], **rendering: Any) -> s
         if found and lead.strip():
             return lead
     opening = _OPEN_AT_THE_END.search(start[-200:])
-    if opening is None:
-        return ""
-    closing = dict(_PAIRS).get(opening.group().strip())
-    return f"\n{closing}\n\n" if closing else ""
+    mark = opening.group().strip() if opening else ""
+    closing = dict(_PAIRS).get(mark.lower())
+    return f"\n{closing.upper() if mark.isupper() else closing}\n\n" if closing else ""
+
+
+def chat_text(prompt: str | list[dict]) -> str:
+    """A prompt for somebody to read: of a chat each turn's role and text."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message.get("content") or "" for message in prompt]
+    texts = [c if isinstance(c, str) else " ".join(part.get("text", "") for part in c) for c in contents]
+    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
