@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows of the first table")
     parser.add_argument("--compile", action="store_true", help="also time the large model's forward under Inductor")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument(
@@ -135,7 +136,7 @@ def show(results: dict, title: str, table: pd.DataFrame) -> None:
 class Bench:
     def __init__(self, large, small, layers, tokenizer, args):
         self.large, self.small, self.layers, self.tokens, self.rounds = large, small, layers, args.tokens, args.rounds
-        self.cascade, self.alone = enable_cascade(large, small), enable_cascade(large)
+        self.cascade, self.alone, self.batches = enable_cascade(large, small), enable_cascade(large), args.batches
         last = docstrings()[-len(PROMPTS) :]
         questions = [*PROMPTS, *(f"Repeat this text word for word.\n\n{text[:300]}" for text in last)]
         chats = [[{"role": "user", "content": question}] for question in questions]
@@ -193,6 +194,8 @@ class Bench:
         rows = []
         for kind, (prompts, batch) in self.kinds.items():
             for size, calls in ((1, prompts), (len(prompts), [batch])):
+                if size not in self.batches:
+                    continue
                 times, ours = {name: [] for name in methods}, {"default": [], "no small model": []}
                 for seed in tqdm(range(-1, self.rounds if size == 1 else 2 * self.rounds), desc=kind, leave=False):
                     for inputs in calls[: 1 if seed < 0 else None]:

@@ -101,8 +101,8 @@ class DraftLength:
 
     Args:
         large, small ([`~transformers.PreTrainedModel`]):
-            The models, the latter `None` where there is none; the acceptance that is expected at first is its
-            `config.expected_acceptance`, or 0.6.
+            The models, the latter `None` where there is none; the acceptance that is expected at first is 0.6, or 0.6
+            of its `config.expected_acceptance`.
         kind (`tuple`):
             What else costs depend on.
         measure (`Callable`):
@@ -117,7 +117,8 @@ class DraftLength:
         pairs = _round_costs.setdefault(large, weakref.WeakKeyDictionary())
         self._known = pairs.setdefault(large if small is None else small, {})
         self._kind, self._measure, self._small = (kind, small is None), measure, small is not None
-        self._expected = getattr(small.config, "expected_acceptance", None) or 0.6 if self._small else 0.5
+        known = getattr(small.config, "expected_acceptance", None) if self._small else None
+        self._expected = 0.6 * known if known else 0.6  # it is known of the texts that a draft was made of
         self._begins, self._rest, self._retry, self._pause = True, 0, False, self.PAUSE
         # what was looked up, by how many tokens agreed: weights of what is accepted and refused
         self._looked_up = {size: (2 * share, 2 - 2 * share) for size, share in TextLookup.SIZES.items()}
@@ -144,7 +145,7 @@ class DraftLength:
         elif self._retry:
             self._retry = False
             self._forget(1.0)
-            return Plan(max(1, self._quickest((0,), 0.8)[0].gamma))
+            return Plan(1)
         elif drafts and not self._quickest((0,), self._acceptance)[0].gamma:
             self._rest, self._pause = self._pause - 1, 2 * self._pause
             self._retry, drafts = self._quickest((0,), 0.95)[0].gamma > 0, False

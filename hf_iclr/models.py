@@ -35,15 +35,6 @@ def to_messages(prompt: str | list[dict], system: str | None = None) -> list[dic
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def chat_text(prompt: str | list[dict]) -> str:
-    """A prompt for somebody to read: of a chat each turn's role and text."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = [message.get("content") or "" for message in prompt]
-    texts = [c if isinstance(c, str) else " ".join(part.get("text", "") for part in c) for c in contents]
-    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
-
-
 def render_prompt(
     tokenizer,
     prompt: str | list[dict],
@@ -212,20 +203,6 @@ def share_storage(model: torch.nn.Module, other: torch.nn.Module) -> bool:
         for part in (model.parameters(), other.parameters())
     )
     return others.keys() <= own.keys() or any(own[place] for place in own.keys() & others.keys())
-
-
-def changes_base(model: PeftModel) -> str | None:
-    """
-    What, beside adapters, a training of the model changes or their start has changed: with them turned off it isn't
-    the model that they were put into. `None` where it is.
-    """
-    for config in model.peft_config.values():
-        bias, start = getattr(config, "bias", "none"), str(getattr(config, "init_lora_weights", ""))
-        if bias != "none":
-            return f"bias={bias!r}"
-        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-            return f"init_lora_weights={start!r}"
-    return next((f"{name!r} in training" for name, weight in base_parameters(model) if weight.requires_grad), None)
 
 
 @contextmanager

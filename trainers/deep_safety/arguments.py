@@ -16,8 +16,9 @@ from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
-from hf_iclr.models import changes_base, share_storage
+from hf_iclr.models import share_storage
 
+from ..safety_audit.checks import changes_base
 from .config import DeepSafetySFTConfig
 from .reference_log_probs import check_answer_labels
 

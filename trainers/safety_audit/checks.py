@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_iclr.hub import repository_name
-from hf_iclr.models import changes_base, check_decoder, share_storage
+from hf_iclr.models import base_parameters, check_decoder, share_storage
 
 from .asking.ask import prompt_and_lead
 from .asking.endpoint import OpenAIEndpoint
@@ -81,6 +81,20 @@ def check_endpoint(tokenizer, attacks, ks) -> None:
             "Expected the model's tokenizer, to count the tokens of a prefix, got none. Load it, or leave the attack "
             "out: `attacks=['decoding']`."
         )
+
+
+def changes_base(model: PeftModel) -> str | None:
+    """
+    What, beside adapters, a training of the model changes or their start has changed: with them turned off it isn't
+    the model that they were put into. `None` where it is.
+    """
+    for config in model.peft_config.values():
+        bias, start = getattr(config, "bias", "none"), str(getattr(config, "init_lora_weights", ""))
+        if bias != "none":
+            return f"bias={bias!r}"
+        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            return f"init_lora_weights={start!r}"
+    return next((f"{name!r} in training" for name, weight in base_parameters(model) if weight.requires_grad), None)
 
 
 def check_other(model, other, name: str) -> None:

@@ -9,8 +9,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard
 
 from hf_iclr.extras import new_figure
-from hf_iclr.models import chat_text
 
+from .asking.thoughts import chat_text
 from .statistics import wilson_rate
 
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import Pipeline, TextClassificationPipeline, TextGenerationPipeline
 
-from hf_iclr.models import chat_text
-
 from .endpoint import OpenAIEndpoint
-from .thoughts import split_thoughts
+from .thoughts import chat_text, split_thoughts
 
 
 QUESTION = (

@@ -136,3 +136,12 @@ def answer_lead(tokenizer: Any, prompt: str | list[dict], **rendering: Any) -> s
     mark = opening.group().strip() if opening else ""
     closing = dict(_PAIRS).get(mark.lower())
     return f"\n{closing.upper() if mark.isupper() else closing}\n\n" if closing else ""
+
+
+def chat_text(prompt: str | list[dict]) -> str:
+    """A prompt for somebody to read: of a chat each turn's role and text."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message.get("content") or "" for message in prompt]
+    texts = [c if isinstance(c, str) else " ".join(part.get("text", "") for part in c) for c in contents]
+    return "\n".join(f"{message.get('role')}: {text}" for message, text in zip(prompt, texts, strict=True))
