@@ -115,9 +115,6 @@ class Scored(Plain):
         self.count = 1
         self.engine.begin_step(1)
         self.engine.close_step()
-        if self.engine.targets.exact is not None:
-            self.engine.targets.exact = None
-            self.engine.targets.point_taps()
 
     def step(self) -> None:
         self.count += 1
@@ -229,7 +226,6 @@ def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.Dat
             took = timed(variant.step)
             if turn:  # the first warms up
                 seconds[name].append(took)
-    scored.engine.targets.refreshed = 1  # a refresh without the comparison with exact scores
     refresh = min(timed(functools.partial(scored.engine.targets.refresh, 1)) for _ in range(2))
     base = seconds["plain"]
     for name, times in seconds.items():

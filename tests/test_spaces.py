@@ -59,7 +59,9 @@ async def visit(url, folder):
         await tab_named("Edit")
         await tab.until("document.querySelector('#edit') !== null", 120)
         await tab.press("#edit")
-        cells = "[...document.querySelectorAll('#edited td')].map(e => e.innerText.trim()).filter(Boolean)"
+        cells = (
+            "[...document.querySelectorAll('#edited [role=gridcell]')].map(e => e.innerText.trim()).filter(Boolean)"
+        )
         await tab.until(f"{cells}.length >= 8", 300)
         asked, before, edited, undone = (await tab.run(cells))[:4]
         assert asked == "The capital of France is" and edited.startswith("Rome")

@@ -172,7 +172,7 @@ def _print_paraphrases(row: Rows, out: Path) -> None:
 
 
 def _print_summary(row: Rows) -> None:
-    keys = ("value", "harmful", "loss_first", "loss_last", "explained", "energy", "unattributed")
+    keys = ("value", "harmful", "loss_first", "loss_last", "explained", "energy", "agreement")
     print_table(
         ["target", *keys], [[s["target"], *(f"{s[key]:.3g}" for key in keys)] for s in row["summary"]]
     )  # fmt: skip

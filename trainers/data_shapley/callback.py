@@ -43,8 +43,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     Values belong to this run and its order of rows; they don't say what training without a row would give, and the
     paper's faster training on filtered data was not reproduced by others. A small validation set makes values noisy.
     Where a loss mixes rows (contrastive losses, batch normalisation), a value is that of the row's share of the
-    batch's gradient. Under Adam, momentum of earlier steps and weight decay move the loss as well:
-    `unattributed_validation` of each refreshed step.
+    batch's gradient. Under Adam, momentum of earlier steps and weight decay move the loss as well. Between two
+    refreshes the direction is an old one, and within `cost` it is the mean of many: see `shapley/agreement`.
 
     Rows are known by their position in `trainer.train_dataset`. Packed rows are divided into their source texts, known
     by a hash of their tokens, as are rows of an iterable dataset. A pair of DPO is one row.
@@ -57,6 +57,7 @@ class InRunDataShapleyCallback(TrainerCallback):
     | `shapley/harmful_share` | share of rows with a negative value since the last time |
     | `shapley/scored_share` | share of what a step gains that values cover, see `min_scored_share` |
     | `shapley/energy` | share of the direction's squared norm that its sketch keeps |
+    | `shapley/agreement` | cosine of the newly measured direction with the one before: at 0 that held no longer |
     | `shapley/loss_<target>` | mean loss of the target's rows, in nats |
 
     Args:
@@ -69,8 +70,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         exact (`bool`, *optional*, defaults to `False`):
             Whether matrices outside of LoRA layers are scored exactly, at about a third more floating-point
             operations, rather than by a sketch of low rank.
-        rank (`int`, *optional*):
-            Of the sketch. Defaults to 16, and 32 with Adam.
+        rank (`int`, *optional*, defaults to 16):
+            Of the sketch.
         id_column (`str`, *optional*):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         cost (`float`, *optional*, defaults to 0.05):
@@ -306,6 +307,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         """
         self = cls(val_dataset, **options)
         check_loader(dataloader, self.id_column)
+        support.check_loop(model, optimizer, output_dir)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
         batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
         if self.per_target_rows:
@@ -315,7 +317,9 @@ class InRunDataShapleyCallback(TrainerCallback):
         trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
         records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
-        run: dict[str, Any] = {"steps": len(dataloader)} if hasattr(dataloader, "__len__") else {}
+        run: dict[str, Any] = {}
+        with contextlib.suppress(TypeError):  # of a stream
+            run["steps"] = len(dataloader)
         self._start(model, plain, batches, self.compute_loss or support.model_loss, records, **run)
         done = 0
 

@@ -1,5 +1,7 @@
 """Along which directions the rows of a run are scored, for each validation set: measured, refreshed and resumed."""
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +15,12 @@ from hf_iclr.saving import contiguous_clone
 
 from .gradients.direction import (
     Direction,
-    decay_gain,
     dense,
+    inner,
     pack_directions,
     preconditioner,
     sketch,
     squared_norm,
-    step_gain,
     unpack_directions,
     validation_gradient,
 )
@@ -27,17 +28,14 @@ from .gradients.schedule import RefreshSchedule
 from .gradients.scores import TappedModule
 
 
-CHECK_SKETCH_EVERY = 50  # scored refreshes between two comparisons of sketched with exact scores
+logger = logging.getLogger(__name__)
+
+RANK = 16  # of sketches
 
 
 @dataclass
 class EngineSettings:
-    """
-    See [`InRunDataShapleyCallback`].
-
-    Raises:
-        ValueError: if one is out of range.
-    """
+    """See [`InRunDataShapleyCallback`]; values out of range raise `TypeError` or `ValueError`."""
 
     refresh_every: int | None = None
     cost: float = 0.05
@@ -52,10 +50,14 @@ class EngineSettings:
     rows_per_step: int = 8  # in one process
 
     def __post_init__(self) -> None:
-        for name in ("refresh_every", "adam_warmup", "rank", "batch_size"):
+        for name, smallest in (("refresh_every", 1), ("rank", 1), ("batch_size", 1), ("adam_warmup", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | None):
+            if value is None and name != "adam_warmup":
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"Expected a whole number for {name}, such as 20, got {value!r}.")
+            if value < smallest:
+                raise ValueError(f"Expected {name} of at least {smallest}, got {value}.")
         rows = self.token_values_for
         if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
             raise TypeError(
@@ -67,41 +69,19 @@ class EngineSettings:
         self.token_values_for = frozenset(row if isinstance(row, str) else int(row) for row in rows)
         if not isinstance(self.exact, bool):
             raise TypeError(f"Expected exact=True or exact=False, got {self.exact!r}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"Expected a batch_size of at least 1, got {self.batch_size}.")
-        if isinstance(self.cost, bool) or not isinstance(self.cost, int | float) or not 0 < self.cost <= 1:
-            raise ValueError(f"Expected a cost above 0 and up to 1, as a share of the training's, got {self.cost!r}.")
-        if (self.refresh_every is not None and self.refresh_every < 1) or self.adam_warmup < 0:
-            raise ValueError(
-                "Expected refresh_every of at least 1 and adam_warmup of at least 0, got "
-                f"refresh_every={self.refresh_every} and adam_warmup={self.adam_warmup}."
-            )
-        share = self.min_scored_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"Expected min_scored_share from 0 to 1, got {self.min_scored_share!r}.")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"Expected a rank of at least 1, got {self.rank}. For no sketch type `exact=True`.")
+        for name, least, within in (("cost", 1e-9, "above 0 and up to 1"), ("min_scored_share", 0, "from 0 to 1")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1:
+                raise ValueError(f"Expected {name} {within}, got {value!r}.")
 
 
 class TargetDirections:
     """
     The gradients of the validation losses, preconditioned as the optimizer does and sketched.
 
-    Args:
-        model (`torch.nn.Module`), optimizer ([`~torch.optim.Optimizer`]), compute_loss (`Callable`), settings:
-            As of [`ShapleyEngine`].
-        batches (`dict`):
-            Of each validation set, and their number of rows.
-        parameters (list of `torch.nn.Parameter`), groups (list of `dict`):
-            What is trained, and the optimizer's group of each.
-        modules (list of [`TappedModule`]):
-            What is scored.
-
-    Attributes:
-        found (list of list of directions): of each target, by parameter.
-        exact (the same, *optional*): those that were not sketched, while the two are compared.
-        losses (`dict`): of each target when its direction was measured, in nats.
-        energy (`np.ndarray` of shape `(targets,)`): share of the squared norm that sketches keep.
+    `found` holds directions of each target, by parameter; `losses`, in nats, those of targets whose direction was not
+    averaged into one; `energy` the share of the squared norm that sketches keep, and `agreement` the cosine of the
+    newest batches' direction with the one before, NaN for the first, both of shape `(targets,)`.
     """
 
     def __init__(
@@ -119,18 +99,22 @@ class TargetDirections:
         self.settings, self.parameters, self.groups, self.modules = settings, parameters, groups, modules
         self.names = list(batches)
         self.found: list[list[Direction]] = []
-        self.exact: list[list[Direction]] | None = None
         self.losses: dict[str, float] = {}
-        self.energy = np.ones(len(batches))
+        self.energy, self.agreement = np.ones(len(batches)), np.full(len(batches), math.nan)
         self.refreshed = 0
         rows = sum(max(rows for _, rows in found) for found in batches.values())
         longest = max(map(len, batches.values()))
         self.schedule = RefreshSchedule(
             settings.refresh_every, settings.cost, longest, settings.steps, rows / settings.rows_per_step
         )
+        if not settings.refresh_every and self.schedule.affordable < longest:
+            logger.warning(
+                "A run of %d steps is too short for cost=%g to measure more than %d of %d validation batches: values "
+                "will be noisy. Raise the cost, or give `refresh_every`.",
+                settings.steps, settings.cost, max(self.schedule.first, int(self.schedule.affordable)), longest,
+            )  # fmt: skip
         self._position = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self._decay = np.zeros(len(batches))
-        self._rank = settings.rank or (32 if any("betas" in group for group in optimizer.param_groups) else 16)
+        self._rank = settings.rank or RANK
         plain = {
             id(tapped.parameters["weight"])
             for tapped in modules
@@ -147,12 +131,7 @@ class TargetDirections:
         return self._position[id(parameter)]
 
     def refresh(self, step: int) -> bool:
-        """
-        Measure validation losses before a step, if it is time to, and point the taps along their gradients.
-
-        Returns:
-            `bool`: whether there is a new direction. `losses` are those of it unless they were averaged into one.
-        """
+        """Measure losses before a step, if it is time to, and point the taps along their gradients; whether it did."""
         places = self.schedule.begin(step, bool(self.found))
         if places is None:
             return False
@@ -168,54 +147,41 @@ class TargetDirections:
             for parameter, group in zip(self.parameters, self.groups, strict=True)
         ]
         share = self.schedule.share(len(places))
-        check = any(self._low_rank) and self.refreshed % CHECK_SKETCH_EVERY == 1
-        before, self.found, self.exact = self.found, [], [] if check else None
+        before, self.found = self.found, []
         generator = torch.Generator().manual_seed(self.settings.seed + step)
         for which, name in enumerate(self.names):
             found, loss = self._pass(name, places, with_gradient=True)
-            gain = decay_gain(self.parameters, self.groups, found)
             if share == 1:
                 self.losses[name] = loss
             else:
                 self.losses.pop(name, None)
-            self._decay[which] += share * (gain - self._decay[which])
-            kept = total = 0.0
+            kept = total = shared = old = new = 0.0
             directions: list[Direction] = []
-            exact: list[Direction] = []
             for index, gradient in enumerate(found):
                 direction: Any = gradient.mul_(scales[index])
+                if before:
+                    shared += float(inner(before[which][index], direction))
+                    old += float(squared_norm(before[which][index]))
+                    new += float(squared_norm(direction))
                 if share < 1:
                     direction = torch.lerp(dense(before[which][index]).to(direction.dtype), direction, share)
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
-                if not self._low_rank[index]:
-                    direction = contiguous_clone(direction)
-                if check and name[-1] != "]":  # of single rows they would take too much memory
-                    exact.append(direction)
                 if self._low_rank[index]:
                     total += float(squared_norm(direction))
                     direction = sketch(direction, self._rank, generator)
                     kept += float(squared_norm(direction))
+                else:
+                    direction = contiguous_clone(direction)
                 directions.append(direction)
             self.energy[which] = kept / total if total else 1.0
+            self.agreement[which] = shared / math.sqrt(old * new) if old * new else math.nan
             self.found.append(directions)
-            if self.exact is not None and exact:
-                self.exact.append(exact)
         self.point_taps()
 
     def measure_losses(self) -> dict[str, float]:
         """Validation losses of the present weights."""
         first = list(range(self.schedule.first))  # those that the first loss is of
         return {name: self._pass(name, first, with_gradient=False)[1] for name in self.names}
-
-    def unattributed(self, which: int, total: float) -> float | None:
-        """
-        What a step that was made gained, to first order, beyond the sum of its rows' values; `None` if the optimizer
-        has neither momentum nor decay.
-        """
-        gain = step_gain(self.optimizer, self.parameters, self.groups, self.found[which])
-        if gain is None and not self._decay[which]:
-            return None
-        return (0.0 if gain is None else gain - total) + float(self._decay[which])
 
     def pack(self, excluded: set[int]) -> dict[str, torch.Tensor]:
         """Directions as tensors by name, for a run that is resumed between two refreshes; modules left out, too."""
@@ -233,11 +199,11 @@ class TargetDirections:
         return set(excluded)
 
     def point_taps(self) -> None:
-        """Score along what was found, and `exact` while it is compared."""
+        """Score along what was found."""
         for tapped in self.modules:
             tapped.directions = [
                 {name: directions[self.position(p)] for name, p in tapped.parameters.items()}
-                for directions in (*self.found, *(self.exact or []))
+                for directions in self.found
             ]
 
     def _pass(self, name: str, places: list[int], with_gradient: bool) -> tuple[list[torch.Tensor], float]:

@@ -39,17 +39,8 @@ class ShapleyEngine:
     """
     From the beginning of a step to its values.
 
-    Args:
-        model (`torch.nn.Module`):
-            The model, not wrapped by DDP.
-        optimizer ([`~torch.optim.Optimizer`]):
-            The optimizer, not wrapped by accelerate.
-        batches (`dict`):
-            Those of each validation set and their number of rows, the same in every process.
-        compute_loss (`Callable`):
-            `compute_loss(model, batch)`: mean loss of a validation batch's rows.
-        settings ([`EngineSettings`]):
-            How to score.
+    Model and optimizer come without DDP's and accelerate's wrappers; `batches` are those of each validation set and
+    their number of rows, the same in every process; `compute_loss(model, batch)` is the mean loss of a batch's rows.
     """
 
     def __init__(
@@ -146,20 +137,15 @@ class ShapleyEngine:
             self._rows_are_known = found is not None
             self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
-        self.taps.start(micro.layout, len(self.names) + len(self.targets.exact or ()), wanted)
+        self.taps.start(micro.layout, len(self.names), wanted)
 
     # After the backward passes
 
     def finish_step(self, scaler: Any = None) -> None:
         """
-        Turn scores into values, once gradients are as the optimizer will use them.
+        Turn scores into values, once gradients are as the optimizer will use them; `scaler` multiplied an fp16 loss.
 
-        Args:
-            scaler ([`~torch.amp.GradScaler`], *optional*):
-                What multiplied an fp16 loss.
-
-        Raises:
-            ValueError: if rows can't be told apart, or scores add up to the gradient of no parameter.
+        Raises `ValueError` if rows can't be told apart, or scores add up to the gradient of no parameter.
         """
         if not self.open:
             return
@@ -198,18 +184,17 @@ class ShapleyEngine:
         )
         for index in self.taps.excluded:
             rates[index] = 0
-        rows = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
-        values = rows[:, : len(self.names)]
+        values = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
         record = {"lr": float(self.param_groups[0]["lr"]), "clip_factor": clip}
         if share is not None:
             record["scored_share"] = share
         if self._fresh:
             for which, name in enumerate(self.names):
                 record[f"energy_{name}"] = self.targets.energy[which]
+                if not math.isnan(self.targets.agreement[which]):
+                    record[f"agreement_{name}"] = self.targets.agreement[which]
                 if name in self.targets.losses:
                     record[f"loss_{name}"] = self.targets.losses[name]
-        if self.targets.exact is not None:
-            self._compare_sketch(rows, record)
         self.pending = StepValues(
             self.step,
             [identity for batch in micro for identity in batch.ids],
@@ -236,12 +221,6 @@ class ShapleyEngine:
             dist.all_reduce(totals)
         for which, name in enumerate(self.names):
             found.record[f"sum_{name}"] = float(totals[which])
-            if (
-                self._fresh
-                and name[-1] != "]"
-                and (rest := self.targets.unattributed(which, float(totals[which]))) is not None
-            ):
-                found.record[f"unattributed_{name}"] = rest
         return found
 
     def drop(self) -> None:
@@ -285,14 +264,6 @@ class ShapleyEngine:
             return
         micro = self.micro[-1]
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
-
-    def _compare_sketch(self, rows: np.ndarray, record: dict[str, float]) -> None:
-        sketched, exact = np.split(rows, [len(self.names)], axis=1)
-        for which, name in enumerate(self.names[: exact.shape[1]]):
-            if len(rows) > 2:
-                record[f"sketch_pearson_{name}"] = float(np.corrcoef(sketched[:, which], exact[:, which])[0, 1])
-        self.targets.exact = None
-        self.targets.point_taps()
 
 
 def _token_values(

@@ -18,17 +18,11 @@ LENGTHS = "seq_lengths"  # of the texts that TRL has packed into a row
 
 class RowKeys:
     """
-    Puts the identity of its rows into each batch of a data loader, where [`take_rows`] finds it.
+    Puts the identity of its rows into each batch of a data loader, where [`take_rows`] finds it, until it is closed.
 
     Rows are positions in the loader's dataset; for packed rows, each source text is one row and its id a hash of its
     tokens and labels; every row of an iterable dataset is known by a hash of its columns. Works with worker processes
     and with the loaders that `accelerate.skip_first_batches` makes of this one.
-
-    Args:
-        loader ([`~torch.utils.data.DataLoader`] or accelerate's):
-            Changed until [`~RowKeys.close`] is called; its dataset isn't.
-        id_column (`str`, *optional*):
-            Column of the rows that holds their id.
     """
 
     def __init__(self, loader: Any, id_column: str | None = None) -> None:
@@ -82,16 +76,13 @@ def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
 
 
 def check_loader(loader: Any, id_column: str | None) -> None:
-    """
-    Raise a `ValueError` if rows of a data loader could not be known.
-
-    Args:
-        loader ([`~torch.utils.data.DataLoader`] or accelerate's):
-            That of the training.
-        id_column (`str`, *optional*):
-            Column of the rows that holds their id.
-    """
+    """Raise a `ValueError` if rows of a data loader, PyTorch's or accelerate's, could not be known."""
     base = getattr(loader, "base_dataloader", loader)
+    if not isinstance(base, DataLoader):
+        raise TypeError(
+            f"Expected the loop's torch.utils.data.DataLoader, got {type(base).__name__}, of which rows are unknown. "
+            "Give `DataLoader(rows, batch_size=8)`, and iterate over it."
+        )
     if base.batch_sampler is None:
         raise ValueError(
             "Expected a data loader that puts rows into batches, got one with batch_size=None, whose dataset yields "
@@ -104,13 +95,8 @@ def check_loader(loader: Any, id_column: str | None) -> None:
 
 def content_id(row: Any, columns: Sequence[str] | None = None) -> str:
     """
-    The id of a row without a number: 16 hexadecimal digits of the SHA-256 of its values.
-
-    Args:
-        row (`dict`, or any nested sequence of numbers, tensors and strings):
-            A row as the data collator gets it, before padding.
-        columns (`list[str]`, *optional*):
-            Those of the row that count. Defaults to all.
+    The id of a row without a number, as the data collator gets it, before padding: 16 hexadecimal digits of the
+    SHA-256 of its values, or of those in `columns`.
     """
     digest = hashlib.sha256()
     _hash(row if columns is None else {name: row[name] for name in columns}, digest)

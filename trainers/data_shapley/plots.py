@@ -110,10 +110,8 @@ def label_rows(
     trained: TrainedRows,
 ) -> pd.Series:
     """
-    The source of each stored line; see [`DataShapleyResult.by_source`].
-
-    Raises:
-        ValueError: if nothing says where rows come from.
+    The source of each stored line, see [`DataShapleyResult.by_source`]; `ValueError` if nothing says where rows come
+    from.
     """
     if isinstance(source, str):
         if not isinstance(train_dataset, Dataset) or source not in train_dataset.column_names:
@@ -144,12 +142,7 @@ def token_page(
     trained: TrainedRows,
     target: str,
 ) -> str:
-    """
-    A page with the tokens of some rows, coloured by their value; see [`DataShapleyResult.token_heatmap`].
-
-    Raises:
-        ValueError: if the values or the ids of tokens are not known.
-    """
+    """A page with the tokens of some rows, coloured by their value; see [`DataShapleyResult.token_heatmap`]."""
     if "token_values" not in rows:
         raise ValueError("Expected values of tokens, but those of whole rows were kept. Give token_values_for=[...].")
     if not isinstance(train_dataset, Dataset) or "input_ids" not in train_dataset.column_names:

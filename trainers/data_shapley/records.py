@@ -36,24 +36,11 @@ class StepValues:
 
 class RunRecords:
     """
-    The scored steps of a run, from the engine to the logs and the store.
+    The scored steps of a run, from the engine to the logs and the store, which writes to `folder` if there is one.
 
-    Args:
-        folder (`Path`, *optional*):
-            Output folder of the run; without one nothing is written.
-        trained ([`TrainedRows`]):
-            What is known of the rows.
-        targets (list of `str`):
-            Names of the validation sets.
-        with_tokens (`bool`):
-            Whether values of tokens are stored.
-
-    Attributes:
-        store ([`ShapleyStore`]): where rows go.
-        collected (list of [`StepValues`]): those of this process that are not yet in the store.
-        first_losses (`dict`): of each target before its first scored step, in nats.
-        sums (`dict`): of each target's values so far, in nats, over all processes.
-        ended (`bool`): whether the losses after the last step are known.
+    `collected` are steps of this process that are not yet in the store; `first_losses` those of each target before its
+    first scored step, and `sums` those of its values so far, over all processes, in nats; `ended`: whether the losses
+    after the last step are known.
     """
 
     def __init__(self, folder: Path | None, trained: TrainedRows, targets: list[str], with_tokens: bool) -> None:
@@ -118,7 +105,7 @@ class RunRecords:
             self._is_new = False
         if self._rows:
             logs["shapley/harmful_share"] = self._harmful / self._rows
-        for key in ("energy", "unattributed"):
+        for key in ("energy", "agreement"):
             if f"{key}_{VALIDATION}" in self._last:
                 logs[f"shapley/{key}"] = self._last[f"{key}_{VALIDATION}"]
         if self._scored is not None:

@@ -44,7 +44,7 @@ class DataShapleyResult(HubMixin):
             `value_<target>` of each other target, and perhaps `token_values` and `token_values_<target>`.
         steps (`pandas.DataFrame`):
             One line a step: `step`, `lr`, and for each target `loss_<target>` (where it was measured),
-            `sum_<target>`, `energy_<target>` and `unattributed_<target>`.
+            `sum_<target>`, `energy_<target>` and `agreement_<target>`.
         train_dataset ([`~datasets.Dataset`], *optional*):
             The rows themselves, for [`~DataShapleyResult.by_source`]; [`~DataShapleyResult.to_dataset`] and
             [`~DataShapleyResult.filter`] set it.
@@ -146,9 +146,8 @@ class DataShapleyResult(HubMixin):
             a negative value), `loss_first` and `loss_last` (nats, as measured), `explained` (see
             [`~DataShapleyResult.explained_ratio`]), `energy` (mean share of the direction's squared norm that was
             kept), `scored_share` (mean share of what a step gains that values cover, see `min_scored_share` of
-            [`InRunDataShapleyCallback`]) and `unattributed` (share of what the measured steps gained, to first order,
-            that is momentum of earlier steps and thus no row's; negative if momentum took back part of what their rows
-            gained).
+            [`InRunDataShapleyCallback`]) and `agreement` (mean cosine of each newly measured direction with the one
+            before).
         """
         return pd.DataFrame([summarise(self, target) for target in self.targets]).set_index("target")
 

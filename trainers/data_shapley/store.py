@@ -53,18 +53,9 @@ class ShapleyStore:
 
     def resume(self, after_step: int, run: str, checkpoint: Path) -> None:
         """
-        Go on with a run after a step: what it has stored of later ones is dropped.
-
-        Args:
-            after_step (`int`):
-                Number of optimizer steps done, as in `state.global_step`.
-            run (`str`):
-                The run's name.
-            checkpoint (`Path`):
-                What the run is resumed from. Values are read from beside it, which may be another output folder.
-
-        Raises:
-            ValueError: when a link leads out of a store, a part is damaged, or this is no name of a run.
+        Go on with a run after a step: what it has stored of later ones is dropped. Values are read from beside the
+        checkpoint, which may be in another output folder. `ValueError` when a link leads out of a store, a part is
+        damaged, or this is no name of a run.
         """
         if not _RUN.fullmatch(run):
             raise ValueError(f"Expected the name of a run in {checkpoint}, got {run!r:.80}. Begin a new run.")
@@ -91,18 +82,8 @@ class ShapleyStore:
 
     def add(self, step: int, rows: dict[str, Any], record: dict[str, float]) -> None:
         """
-        Keep one step until the next flush.
-
-        Args:
-            step (`int`):
-                Its number, from 1; larger than that of the step before.
-            rows (`dict`):
-                Columns with one entry for each row, see [`DataShapleyResult`].
-            record (`dict[str, float]`):
-                What is known of the step as a whole.
-
-        Raises:
-            ValueError: when the step does not come after the one before.
+        Keep one step, larger than the one before, until the next flush: columns with one entry for each row, see
+        [`DataShapleyResult`], and what is known of the step as a whole. `ValueError` when it does not come after.
         """
         if step <= self._last_step:
             raise ValueError(f"Expected a step after {self._last_step}, got {step}: a run's steps come once.")
@@ -122,12 +103,7 @@ class ShapleyStore:
         self._rows, self._steps = [], []
 
     def read(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """
-        All that was added, flushed or not.
-
-        Returns:
-            `tuple[pandas.DataFrame, pandas.DataFrame]`: rows and steps, both by `step`.
-        """
+        """Rows and steps that were added, flushed or not."""
         rows, steps = _join(self._parts)
         return _concat([rows, *self._rows]), pd.DataFrame([*steps, *self._steps])
 
@@ -144,11 +120,8 @@ class ShapleyStore:
 
 def read_run(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, TrainedRows]:
     """
-    Rows, steps and what is known of the rows of the run in `folder`, or of the one in its `shapley/` written last.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when a part is damaged, or something else.
+    Rows, steps and what is known of the rows of the run in `folder`, or of the one in its `shapley/` written last;
+    `FileNotFoundError` when there is none, `ValueError` when a part is damaged or something else.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"Expected the output folder of a run, got {folder!r}.")
@@ -179,12 +152,7 @@ def column_of(target: str, name: str = "value") -> str:
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """
-    A Parquet file as it is; a damaged one is refused in a sentence.
-
-    Raises:
-        ValueError: when it is no Parquet file, or cut short.
-    """
+    """A Parquet file as it is; `ValueError` for one that is damaged."""
     try:
         return pd.read_parquet(regular_file(path))
     except (ValueError, OSError) as error:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import datasets
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from .gradients.coverage import check_uncompiled
@@ -31,13 +32,7 @@ Batches = list[tuple[Any, int]]
 
 def check_trainer(trainer: Trainer, callback_class: type) -> None:
     """
-    Raise a `ValueError` with the reason if the trainer's set-up hides what scores are made of.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            A trainer that is about to train.
-        callback_class (`type`):
-            Of which it may have one.
+    Raise a `ValueError` with the reason if a trainer's set-up hides what scores are made of, or it has two callbacks.
     """
     mine = [found for found in trainer.callback_handler.callbacks if isinstance(found, callback_class)]
     if len(mine) > 1:
@@ -67,6 +62,20 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse("FSDP other than version 2", "FSDP2 or DDP")
     if args.use_liger_kernel and full:
         raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
+
+
+def check_loop(model: Any, optimizer: Any, output_dir: Any) -> None:
+    """Raise a `TypeError` or `ValueError` if these are not what a loop trains, by what, and where values can go."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "Expected the loop's torch.nn.Module and its torch.optim.Optimizer, got "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
+    if not isinstance(output_dir, str | os.PathLike | None):
+        raise TypeError(f"Expected a folder as output_dir, got {output_dir!r}.")
+    if output_dir is not None and os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"Expected a folder as output_dir, got the file {output_dir}.")
 
 
 def check_model(model: nn.Module) -> None:
@@ -124,24 +133,9 @@ def trainer_batches(
     trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int, id_column: str | None = None
 ) -> Batches:
     """
-    Batches of a validation set as the trainer would make them of its training set, and how many rows each has.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            TRL's tokenise and mask raw text themselves.
-        name (`str`):
-            Of the target, for messages.
-        dataset ([`~datasets.Dataset`] or any dataset with a length):
-            Rows like those of the training set, raw or tokenised.
-        loader ([`~torch.utils.data.DataLoader`]):
-            The training set's.
-        batch_size (`int`):
-            Rows of a batch.
-        id_column (`str`, *optional*):
-            Column that validation rows don't need.
-
-    Raises:
-        ValueError: if the set is empty or its columns aren't the training set's.
+    Batches of a validation set as the trainer would make them of its training set, and how many rows each has: TRL's
+    tokenise and mask raw text themselves. `name` is for messages, `loader` the training set's, and `id_column` one
+    that validation rows don't need. `ValueError` if the set is empty or its columns aren't the training set's.
     """
     dataset = _as_dataset(name, dataset)
     base = getattr(loader, "base_dataloader", loader)
@@ -178,18 +172,16 @@ def single_rows(batches: Batches, dataset: Any) -> dict[str, Batches]:
 def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module, batch_size: int | None = None) -> Batches:
     """For a plain loop: those of a data loader or list of batches, or of rows, collated as training rows are."""
     listed = isinstance(dataset, list | tuple)
-    made = (
-        isinstance(dataset, DataLoader)
-        or hasattr(dataset, "base_dataloader")
-        or (listed and all(_is_batch(item) for item in dataset))
-    )
-    if not made:
-        dataset = dataset if listed else _as_dataset(name, dataset)
+    base = getattr(loader, "base_dataloader", loader)
     with untouched(model, next(model.parameters()).device, seed=0):
+        made = isinstance(dataset, DataLoader) or hasattr(dataset, "base_dataloader")
+        if listed and dataset and not made:
+            row = () if isinstance(base.dataset, IterableDataset) else base.dataset[0]
+            made = all(_is_batch(item, row) for item in dataset)
         if made:
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
-            base = getattr(loader, "base_dataloader", loader)
+            dataset = dataset if listed and dataset else _as_dataset(name, dataset)
             batches = _collate(name, dataset, base.collate_fn, batch_size or base.batch_size or 8)
     return _check_batches(name, batches, model)
 
@@ -321,10 +313,11 @@ def _check_batches(name: str, batches: Batches, model: nn.Module) -> Batches:
     return kept
 
 
-def _is_batch(item: Any) -> bool:
-    """Whether an entry of a list is a batch rather than a row, which has numbers or lists in it."""
+def _is_batch(item: Any, row: Any) -> bool:
+    """Whether an entry of a list is a batch rather than a row, which has numbers, lists or tensors as others have."""
     count = 1 if isinstance(item, torch.Tensor) else len(item) if isinstance(item, Mapping | list | tuple) else 0
-    return 0 < count == len(_tensors(item))
+    dims = [[value.dim() for value in _tensors(found)] for found in (item, row)]
+    return 0 < count == len(dims[0]) and dims[0] != dims[1]
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:

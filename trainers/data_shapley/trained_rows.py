@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch.utils.data import ConcatDataset, Subset
 
 from .identity import LENGTHS, content_id
 
 
 logger = logging.getLogger(__name__)
 
+_UNKNOWN = ""  # no column's name: of rows that can't be compared with others
 _SAMPLED = 256  # rows whose contents are remembered with stored values
 _BEGINNING = re.compile(r"\[:(\d+)\]$")
 _TOKENISE = "`SFTTrainer(model, SFTConfig(..., packing=False), train_dataset=texts).train_dataset`"
@@ -27,18 +29,9 @@ class TrainedRows:
     What is known of the rows of a run. Trainers drop rows that are too long, shuffle and pack them, so a position
     counts only in a dataset of which it is shown that it holds the same rows in the same order.
 
-    Args:
-        id_column (`str`, *optional*):
-            Column that holds their ids.
-        columns (list of `str`, *optional*):
-            Columns by whose hash rows are known that have neither a position nor an id. All of them if left out.
-        length (`int`, *optional*):
-            Rows of `trainer.train_dataset`.
-        digests (`dict[str, str]`):
-            By column, a hash of some of its values, and by `"column[:n]"` of the first n characters of its texts, to
-            whose ends trainers add a token.
-        dataset ([`~datasets.Dataset`], *optional*):
-            `trainer.train_dataset` itself, while it is in memory.
+    Rows that have neither a position nor an id are known by a hash of `columns`, or of all. `digests` has, by column,
+    a hash of some of its values, and by `"column[:n]"` of the first n characters of its texts, to whose ends trainers
+    add a token. `dataset` is `trainer.train_dataset` itself, of `length` rows, while it is in memory.
     """
 
     id_column: str | None = None
@@ -50,22 +43,16 @@ class TrainedRows:
     @classmethod
     def of(cls, dataset: Any, loaded: Any = None, id_column: str | None = None) -> "TrainedRows":
         """
-        Of the rows that a trainer is about to train on.
-
-        Args:
-            dataset (any dataset):
-                `trainer.train_dataset`.
-            loaded (any dataset, *optional*):
-                What the data loader reads, without columns that the model does not take.
-            id_column (`str`, *optional*):
-                Column of ids.
+        Of the rows that a trainer is about to train on: `trainer.train_dataset`, and what the data loader reads,
+        without columns that the model does not take.
         """
-        dataset = getattr(dataset, "utility", dataset)  # of DeepSafetySFTTrainer: its recovery rows come last
+        dataset = _unwrap(getattr(dataset, "utility", dataset))  # of DeepSafetySFTTrainer: its recovery rows come last
         names = getattr(loaded, "column_names", None)
         columns = sorted(set(names) - {LENGTHS}) if names else None
         if isinstance(dataset, Dataset):
             return cls(id_column, columns, len(dataset), _digests(dataset), dataset)
-        return cls(id_column, columns, len(dataset) if hasattr(dataset, "__len__") else None, {}, dataset)
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        return cls(id_column, columns, length, _digests_of_list(dataset) or {_UNKNOWN: ""}, dataset)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> "TrainedRows":
@@ -90,16 +77,10 @@ class TrainedRows:
     def keys(self, dataset: Any, known: pd.Series | pd.Index) -> pd.Index:
         """
         The key of each row of a dataset, as in the index of values; -1 or another id where it was not trained on.
+        `known` are keys of the rows with a value, named `"index"` or `"id"`.
 
-        Args:
-            dataset ([`~datasets.Dataset`]):
-                The rows.
-            known (`pandas.Series` or `pandas.Index`):
-                Keys of the rows with a value, named `"index"` or `"id"`.
-
-        Raises:
-            TypeError: if this is no [`~datasets.Dataset`].
-            ValueError: if it can't be told which of these rows were trained on.
+        Raises `TypeError` if this is no [`~datasets.Dataset`], `ValueError` if it can't be told which rows were
+        trained on.
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -172,6 +153,27 @@ class TrainedRows:
         return agree and bool(common or not known)
 
 
+def _unwrap(dataset: Any) -> Any:
+    """What PyTorch has selected or joined of [`~datasets.Dataset`]s as one of them; anything else as it is."""
+    if isinstance(dataset, Subset) and isinstance(inner := _unwrap(dataset.dataset), Dataset):
+        return inner.select(dataset.indices)
+    if isinstance(dataset, ConcatDataset):
+        parts = [_unwrap(part) for part in dataset.datasets]
+        if all(isinstance(part, Dataset) and part.features == parts[0].features for part in parts):
+            return concatenate_datasets(parts)
+    return dataset
+
+
+def _digests_of_list(rows: Any) -> dict[str, str]:
+    """As [`_digests`] has them, of a list of rows by column."""
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        return {}
+    some = [rows[place] for place in _places(len(rows))]
+    plain = lambda value: value.tolist() if hasattr(value, "tolist") else value  # noqa: E731
+    columns = {name: [plain(row.get(name)) for row in some] for name in (some[0] if some else ())}
+    return {name: content_id(values) for name, values in columns.items() if any(v != values[0] for v in values)}
+
+
 def _digests(dataset: Dataset) -> dict[str, str]:
     names = []
     for name in dataset.column_names:
@@ -192,7 +194,11 @@ def _digest(dataset: Dataset, name: str) -> str:
 
 
 def _sample(dataset: Dataset) -> Dataset:
-    return dataset.select(np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int)) if len(dataset) else [])
+    return dataset.select(_places(len(dataset)))
+
+
+def _places(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, _SAMPLED if count else 0).astype(int))
 
 
 def _varies(dataset: Dataset, name: str) -> bool:

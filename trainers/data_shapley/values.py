@@ -31,8 +31,6 @@ def value_table(rows: pd.DataFrame, key: str) -> pd.DataFrame:
 def summarise(result: Any, target: str) -> dict[str, Any]:
     """A line of [`DataShapleyResult.summary`]."""
     values, losses = result.values(target), result.recorded("loss", target)
-    momentum = result.recorded("unattributed", target)
-    gained = momentum + result.recorded("sum", target).reindex(momentum.index)
     return {
         "target": target,
         "rows": len(values),
@@ -43,7 +41,7 @@ def summarise(result: Any, target: str) -> dict[str, Any]:
         "explained": result.explained_ratio(target),
         "energy": result.recorded("energy", target).mean(),
         "scored_share": result.steps.get("scored_share", pd.Series(dtype=float)).mean(),
-        "unattributed": momentum.sum() / gained.sum() if len(gained) else math.nan,
+        "agreement": result.recorded("agreement", target).mean(),
     }
 
 

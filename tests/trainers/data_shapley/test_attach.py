@@ -116,6 +116,23 @@ def test_values_equal_gradients_of_single_rows():
     assert shapley.result.rows.sort_values("index")["value"].tolist() == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_loop_has_values_for_each_validation_row():
+    """Of a linear model, `lr <grad l_i, grad l_v>` by hand: rows of one entry, l = (w x)^2."""
+    train, validation, weight, lr = [1.0, 2.0, -1.0, 0.5], [1.0, 3.0], 2.0, 0.01
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, weight)
+    rows, held_out = (torch.tensor(found, dtype=torch.float64)[:, None] for found in (train, validation))
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=lr), DataLoader(rows, batch_size=4)
+    options = {"per_target_rows": True, "refresh_every": 1, "compute_loss": lambda m, x: m(x).square().mean()}
+    with InRunDataShapleyCallback.attach(model, optimizer, loader, held_out, **options) as shapley:
+        for batch in loader:
+            options["compute_loss"](model, batch).backward()
+            optimizer.step()
+    expected = [[lr * (2 * weight * x * x / 4) * (2 * weight * y * y) for y in validation] for x in train]
+    assert shapley.result.target_rows().to_numpy() == pytest.approx(torch.tensor(expected).numpy())
+    assert shapley.result.values().to_numpy() == pytest.approx(torch.tensor(expected).mean(1).numpy())
+
+
 def test_values_can_be_stored(tmp_path):
     model = nn.Linear(3, 1)
     rows = [torch.randn(3) for _ in range(6)]

@@ -86,7 +86,15 @@ def compiled_forward(model):
     model.forward = torch.compile(model.forward, backend="eager")
 
 
-@pytest.mark.parametrize("how", ["the trainer", "a module", "a function"])
+def compiled_class(model):
+    """As a decorator of a method compiles it for all objects."""
+    layer = model.model.layers[1].mlp
+    layer.__class__ = type(
+        "Compiled", (type(layer),), {"forward": torch.compile(type(layer).forward, backend="eager")}
+    )
+
+
+@pytest.mark.parametrize("how", ["the trainer", "a module", "a function", "a class"])
 def test_compiled_models_are_refused_before_the_first_step(how, tmp_path):
     model = tiny_llama()
     text = [{"input_ids": row, "labels": row} for row in torch.randint(1, 49, (8, 6)).tolist()]
@@ -96,7 +104,7 @@ def test_compiled_models_are_refused_before_the_first_step(how, tmp_path):
     elif how == "a module":
         compiled_layer(model)
     else:
-        compiled_forward(model)
+        {"a function": compiled_forward, "a class": compiled_class}[how](model)
     with pytest.raises(ValueError, match="Expected a model that is not compiled.*torch_compile=False"):
         train(model, tmp_path, text, **settings)
 

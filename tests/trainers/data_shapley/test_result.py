@@ -101,11 +101,9 @@ def test_explained_ratio_and_summary(result):
         4, pytest.approx(3.6), 0.5, 5.0, 2.0,
     ]  # fmt: skip
     assert summary.loc["safety", "value"] == pytest.approx(-7.2)
-    assert math.isnan(summary.loc["safety", "unattributed"])
-    # Of 3 + 1 nats that steps 1 and 3 gained, 2 + 0.5 were momentum.
-    recorded = {"sum_safety": [1.0, 9.0, 0.5, 9.0], "unattributed_safety": [2.0, None, 0.5, None]}
-    summary = DataShapleyResult(result.rows, result.steps.assign(**recorded)).summary()
-    assert summary.loc["safety", "unattributed"] == pytest.approx(2.5 / 4)
+    assert math.isnan(summary.loc["safety", "agreement"])
+    summary = DataShapleyResult(result.rows, result.steps.assign(agreement_safety=[None, 0.5, 0.1, None])).summary()
+    assert summary.loc["safety", "agreement"] == pytest.approx(0.3)
 
 
 def test_explained_ratio_step_by_step(result):

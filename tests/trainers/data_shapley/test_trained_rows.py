@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
 from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
@@ -110,6 +112,25 @@ def test_stored_facts_are_enough_for_the_same_rows_in_their_order():
     for wrong in (TEXTS.select([1, 0, 2, 3, 4, 5]), TEXTS.select(range(5)), TEXTS.shuffle(seed=1)):
         with pytest.raises(ValueError, match="can't be told"):
             trained.keys(wrong, all_of(6))
+
+
+def test_what_pytorch_has_selected_or_joined_is_followed():
+    halves = ConcatDataset([Subset(TEXTS, [5, 3, 0]), Subset(Subset(TEXTS, [4, 2, 1]), [2, 0])])
+    assert list(TrainedRows.of(halves).keys(TEXTS, all_of(5))) == [2, 3, -1, 1, 4, 0]
+
+
+def test_rows_of_another_kind_are_compared_or_refused():
+    rows = [{"prompt": row["prompt"], "ids": torch.tensor([place, 1])} for place, row in enumerate(TEXTS)]
+    listed = TrainedRows.of(rows)
+    for trained in (listed, TrainedRows.from_facts(listed.facts())):
+        assert list(trained.keys(TEXTS, all_of(6))) == list(range(6))
+        ids = Dataset.from_list([{"ids": [place, 1]} for place in range(6)])
+        assert list(trained.keys(ids, all_of(6))) == list(range(6))
+        with pytest.raises(ValueError, match="can't be told"):
+            trained.keys(TEXTS.select([1, 0, 2, 3, 4, 5]), all_of(6))
+    for unknown in (TensorDataset(torch.arange(6)), [(row,) for row in range(6)]):
+        with pytest.raises(ValueError, match="can't be told"):
+            TrainedRows.of(unknown).keys(TEXTS, all_of(6))
 
 
 def test_a_stream_has_no_positions():

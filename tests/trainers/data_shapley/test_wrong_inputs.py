@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.result import DataShapleyResult
@@ -65,6 +65,7 @@ def test_validation_rows_without_a_label_are_left_out(tmp_path, caplog):
         ({"refresh_every": "20"}, "refresh_every, such as 20, got '20'"),
         ({"refresh_every": 2.5}, "refresh_every, such as 20, got 2.5"),
         ({"adam_warmup": True}, "adam_warmup.*got True"),
+        ({"adam_warmup": None}, "adam_warmup.*got None"),
         ({"rank": "8"}, "rank.*got '8'"),
         ({"token_values_for": 3}, r"`token_values_for=\[3\]`"),
         ({"token_values_for": "abc"}, r"`token_values_for=\['abc'\]`"),
@@ -84,7 +85,10 @@ def test_options_of_another_kind_are_a_sentence(settings, message):
         InRunDataShapleyCallback(token_rows(2), **settings)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"min_scored_share": "0.8"}, {"cost": "0.05"}])
+WRONG = {"batch_size": 0, "adam_warmup": -1, "rank": -2, "min_scored_share": "0.8", "cost": "0.05"}
+
+
+@pytest.mark.parametrize("settings", [{name: value} for name, value in (*WRONG.items(), ("cost", 0), ("cost", 1.5))])
 def test_options_out_of_range_are_a_sentence(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))}.*got"):
         InRunDataShapleyCallback(token_rows(2), **settings)
@@ -94,8 +98,9 @@ def square(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches():
-    rows = [(torch.randn(3, generator=torch.Generator().manual_seed(row)), float(row)) for row in range(6)]
+@pytest.mark.parametrize("label", [float, lambda row: torch.tensor([float(row)])])
+def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches(label):
+    rows = [(torch.randn(3, generator=torch.Generator().manual_seed(row)), label(row)) for row in range(6)]
     found = []
     for validation in (rows[:4], [next(iter(DataLoader(rows[:4], batch_size=4)))]):
         torch.manual_seed(0)
@@ -110,6 +115,42 @@ def test_a_loop_takes_a_list_of_rows_and_a_list_of_batches():
                 optimizer.zero_grad()
         found.append(shapley.result.values().tolist())
     assert found[0] == pytest.approx(found[1]) and len(found[0]) == 6
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(12.0).view(4, 3) / 12)
+
+
+@pytest.mark.parametrize("validation", [torch.ones(2, 3), [torch.ones(2, 3)]])
+def test_a_loop_over_a_stream_has_values(validation):
+    model = nn.Linear(3, 1)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(Stream(), batch_size=2)
+    options = {"compute_loss": lambda m, b: m(b).square().mean()}
+    with InRunDataShapleyCallback.attach(model, optimizer, loader, validation, **options) as shapley:
+        for batch in loader:
+            options["compute_loss"](model, batch).backward()
+            optimizer.step()
+    assert len(shapley.result.values()) == 4 and shapley.result.key == "id"
+
+
+def test_a_loop_over_or_of_something_else_is_refused(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.01), torch.ones(2, 3)
+    loader, file = DataLoader(rows, batch_size=2), tmp_path / "file"
+    file.write_text("")
+    for arguments, options, message in (
+        ((model, optimizer, [rows]), {}, "the loop's torch.utils.data.DataLoader, got list"),
+        ((model, None, loader), {}, "got Linear and NoneType"),
+        ((model.forward, optimizer, loader), {}, "got method and SGD"),
+        ((model, optimizer, loader), {"output_dir": 3}, "folder as output_dir, got 3"),
+        ((model, optimizer, loader), {"output_dir": file}, "folder as output_dir, got the file"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            attached(*arguments, rows, compute_loss=lambda m, b: m(b).mean(), **options)
+    apart = InRunDataShapleyCallback.attach(model, optimizer, loader, rows, compute_loss=lambda m, b: b.mean())
+    with pytest.raises(ValueError, match="validation loss that depends on what is trained"), apart:
+        next(iter(loader))
 
 
 def test_a_loop_with_nan_or_dora_is_refused():

@@ -20,14 +20,17 @@ from .taps import Taps
 
 logger = logging.getLogger(__name__)
 
-_COMPILED = "_torchdynamo_orig_callable"  # an attribute of functions that torch.compile has returned
+_ROTATED = 4  # rows that are enough to see whether outputs move along
+
+# Attributes of functions that torch.compile and torch.compiler.disable have returned; those of the latter have both
+_COMPILED, _NOT_COMPILED = "_torchdynamo_orig_callable", "_torchdynamo_disable"
 
 
 def check_uncompiled(model: nn.Module) -> None:
     """Raises `ValueError` if `torch.compile` has been applied to a model or a module in it."""
     for name, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), _COMPILED)
-        if compiled or is_compiled_module(module):
+        compiled = module._compiled_call_impl is not None or hasattr(module.forward, _COMPILED)
+        if (compiled or is_compiled_module(module)) and not hasattr(module.forward, _NOT_COMPILED):
             raise ValueError(
                 "Expected a model that is not compiled, for rows are scored by hooks of its modules, which compiled "
                 f"code doesn't call, got a compiled {name or type(module).__name__}. Type `torch_compile=False`, or "
@@ -65,17 +68,9 @@ def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Param
 
 def clip_factor(gradient: np.ndarray, scores: np.ndarray) -> float:
     """
-    What all gradients were multiplied by between the backward pass and the step.
-
-    Args:
-        gradient (`np.ndarray` of shape `(groups,)`):
-            `<G_g, u_g>` with the gradient that will be applied.
-        scores (`np.ndarray` of shape `(groups,)`):
-            Sum over rows of `<g_{i,g}, u_g>`.
-
-    Returns:
-        `float`: median of the groups' ratios, weighted by the size of their scores, so that groups whose scores miss
-        something don't matter; 1 if all scores are 0.
+    What all gradients were multiplied by between the backward pass and the step: the median of the groups' ratios of
+    `<G_g, u_g>` to the sum over rows of `<g_{i,g}, u_g>`, weighted by the size of the latter, so that groups whose
+    scores miss something don't matter; 1 if all scores are 0.
     """
     weights = np.abs(scores)
     known = weights > 0
@@ -89,17 +84,9 @@ def clip_factor(gradient: np.ndarray, scores: np.ndarray) -> float:
 
 def applied_factor(ratio: float, scale: float) -> float:
     """
-    What scores of a loss scaled by an fp16 scaler are multiplied by to be those of the step.
-
-    Args:
-        ratio (`float`):
-            Of present gradients to scores, see [`clip_factor`].
-        scale (`float`):
-            The scaler's, 1 without one.
-
-    Returns:
-        `float`: the ratio if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is
-        still going to divide them. Clipping never raises a gradient, so the two can be told apart.
+    What scores of a loss scaled by an fp16 scaler are multiplied by to be those of the step: [`clip_factor`]'s ratio
+    if gradients were unscaled for clipping, else the ratio over the scale, as the scaler is still going to divide
+    them. Clipping never raises a gradient, so the two can be told apart.
     """
     return ratio / scale if scale > 1 and ratio > np.sqrt(scale) else ratio
 
@@ -108,15 +95,8 @@ def find_gaps(
     gradient: np.ndarray, scores: np.ndarray, sizes: np.ndarray, factor: float, tolerance: float
 ) -> list[int]:
     """
-    Groups whose scores don't add up to their gradient.
-
-    Args:
-        gradient, scores (`np.ndarray` of shape `(groups,)`), factor (`float`):
-            As in [`clip_factor`].
-        sizes (`np.ndarray` of shape `(groups,)`):
-            Sum over rows of the scores' absolute values: rounding errors are relative to it.
-        tolerance (`float`):
-            Error that counts as rounding.
+    Groups whose scores don't add up to their gradient; `sizes` are sums over rows of the scores' absolute values, to
+    which rounding errors, up to `tolerance`, are relative.
     """
     error = np.abs(gradient - factor * scores)
     size = np.abs(factor) * sizes + np.abs(gradient)
@@ -133,24 +113,14 @@ def check_scores(
     all_groups: bool = True,
 ) -> tuple[float, float | None]:
     """
-    Compare the scores of a step with the gradient its optimizer will use, and leave out what doesn't add up.
+    Compare the scores of this process's rows, of shape `(modules, rows)`, with the gradient the optimizer will use.
 
-    Args:
-        scores (`torch.Tensor` of shape `(modules, rows)`):
-            Of all rows of this process.
-        groups (list of [`Group`]), taps ([`Taps`]), parameters (list of `torch.nn.Parameter`), directions:
-            What was scored; groups with a gap are added to `taps.excluded`, with a warning that names them.
-        scale (`float`):
-            Of an fp16 scaler, else 1.
-        all_groups (`bool`, *optional*, defaults to `True`):
-            `False` for the clip factor alone, which a few small parameters tell.
+    Groups that don't add up are left out from here on, with a warning that names them; `ValueError` if none does.
+    Without `all_groups` only the clip factor is found, which a few small parameters tell.
 
     Returns:
-        `(float, float)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the groups'
-        parts, `None` unless `all_groups`.
-
-    Raises:
-        ValueError: if nothing adds up.
+        `(float, float | None)`: the clip factor; share of `<G, u>` that is scored, by the absolute values of the
+        groups' parts, `None` unless `all_groups`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     places = [(index, module) for index, group in enumerate(groups) for module in group.modules]
@@ -211,33 +181,25 @@ def find_unordered(
 ) -> tuple[set[int], set[int]] | None:
     """
     Modules whose output isn't laid out by rows, which a sum of scores can't tell: what is taken for a row's part of it
-    doesn't move along when the rows of a batch are rotated.
-
-    Args:
-        model (`torch.nn.Module`), taps ([`Taps`]):
-            The model and what is scored of it.
-        inputs (`Mapping`):
-            What the model was called with, positional arguments under their number.
-        layout ([`RowLayout`]):
-            Its rows.
+    doesn't move along when the rows of a batch are rotated. `inputs` are what the model was called with, positional
+    arguments under their number. `ValueError` if that is every module.
 
     Returns:
         `(set[int], set[int])`: indices of those modules, and of those whose output stays as it is when the rows are
         rotated, which rows have in common; `None` if this batch can't tell.
-
-    Raises:
-        ValueError: if that is every module.
     """
     if layout.segments is not None or is_sharded(model):
         return set(), set()
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim()}
     if layout.batch < 2 or any(len(value) != layout.batch for value in tensors.values()):
         return None
+    tensors = {name: value[:_ROTATED] for name, value in tensors.items()}
     if all(torch.equal(value, value.roll(1, 0)) for value in tensors.values()):
         return None
-    rotated = {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
+    some, rotated = {**inputs, **tensors}, {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
+    batch = min(layout.batch, _ROTATED)
     once, again, moved = (
-        _outputs(model, taps, given, layout.batch, seed) for given, seed in ((inputs, 0), (inputs, 1), (rotated, 0))
+        _outputs(model, taps, given, batch, seed) for given, seed in ((some, 0), (some, 1), (rotated, 0))
     )
     unordered, common = set(), set()
     for index, calls in once.items():

@@ -37,15 +37,7 @@ Direction = torch.Tensor | LowRank
 def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRank:
     """
     A randomised rank-`rank` approximation with one power step and Cholesky-QR (Halko, Martinsson and Tropp, 2011,
-    algorithm 4.4). It is exact if the matrix has no higher rank.
-
-    Args:
-        matrix (`torch.Tensor` of shape `(rows, columns)`):
-            What to approximate.
-        rank (`int`):
-            Columns of the basis.
-        generator (`torch.Generator`):
-            Of the CPU.
+    algorithm 4.4). It is exact if the matrix has no higher rank. The generator is one of the CPU.
     """
     wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
     start = torch.randn(wide.shape[1], rank, generator=generator).to(wide)
@@ -81,16 +73,12 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     What an optimiser multiplies a gradient by over time, apart from the learning rate, element by element.
 
     Adam divides by the root of the second moment as it was before the step (https://huggingface.co/papers/2602.00329),
-    `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment
-    hands the gradient on in shares `(1 - beta1) beta1^k`, which sum to one. SGD with momentum hands it on in
-    shares that sum to `(1 - dampening) / (1 - momentum)`. Any other optimiser is treated as
-    SGD, as the paper treats AdamW.
-
-    Returns:
-        `torch.Tensor` of the parameter's shape, or `float`.
+    `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment hands
+    the gradient on in shares `(1 - beta1) beta1^k`, which sum to one; SGD with momentum in shares that sum to `(1 -
+    dampening) / (1 - momentum)`. Any other optimiser is treated as SGD, as the paper treats AdamW.
     """
     state = optimizer.state.get(parameter, {})
-    second = _moment(optimizer, state, 2)
+    second = _second_moment(optimizer, state)
     if second is not None and "betas" in group:
         second = state.get("max_exp_avg_sq", second) if group.get("amsgrad") else second
         correction = 1 - group["betas"][1] ** float(state["step"])
@@ -100,22 +88,22 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 
 
-def _moment(optimizer: torch.optim.Optimizer, state: dict[str, Any], order: int) -> torch.Tensor | None:
-    """Adam's first or second moment as an optimizer keeps it, read from 8 bits if it is bitsandbytes'."""
-    found = state.get(("exp_avg", "exp_avg_sq")[order - 1])
+def _second_moment(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> torch.Tensor | None:
+    """Adam's as an optimizer keeps it, read from 8 bits if it is bitsandbytes'."""
+    found = state.get("exp_avg_sq")
     if found is not None or "Adam" not in type(optimizer).__name__ or "state2" not in state:
         return found
-    found = state[f"state{order}"]
+    found = state["state2"]
     if found.is_floating_point():
         return found
-    scales, count = state.get(f"absmax{order}"), found.numel()
+    scales, count = state.get("absmax2"), found.numel()
     block = next((size for size in (256, 2048) if scales is not None and -(-count // size) == len(scales)), None)
     if scales is None or block is None:
         raise ValueError(
             f"Expected the 8-bit moments of {type(optimizer).__name__} in blocks of 256, with a scale each, got a "
             f"state with {sorted(state)}: values would not be Adam's. Type `block_wise=True`, or use its 32 bits."
         )
-    values = state[f"qmap{order}"][found.flatten().long()] * scales.repeat_interleave(block)[:count]
+    values = state["qmap2"][found.flatten().long()] * scales.repeat_interleave(block)[:count]
     return values.view(found.shape)
 
 
@@ -123,54 +111,13 @@ def warn_of_other_rule(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
     """Say so, once there are states, if an optimizer's are neither those of SGD nor of the Adam family."""
     state: dict[str, Any] = next((found for p in parameters if (found := optimizer.state.get(p))), {})
     keys = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {"step"}
-    adam = _moment(optimizer, state, 2) is not None and "betas" in optimizer.param_groups[0]
+    adam = _second_moment(optimizer, state) is not None and "betas" in optimizer.param_groups[0]
     if not adam and not keys <= {"momentum_buffer"}:
         logger.warning(
             "%s is none of SGD and the Adam family, whose rules are known: values are those of SGD at its learning "
             "rate. Their sizes mean nothing and their order may be off; see `explained_ratio`.",
             type(optimizer).__name__,
         )
-
-
-def step_gain(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    groups: Sequence[dict[str, Any]],
-    directions: Sequence[Direction],
-) -> float | None:
-    """
-    First-order gain, in nats, of the step that Adam or SGD with momentum has just made, without decoupled decay.
-
-    Directions are the preconditioned ones, so that Adam's `lr <m_t / (1 - beta1^t), D g_val>` is an inner product with
-    the first moment.
-
-    Returns:
-        `float`, or `None` if the optimiser has no momentum: then its gain is the sum of its rows' values.
-    """
-    gains = []
-    for parameter, group, direction in zip(parameters, groups, directions, strict=True):
-        state = optimizer.state.get(parameter, {})
-        first = _moment(optimizer, state, 1)
-        if first is not None and "betas" in group:
-            correction = 1 - group["betas"][0] ** float(state["step"])
-            gains.append(inner(direction, whole(first)) * (group["lr"] / correction))
-        elif state.get("momentum_buffer") is not None:
-            share = (1 - group["momentum"]) / (1 - group.get("dampening", 0.0))
-            gains.append(inner(direction, whole(state["momentum_buffer"])) * (group["lr"] * share))
-    return float(torch.stack([gain.double() for gain in gains]).sum()) if gains else None
-
-
-def decay_gain(
-    parameters: Sequence[nn.Parameter], groups: Sequence[dict[str, Any]], gradients: Sequence[torch.Tensor]
-) -> float:
-    """First-order gain, in nats, of a step's weight decay apart from momentum, `lr * weight_decay * <w, g_val>`."""
-    total = 0.0
-    for parameter, group, gradient in zip(parameters, groups, gradients, strict=True):
-        apart = group.get("decoupled_weight_decay") or not ("betas" in group or group.get("momentum"))
-        if group.get("weight_decay") and apart:
-            rate = float(group["lr"]) * group["weight_decay"]
-            total += rate * float(inner(gradient, whole(parameter.detach())))
-    return total
 
 
 def pack_directions(directions: Sequence[Sequence[Direction]]) -> dict[str, torch.Tensor]:
@@ -221,25 +168,9 @@ def validation_gradient(
     with_gradient: bool = True,
 ) -> tuple[list[torch.Tensor], float]:
     """
-    Loss of a validation set and its gradient, by a pass in evaluation mode that leaves `.grad`, random states and
-    modes as they were. Processes share the batches.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, not wrapped by DDP.
-        parameters (list of `torch.nn.Parameter`):
-            What to differentiate by.
-        batches (list of `(batch, rows)`):
-            All batches, the same in every process, and how many rows each has.
-        compute_loss (`Callable`):
-            `compute_loss(model, batch)`: mean loss of the rows, in nats.
-        seed (`int`, *optional*, defaults to 0):
-            Of losses that draw noise.
-        with_gradient (`bool`, *optional*, defaults to `True`):
-            `False` for the loss alone.
-
-    Returns:
-        `(list[torch.Tensor], float)`: gradients, whole where parameters are sharded; loss, averaged over rows.
+    Gradients, whole where parameters are sharded, and loss of a validation set, averaged over rows, by a pass in
+    evaluation mode that leaves `.grad`, random states and modes as they were. All processes are given all batches,
+    with how many rows each has, and share them; `seed` is of losses that draw noise.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
@@ -261,6 +192,10 @@ def validation_gradient(
             loss_sum += loss.detach().double().cpu()
             if not with_gradient:
                 continue
+            if not loss.requires_grad:
+                raise ValueError(
+                    "Expected a validation loss that depends on what is trained, got one without a gradient."
+                )
             if sharded:  # FSDP differentiates copies, so that only `.grad` of the shards is right
                 loss.backward()
                 continue

@@ -37,13 +37,8 @@ def find_tapped(model: nn.Module) -> list[TappedModule]:
 
 def split_by_rate(modules: Sequence[TappedModule], groups: dict[int, dict[str, Any]]) -> list[TappedModule]:
     """
-    Modules with those of their parameters that are trained, once for each learning rate among them, numbered anew.
-
-    Args:
-        modules (list of [`TappedModule`]):
-            As [`find_tapped`] finds them.
-        groups (`dict`):
-            The optimizer's group of a parameter, by its `id`.
+    Modules with those of their parameters that are trained, once for each learning rate among them, numbered anew;
+    `groups` has the optimizer's group of a parameter, by its `id`.
     """
     found: list[TappedModule] = []
     for tapped in modules:

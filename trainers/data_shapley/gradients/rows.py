@@ -76,16 +76,8 @@ class RowLayout:
 
 def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
     """
-    Read the layout off what the model is called with.
-
-    Args:
-        inputs (`Mapping`):
-            Arguments of the model's forward pass, by name; positional ones under any name.
-        rows (`int`):
-            Rows the data loader put into the batch.
-
-    Raises:
-        ValueError: if the inputs can't be divided into that many rows.
+    Read the layout off the arguments of the model's forward pass, by name, positional ones under any; `ValueError` if
+    they can't be divided into as many rows as the data loader put into the batch.
     """
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
     if not tensors:

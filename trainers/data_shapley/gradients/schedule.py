@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-SCORING = 0.02  # of a step, about what scoring its rows takes without validation passes
+SCORING = 0.035  # of a step, about what scoring its rows takes without validation passes
 TIMED_STEPS = 5
 
 
@@ -18,17 +18,9 @@ class RefreshSchedule:
     The rest goes into one validation batch now and then, the next in turn, which is averaged into the direction. How
     often is chosen once, from the times of the first scored steps, and kept: a resumed run refreshes at those steps.
 
-    Args:
-        refresh_every (`int`, *optional*):
-            Steps between two passes over the whole validation set.
-        cost (`float`):
-            Share of the training's time for scoring and validation passes, without `refresh_every`.
-        batches (`int`):
-            Validation batches, of the largest set.
-        steps (`int`):
-            About how many optimizer steps the run has.
-        batch_share (`float`):
-            Rows of a validation batch, of all sets, over rows of a step, in one process.
+    `cost` is the share of the training's time for scoring and passes, `batches` those of the largest validation set,
+    `steps` about how many the run has, and `batch_share` the rows of a validation batch, of all sets, over those of a
+    step, in one process.
     """
 
     def __init__(self, refresh_every: int | None, cost: float, batches: int, steps: int, batch_share: float) -> None:
@@ -36,8 +28,8 @@ class RefreshSchedule:
         self.budget = max(cost - SCORING, cost / 5)
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.at_once = min(world, batches)  # each process takes one
-        affordable = self.budget / 2 * steps / batch_share * world
-        self.first = batches if refresh_every else max(self.at_once, min(batches, int(affordable)))
+        self.affordable = self.budget * steps / batch_share * world  # batches, in all of the run
+        self.first = batches if refresh_every else max(self.at_once, min(batches, int(self.affordable / 2)))
         self.interval = self.next = self.taken = 0
         self._times: list[float] = []
         self._batch_seconds = 0.0

@@ -56,22 +56,9 @@ def token_scores(
     product: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Directional derivative of the loss along one direction, by position.
-
-    Args:
-        tapped ([`TappedModule`]):
-            The module.
-        directions (`dict`):
-            Direction of each of its parameters.
-        call ([`Call`]):
-            How it was called.
-        b (`torch.Tensor` of shape `(batch, ..., channels)`):
-            Gradient of the loss by the output.
-        product (`torch.Tensor`, *optional*):
-            Input of a linear layer times its thin direction.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, ...)`: at least in float32.
+    Directional derivative of the loss along one direction, of shape `(batch, ...)` and at least in float32, from the
+    gradient `b` of the loss by the output, of shape `(batch, ..., channels)`; `product` is the input of a linear layer
+    times its thin direction.
     """
     if call.through is not None:
         moved = _derivative(tapped, directions, call)
@@ -139,15 +126,8 @@ def fast_scores(
     shape: Sequence[int],
 ) -> torch.Tensor:
     """
-    The derivative of a linear layer, `b . (U x)`, multiplied on its thin side first, or of an RMSNorm.
-
-    Args:
-        tapped ([`TappedModule`]), directions (`dict`), b (`torch.Tensor`), product (`torch.Tensor`, *optional*):
-            As of [`token_scores`].
-        x (`torch.Tensor`):
-            The input.
-        shape (sequence of `int`):
-            Of the result: `b.shape[:-1]` for positions, `(batch,)` for sums over the positions of an input.
+    The derivative of a linear layer, `b . (U x)`, multiplied on its thin side first, or of an RMSNorm; in the given
+    shape: `b.shape[:-1]` for positions, `(batch,)` for sums over the positions of an input.
     """
     u, bias = directions.get("weight"), directions.get("bias")
     if tapped.kind not in ("linear", "conv1d"):  # a scale, or what seemed to be one until its first call was scored

@@ -28,24 +28,19 @@ class Taps:
     Scores rows against directions: `<dL_i, u> = sum_t <b_t, D f(x_t)[u]>` with `b` the gradient of a module's output.
 
     For a linear layer it is `b_t . (U x_t)`; section 4.2 of https://huggingface.co/papers/2406.11011 contracts the
-    same product in another order. For any other module it is a Jacobian-vector product by `torch.func.jvp`. The
-    gradient is that of the row's share in the loss as it is trained, whatever its scale.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model whose trainable parameters are scored.
+    same product in another order. For any other module it is a Jacobian-vector product. The gradient is that of the
+    row's share in the loss as it is trained, whatever its scale.
 
     Attributes:
-        on (`bool`): whether forward passes in training mode are tapped.
+        on: whether forward passes in training mode are tapped.
         scores (`torch.Tensor` of shape `(modules, rows, targets)`): of the present micro-batch, so far.
         tokens (`torch.Tensor` of shape `(batch, length, targets)`, *optional*): the same by token, times `weights`.
-        fired (`set` of `int`): modules that scored something since it was cleared.
-        misfits (`dict`): why a module could not be scored, by its index.
-        heard (`set` of `int`): modules that were called since the one around them was.
-        around (list): modules that score those in them whose parameters they use without calling them.
-        unordered (`set` of `int`): modules whose output isn't laid out by rows.
-        common (`set` of `int`): modules whose output rows have in common.
-        low_precision (`bool`): whether some gradients are in half precision, as under autocast.
+        fired: modules that scored something since it was cleared.
+        misfits: why a module could not be scored, by its index.
+        heard: modules that were called since the one around them was.
+        around: modules that score those in them whose parameters they use without calling them.
+        unordered, common: modules whose output isn't laid out by rows; whose output rows have in common.
+        low_precision: whether some gradients are in half precision, as under autocast.
     """
 
     def __init__(self, model: nn.Module) -> None:

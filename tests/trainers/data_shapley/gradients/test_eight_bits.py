@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_iclr.trainers.data_shapley.gradients.direction import preconditioner, step_gain
+from hf_iclr.trainers.data_shapley.gradients.direction import preconditioner
 
 
 class AdamW8bit(torch.optim.SGD):
@@ -30,7 +30,6 @@ def test_the_second_moment_is_read_block_by_block():
     torch.testing.assert_close(preconditioner(optimizer, group, weight), expected)
     state["state2"], state["qmap2"], state["absmax2"] = quantised(second)
     torch.testing.assert_close(preconditioner(optimizer, group, weight), expected, rtol=1e-2, atol=1e-4)
-    assert step_gain(optimizer, [weight], [group], [torch.ones(30, 20)]) == 0
     state["absmax2"] = state["absmax2"][:2]
     with pytest.raises(ValueError, match="Expected the 8-bit moments of AdamW8bit in blocks"):
         preconditioner(optimizer, group, weight)

@@ -48,15 +48,27 @@ def test_passes_cost_what_is_allowed_and_no_more(steps, cost, monkeypatch):
 
 
 def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypatch):
-    whole = RefreshSchedule(None, 0.05, batches=25, steps=1000, batch_share=0.25)
+    whole = RefreshSchedule(None, 0.1, batches=25, steps=1000, batch_share=0.25)
     clock = Clock(monkeypatch)
     before = clock.run(whole, 40)
-    resumed = RefreshSchedule(None, 0.05, batches=25, steps=1000, batch_share=0.25)
+    resumed = RefreshSchedule(None, 0.1, batches=25, steps=1000, batch_share=0.25)
     resumed.unpack(whole.pack())
     after = clock.run(whole, 60, known=True, start=41)
     monkeypatch.setattr(schedules.time, "perf_counter", lambda: 1e6 * clock.now)
     assert before and len(after) > 3
     assert clock.run(resumed, 60, known=True, start=41) == after
+
+
+def test_a_run_too_short_for_its_validation_set_is_said_to_be(caplog):
+    """A twentieth, less what scoring takes, of 100 steps is 1.5 steps, and as many batches of a step's rows."""
+    model = torch.nn.Linear(4, 1)
+    for batches, refresh_every in ((1, None), (2, None), (2, 5)):
+        held_out = {"validation": [(torch.randn(8, 4), 8)] * batches}
+        settings = EngineSettings(refresh_every, steps=100, rows_per_step=8)
+        caplog.clear()
+        ShapleyEngine(model, torch.optim.SGD(model.parameters()), held_out, lambda m, x: m(x).mean(), settings)
+        said = "100 steps is too short for cost=0.05 to measure more than 1 of 2 validation batches" in caplog.text
+        assert said == (batches == 2 and refresh_every is None)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -73,6 +85,12 @@ def test_a_running_direction_is_the_mean_gradient_of_its_batches(exact):
     assert "validation" in targets.losses
     for step in range(2, 6):
         assert targets.refresh(step) and not targets.losses
+        if step == 2:
+            one, two = (
+                torch.autograd.grad(loss_of(model, batches[place][0]), list(model.parameters())) for place in (0, 1)
+            )
+            cosine = torch.cosine_similarity(*(torch.cat([g.flatten() for g in found]) for found in (one, two)), dim=0)
+            assert targets.agreement[0] == pytest.approx(float(cosine), rel=1e-4)
     expected = torch.autograd.grad(loss_of(model, torch.cat([x for x, _ in batches])), list(model.parameters()))
     for direction, gradient in zip(targets.found[0], expected, strict=True):
         whole = direction if isinstance(direction, torch.Tensor) else direction.left @ direction.right
