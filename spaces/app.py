@@ -125,7 +125,7 @@ with gr.Blocks(title="hf_iclr") as app:
         answer = gr.Textbox(label="Answer", lines=4, elem_id="answered")
         button.click(cascade, [prompt, rule, alpha, tokens], [answer, gr.Markdown(elem_id="saved")])
     with gr.Tab("Edit"):
-        gr.Markdown("One fact is changed, asked for, and taken back. The other prompt should not move.")
+        gr.Markdown("One fact is changed, asked for, and taken back. The other prompt should keep its own answer.")
         with gr.Row():
             template = gr.Textbox("The capital of {} is", label="Prompt, with {} for the subject")
             subject = gr.Textbox("France", label="Subject")

@@ -1,6 +1,6 @@
 """What a large model says about texts, kept for the making of its draft."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,8 +135,17 @@ def collate(rows: list[TeacherRow]) -> dict[str, torch.Tensor]:
 
 def tokenize(tokenizer, texts, max_length: int) -> Iterator[TeacherRow]:
     """Texts as rows without states, in pieces of at most `max_length` tokens."""
-    for text in texts:
-        prompt, completion = ("", text) if isinstance(text, str) else (text["prompt"], text["completion"])
+    for text in [texts] if isinstance(texts, str | Mapping) else texts:
+        record = {"prompt": "", "completion": text} if isinstance(text, str) else text
+        known = isinstance(record, Mapping) and all(
+            isinstance(record.get(key), str) for key in ("prompt", "completion")
+        )
+        if not known or text is texts:
+            raise ValueError(
+                "Expected a list of texts, or of records with the texts `prompt` and `completion`, got "
+                + (f"one: type `[{text!r:.40}]`." if known else f"{text!r:.80}.")
+            )
+        prompt, completion = record["prompt"], record["completion"]
         # A rendered prompt holds its special tokens already.
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         ids = prompt_ids + tokenizer(completion, add_special_tokens=not prompt)["input_ids"]

@@ -233,6 +233,10 @@ def test_bfloat16_model_gives_bfloat16_draft(word_tokenizer):
     [
         ({"texts": []}, "got none"),
         ({"texts": ["w1 w2 w3"]}, "got 3. Pass more"),
+        ({"texts": "w1 w2 w3"}, r"Expected a list of texts, .* got one: type `\['w1 w2 w3'\]`"),
+        ({"texts": {"prompt": "w1", "completion": "w2"}}, "got one: type"),
+        ({"texts": [{"text": "w1 w2 w3"}]}, "got {'text': 'w1 w2 w3'}"),
+        ({"texts": [None]}, "got None"),
         ({"num_layers": 0}, "from 1 to 3"),
         ({"num_layers": 4}, "from 1 to 3"),
         ({"draft_vocab_size": 51}, "model's 50 tokens, got 51"),
