@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 HUGE_HEADER = struct.pack("<Q", 2**60) + b"{}"
@@ -45,6 +45,15 @@ def make_edits(folder: Path) -> None:
         file.rename(file.with_stem(name))
         ledger = folder / "ledger.jsonl"
         ledger.write_text(ledger.read_text().replace(batch.name, name))
+    sign(folder)
+
+
+def sign(folder: Path) -> None:
+    """Say in the adapter's header that it is made of what the ledger has, as who changes both can."""
+    from hf_iclr.editors.records.ledger import MARK, digests
+
+    events, adapter = [*map(json.loads, (folder / "ledger.jsonl").open())], folder / "adapter_model.safetensors"
+    save_file(load_file(adapter), adapter, {"format": "pt", MARK: digests(events)[-1]})
 
 
 def load_edits(folder: Path):

@@ -143,6 +143,7 @@ def test_a_ledger_names_files_of_its_folder(copied, name):
     lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     lines[0]["batches"][0]["name"] = name
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    hostile.sign(folder)
     before = sorted(folder.parent.parent.rglob("*"))
     with pytest.raises(
         ValueError, match=r"Expected a file name without|Expected .*safetensors, of which|got other contents"
@@ -155,6 +156,7 @@ def test_two_batches_have_two_files(copied):
     folder = copied("edits")
     lines = (folder / "ledger.jsonl").read_text().replace("edit_0002_0002", "edit_0001_0001")
     (folder / "ledger.jsonl").write_text(lines)
+    hostile.sign(folder)
     with pytest.raises(ValueError, match="a file of its own for each batch"):
         hostile.load_edits(folder)
 

@@ -71,7 +71,8 @@ def test_cascade_prints_text_and_statistics(run, composite):
     ("options", "words"),
     [
         (["--rule", "best"], "Choose one of spec"),
-        (["--alpha", "7"], "must lie in"),
+        (["--alpha", "7"], "rule 'spec' has none"),
+        (["--rule", "token_v3", "--alpha", "7"], "must lie in"),
         (["--num-assistant-tokens", "0"], "at least 1"),
     ],
 )

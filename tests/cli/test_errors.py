@@ -171,7 +171,7 @@ def test_an_interruption_is_no_error(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_iclr.generation.deferral_rules.check_rule", interrupt)
+    monkeypatch.setattr("hf_iclr.generation.cascade_call.complete_options", interrupt)
     result = run("cascade w1")
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 

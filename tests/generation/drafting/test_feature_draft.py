@@ -51,8 +51,9 @@ def test_greedy_decoding_is_the_large_models_own(large, lengths):
     output = cascade.generate(**inputs, **{**GREEDY, "max_new_tokens": 40}, cascade_rule="spec", **lengths)
     assert torch.equal(output, large.generate(**inputs, **{**GREEDY, "max_new_tokens": 40}))
     stats = cascade.cascade_statistics
-    assert 0 < sum(stats.accepted) < sum(stats.drafted)
-    assert stats.small_forwards > 0 and stats.new_tokens == [40] * 4
+    assert stats.new_tokens == [40] * 4
+    if lengths:  # else as measured costs have it, which may be none
+        assert 0 < sum(stats.accepted) < sum(stats.drafted) and stats.small_forwards > 0
 
 
 def test_law_of_speculative_decoding(large):
@@ -206,7 +207,7 @@ def test_what_it_cannot_serve_is_said(large, word_tokenizer):
     draft, prompt = feature_draft(large), left_padded(RAGGED_PROMPTS[:1])
     with pytest.raises(ValueError, match=r"drafts only inside a cascade: `enable_cascade\(large, draft\)"):
         draft.generate(**prompt, max_new_tokens=2)
-    with pytest.raises(ValueError, match="needs the batched cascade.*the loop of transformers"):
+    with pytest.raises(ValueError, match="needs the batched loop.*the loop of transformers"):
         enable_cascade(large, draft).generate(**prompt, **GREEDY, cascade_backend="assisted")
     config = copy.deepcopy(large.config)
     config.hidden_size = 24
