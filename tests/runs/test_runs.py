@@ -134,7 +134,9 @@ def test_names_of_what_is_logged(folder, watched, word_tokenizer, tmp_path):
         "crosstalk",
         "onpolicy",
         "repeat",
+        "shapley",
     }
+    assert {name for name in never if name.startswith("shapley/")} == {"shapley/agreement"}
     assert {name for name in never if name.startswith("safety/")} == {"safety/over_refusal_rate", "safety/beta_scale"}
 
 
