@@ -1,6 +1,8 @@
 """Run a function in two gloo processes and get back what each returned."""
 
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +28,12 @@ def run_in_two(function: Callable[..., Any], folder: Path, *arguments: Any) -> l
     Returns:
         `list[Any]`: what each process returned, saved and loaded by torch.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 0
+    while not port:  # below those that the system gives away, for one of these may be taken before it is listened to
+        drawn = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", drawn))
+            port = drawn
     torch.multiprocessing.start_processes(_child, (port, function, arguments, folder), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
