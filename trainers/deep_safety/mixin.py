@@ -215,7 +215,7 @@ class DeepSafetyMixin(SummedMetrics):
         if not plain or "seq_lengths" in rows.column_names:
             raise ValueError(
                 "`constrain='refused'` answers every prompt once before training, which packed rows, streamed data, "
-                " `with_transform` and images do not allow. Mark rows in a boolean column `constrain` yourself "
+                "`with_transform` and images do not allow. Mark rows in a boolean column `constrain` yourself "
                 "and set `constrain='all'`."
             )
         with self._reference_weights(), evaluation_mode(self.model):

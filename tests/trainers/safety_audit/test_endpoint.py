@@ -96,7 +96,8 @@ CALL = {
 @pytest.mark.parametrize("ids_allowed", [True, False])
 def test_equal_to_the_model_itself(tokenizer, ids_allowed, tmp_path):
     model = tiny_llama(0)
-    answer, seen = model_server(model, tokenizer, ids_allowed, broken=(1, 5))
+    broken = (1, 5)
+    answer, seen = model_server(model, tokenizer, ids_allowed, broken=broken)
     with serve(answer) as url:
         endpoint = OpenAIEndpoint(url, "org/model", api_key="k", concurrency=3, prices=(2.0, 4.0))
         found = audit_safety(endpoint, tokenizer, PROMPTS, out=tmp_path, **CALL)
@@ -106,8 +107,8 @@ def test_equal_to_the_model_itself(tokenizer, ids_allowed, tmp_path):
     ]
     assert found.settings["model"] == "org/model" and found.latency == expected.latency
     assert {body["key"] for _, body in seen} == {"Bearer k"} and all(body["temperature"] == 0 for _, body in seen)
-    paths = [path.rsplit("v1/")[1] for path, _ in seen]
-    assert ("completions" in paths) and (paths.count("completions") > 5) == ids_allowed  # 3 at once, and 2 again
+    paths = [path.rsplit("v1/")[1] for number, (path, _) in enumerate(seen, 1) if number not in broken]
+    assert ("completions" in paths) and (paths.count("completions") > 3) == ids_allowed
     assert endpoint.calls == 6 + 3 + 4 + 3 and f"{endpoint.calls:,} calls" in endpoint.cost_line()
     cost = (endpoint.prompt_tokens * 2 + endpoint.completion_tokens * 4) / 1e6
     assert f"{cost:.4f} at 2 and 4 a million" in endpoint.cost_line() and cost > 0
