@@ -16,14 +16,13 @@ import os
 import sys
 from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_kills, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    add_kills(parser, 50)
     parser.add_argument("--seconds", type=float, default=4.0, help="longest life of a server")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the requests")
     return parse(parser, kills=3)
 
 

@@ -19,13 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_kills, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs before it may run to its end")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    add_kills(parser, 20)
     return parse(parser, kills=2)
 
 

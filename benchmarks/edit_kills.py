@@ -17,14 +17,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common.arguments import make_parser, parse
+from common.arguments import add_kills, make_parser, parse
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--kills", type=int, default=1000, help="processes to kill")
+    add_kills(parser, 1000)
     parser.add_argument("--seconds", type=float, default=3.0, help="longest time that two editors work")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     return parse(parser, kills=10)
 
 

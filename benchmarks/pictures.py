@@ -57,11 +57,6 @@ def draw_shapley(axes: Any) -> None:
     bars(axes, "Refusals kept, % (data Shapley)", list(found), list(found.values()), "", (3,))
 
 
-def draw_edits(axes: Any) -> None:
-    found = {row[0]: float(row[1]) for row in rows("edits_kept_in_training")}
-    bars(axes, "Edits that hold after more training, %", list(found), list(found.values()), "", (len(found) - 1,))
-
-
 def draw_cascade(axes: Any) -> None:
     """A line a rule: refusals by the tokens left to the large model."""
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -124,11 +119,6 @@ def draw_phases(axes: Any) -> None:
     names = {"1": "1, each frame alone", "2": "2, masks tracked", "3": "3, clicks tracked"}
     found = {names[row[0]]: float(row[1]) for row in rows("data_engine")}
     bars(axes, "Seconds of a person a frame, modelled, by phase", list(found), list(found.values()), " s", (1, 2))
-
-
-def draw_encoder(axes: Any) -> None:
-    found = {row[0]: float(row[3]) for row in rows("sam2_image_claim")}
-    bars(axes, "CPU seconds for one image, random weights", list(found), list(found.values()), " s", (0,))
 
 
 def draw_masks(figure: Any) -> None:

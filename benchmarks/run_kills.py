@@ -21,13 +21,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common.arguments import make_parser, parse, write_json
+from common.arguments import add_kills, make_parser, parse, write_json
 
 
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--kills", type=int, default=40, help="SIGKILLs before it may run to its end")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    add_kills(parser, 40)
     return parse(parser, kills=3)
 
 

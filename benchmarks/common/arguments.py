@@ -48,6 +48,12 @@ def add_clips(parser: argparse.ArgumentParser, clips: int, frames: int, first_se
         parser.add_argument("--seed", type=int, default=first_seed, help=text)
 
 
+def add_kills(parser: argparse.ArgumentParser, kills: int) -> None:
+    """`--kills` and `--seed`, of a benchmark that ends processes."""
+    parser.add_argument("--kills", type=int, default=kills, help="SIGKILLs at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+
+
 def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     """
     What the command line says, once the folder of results is there.
