@@ -160,7 +160,7 @@ class Seed:
 
     def find(self, editor: AlphaEditor, facts: list[EditRequest]) -> torch.Tensor:
         return find_target_states(
-            self.lab.model, self.lab.tokenizer, editor.projections, facts, editor.config
+            self.lab.model, self.lab.tokenizer, editor.setup.projections, facts, editor.config
         ).states.cpu()
 
     def editor(self, method: str) -> AlphaEditor:
@@ -184,7 +184,7 @@ class Seed:
     def run(self, method: str) -> dict[str, float]:
         """A row: edits in batches, measured after the last; the weights are as before then."""
         editor = self.editor(method)
-        weights = [projection.module.weight for projection in editor.projections]
+        weights = [projection.module.weight for projection in editor.setup.projections]
         original = [weight.detach().clone() for weight in weights]
         started = time.process_time()
         for first, facts in tqdm(list(self.batches()), desc=f"{method} {self.folder.name}"):

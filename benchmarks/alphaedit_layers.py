@@ -114,7 +114,6 @@ def main(args: argparse.Namespace) -> None:
             rows.append(
                 [number, f"{first} to {window[-1]}", name, gain[first], report.p_after.mean(), *measured, drift]
             )
-            print(rows[-1], flush=True)
     head = ["set", "layers", "", "gain", "p after", "efficacy", "generalisation", "specificity", "perplexity"]
     print_table(head, rows)
     write_json(args.out / "layers.json", [dict(zip(head, row, strict=True)) for row in rows])

@@ -68,8 +68,8 @@ class EasyEdit:
             module.__path__ = [str(folder.joinpath(*name.split(".")))]
             sys.modules[name] = module
         self.main = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
-        config, layers = editor.config, [projection.index for projection in editor.projections]
-        projectors = [torch.eye(len(basis)) - (basis @ basis.T).float() for basis in editor.preserved.values()]
+        config, layers = editor.config, [projection.index for projection in editor.setup.projections]
+        projectors = [torch.eye(len(basis)) - (basis @ basis.T).float() for basis in editor.setup.preserved.values()]
         with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
             torch.save(torch.stack(projectors), file)
         # the name leads to its branch for Llama-like models

@@ -1,7 +1,7 @@
 """Fine-tuning that leaves alone what down-projections do to text of one kind."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from .alpha_edit.closed_form import null_space_rule
+from .alpha_edit.closed_form import PAPERS_THRESHOLD, null_space_rule
 from .alpha_edit.statistics import KeyStatistics
 
 
@@ -27,18 +27,8 @@ def project_weight(weight: torch.Tensor, preserved: torch.Tensor, kept: torch.Te
         W - (W U - W_old U) U^T = W_old + (W - W_old) P,  P = I - U U^T,
 
     whenever `kept` = W_old U. This is the projection of https://huggingface.co/papers/2410.02355 put on an update of
-    any origin. Because `kept` is a constant, rounding does not add up over steps.
-
-    Args:
-        weight (`torch.Tensor` of shape `(o, d)`):
-            A linear layer's weight after a step.
-        preserved (`torch.Tensor` of shape `(d, m)`):
-            Orthonormal columns U.
-        kept (`torch.Tensor` of shape `(o, m)`):
-            What U is to be mapped to.
-
-    Returns:
-        `torch.Tensor` of shape `(o, d)`.
+    any origin. Because `kept` is a constant, rounding does not add up over steps. Shapes are `(o, d)`, `(d, m)` with
+    orthonormal columns, and `(o, m)`.
     """
     return weight - (weight @ preserved - kept) @ preserved.T
 
@@ -106,11 +96,17 @@ class NullSpaceCallback(TrainerCallback):
         nullspace_energy: float | None = None,
         nullspace_rank: int | None = None,
     ):
-        self.rule = null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank)
+        self.rule = null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank, PAPERS_THRESHOLD)
+        if not isinstance(statistics, KeyStatistics):
+            raise TypeError(
+                f"Expected KeyStatistics, got {type(statistics).__name__}: {statistics!r:.80}. Collect or load them: "
+                "`KeyStatistics.from_dataset(model, tokenizer, dataset)`, `KeyStatistics.from_pretrained(folder)`."
+            )
         self.statistics = statistics
-        self.layers = statistics.layers if layers is None else sorted(set(layers))
-        if not self.layers or set(self.layers) - set(statistics.layers):
+        self.layers = statistics.layers if layers is None else layers
+        if not isinstance(self.layers, Collection) or not self.layers or not {*self.layers} <= {*statistics.layers}:
             raise ValueError(f"Expected layers among {statistics.layers}, those of the statistics, got {layers}.")
+        self.layers = sorted({*self.layers})
         self._targets: list[_Target] = []
 
     def on_train_begin(

@@ -4,22 +4,12 @@ import torch
 from torch.nn.functional import pad
 
 
+PAPERS_THRESHOLD = 2e-2  # eigenvalues of at least this are preserved
 _MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in float64
 
 
 def project_out(keys: torch.Tensor, preserved: torch.Tensor) -> torch.Tensor:
-    """
-    P K = K - U (U^T K), the part of the keys that is orthogonal to the preserved directions.
-
-    Args:
-        keys (`torch.Tensor` of shape `(d, n)`):
-            Inputs of the layer, one a column.
-        preserved (`torch.Tensor` of shape `(d, m)`):
-            Orthonormal columns U; P = I - U U^T.
-
-    Returns:
-        `torch.Tensor` of shape `(d, n)`.
-    """
+    """P K = K - U (U^T K), the part of keys of shape `(d, n)` outside of U, orthonormal columns of shape `(d, m)`."""
     return keys - preserved @ (preserved.T @ keys)
 
 
@@ -73,17 +63,8 @@ class EditedKeys:
 
     def add(self, keys: torch.Tensor) -> torch.Tensor:
         """
-        The factor of an update at new keys K, which then count to the earlier edits.
-
-        Args:
-            keys (`torch.Tensor` of shape `(d, n)`):
-                Keys of the new edits.
-
-        Returns:
-            `torch.Tensor` of shape `(n, d)`.
-
-        Raises:
-            ValueError: when the system is singular; the keys are not added then.
+        The factor, of shape `(n, d)`, of an update at new keys K of shape `(d, n)`, which then count to the earlier
+        edits. Raises `ValueError` when the system is singular; the keys are not added then.
         """
         old, new = self._count, self._count + keys.shape[1]
         if new > len(self._projected):
@@ -114,14 +95,18 @@ class EditedKeys:
         self._count = count
 
 
-def check_null_space_rule(threshold: float | None, energy: float | None, rank: int | None) -> None:
+def null_space_rule(
+    threshold: float | None, energy: float | None, rank: int | None, default: float | None = None
+) -> tuple[float | None, float | None, int | None]:
     """
-    Exactly one rule for the null space must be given: the smallest eigenvalue that is preserved, the share of the sum
-    of eigenvalues, or the number of directions.
+    The one rule for the null space that is given: the smallest eigenvalue that is preserved, the share of the sum of
+    eigenvalues, or the number of directions. Where none is, it is the threshold `default`, if there is one.
 
     Raises:
         ValueError: when none or several are given, or one is out of range.
     """
+    if (threshold, energy, rank) == (None, None, None):
+        threshold = default
     rules = {"nullspace_threshold": threshold, "nullspace_energy": energy, "nullspace_rank": rank}
     given = {name: value for name, value in rules.items() if value is not None}
     if len(given) != 1:
@@ -129,15 +114,6 @@ def check_null_space_rule(threshold: float | None, energy: float | None, rank: i
     (name, value), upper = next(iter(given.items())), 1.0 if energy is not None else float("inf")
     if not isinstance(value, int | float) or not 0 <= value <= upper:
         raise ValueError(f"Expected {name} between 0 and {upper:g}, got {value}.")
-
-
-def null_space_rule(
-    threshold: float | None, energy: float | None, rank: int | None
-) -> tuple[float | None, float | None, int | None]:
-    """The rule that is given, or the paper's where none is; raises as [`check_null_space_rule`]."""
-    if (threshold, energy, rank) == (None, None, None):
-        threshold = 2e-2
-    check_null_space_rule(threshold, energy, rank)
     return threshold, energy, rank
 
 
@@ -149,7 +125,7 @@ def count_preserved(
     total: float | None = None,
 ) -> int:
     """
-    How many of the eigenvalues, the largest first, one of the three rules of [`check_null_space_rule`] keeps. `total`
+    How many of the eigenvalues, the largest first, one of the three rules of [`null_space_rule`] keeps. `total`
     is the sum of all of them where `values` are only the largest.
     """
     if threshold is not None:
@@ -163,18 +139,7 @@ def count_preserved(
 def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: float = 0.4) -> torch.Tensor:
     """
     RECT (https://huggingface.co/papers/2401.04700): keep the entries of an update that change a weight most, relative
-    to it, and drop the others.
-
-    Args:
-        delta (`torch.Tensor` of shape `(o, d)`):
-            Update of the weight.
-        weight (`torch.Tensor` of shape `(o, d)`):
-            The weight before it.
-        share (`float`, *optional*, defaults to 0.4):
-            Share of the entries kept; 40 % in the paper.
-
-    Returns:
-        `torch.Tensor` of shape `(o, d)`.
+    to it, and drop the others; 40 % are kept in the paper.
     """
     change = (delta / weight).abs().nan_to_num(posinf=torch.inf)
     kept = change.flatten().topk(max(1, round(share * change.numel()))).indices
@@ -185,16 +150,8 @@ def keep_relative_changes(delta: torch.Tensor, weight: torch.Tensor, share: floa
 
 def low_rank_factors(delta: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Factors of a dense update by its singular value decomposition.
-
-    Args:
-        delta (`torch.Tensor` of shape `(o, d)`):
-            Update of a weight.
-        rank (`int`, *optional*):
-            Rank at most. Left out: all singular values that are not rounding.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: residuals of shape `(o, r)` and factor of shape `(r, d)`.
+    Residuals `(o, r)` and factor `(r, d)` of a dense update by its singular value decomposition, of this rank at most,
+    or of all singular values that are not rounding.
     """
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     nonzero = int((values > values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps).sum())

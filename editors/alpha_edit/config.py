@@ -3,25 +3,22 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_iclr.hub import pretrained_folder
-from hf_iclr.models import hash_weights
 from hf_iclr.saving import atomic_file
-from hf_iclr.untrusted import as_written_by, inside, read_json
+from hf_iclr.untrusted import as_written_by, check_field_types, inside, read_json
 
-from .closed_form import null_space_rule
+from .closed_form import PAPERS_THRESHOLD, null_space_rule
 
 
-SOLVERS = ("alphaedit", "memit", "memit_seq", "ridge")
-POST_PROCESSING = (None, "rect")
+_CHOICES = {
+    "solver": ("alphaedit", "memit", "memit_seq", "ridge"),
+    "post_processing": (None, "rect"),
+    "optimization_dtype": ("auto", "bfloat16", "float32"),
+}
 _AT_LEAST_1 = ("num_steps", "context_length", "optimization_batch_size", "chunk_length")
-_WHOLE = (*_AT_LEAST_1, "num_contexts", "seed")
+_AT_LEAST_0 = ("l2", "loss_threshold", "nll_threshold", "weight_decay", "kl_factor", "num_contexts")
 _POSITIVE = ("moment_weight", "learning_rate", "clamp_factor")
-_NOT_NEGATIVE = ("l2", "loss_threshold", "nll_threshold", "weight_decay", "kl_factor", "num_contexts")
-OPTIMIZATION_DTYPES = ("auto", "bfloat16", "float32")
 CONFIG_NAME = "alpha_edit_config.json"
 
 
@@ -129,27 +126,17 @@ class AlphaEditConfig:
     base_model_hash: str | None = None
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"Expected a solver among {', '.join(SOLVERS)}, got {self.solver!r}.")
-        if self.post_processing not in POST_PROCESSING:
-            raise ValueError(f"Expected post_processing None or 'rect', got {self.post_processing!r}.")
-        if self.optimization_dtype not in OPTIMIZATION_DTYPES:
-            raise ValueError(
-                f"Expected optimization_dtype among {', '.join(OPTIMIZATION_DTYPES)}, got {self.optimization_dtype!r}."
-            )
-        for name in (*_WHOLE, *_POSITIVE, *_NOT_NEGATIVE):
-            if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
-                raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected {name} among {', '.join(map(str, choices))}, got {getattr(self, name)!r}.")
+        check_field_types(self, AlphaEditConfig)
         rule = (self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank)
-        self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule)
-        for name in (*_AT_LEAST_1, *_NOT_NEGATIVE):
-            if not getattr(self, name) >= (least := int(name in _AT_LEAST_1)):
+        self.nullspace_threshold, self.nullspace_energy, self.nullspace_rank = null_space_rule(*rule, PAPERS_THRESHOLD)
+        for name in (*_AT_LEAST_1, *_AT_LEAST_0):
+            if getattr(self, name) < (least := int(name in _AT_LEAST_1)):
                 raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}.")
-        for name in _WHOLE:
-            if getattr(self, name) % 1 != 0:
-                raise ValueError(f"Expected {name} to be a whole number, got {getattr(self, name)}.")
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}.")
         if self.project is None:
             self.project = self.solver == "alphaedit"
@@ -173,38 +160,17 @@ class AlphaEditConfig:
                 f"{self.context_templates[0]!r}."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
-
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """
-        Write `alpha_edit_config.json`.
-
-        Args:
-            save_directory (`str` or `Path`):
-                Folder, made if need be.
-        """
+        """Write `alpha_edit_config.json` to a folder, made if need be."""
         with atomic_file(inside(save_directory, CONFIG_NAME)) as part:
-            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
     ) -> "AlphaEditConfig":
         """
-        Read `alpha_edit_config.json`.
-
-        Args:
-            name_or_path (`str` or `Path`):
-                Folder or repository.
-            revision (`str`, *optional*):
-                Branch, tag or commit of the repository.
-            token (`str` or `bool`, *optional*):
-                Token of the Hub.
-
-        Returns:
-            [`AlphaEditConfig`]
+        Read `alpha_edit_config.json` of a folder or repository, as [`AlphaEditor.from_pretrained`] does.
 
         Raises:
             ValueError: when there is none, or it has settings that this version does not know.
@@ -218,42 +184,3 @@ class AlphaEditConfig:
             if unknown:
                 raise ValueError(f"Expected the settings of AlphaEditConfig in {path}, got {sorted(unknown)} too.")
             return cls(**values)
-
-    def load_base_model(self, **kwargs: Any) -> PreTrainedModel:
-        """
-        The model that was edited, by the name and revision on record.
-
-        Args:
-            kwargs (*optional*):
-                Passed on to `AutoModelForCausalLM.from_pretrained`, which here reads nothing but safetensors unless
-                `use_safetensors=False` is among them.
-
-        Returns:
-            `~transformers.PreTrainedModel`
-
-        Raises:
-            ValueError: where there is no name.
-        """
-        name = self.base_model_name_or_path
-        if name is None:
-            raise ValueError("Expected a model, as the settings don't say which was edited. Pass model=...")
-        defaults = {"revision": self.base_model_revision, "use_safetensors": True}
-        return AutoModelForCausalLM.from_pretrained(name, **defaults | kwargs)
-
-    def check_base_model(self, model: PreTrainedModel) -> None:
-        """
-        Make sure of a model's weights.
-
-        Args:
-            model (`~transformers.PreTrainedModel`):
-                The model.
-
-        Raises:
-            ValueError: when these are not the weights that were edited.
-        """
-        if hash_weights(model) != self.base_model_hash:
-            raise ValueError(
-                f"Expected {self.base_model_name_or_path!r} at revision {self.base_model_revision}, for which these "
-                f"edits were made, got {model.config.name_or_path!r} with other weights. Edits of another model do "
-                "harm; to apply them all the same pass check_base_model=False."
-            )

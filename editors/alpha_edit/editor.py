@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
@@ -19,12 +19,11 @@ from hf_iclr.untrusted import check_links, whole_number
 from ..records.edit_card import edit_card, give_card
 from .batches import EditBatch, EditReport, add_adapters, concatenate_updates, remove_adapters
 from .config import AlphaEditConfig
-from .journal import EditJournal, load_null_space
-from .projections import choose_layers, find_down_projections
+from .journal import EditJournal
 from .requests import EditRequest, check_requests
 from .rows import reasons_against, sample_contexts
 from .scoring import edit_probabilities
-from .solver import EditSolver, null_spaces
+from .solver import EditSetup, EditSolver
 from .statistics import KeyStatistics
 from .targets import find_target_states
 
@@ -88,7 +87,8 @@ class AlphaEditor(HubMixin):
         config.base_model_revision = cached_revision(model.config.name_or_path)
         config.base_model_hash = hash_weights(model)
         if folder is not None:
-            self._journal.create(folder)
+            self._journal.save(folder)
+            self._journal.folder = Path(folder)
 
     def _set_up(
         self,
@@ -98,23 +98,9 @@ class AlphaEditor(HubMixin):
         statistics: KeyStatistics | None,
         folder: Path | None = None,
     ) -> None:
-        projections = find_down_projections(model)
+        self.setup = EditSetup.prepare(model, tokenizer, config, statistics, folder)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self.projections = choose_layers(projections, config.layers)
-        if len(self.projections) > 1 and not projections[0].adds_to_residual:
-            raise ValueError(
-                f"Expected one layer to edit in {type(model).__name__}, whose layers normalise the projection's "
-                f"output so that a residual cannot be spread over several, got {config.layers}. Pass layers='auto' or "
-                "one number."
-            )
-        if statistics is not None:
-            statistics.check_model(model)
-        if folder is None:
-            self.preserved = null_spaces(config, self.projections, statistics)
-        else:
-            self.preserved = load_null_space(folder, config, self.projections)
-        self._journal = EditJournal(config, self.projections, self.preserved, tokenizer)
-        self._solver = EditSolver(model, tokenizer, config, self.projections, self.preserved, statistics)
+        self._journal, self._solver = EditJournal(self.setup), EditSolver(self.setup)
         self._peft: PeftModel | None = None
 
     @property
@@ -242,7 +228,7 @@ class AlphaEditor(HubMixin):
         if rank is not None:
             updates = {"default": concatenate_updates(list(updates.values()), rank)}
         self._solver.write([])
-        self._peft = add_adapters(self.model, self.projections, updates, self.config.base_model_name_or_path)
+        self._peft = add_adapters(self.model, self.setup.projections, updates, self.config.base_model_name_or_path)
         give_card(self._peft, edit_card(self.config, self.batches, adapters=list(updates)))
         return self._peft
 
@@ -334,10 +320,18 @@ class AlphaEditor(HubMixin):
         """
         folder = check_links(pretrained_folder(name_or_path, revision=revision, token=token))
         config = AlphaEditConfig.from_pretrained(folder)
+        name, version = config.base_model_name_or_path, config.base_model_revision
         if model is None:
-            model = config.load_base_model(token=token, **model_kwargs)
-        if check_base_model:
-            config.check_base_model(model)
+            if name is None:
+                raise ValueError("Expected a model, as the settings don't say which was edited. Pass model=...")
+            defaults = {"revision": version, "use_safetensors": True, "token": token}
+            model = AutoModelForCausalLM.from_pretrained(name, **defaults | model_kwargs)
+        if check_base_model and hash_weights(model) != config.base_model_hash:
+            raise ValueError(
+                f"Expected {name!r} at revision {version}, for which these edits were made, got "
+                f"{model.config.name_or_path!r} with other weights. Edits of another model do harm; to apply them all "
+                "the same pass check_base_model=False."
+            )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         editor = cls.__new__(cls)
@@ -364,12 +358,13 @@ class AlphaEditor(HubMixin):
         p_before = edit_probabilities(self.model, self.tokenizer, requests, self.config)
         asked = {request.text for request in requests}
         kept, redone = self._without({edit.id for edit in self.edits if edit.text in asked})
-        found = find_target_states(self.model, self.tokenizer, self.projections, requests, self.config, progress)
-        good = (found.states.flatten(1).isfinite().all(1) & found.losses.isfinite()).tolist()
+        found = find_target_states(self.model, self.tokenizer, self.setup.projections, requests, self.config, progress)
+        states = found.states.flatten(1)
+        good = (states.isfinite().all(1) & states.any(1) & found.losses.isfinite()).tolist()
         if not all(good):  # what one of these would have corrected stays
             self._solver.write(self.batches)
             for request in itertools.compress(requests, [not fine for fine in good]):
-                report.reject(request, "its target state is not finite")
+                report.reject(request, "its target state is zero or not finite")
             rest = list(itertools.compress(requests, good))
             return self._edit_batch(rest, report, progress) if rest else None
         before = kept + redone

@@ -6,39 +6,36 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
-from transformers import PreTrainedTokenizerBase
 
-from hf_iclr.saving import contiguous_clone, write_safetensors
-from hf_iclr.untrusted import as_written_by, check_links, inside, read_safetensors, regular_file
+from hf_iclr.saving import write_safetensors
+from hf_iclr.untrusted import as_written_by, check_links, inside, regular_file
 
 from ..records.ledger import (
     JOURNAL_NAME,
     MARK,
+    adding_to,
     batches_of,
     committed_events,
     digests,
     leftovers,
     locked,
     mark_of,
-    read_events,
     write_ledger,
 )
 from .batches import ADAPTER, ADAPTER_CONFIG, BATCHES, EditBatch, concatenate_updates, save_adapter
 from .config import CONFIG_NAME, AlphaEditConfig
-from .projections import DownProjection
 from .requests import EditRequest
+from .solver import NULL_SPACE, EditSetup
 
 
 logger = logging.getLogger(__name__)
-
-_NULL_SPACE = "null_space.safetensors"
 
 
 class EditJournal:
@@ -49,40 +46,14 @@ class EditJournal:
     the batches' files, a line added to the ledger, the adapter, whose header has the digest of the events it is made
     of. That header is what counts: a line that no adapter was made of is as if it were not there, so whoever loads the
     adapter and whoever loads the edits have the same ones, however the editor ended.
-
-    Args:
-        config ([`AlphaEditConfig`]):
-            The editor's settings.
-        projections (`list[DownProjection]`):
-            The edited layers.
-        preserved (`dict[int, torch.Tensor]`):
-            For each of them the directions that must not change, of shape `(d, m)`.
-        tokenizer (`~transformers.PreTrainedTokenizerBase`):
-            Written once, so that the folder loads by itself.
     """
 
-    def __init__(
-        self,
-        config: AlphaEditConfig,
-        projections: Sequence[DownProjection],
-        preserved: dict[int, torch.Tensor],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.config, self.projections, self.preserved, self.tokenizer = config, projections, preserved, tokenizer
+    def __init__(self, setup: EditSetup) -> None:
+        self.setup = setup
         self.folder: Path | None = None
         self.events: list[dict[str, Any]] = []
         self.batches: list[EditBatch] = []
         self._thread = threading.RLock()
-
-    def create(self, folder: str | Path) -> None:
-        """Write to this folder from now on; raises `ValueError` where it has edits."""
-        if (Path(folder) / JOURNAL_NAME).exists() and read_events(Path(folder)):
-            raise ValueError(
-                f"Expected a folder without edits, got {folder}, which has some. Go on with them by "
-                f"`AlphaEditor.from_pretrained({str(folder)!r})`, or pass another folder."
-            )
-        self.save(folder)
-        self.folder = Path(folder)
 
     def load(self, folder: Path, keep: bool = False) -> None:
         """
@@ -91,7 +62,7 @@ class EditJournal:
         Raises:
             ValueError: when there is no journal, or one that cannot be trusted.
         """
-        for name in (JOURNAL_NAME, CONFIG_NAME, _NULL_SPACE, ADAPTER, ADAPTER_CONFIG, ".lock", "README.md"):
+        for name in (JOURNAL_NAME, CONFIG_NAME, NULL_SPACE, ADAPTER, ADAPTER_CONFIG, ".lock", "README.md"):
             if os.path.lexists(folder / name):
                 regular_file(inside(folder, name))
         self._adopt(folder, committed_events(folder, ADAPTER))
@@ -133,7 +104,7 @@ class EditJournal:
     def agree(self, other: AlphaEditConfig, where: str | Path) -> None:
         """Take over the contexts that edits were made with; raises `ValueError` when settings differ."""
         for_all = ("context_templates", "base_model_name_or_path", "base_model_revision")
-        own, its = (json.loads(json.dumps(config.to_dict())) for config in (self.config, other))
+        own, its = (json.loads(json.dumps(asdict(config))) for config in (self.setup.config, other))
         differing = [name for name in own if name not in for_all and own[name] != its[name]]
         if differing:
             raise ValueError(
@@ -141,7 +112,7 @@ class EditJournal:
                 f"{', '.join(differing)}. Load those edits by `AlphaEditor.from_pretrained` to go on with them, or "
                 "choose another place."
             )
-        self.config.context_templates = other.context_templates or self.config.context_templates
+        self.setup.config.context_templates = other.context_templates or self.setup.config.context_templates
 
     def new_name(self, position: int) -> str:
         """A name that no batch of any editor ever had."""
@@ -173,19 +144,13 @@ class EditJournal:
         Raises:
             ValueError: when it has other edits, an adapter of something else, or a link that leads out of it.
         """
-        folder = check_links(folder)
-        with locked(folder):
-            known = committed_events(folder, ADAPTER) if (folder / JOURNAL_NAME).exists() else []
-            if digests(known) != digests(self.events[: len(known)]):
-                raise ValueError(
-                    f"Expected a new folder or the one these edits were saved to, got {folder} with other edits."
-                )
-            check_adapter(folder)
-            if not known:
-                basis = {str(layer): value for layer, value in self.preserved.items()}
-                write_safetensors(basis, inside(folder, _NULL_SPACE))
-            self.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        folder = Path(folder)
+        with adding_to(folder, self.events, ADAPTER, ADAPTER_CONFIG) as has_edits:
+            if not has_edits:  # a kill amid the tokenizer's files must not leave edits without one
+                basis = {str(layer): value for layer, value in self.setup.preserved.items()}
+                write_safetensors(basis, inside(folder, NULL_SPACE))
+                self.setup.tokenizer.save_pretrained(folder)
+            self.setup.config.save_pretrained(folder)
             self._write(folder, self.events, self.batches, rank)
 
     def of_repository(self, api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, "EditJournal | None"]:
@@ -199,7 +164,7 @@ class EditJournal:
         wanted = [JOURNAL_NAME, CONFIG_NAME, f"{BATCHES}/*"]
         folder = check_links(api.snapshot_download(repo_id, revision=head.sha, allow_patterns=wanted))
         self.agree(AlphaEditConfig.from_pretrained(folder), repo_id)
-        journal = EditJournal(self.config, self.projections, self.preserved, self.tokenizer)
+        journal = EditJournal(self.setup)
         journal.load(folder)
         return head.sha, journal
 
@@ -250,7 +215,7 @@ class EditJournal:
             records = batches_of(events)
             batches = [known.get(record["name"]) or EditBatch.load(folder, record) for record in records]
             for batch in batches:
-                batch.check(self.projections)
+                batch.check(self.setup.projections)
         self.events, self.batches = events, batches
 
     def _write(
@@ -260,46 +225,10 @@ class EditJournal:
             batch.save(folder)
         write_ledger(folder, events, ADAPTER)
         updates = concatenate_updates([batch.updates for batch in batches], rank)
-        base, mark = self.config.base_model_name_or_path, {MARK: digests(events)[-1]}
-        save_adapter(folder, self.projections, updates, base, mark)
+        base, mark = self.setup.config.base_model_name_or_path, {MARK: digests(events)[-1]}
+        save_adapter(folder, self.setup.projections, updates, base, mark)
 
 
 def _by_content(requests: Iterable[EditRequest]) -> dict[tuple[str, str, str], EditRequest]:
     """Requests by what they are told apart by: a correction may have the name of what it corrects."""
     return {(request.id, request.text, request.target_new.strip()): request for request in requests}
-
-
-def check_adapter(folder: Path) -> None:
-    """Raises `ValueError` when a folder has an adapter of something else, which edits would take the place of."""
-    if not (folder / JOURNAL_NAME).exists() and (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
-
-
-def load_null_space(
-    folder: Path, config: AlphaEditConfig, projections: Sequence[DownProjection]
-) -> dict[int, torch.Tensor]:
-    """
-    The preserved directions of each edited layer, of shape `(d, m)`, that a journal wrote.
-
-    Raises:
-        ValueError: when they are none of these layers'.
-    """
-    if not config.project:
-        return {}
-    path = inside(folder, _NULL_SPACE)
-    basis = {name: contiguous_clone(value) for name, value in read_safetensors(path)[0].items()}
-    expected = {str(p.index): p.in_features for p in projections}
-    found = {name: len(value) for name, value in basis.items() if _orthonormal(value)}
-    if found != expected or len(basis) != len(expected):
-        raise ValueError(
-            f"Expected orthonormal float64 directions of sizes {expected} by layer in {path}, got {found}. Get the "
-            "edits again from where they came."
-        )
-    return {int(name): value for name, value in basis.items()}
-
-
-def _orthonormal(columns: torch.Tensor) -> bool:
-    if columns.ndim != 2 or columns.dtype != torch.float64:
-        return False
-    one = torch.eye(columns.shape[1], dtype=columns.dtype)
-    return torch.allclose(columns.T @ columns, one, atol=1e-6)

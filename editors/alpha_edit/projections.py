@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from hf_iclr.cache_argument import cache_argument
 
 # Paths inside a layer: Llama, Mistral, Qwen, Gemma, Phi-3; GPT-2; Phi; GPT-J; OPT; GPT-NeoX, Falcon, BLOOM.
 NAMES = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.fc_out", "fc2", "mlp.dense_4h_to_h", "mixer.down_proj")
-
+_WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # float8 has a scale beside it
 
 Update = tuple[torch.Tensor, torch.Tensor]  # residuals (o, r) and factor (r, d), float32
 Updates = dict[int, Update]  # by layer
@@ -78,17 +79,16 @@ class EditedWeight:
 
     def __init__(self, projection: DownProjection) -> None:
         self.projection = projection
-        weight = projection.module.weight
-        self.is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        weight: Any = getattr(projection.module, "weight", None)  # GPTQ and AWQ have none
         self._states: list[_State] = []  # the last, and the one before somebody else changed the weight
-        if self.is_float:
+        if type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype in _WRITTEN:
             original = weight.detach().clone()
             self._states = [_State(original, [], [], original)]
         self._hook: RemovableHandle | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.projection.module.weight.device
+        return next(chain(self.projection.module.parameters(), self.projection.module.buffers())).device
 
     @property
     def original(self) -> torch.Tensor | None:
@@ -249,14 +249,9 @@ def choose_layers(projections: list[DownProjection], layers: str | Sequence[int]
     found = {p.index: p for p in projections}
     if isinstance(layers, str) or not layers or not all(isinstance(i, int) and i in found for i in layers):
         raise ValueError(
-            f"Expected layers among {_ranges(sorted(found))}, those with a dense MLP, 'auto' or 'all', got {layers!r}."
+            f"Expected layers among {sorted(found)}, those with a dense MLP, 'auto' or 'all', got {layers!r}."
         )
     return [found[index] for index in sorted(set(layers))]
-
-
-def _ranges(numbers: list[int]) -> str:
-    whole = len(numbers) > 2 and numbers == [*range(numbers[0], numbers[-1] + 1)]
-    return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -309,8 +304,10 @@ def _last_linear_called(model: PreTrainedModel, layer: nn.Module, hidden_size: i
 
 def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
     """Three tokens that a model reads something at: the padding token's embedding is zero in one made from scratch."""
-    norms = model.get_input_embeddings().weight[:1024].float().norm(dim=1)
-    tokens = (norms > 0.5 * norms.nanmedian()).nonzero()[:3, 0]
+    weight = model.get_input_embeddings().weight
+    step = max(1, len(weight) // 1024)
+    norms = weight[::step].float().norm(dim=1)
+    tokens = step * (norms > 0.5 * norms[norms > 0].nanmedian()).nonzero()[:3, 0]
     if not len(tokens):
         raise ValueError(
             f"Expected embeddings that are not all zero in {type(model).__name__}, got none. Load weights."

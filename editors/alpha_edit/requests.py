@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_iclr.untrusted import check_field_types
+
 
 # What only rows of EasyEdit and KnowEdit have, and CounterFact's where they are flat.
 _EASY_EDIT = {
@@ -61,13 +63,10 @@ class EditRequest:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new"):
-            value = getattr(self, name)
-            if name == "subject" and value is None:
-                continue
-            if not isinstance(value, str):
-                raise TypeError(f"Expected {name} to be text, got {type(value).__name__}: {value!r}.")
-            if not value.strip() or any("\ud800" <= character <= "\udfff" for character in value):
+        check_field_types(self, EditRequest)
+        for name in ("prompt", "subject", "target_new", "target_true", "id", "source", "license"):
+            value, asked = getattr(self, name), name in ("prompt", "subject", "target_new")
+            if value is not None and (asked and not value.strip() or re.search("[\ud800-\udfff]", value)):
                 raise ValueError(f"Expected {name} of an edit to say something, in Unicode, got {value!r}.")
         if self.subject is not None and self.prompt.count("{}") != 1:
             hint = f": {self.prompt.replace(self.subject, '{}', 1)!r}" if self.subject in self.prompt else ""
@@ -86,9 +85,6 @@ class EditRequest:
             pairs = [v for v in values if isinstance(v, tuple) and len(v) == 2 and name == "neighborhood"]
             if wrong := [v for v in values if not isinstance(v, str) and v not in pairs]:
                 raise ValueError(f"Expected each of {name} to be a prompt, or a neighbour's pair, got {wrong[0]!r}.")
-        for name in ("target_true", "id", "source", "license"):
-            if not isinstance(value := getattr(self, name), str | None) or (name == "id" and value is None):
-                raise TypeError(f"Expected {name} to be text, got {type(value).__name__}: {value!r}.")
         if not self.id:
             text = json.dumps([self.prompt, self.subject, self.target_new])
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -239,24 +235,16 @@ def _read_counterfact(index: int, row: Mapping[str, Any]) -> EditRequest:
     )
 
 
-def _read_zsre(index: int, row: Mapping[str, Any]) -> EditRequest:
-    prompt, subject = _subject_in(row["src"], row["subject"])
-    if subject is None:
+def _read_zsre(index: int, row: dict[str, Any]) -> EditRequest:
+    if _subject_in(row["src"], row["subject"])[1] is None:
         raise ValueError(
             f"Expected the question of row {index} to name its subject {row['subject']!r}, got {row['src']!r}. Leave "
             "the row out."
         )
-    if not row["answers"]:
-        raise ValueError(f"Expected row {index} to have an answer, got {row['answers']!r}. Leave the row out.")
-    pair = (f"{row['loc'].removesuffix('?')}?", _answer(index, row["loc_ans"])) if row.get("loc") else None
-    return EditRequest(
-        prompt=prompt,
-        subject=subject,
-        target_new=_answer(index, row["answers"]),
-        paraphrases=_texts(row.get("rephrase", row.get("rephrases"))),
-        neighborhood=(pair,) if pair else (),
-        source="zsRE",
-    )
+    row = {"rephrase": row.get("rephrases")} | row | {"prompt": row["src"], "target_new": row["answers"], "id": ""}
+    if row.get("loc"):
+        row |= {"locality_prompt": f"{row['loc'].removesuffix('?')}?", "locality_ground_truth": row["loc_ans"]}
+    return _read_easy_edit(index, row | {"source": "zsRE"})
 
 
 def _read_easy_edit(index: int, row: Mapping[str, Any]) -> EditRequest:
@@ -271,7 +259,7 @@ def _read_easy_edit(index: int, row: Mapping[str, Any]) -> EditRequest:
         target_true=_answer(index, row["ground_truth"]) if row.get("ground_truth") else row.get("target_true"),
         paraphrases=_texts(next((row[name] for name in paraphrases if name in row), None)),
         neighborhood=(*_locality(index, row), *_texts(row.get("neighborhood_prompts"))),
-        id=str(row.get("id", "")),
+        id="" if (name := str(row.get("id", ""))).isdecimal() else name,  # the row's number in one of several files
         source=row.get("source"),
         license=row.get("license"),
     )
@@ -318,8 +306,9 @@ def _answer(index: int, value: Any) -> str:
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """The text in a column of a data set; raises `ValueError` without the column, `TypeError` where it has no text."""
-    if column not in row:
-        raise ValueError(f"Expected a column {column!r} with text, got {sorted(row)}. Pass text_column=...")
+    if not isinstance(row, Mapping) or column not in row:
+        got = sorted(row) if isinstance(row, Mapping) else f"{row!r:.80}"
+        raise ValueError(f"Expected a column {column!r} with text, got {got}. Pass text_column=...")
     if not isinstance(row[column], str):
         raise TypeError(
             f"Expected text in column {column!r}, got {row[column]!r}. Leave such rows out: "

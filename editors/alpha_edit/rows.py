@@ -39,11 +39,6 @@ class EditRow:
         """Where the model is edited."""
         return (self.subject, *self.later)
 
-    def in_chunks(self, count: int) -> "EditRow":
-        """The row with its target in so many chunks of like length."""
-        length = len(self.ids) - self.start
-        return replace(self, later=tuple(self.start + length * k // count - 1 for k in range(1, count)))
-
 
 def encode_request(
     tokenizer: PreTrainedTokenizerBase,
@@ -64,11 +59,13 @@ def encode_request(
     if subject is None:
         prompt, subject = "{}", prompt
     place, (lead, tail) = prompt.index("{}"), context.split("{}")
-    before = lead + prompt[:place]
-    text = before + subject + prompt[place + 2 :] + tail
-    end = len(before) + len(subject.rstrip())
+    turn = prompt[:place] + subject + prompt[place + 2 :]
+    shown = _as_shown(tokenizer, turn) if rendered else turn
+    text = lead + shown + tail
+    begin = len(lead) + place - turn.index(shown)
+    end = begin + len(subject.rstrip())
     ids, spans = _ids_and_spans(tokenizer, text, not rendered)
-    at = max((i for i, (first, last) in enumerate(spans) if first < end and last > len(before)), default=-1)
+    at = max((i for i, (first, last) in enumerate(spans) if first < end and last > begin), default=-1)
     if at < 0:
         raise ValueError(f"Expected a subject with a token of its own, got {subject!r} in {text!r}.")
     start = len(ids)
@@ -93,7 +90,7 @@ def encode_answer(
         ValueError: when the tokenizer gives no offsets, or prompt or answer have no token of their own.
     """
     spaced = not (rendered or text[-1:].isspace() or answer[:1].isspace() or _ends_without_space(text))
-    answer = " " * spaced + answer
+    answer = _as_shown(tokenizer, answer) if rendered else " " * spaced + answer
     alone, _ = _ids_and_spans(tokenizer, text, not rendered)
     ids, spans = _ids_and_spans(tokenizer, text + answer, not rendered)
     # A tokenizer of bytes gives each byte of a character the whole character's span.
@@ -117,8 +114,19 @@ def split_answer(
         row = encode_request(tokenizer, prompt.prompt, prompt.subject, answer, context, rendered)
         ids, start = row.ids, row.start
     else:
-        ids, start = encode_answer(tokenizer, context.replace("{}", prompt), answer, rendered=rendered)
+        shown = _as_shown(tokenizer, prompt) if rendered else prompt
+        ids, start = encode_answer(tokenizer, context.replace("{}", shown), answer, rendered=rendered)
     return tuple(ids[:start]), tuple(ids[start:])
+
+
+def _as_shown(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A turn's text as the chat template shows it: many leave out the white space around it."""
+    probe = "\n\tturn\t\n"
+    try:
+        keeps = probe in render_prompt(tokenizer, probe)
+    except ValueError:  # a template of chats with a system prompt, say
+        keeps = True
+    return text if keeps else text.strip()
 
 
 def _ids_and_spans(
@@ -152,8 +160,12 @@ def encode_in_contexts(
         encode_request(tokenizer, request.prompt, request.subject, request.target_new, context, config.chat_template)
         for context in config.context_templates or ["{}"]
     ]
-    count = -(-(len(rows[0].ids) - rows[0].start) // config.chunk_length)
-    return [row.in_chunks(count) for row in rows]
+    length = len(rows[0].ids) - rows[0].start
+    count = -(-length // config.chunk_length)  # chunks, of like length
+    chunks = [(len(row.ids) - row.start, row) for row in rows]
+    return [
+        replace(row, later=tuple(row.start + own * k // count - 1 for k in range(1, count))) for own, row in chunks
+    ]
 
 
 def chat_context(tokenizer: PreTrainedTokenizerBase, context: str = "{}") -> str:

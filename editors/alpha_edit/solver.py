@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_iclr.models import pad_rows
 from hf_iclr.saving import contiguous_clone
+from hf_iclr.untrusted import inside, read_safetensors
 
 from .batches import EditBatch
 from .closed_form import EditedKeys, keep_relative_changes, low_rank_factors, project_out
 from .config import AlphaEditConfig
-from .projections import DownProjection, EditedWeight, capture, decoder_layers, run_until
+from .projections import (
+    DownProjection,
+    EditedWeight,
+    capture,
+    choose_layers,
+    decoder_layers,
+    find_down_projections,
+    run_until,
+)
 from .requests import EditRequest
 from .rows import EditRow, encode_in_contexts
 from .statistics import KeyStatistics
@@ -23,27 +33,55 @@ from .targets import replaced_layers
 
 logger = logging.getLogger(__name__)
 
+NULL_SPACE = "null_space.safetensors"
 _ROWS_READ = 64  # in one forward
 
 
 @dataclass
-class EditSolver:
-    """
-    Solves batches of edits and keeps the weights. `config` has its context templates by the time of the first batch;
-    `preserved` has for each layer the directions that must not change, of shape `(d, m)`, and none when nothing is
-    projected; `statistics` are for the solvers `"memit"` and `"memit_seq"`.
-    """
+class EditSetup:
+    """A model and what its edits are made with, which an editor shares with its solver and its journal."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    config: AlphaEditConfig
-    projections: list[DownProjection]
-    preserved: dict[int, torch.Tensor]
-    statistics: KeyStatistics | None
+    config: AlphaEditConfig  # which has context templates by the time of the first batch
+    projections: list[DownProjection]  # of the edited layers
+    preserved: dict[int, torch.Tensor]  # their directions that must not change, (d, m); none without projection
+    statistics: KeyStatistics | None  # for the solvers "memit" and "memit_seq"
 
-    def __post_init__(self) -> None:
-        self._weights = {p.index: EditedWeight(p) for p in self.projections}
-        self._edited: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
+    @classmethod
+    def prepare(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AlphaEditConfig,
+        statistics: KeyStatistics | None,
+        folder: Path | None,
+    ) -> "EditSetup":
+        """With the layers of a configuration, and the null space of statistics or of a journal's folder."""
+        projections = find_down_projections(model)
+        chosen = choose_layers(projections, config.layers)
+        if len(chosen) > 1 and not projections[0].adds_to_residual:
+            raise ValueError(
+                f"Expected one layer to edit in {type(model).__name__}, whose layers normalise the projection's "
+                f"output so that a residual cannot be spread over several, got {config.layers}. Pass layers='auto' or "
+                "one number."
+            )
+        if statistics is not None:
+            statistics.check_model(model)
+        if folder is not None:
+            preserved = _load_null_space(folder, chosen) if config.project else {}
+        else:
+            preserved = _null_spaces(config, chosen, statistics)
+        return cls(model, tokenizer, config, chosen, preserved, statistics)
+
+
+class EditSolver:
+    """Solves batches of edits and keeps the weights."""
+
+    def __init__(self, setup: EditSetup) -> None:
+        self.setup = setup
+        self._weights = {p.index: EditedWeight(p) for p in setup.projections}
+        self._solved: dict[int, tuple[list[EditBatch], EditedKeys]] = {}
 
     def write(self, batches: Sequence[EditBatch]) -> None:
         """Make the weights the original ones plus these batches, in their order."""
@@ -54,9 +92,10 @@ class EditSolver:
 
     def check_statistics(self) -> None:
         """Raises `ValueError` when a next batch could not be solved, as the edits were loaded without statistics."""
-        if self.config.solver.startswith("memit") and self.statistics is None:
+        solver = self.setup.config.solver
+        if solver.startswith("memit") and self.setup.statistics is None:
             raise ValueError(
-                f"Expected statistics to go on editing with the solver {self.config.solver!r}, got none. Pass them: "
+                f"Expected statistics to go on editing with the solver {solver!r}, got none. Pass them: "
                 "`AlphaEditor.from_pretrained(..., statistics=KeyStatistics.from_pretrained(...))`."
             )
 
@@ -72,16 +111,19 @@ class EditSolver:
         Raises:
             ValueError: when the equations cannot be solved or the update is not finite.
         """
-        batch = EditBatch(name, requests, states)
-        rows = [self._rows_to_edit(request) for request in requests]
+        batch, tokenizer, config = EditBatch(name, requests, states), self.setup.tokenizer, self.setup.config
+        rows = [  # of each request, up to the last token that is edited
+            [replace(row, ids=row.ids[: row.places[-1] + 1]) for row in encode_in_contexts(tokenizer, request, config)]
+            for request in requests
+        ]
         places = [len(request[0].places) for request in rows]
         wanted = torch.cat([own.view(-1, own.shape[-1])[:n] for own, n in zip(states, places, strict=True)])
-        plain = _Rows(self.model, [row[0] for row in rows])
-        contexts = _Rows(self.model, [row for request in rows for row in request[1:]])
-        for number, projection in enumerate(self.projections):
+        plain = _Rows(self.setup.model, [row[0] for row in rows])
+        contexts = _Rows(self.setup.model, [row for request in rows for row in request[1:]])
+        for number, projection in enumerate(self.setup.projections):
             layer, weight = projection.index, self._weights[projection.index]
             keys, reached = self._read(plain, contexts, projection)
-            residuals = ((wanted.to(reached) - reached) / (len(self.projections) - number)).double().T
+            residuals = ((wanted.to(reached) - reached) / (len(self.setup.projections) - number)).double().T
             keys = keys.double().T.cpu()
             factor = self._factor(layer, keys, before, batch)
             residuals = residuals.cpu()
@@ -89,16 +131,16 @@ class EditSolver:
                 raise ValueError(
                     f"Expected a finite update of layer {layer}, got NaN or infinity; the batch is not made."
                 )
-            if self.config.post_processing is not None:
+            if self.setup.config.post_processing is not None:
                 residuals, factor = self._post_process(layer, residuals @ factor, before)
             batch.keys[layer] = contiguous_clone(keys.float())
             batch.residuals[layer] = contiguous_clone(residuals.float())
             batch.factors[layer] = contiguous_clone(factor.float())
             weight.set([other.updates[layer] for other in [*before, batch]])
-            outside = project_out(keys, self.preserved[layer]) if layer in self.preserved else keys
+            outside = project_out(keys, self.setup.preserved[layer]) if layer in self.setup.preserved else keys
             batch.layers.append(
                 {"batch": batch.name, "layer": layer, "width": keys.shape[0],
-                 "preserved": self.preserved[layer].shape[1] if layer in self.preserved else 0,
+                 "preserved": self.setup.preserved[layer].shape[1] if layer in self.setup.preserved else 0,
                  "editable": (outside.norm(dim=0) / keys.norm(dim=0)).mean().item(),
                  "residual": batch.residuals[layer].norm(dim=0).mean().item(),
                  "change": self._relative_change(layer, residuals, factor)}
@@ -125,43 +167,35 @@ class EditSolver:
         return redone
 
     def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
-        batches, edited = self._edited_keys(layer, keys, [] if self.config.solver == "memit" else before)
-        factor = edited.add(keys)
-        batches.append(batch)
-        if self.config.project and self.config.solver != "alphaedit":
-            factor = project_out(factor.T, self.preserved[layer]).T
-        return factor
-
-    def _edited_keys(
-        self, layer: int, keys: torch.Tensor, before: list[EditBatch]
-    ) -> tuple[list[EditBatch], EditedKeys]:
-        """Those of the batches before, and these batches: what the last solve has in common with them stays."""
-        if layer not in self._edited:
-            if self.config.solver.startswith("memit"):
-                assert self.statistics is not None
-                moment = self.config.moment_weight * self.statistics.second_moment(layer)
-                cholesky, info = torch.linalg.cholesky_ex(moment)
-                if info.any():
-                    raise ValueError(
-                        "Expected a second moment of full rank for the solvers memit and memit_seq, got a singular "
-                        f"one of {len(moment)} x {len(moment)}. Collect statistics from more tokens: "
-                        "`KeyStatistics.from_dataset(..., max_tokens=...)`."
-                    )
-                edited = EditedKeys(keys[:, :0], 1.0, cholesky)
-            else:
-                inside = self.preserved[layer] if self.config.solver == "alphaedit" else keys[:, :0]
-                edited = EditedKeys(inside, self.config.l2)
-            self._edited[layer] = [], edited
-        batches, edited = self._edited[layer]
-        common = 0
+        """The update's factor. Keys of the batches that the last solve has in common with this one stay."""
+        config, preserved = self.setup.config, self.setup.preserved.get(layer)
+        batches, edited = self._solved.get(layer) or self._solved.setdefault(layer, ([], self._no_keys(layer, keys)))
+        before, common = [] if config.solver == "memit" else before, 0
         while common < min(len(batches), len(before)) and batches[common] is before[common]:
             common += 1
         edited.keep_first(sum(batch.keys[layer].shape[1] for batch in batches[:common]))
         del batches[common:]
-        for batch in before[common:]:
-            edited.add(batch.keys[layer].double())
-            batches.append(batch)
-        return batches, edited
+        for other in before[common:]:
+            edited.add(other.keys[layer].double())
+            batches.append(other)
+        factor = edited.add(keys)
+        batches.append(batch)
+        return factor if preserved is None or config.solver == "alphaedit" else project_out(factor.T, preserved).T
+
+    def _no_keys(self, layer: int, keys: torch.Tensor) -> EditedKeys:
+        config, statistics = self.setup.config, self.setup.statistics
+        if not config.solver.startswith("memit"):
+            return EditedKeys(self.setup.preserved[layer] if config.solver == "alphaedit" else keys[:, :0], config.l2)
+        assert statistics is not None
+        moment = config.moment_weight * statistics.second_moment(layer)
+        cholesky, info = torch.linalg.cholesky_ex(moment)
+        if info.any():
+            raise ValueError(
+                "Expected a second moment of full rank for the solvers memit and memit_seq, got a singular one of "
+                f"{len(moment)} x {len(moment)}. Collect statistics from more tokens: "
+                "`KeyStatistics.from_dataset(..., max_tokens=...)`."
+            )
+        return EditedKeys(keys[:, :0], 1.0, cholesky)
 
     def _post_process(
         self, layer: int, delta: torch.Tensor, before: list[EditBatch]
@@ -181,11 +215,6 @@ class EditSolver:
         squared = ((residuals.T @ residuals) * (factor @ factor.T)).sum().clamp_min(0)
         return float(squared.sqrt() / original.double().norm().cpu())
 
-    def _rows_to_edit(self, request: EditRequest) -> list[EditRow]:
-        """A request in its contexts, each up to the last token that is edited."""
-        rows = encode_in_contexts(self.tokenizer, request, self.config)
-        return [replace(row, ids=row.ids[: row.places[-1] + 1]) for row in rows]
-
     def _read(
         self, plain: "_Rows", contexts: "_Rows", projection: DownProjection
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +222,7 @@ class EditSolver:
         Keys of one layer, (n, d), at each edited token of each request: half of each is the plain prompt's, half the
         mean over contexts; and the last edited layer's present output on the plain prompts, (n, hidden_size).
         """
-        last, key = self.projections[-1], {"key": (projection.module, "input")}
+        last, key = self.setup.projections[-1], {"key": (projection.module, "input")}
         found = plain.read(projection, last.layer, key | {"out": (last.target, "output")})
         keys, reached = (torch.cat(found[name]) for name in ("key", "out"))
         each = len(contexts.rows) // len(plain.rows)
@@ -234,7 +263,7 @@ class _Rows:
         return found
 
 
-def null_spaces(
+def _null_spaces(
     config: AlphaEditConfig, projections: Sequence[DownProjection], statistics: KeyStatistics | None
 ) -> dict[int, torch.Tensor]:
     """
@@ -269,3 +298,24 @@ def null_spaces(
             "many tokens as directions is a fair number.", statistics.tokens, width,
         )  # fmt: skip
     return preserved
+
+
+def _load_null_space(folder: Path, projections: Sequence[DownProjection]) -> dict[int, torch.Tensor]:
+    """What a journal wrote of them; raises `ValueError` when they are none of these layers'."""
+    path = inside(folder, NULL_SPACE)
+    basis = {name: contiguous_clone(value) for name, value in read_safetensors(path)[0].items()}
+    expected = {str(p.index): p.in_features for p in projections}
+    found = {name: len(value) for name, value in basis.items() if _orthonormal(value)}
+    if found != expected or len(basis) != len(expected):
+        raise ValueError(
+            f"Expected orthonormal float64 directions of sizes {expected} by layer in {path}, got {found}. Get the "
+            "edits again from where they came."
+        )
+    return {int(name): value for name, value in basis.items()}
+
+
+def _orthonormal(columns: torch.Tensor) -> bool:
+    if columns.ndim != 2 or columns.dtype != torch.float64:
+        return False
+    one = torch.eye(columns.shape[1], dtype=columns.dtype)
+    return torch.allclose(columns.T @ columns, one, atol=1e-6)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hf_iclr.saving import cached_revision, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, parse_json, read_safetensors, whole_number
 
 from ..records.statistics_card import statistics_card
-from .closed_form import check_null_space_rule, count_preserved, main_eigenvectors, sum_of_squares
+from .closed_form import count_preserved, main_eigenvectors, null_space_rule, sum_of_squares
 from .projections import DownProjection, capture, check_weights, choose_layers, find_down_projections, run_until
 from .requests import text_of
 
@@ -57,7 +57,7 @@ class KeyStatistics(HubMixin):
         weights_hash (`str`):
             [`~hf_iclr.models.hash_weights`] of the model: statistics of another model are refused.
         datasets (`list[str]`):
-            Fingerprints of the texts read, and how they were read.
+            Fingerprints of the texts read, and of how they were read.
         traces (`dict[int, float]`):
             Of compressed statistics the trace of each layer's sum, see [`~KeyStatistics.compress`].
     """
@@ -83,7 +83,6 @@ class KeyStatistics(HubMixin):
         max_tokens: int = 200_000,
         max_length: int = 512,
         batch_size: int = 8,
-        skip_first_token: bool = False,
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> "KeyStatistics":
@@ -110,8 +109,6 @@ class KeyStatistics(HubMixin):
                 Tokens of a row at most.
             batch_size (`int`, *optional*, defaults to 8):
                 Rows in one forward.
-            skip_first_token (`bool`, *optional*, defaults to `False`):
-                Leave out each row's first token, whose keys are huge in many models and say nothing about the text.
             checkpoint (`str` or `Path`, *optional*):
                 Folder in which the sums so far are kept; an interrupted run goes on from there.
             progress (`bool`, *optional*, defaults to `True`):
@@ -125,12 +122,27 @@ class KeyStatistics(HubMixin):
                 or the checkpoint is of another model, text or settings.
             TypeError: when a row's text is none.
         """
+        whole_number(batch_size, "batch_size", 1)
+        whole_number(1 if max_length is None else max_length, "max_length", 1)
+        has_rows = isinstance(dataset, Iterable) or hasattr(dataset, "__getitem__")
+        if isinstance(dataset, str | Mapping) or not has_rows or not callable(tokenizer):
+            raise TypeError(
+                f"Expected a tokenizer and rows with text, got {type(tokenizer).__name__} and "
+                f"{type(dataset).__name__}. Of a `DatasetDict` choose a split: `dataset['train']`."
+            )
         projections = choose_layers(find_down_projections(model), layers)
         state = PartialState(cpu=model.device.type == "cpu")
         share = -(-max_tokens // state.num_processes)
         folder = None if checkpoint is None else Path(checkpoint) / f"rank_{state.process_index}"
-        settings = " ".join(map(str, (text_column, max_tokens, max_length, skip_first_token)))
-        read = hashlib.sha256()  # of every text in its turn: two data sets may have one name
+        # Of how it is read and of the tokens of every text in its turn: two data sets may have one name.
+        read = hashlib.sha256(f"{text_column} {max_tokens} {max_length}".encode())
+
+        def tokens_of(rows: list[dict[str, Any]]) -> list[list[int]]:
+            texts = [text_of(row, text_column) for row in rows]
+            ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            read.update("".join(f"{row}\n" for row in ids).encode())
+            return ids
+
         made = cls(
             sums={
                 p.index: torch.zeros(p.in_features, p.in_features, dtype=torch.float64, device=model.device)
@@ -142,15 +154,14 @@ class KeyStatistics(HubMixin):
             model_name=model.config.name_or_path,
             model_revision=cached_revision(model.config.name_or_path),
             weights_hash=hash_weights(model),
-            datasets=[],
         )
         own = itertools.islice(dataset, state.process_index, None, state.num_processes)
         if folder is not None and (folder / FILE_NAME).exists():
             kept = cls.from_pretrained(folder)
             kept.check_model(model)
             for row in itertools.islice(own, kept.rows):
-                read.update(text_of(row, text_column).encode() + b"\0")
-            if (kept.datasets, kept.layers, kept.traces) != ([_fingerprint(read, settings)], made.layers, {}):
+                tokens_of([row])
+            if (kept.datasets, kept.layers, kept.traces) != ([read.hexdigest()[:16]], made.layers, {}):
                 raise ValueError(
                     f"Expected {folder} to hold part of these statistics, got those of layers {kept.layers} and other "
                     "text or settings. Pass another checkpoint folder or remove this one."
@@ -161,12 +172,9 @@ class KeyStatistics(HubMixin):
         bar = tqdm(total=share, initial=made.tokens, unit="token", desc="keys", disable=not progress)
         with evaluation_mode(model), bar:
             for number, rows in enumerate(iter(lambda: list(itertools.islice(own, batch_size)), []), start=1):
-                texts = [text_of(row, text_column) for row in rows]
-                read.update(b"".join(text.encode() + b"\0" for text in texts))
-                made.datasets = [_fingerprint(read, settings)]
-                ids = tokenizer(texts, truncation=True, max_length=max_length)
-                batch, before = pad_rows(ids["input_ids"], device=model.device), made.tokens
-                made._add(model, projections, batch, share, skip_first_token)
+                batch, before = pad_rows(tokens_of(rows), device=model.device), made.tokens
+                made.datasets = [read.hexdigest()[:16]]
+                made._add(model, projections, batch, share)
                 bar.update(made.tokens - before)
                 if made.tokens >= share:
                     break
@@ -177,7 +185,7 @@ class KeyStatistics(HubMixin):
             made.tokens, made.rows, whole = reduce(
                 torch.tensor([made.tokens, made.rows, part], device=state.device), "sum"
             ).tolist()
-            made.datasets = [f"{whole:x} {settings}"]
+            made.datasets = [f"{whole:x}"]
             made.sums = {
                 layer: reduce(value.to(state.device), "sum").to(value.device) for layer, value in made.sums.items()
             }
@@ -186,9 +194,7 @@ class KeyStatistics(HubMixin):
         made.sums = {layer: value.cpu() for layer, value in made.sums.items()}
         return made
 
-    def _add(
-        self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int, skip_first: bool
-    ) -> None:
+    def _add(self, model: PreTrainedModel, projections: list[DownProjection], batch: dict, share: int) -> None:
         mask = batch["attention_mask"]
         self.rows += len(mask)
         if not mask.numel():  # nothing but empty texts
@@ -196,9 +202,6 @@ class KeyStatistics(HubMixin):
         with capture({p.index: (p.module, "input") for p in projections}) as keys:
             run_until(model, projections[-1].layer, **batch)
         counted = mask.bool()
-        if skip_first:
-            first = counted.long().argmax(1, keepdim=True)
-            counted = counted.scatter(1, first, False)
         counted &= (counted.flatten().long().cumsum(0) <= share - self.tokens).view_as(counted)
         for p in projections:
             rows = keys[p.index].reshape(*mask.shape, -1)[counted.to(keys[p.index].device)].float()
@@ -214,17 +217,8 @@ class KeyStatistics(HubMixin):
 
     def second_moment(self, layer: int) -> torch.Tensor:
         """
-        Mean of k k^T.
-
-        Args:
-            layer (`int`):
-                Number of the layer.
-
-        Returns:
-            `torch.Tensor` of shape `(d, d)`, float64.
-
-        Raises:
-            ValueError: when the layer is not among the statistics, or they are compressed or not finite.
+        Mean of k k^T of a layer, float64, of shape `(d, d)`. Raises `ValueError` when the layer is not among the
+        statistics, or they are compressed or not finite.
         """
         if layer not in self.sums:
             raise ValueError(
@@ -259,7 +253,7 @@ class KeyStatistics(HubMixin):
         Raises:
             ValueError: unless exactly one of `threshold`, `energy` and `rank` is given, and within its range.
         """
-        check_null_space_rule(threshold, energy, rank)
+        null_space_rule(threshold, energy, rank)
         values, vectors = self._eigen(layer)
         total = self.traces.get(layer, 0.0) / self.tokens or None
         count = count_preserved(values, threshold, energy, rank, total)
@@ -300,16 +294,7 @@ class KeyStatistics(HubMixin):
         return replace(self, sums=factors, traces=traces)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """
-        Make sure that the statistics are those of a model.
-
-        Args:
-            model (`~transformers.PreTrainedModel` or `~peft.PeftModel`):
-                The unedited model, maybe with adapters on it.
-
-        Raises:
-            ValueError: when its weights are others, or not all here.
-        """
+        """Raises `ValueError` unless these are statistics of a model, maybe with adapters on it, that is all here."""
         check_weights(model)
         if hash_weights(model) != self.weights_hash:
             raise ValueError(
@@ -319,6 +304,8 @@ class KeyStatistics(HubMixin):
             )
 
     def __add__(self, other: "KeyStatistics") -> "KeyStatistics":
+        if not isinstance(other, KeyStatistics):
+            return NotImplemented
         if (self.weights_hash, self.module_names) != (other.weights_hash, other.module_names):
             raise ValueError(
                 f"Expected statistics of the same model and layers, got {self.model_name!r} {self.layers} and "
@@ -394,7 +381,3 @@ class KeyStatistics(HubMixin):
 
     def _card(self, repo_id: str) -> ModelCard:
         return statistics_card(self, repo_id)
-
-
-def _fingerprint(read: Any, settings: str) -> str:
-    return f"{read.hexdigest()[:16]} {settings}"

@@ -60,7 +60,10 @@ def find_target_states(
     The model is in evaluation mode, `projections` are those that are edited, and the result is in the order of the
     requests.
     """
-    rows = [_rows_of(tokenizer, request, config) for request in requests]
+    rows = [encode_in_contexts(tokenizer, request, config) for request in requests]
+    for request, own in zip(requests, rows, strict=True):
+        if config.kl_factor:  # without a subject there is no such row: the prompt stands for it and counts nothing
+            own.append(encode_request(tokenizer, "{} is a", request.subject or request.prompt))
     parts: dict[int, tuple[torch.Tensor, ...]] = {}
     with (
         _linear_in_bfloat16(model, projections[-1], config),
@@ -73,14 +76,6 @@ def find_target_states(
     states, *others = zip(*(parts[i] for i in range(len(requests))), strict=True)
     padded = pad_sequence(list(states), batch_first=True)
     return TargetStates(padded[:, 0] if padded.shape[1] == 1 else padded, *(torch.stack(other) for other in others))
-
-
-def _rows_of(tokenizer: PreTrainedTokenizerBase, request: EditRequest, config: AlphaEditConfig) -> list[EditRow]:
-    rows = encode_in_contexts(tokenizer, request, config)
-    if config.kl_factor:
-        # Without a subject there is no such row: the prompt stands for it and counts nothing.
-        rows.append(encode_request(tokenizer, "{} is a", request.subject or request.prompt))
-    return rows
 
 
 def _of_like_width(rows: list[list[EditRow]], most: int, device: torch.device) -> Iterator[list[int]]:

@@ -1,7 +1,8 @@
 """Erases or replaces concepts of a text-to-image pipeline and leaves the others alone."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,24 @@ from huggingface_hub import HfApi, ModelCard
 
 from hf_iclr.hub import HubMixin, pretrained_folder
 from hf_iclr.models import hash_weights
-from hf_iclr.saving import contiguous_clone
+from hf_iclr.saving import contiguous_clone, write_safetensors
 from hf_iclr.untrusted import as_written_by, inside, read_safetensors, whole_number
 
-from ..alpha_edit.closed_form import EditedKeys, check_null_space_rule, project_out
+from ..alpha_edit.closed_form import EditedKeys, null_space_rule, project_out
 from ..alpha_edit.projections import DownProjection, EditedWeight
 from ..records.concept_card import concept_card
-from ..records.ledger import JOURNAL_NAME, batches_of, committed_events
-from .batches import WEIGHTS_NAME, ConceptBatch, check_repository, write_edits
+from ..records.ledger import (
+    JOURNAL_NAME,
+    MARK,
+    adding_to,
+    batches_of,
+    check_goes_on,
+    committed_events,
+    digests,
+    read_events,
+    write_ledger,
+)
+from .batches import ConceptBatch
 from .pipelines import (
     ROUNDING,
     denoiser_name,
@@ -33,6 +44,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+_RULE = ("nullspace_threshold", "nullspace_energy", "nullspace_rank")
 
 
 class ConceptEditor(HubMixin):
@@ -95,25 +108,22 @@ class ConceptEditor(HubMixin):
         l2: float = 0.5,
         encode_options: Mapping[str, Any] | None = None,
     ):
-        if isinstance(retain, str):
-            raise TypeError(f"Expected a list of prompts to retain, got one string. Type `retain=[{retain!r}]`.")
-        if not l2 > 0:
-            raise ValueError(f"Expected l2 above 0, got {l2}.")
-        if nullspace_threshold is nullspace_energy is nullspace_rank is None:
-            nullspace_threshold = 1e-1
-        check_null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank)
+        prompts: list[Any] = [*retain] if isinstance(retain, Iterable) and not isinstance(retain, str) else [None]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"Expected a list of prompts to retain, got {retain!r:.80}. Type `retain=['a dog']`.")
+        if not isinstance(l2, int | float) or not l2 > 0:
+            raise ValueError(f"Expected l2 above 0, got {l2!r}.")
+        rule = null_space_rule(nullspace_threshold, nullspace_energy, nullspace_rank, default=1e-1)
         self.component = denoiser_name(pipeline)
         self.denoiser = getattr(pipeline, self.component)
         self.pipeline = pipeline
         self.settings: dict[str, Any] = {
             "modules": modules,
-            "nullspace_threshold": nullspace_threshold,
-            "nullspace_energy": nullspace_energy,
-            "nullspace_rank": nullspace_rank,
+            **dict(zip(_RULE, rule, strict=True)),
             "l2": l2,
-            "encode_options": dict(encode_options or {}),
+            "encode_options": dict(encode_options) if isinstance(encode_options, Mapping) else encode_options or {},
         }
-        self.retain = list(dict.fromkeys(retain))
+        self.retain = list(dict.fromkeys(prompts))
         self.layers = find_text_layers(self.denoiser, modules)
         self.base_hash = hash_weights(self.denoiser)
         self._weights = {
@@ -246,11 +256,19 @@ class ConceptEditor(HubMixin):
             ValueError: when the folder has edits that this editor has not made or loaded, or another LoRA.
         """
         state = {f"{self.component}.{name}": value for name, value in self.lora_state_dict().items()}
-        write_edits(Path(save_directory), self._events, state)
-        self.save_card(save_directory)
+        folder = Path(save_directory)
+        with adding_to(folder, self._events, WEIGHTS_NAME, WEIGHTS_NAME):
+            write_ledger(folder, self._events, WEIGHTS_NAME)
+            mark = {"format": "pt", MARK: digests(self._events)[-1]}  # after a kill in between the edits before count
+            write_safetensors(state, inside(folder, WEIGHTS_NAME), mark)
+        self.save_card(folder)
 
     def _parent_commit(self, api: HfApi, repo_id: str, revision: str | None) -> str | None:
-        return check_repository(api, repo_id, revision, self._events)
+        head = api.model_info(repo_id, revision=revision)
+        if JOURNAL_NAME in [file.rfilename for file in head.siblings or ()]:
+            path = Path(api.hf_hub_download(repo_id, JOURNAL_NAME, revision=head.sha))
+            check_goes_on(read_events(path.parent), self._events, repo_id)
+        return head.sha
 
     @classmethod
     def from_pretrained(
@@ -294,7 +312,11 @@ class ConceptEditor(HubMixin):
                     f"Expected the pipeline that was edited, {about['base_model']!r} with weights "
                     f"{about['base_hash']}, got weights {found}. Load that one, or pass `check_base_model=False`."
                 )
-            editor = cls(pipeline, about["retain"], **about["settings"])
+            settings = dict(about["settings"])
+            if settings.get("modules") is not None:  # the layers it found: an expression may take for ever
+                names = [name.partition(".")[2].rpartition(".lora_")[0] for name in tensors]
+                settings["modules"] = "|".join(map(re.escape, names))
+            editor = cls(pipeline, about["retain"], **settings)
             state = {name.removeprefix(f"{editor.component}."): value for name, value in tensors.items()}
             starts = dict.fromkeys(editor.layers, 0)
             for entry in batches_of(events):
@@ -310,15 +332,16 @@ class ConceptEditor(HubMixin):
         concepts = self._check(entry["concepts"])
         keys = self._encode([*concepts.values(), *concepts])
         batch = ConceptBatch(concepts, name=entry["name"])
-        for kind, rank in entry["ranks"].items():
-            batch.keys[kind] = keys[kind].flatten(0, 1).T
+        for kind in self.layers:
+            batch.keys[kind], rank = keys[kind].flatten(0, 1).T, entry["ranks"][kind]
             columns = slice(starts[kind], starts[kind] + whole_number(rank, "the rank of a batch"))
             starts[kind] += rank
             for name, layer in self.layers[kind].items():
                 factor, residual = state[f"{name}.lora_A.weight"][columns], state[f"{name}.lora_B.weight"][:, columns]
                 shapes = tuple(residual.shape), tuple(factor.shape)
-                if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])):
-                    raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}")
+                finite = bool(factor.isfinite().all() and residual.isfinite().all())
+                if shapes != ((len(layer.weight), rank), (rank, layer.weight.shape[1])) or not finite:
+                    raise TypeError(f"updates of shapes {shapes} for {name}, whose rank is {rank}, finite: {finite}")
                 batch.factors[kind], batch.residuals[name] = contiguous_clone(factor), contiguous_clone(residual)
         return batch
 
@@ -327,10 +350,11 @@ class ConceptEditor(HubMixin):
         return concept_card(self._events[0], self.concepts, repo_id, lora)
 
     def _encode(self, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        return encode_prompts(self.pipeline, prompts, self.settings["encode_options"] | options, self.layers)
+        own = self.settings["encode_options"]
+        return encode_prompts(self.pipeline, prompts, {**own, **options} if options else own, self.layers)
 
     def _preserved_directions(self) -> dict[str, torch.Tensor]:
-        rule = [self.settings[f"nullspace_{name}"] for name in ("threshold", "energy", "rank")]
+        rule = [self.settings[name] for name in _RULE]
         # The empty prompt as it is drawn and as guidance has it, which is another in Sana.
         empty = [self._encode([""], **options) for options in ({}, guidance_options(self.pipeline))]
         preserved = {}

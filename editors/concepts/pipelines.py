@@ -25,8 +25,6 @@ TEXT_LAYERS = {
     "PixArtTransformer2DModel": (r"caption_projection\.linear_1", r"$^"),
     "SanaTransformer2DModel": (r"caption_projection\.linear_1", r"$^"),
 }
-# What a call passes on to `encode_prompt`, whose own defaults are others in Sana and PixArt.
-CALL_OPTIONS = ("clean_caption", "clip_skip", "complex_human_instruction", "max_sequence_length")
 BATCH_SIZE = 16
 ROUNDING = 1e-6  # of float32 text encoders: singular values that are smaller, relative to the largest, are noise
 
@@ -119,7 +117,11 @@ def encode_prompts(
     """
     parameters = inspect.signature(pipeline.encode_prompt).parameters
     call = inspect.signature(pipeline.__call__).parameters
-    known = {name: call[name].default for name in CALL_OPTIONS if name in call}
+    if not isinstance(options, Mapping) or not {*options} <= {*parameters} - {"prompt"}:
+        raise ValueError(f"Expected encode_options among {sorted(parameters)} but the prompt, got {options!r:.80}.")
+    # Defaults of `encode_prompt` itself are others in Sana and PixArt.
+    known = {name: given.default for name, given in call.items() if given.default is not given.empty}
+    known.pop("prompt", None)
     known |= {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     known = {name: value for name, value in known.items() if name in parameters}
     for name, parameter in parameters.items():  # the second and third encoders' prompts
@@ -165,7 +167,7 @@ def preserved_directions(
 ) -> torch.Tensor:
     """
     Directions that an edit must not touch, orthonormal columns of shape `(d, m)`: the main ones of the retained states
-    of shape `(d, n)`, n may be 0, and all of the fixed ones of shape `(d, k)`. A rule, see [`check_null_space_rule`],
+    of shape `(d, n)`, n may be 0, and all of the fixed ones of shape `(d, k)`. A rule, see [`null_space_rule`],
     is of the eigenvalues of the mean of x x^T over retained states x.
     """
     main = retained[:, :0]

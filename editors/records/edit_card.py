@@ -28,8 +28,8 @@ def edit_card(
     licences = sorted({request.license for _, request in edits if request.license})
     measured = sum(row["p_after"] > 0.5 for row, _ in edits)
     lines = [
-        f"| `{row['id']}` | {table_cell(request.text)} | {table_cell(request.target_new)} | {row['p_before']:.3f} | "
-        f"{row['p_after']:.3f} | {table_cell(request.source or '')} |"
+        f"| `{table_cell(request.id)}` | {table_cell(request.text)} | {table_cell(request.target_new)} | "
+        f"{row['p_before']:.3f} | {row['p_after']:.3f} | {table_cell(request.source or '')} |"
         for row, request in edits[:_ROWS_SHOWN]
     ]
     if len(edits) > _ROWS_SHOWN:
@@ -56,11 +56,7 @@ Target's probability after the plain prompt is above one half for {measured} of 
 | --- | --- | --- | --- | --- | --- |
 """
         + "\n".join(lines),
-        _merged_usage(repo_id, base, prompt)
-        if merged
-        else _adapters_usage(repo_id, base, adapters)
-        if adapters
-        else _editor_usage(repo_id, prompt),
+        _adapters_usage(repo_id, base, adapters) if adapters else _usage(repo_id, base, prompt, merged),
         [base],
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
@@ -68,22 +64,18 @@ Target's probability after the plain prompt is above one half for {measured} of 
     )
 
 
-def _editor_usage(repo_id: str, prompt: str) -> str:
-    return f"""from transformers import pipeline
+def _usage(repo_id: str, base: str | None, prompt: str, merged: bool) -> str:
+    tokenizer = f', tokenizer="{base}"' if merged and base else ""
+    pipeline = f"""from transformers import pipeline
 
-print(pipeline("text-generation", model="{repo_id}")({prompt!r}))  # with the edits
+print(pipeline("text-generation", model="{repo_id}"{tokenizer})({prompt!r}))"""
+    editor = f"""  # with the edits
 
 from hf_iclr import AlphaEditor
 
 editor = AlphaEditor.from_pretrained("{repo_id}")  # of a local model: model=..., the one that was edited
 print(editor.edits)  # editor.undo() takes the last ones back"""
-
-
-def _merged_usage(repo_id: str, base: str | None, prompt: str) -> str:
-    tokenizer = f', tokenizer="{base}"' if base else ""
-    return f"""from transformers import pipeline
-
-print(pipeline("text-generation", model="{repo_id}"{tokenizer})({prompt!r}))"""
+    return pipeline if merged else pipeline + editor
 
 
 def _adapters_usage(repo_id: str, base: str | None, names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 
 from hf_iclr.saving import atomic_file
-from hf_iclr.untrusted import inside, parse_json, regular_file, whole_number
+from hf_iclr.untrusted import check_links, inside, parse_json, regular_file, whole_number
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,37 @@ def locked(folder: Path, timeout: float | None = None) -> Iterator[None]:
                     ) from None
                 logger.warning("Another editor is writing to %s: waiting for it.", folder)
         yield
+
+
+@contextmanager
+def adding_to(folder: str | Path, events: list[dict[str, Any]], weights: str, adapter: str) -> Iterator[bool]:
+    """
+    Alone with a folder whose ledger these events go on from; says whether it has some of them.
+
+    Raises:
+        ValueError: when it has other events, an adapter of something else, or a link that leads out of it.
+    """
+    folder = check_links(folder)
+    with locked(folder):
+        known = committed_events(folder, weights) if (folder / JOURNAL_NAME).exists() else []
+        check_goes_on(known, events, folder)
+        check_adapter(folder, adapter)
+        yield bool(known)
+
+
+def check_goes_on(there: list[dict[str, Any]], events: list[dict[str, Any]], where: str | Path) -> None:
+    """Raises `ValueError` when the events of a place are not the first of these."""
+    if digests(there)[-1] not in digests(events):
+        raise ValueError(
+            f"Expected a new place or the one these edits were saved to, got {where} with other edits. Load them by "
+            "`from_pretrained` and make yours there, or choose another place."
+        )
+
+
+def check_adapter(folder: Path, name: str) -> None:
+    """Raises `ValueError` when a folder has an adapter of something else, which edits would take the place of."""
+    if not (folder / JOURNAL_NAME).exists() and (folder / name).exists():
+        raise ValueError(f"Expected a new folder or one with edits, got {folder} with another adapter.")
 
 
 def write_ledger(folder: Path, events: list[dict[str, Any]], weights: str) -> None:

@@ -235,11 +235,14 @@ def test_two_processes_equal_one(trained, tmp_path):
         ({"nullspace_rank": 2, "nullspace_energy": 0.5}, "exactly one of"),
         ({"nullspace_rank": 2, "layers": [0, 7]}, r"layers among \[0, 1\].*got \[0, 7\]"),
         ({"nullspace_rank": 2, "layers": []}, r"layers among \[0, 1\]"),
+        ({"nullspace_rank": 2, "layers": 1}, r"layers among \[0, 1\].*got 1"),
     ],
 )
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         NullSpaceCallback(make_statistics(make_model()), **options)
+    with pytest.raises(TypeError, match="Expected KeyStatistics, got str: 'statistics'"):
+        NullSpaceCallback("statistics")
 
 
 def test_what_cannot_be_projected_is_refused_before_training(tmp_path):

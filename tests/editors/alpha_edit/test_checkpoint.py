@@ -40,7 +40,7 @@ def test_one_compressed_adapter_is_the_best_of_its_rank(word_tokenizer):
     edited = weights_of(editor)
     adapted = editor.to_peft(rank=2)
     assert list(adapted.peft_config) == ["default"]
-    for p in editor.projections:
+    for p in editor.setup.projections:
         layer = adapted.base_model.model.get_submodule(p.name)
         small = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         delta = edited[p.index] - before[p.index]
@@ -99,11 +99,11 @@ def test_another_base_is_refused_unless_asked(word_tokenizer, tmp_path):
         AlphaEditor.from_pretrained(tmp_path / "edits", model=other)
     loaded = AlphaEditor.from_pretrained(tmp_path / "edits", model=other, check_base_model=False)
     assert len(loaded.edits) == 1
-    with pytest.raises(ValueError, match="a new folder or the one these edits"):
+    with pytest.raises(ValueError, match="a new place or the one these edits"):
         make_editor(word_tokenizer).save_pretrained(tmp_path / "edits")
     with pytest.raises(ValueError, match="alpha_edit_config.json"):
         AlphaEditor.from_pretrained(tmp_path, model=other)
-    with pytest.raises(ValueError, match="a folder without edits"):
+    with pytest.raises(ValueError, match="with other edits.*from_pretrained"):
         statistics = tiny_statistics(tiny_model("llama"), word_tokenizer, layers=[1, 2])
         AlphaEditor(tiny_model("llama"), word_tokenizer, quick_config(), statistics, folder=tmp_path / "edits")
 

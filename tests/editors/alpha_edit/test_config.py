@@ -16,7 +16,7 @@ from hf_iclr.editors.alpha_edit.config import AlphaEditConfig
         ({"project": False}, "without it: solver='ridge'"),
         ({"context_templates": ["no place"]}, "end in {}"),
         ({"context_templates": ["x {}"]}, "the plain prompt"),
-        ({"post_processing": "magic"}, "None or 'rect'"),
+        ({"post_processing": "magic"}, "post_processing among None, rect"),
     ],
 )
 def test_settings_out_of_range_get_a_sentence(settings, sentence):

@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_iclr.editors.alpha_edit import AlphaEditor, EditRequest, KeyStatistics, score_edits
+from hf_iclr.editors.alpha_edit import (
+    AlphaEditor,
+    EditRequest,
+    KeyStatistics,
+    continue_texts,
+    perplexity,
+    score_edits,
+)
 from hf_iclr.editors.alpha_edit.projections import find_down_projections
 from tests.editors.tiny import CONTEXTS, ENDING, REQUESTS, quick_config, text_rows, tiny_model, tiny_statistics
 
@@ -33,7 +40,7 @@ def logits(model):
 
 
 def weights_of(editor):
-    return {p.index: p.module.weight.detach().clone() for p in editor.projections}
+    return {p.index: p.module.weight.detach().clone() for p in editor.setup.projections}
 
 
 def dense_reference(model, tokenizer, statistics, batches, layers, rank, l2):
@@ -92,7 +99,7 @@ def test_sequential_batches_equal_the_dense_official_system(model_type, word_tok
     made = [(batch.requests, batch.states) for batch in editor.batches]
     expected = dense_reference(before, word_tokenizer, statistics, made, [1, 2], 8, 0.1)
     for layer, weight in weights_of(editor).items():
-        original = before.get_submodule(editor.projections[0].name.replace(".1.", f".{layer}.")).weight
+        original = before.get_submodule(editor.setup.projections[0].name.replace(".1.", f".{layer}.")).weight
         change = expected[layer] - original
         assert change.norm() > 1e-3
         assert (weight - expected[layer]).norm() < 1e-5 * change.norm() + 1e-6 * original.norm()
@@ -105,7 +112,23 @@ def test_the_update_has_the_rank_of_the_batch_and_leaves_preserved_directions(wo
     for layer, weight in weights_of(editor).items():
         delta = (weight - before[layer]).double()
         assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 3
-        assert (delta @ editor.preserved[layer]).norm() < 1e-5 * delta.norm()
+        assert (delta @ editor.setup.preserved[layer]).norm() < 1e-5 * delta.norm()
+
+
+def test_without_the_projector_other_text_gets_less_likely(word_tokenizer):
+    """Text that the model says itself, and that the statistics have read: whatever is changed makes it less likely."""
+    model = tiny_model("llama")
+    texts = continue_texts(model, word_tokenizer, [f"w{i}" for i in range(1, 50)], max_new_tokens=20, top_k=50)
+    rows = [{"text": text} for text in texts]
+    statistics = KeyStatistics.from_dataset(model, word_tokenizer, rows, layers=[1, 2], progress=False)
+    before, worse = perplexity(model, word_tokenizer, texts, progress=False), {}
+    for solver in ("alphaedit", "ridge"):
+        config = quick_config(solver=solver, project=None, nullspace_rank=24, l2=1.0)
+        editor = AlphaEditor(model, word_tokenizer, config, statistics)
+        editor.edit(ENDING, progress=False)
+        worse[solver] = perplexity(model, word_tokenizer, texts, progress=False) / before - 1
+        editor.undo()
+    assert 0 < 2 * worse["alphaedit"] < worse["ridge"]
 
 
 def test_edits_take_and_the_report_says_how_well(word_tokenizer):
@@ -148,7 +171,7 @@ def test_bfloat16_weights_are_rounded_once_and_come_back_exactly(word_tokenizer)
     editor = make_editor(word_tokenizer, model=model)
     before = weights_of(editor)
     editor.edit(REQUESTS[:2], batch_size=1, progress=False)
-    for p in editor.projections:
+    for p in editor.setup.projections:
         exact = before[p.index].float()
         for batch in editor.batches:
             assert batch.factors[p.index].dtype == batch.residuals[p.index].dtype == torch.float32
@@ -205,7 +228,7 @@ def test_every_solver_edits_and_undoes(settings, word_tokenizer):
     before, weights = logits(editor.model), weights_of(editor)
     report = editor.edit(REQUESTS, batch_size=2, progress=False).to_pandas()
     assert report.p_after.mean() > report.p_before.mean()
-    for p in editor.projections:
+    for p in editor.setup.projections:
         delta = (p.module.weight - weights[p.index]).double()
         moved = (delta @ _basis(editor, p.index)).norm() / delta.norm()
         projected = settings.get("project", False)
@@ -243,15 +266,38 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight.to(x) * self.scale)
 
 
-def test_a_quantised_base_is_edited_beside_its_weights(word_tokenizer):
+class Float8Linear(Int8Linear):
+    """Its weight is a floating-point number, and no use without the scale."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.scale = nn.Parameter(linear.weight.abs().amax() / 448, requires_grad=False)
+        self.weight = nn.Parameter((linear.weight / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class PackedLinear(Int8Linear):
+    """As GPTQ and AWQ have it: buffers of other names, no weight at all."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.register_buffer("qweight", self.weight.data.t().contiguous())
+        del self.weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.t().to(x) * self.scale)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear, PackedLinear])
+def test_a_quantised_base_is_edited_beside_its_weights(kind, word_tokenizer):
     model = tiny_model("llama")
     for layer in model.model.layers:
-        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+        layer.mlp.down_proj = kind(layer.mlp.down_proj)
     editor = make_editor(word_tokenizer, model=model, **STRONG)
-    before, integers = logits(model), model.model.layers[2].mlp.down_proj.weight.clone()
+    before, stored = logits(model), copy.deepcopy(model.model.layers[2].mlp.down_proj.state_dict())
     report = editor.edit(ENDING, batch_size=2, progress=False).to_pandas()
     assert report.p_after.gt(3 * report.p_before).all()
-    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, integers)
+    for name, value in model.model.layers[2].mlp.down_proj.state_dict().items():
+        assert torch.equal(value.flatten().view(torch.uint8), stored[name].flatten().view(torch.uint8))
     editor.undo(2)
     assert torch.equal(logits(model), before)
 
@@ -278,7 +324,8 @@ def test_requests_that_cannot_be_made_stand_in_the_report(word_tokenizer):
         editor.edit(REQUESTS, batch_size=0)
 
 
-def test_a_target_state_that_is_not_finite_rejects_its_request_alone(word_tokenizer, monkeypatch):
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_target_state_that_is_zero_or_not_finite_rejects_its_request_alone(value, word_tokenizer, monkeypatch):
     from hf_iclr.editors.alpha_edit import editor as alpha_editor
 
     find = alpha_editor.find_target_states
@@ -286,7 +333,7 @@ def test_a_target_state_that_is_not_finite_rejects_its_request_alone(word_tokeni
     def broken(*args, **kwargs):
         found = find(*args, **kwargs)
         if len(found.states) == 4:
-            found.states[1] = float("nan")
+            found.states[1] = value
         return found
 
     monkeypatch.setattr(alpha_editor, "find_target_states", broken)

@@ -94,7 +94,8 @@ def killed_at(moment, editor, folder, sender):
         return call
 
     os.replace, os.fsync, saving.save_file = counted(os.replace), counted(os.fsync), counted(saving.save_file)
-    editor._journal.create(folder)
+    editor._journal.save(folder)
+    editor._journal.folder = folder
     for first, last in ((0, 1), (1, 2)):
         editor.edit(REQUESTS[first:last], progress=False)
         sender.send(ids(editor))
@@ -173,6 +174,23 @@ def keep_editing(editor, folder, requests, count):
             count.value += 1
 
 
+def test_a_kill_amid_the_tokenizers_files_leaves_no_edits_without_one(word_tokenizer, tmp_path, monkeypatch):
+    editor = make_editor(word_tokenizer, folder=tmp_path, num_steps=1)
+    editor.edit(REQUESTS[:1], progress=False)
+
+    def killed(folder, *args, **kwargs):
+        (folder / "tokenizer.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor.tokenizer, "save_pretrained", killed)
+    editor.save_pretrained(tmp_path)
+    assert ids(AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama"))) == ids(editor)
+    with pytest.raises(KeyboardInterrupt):
+        editor.save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="no editor was saved there"):
+        AlphaEditor.from_pretrained(tmp_path / "new", model=tiny_model("llama"))
+
+
 def test_two_processes_write_to_one_folder(word_tokenizer, tmp_path):
     fork = multiprocessing.get_context("fork")
     editor = make_editor(word_tokenizer, folder=tmp_path, num_steps=1)
@@ -228,8 +246,8 @@ def test_a_folder_has_one_kind_of_settings(word_tokenizer, tmp_path):
         narrow.edit(REQUESTS[:1], progress=False)
     wide.edit(REQUESTS[:1], progress=False)
     loaded = AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama"))
-    assert all(torch.equal(loaded.preserved[layer], wide.preserved[layer]) for layer in (1, 2))
-    assert {basis.shape[1] for basis in loaded.preserved.values()} == {8}
+    assert all(torch.equal(loaded.setup.preserved[layer], wide.setup.preserved[layer]) for layer in (1, 2))
+    assert {basis.shape[1] for basis in loaded.setup.preserved.values()} == {8}
 
 
 def test_another_adapter_is_not_overwritten(word_tokenizer, tmp_path):

@@ -70,6 +70,10 @@ def test_padding_whose_states_are_all_zero_says_nothing_about_a_projection(model
     with torch.no_grad():
         model.get_input_embeddings().weight[:20] = 0
     assert all(p.adds_to_residual == (model_type == "llama") for p in find_down_projections(model))
+    many = tiny_model(model_type, vocab_size=2100)
+    with torch.no_grad():
+        many.get_input_embeddings().weight[:2000] = 0
+    assert len(find_down_projections(many)) == 4
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     with pytest.raises(ValueError, match="embeddings that are not all zero"):
@@ -80,7 +84,7 @@ def test_of_a_hybrid_the_layers_with_a_dense_mlp_are_found():
     found = find_down_projections(tiny_model("qwen3_next"))
     assert [p.index for p in found] == [1, 2] and found[0].name == "model.layers.1.mlp.down_proj"
     assert [p.index for p in choose_layers(found, [2])] == [2]
-    with pytest.raises(ValueError, match=r"layers among 1, 2, those with a dense MLP, .* got \[0\]"):
+    with pytest.raises(ValueError, match=r"layers among \[1, 2\], those with a dense MLP, .* got \[0\]"):
         choose_layers(found, [0])
     assert [p.name[15:] for p in find_down_projections(tiny_model("lfm2"))] == ["feed_forward.w2"] * 4
     config = NemotronHConfig(

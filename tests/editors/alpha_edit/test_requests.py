@@ -159,6 +159,8 @@ def test_the_name_of_a_row_is_that_of_its_content():
     other = {**ZSRE, "answers": ["Ann Moss"]}
     ids = [edit_requests(rows)[0].id for rows in ([ZSRE], [other], [ZSRE, other])]
     assert ids[0] == ids[2] != ids[1]
+    numbered = [edit_requests([{**row, "id": 0}])[0].id for row in (EASY_EDIT, KNOW_EDIT)]
+    assert numbered[0] != numbered[1] and edit_requests([{**EASY_EDIT, "id": "Watts"}])[0].id == "Watts"
     nameless = {name: value for name, value in COUNTERFACT.items() if name != "case_id"}
     again = {**nameless, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "subject": "Port Askaig"}}
     assert edit_requests([nameless])[0].id != edit_requests([again])[0].id
@@ -192,6 +194,19 @@ def test_a_chat_is_one_rendered_turn_with_the_answer_behind_it(byte_tokenizer):
     tokenizer.chat_template = "{{ messages[0].content * 2 }}"
     with pytest.raises(ValueError, match="shows a turn's text once"):
         chat_context(tokenizer)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_white_space_around_a_turn_is_what_the_chat_template_makes_of_it(trim, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content" + trim + " }} {% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    config = AlphaEditConfig(chat_template=True, context_templates=[chat_context(tokenizer)])
+    for request in (EditRequest(" {} is in\n", "Ann", "Oslo"), EditRequest("Where is she? ", None, "Oslo")):
+        (row,) = encode_in_contexts(tokenizer, request, config)
+        messages = [{"role": "user", "content": request.text}, {"role": "assistant", "content": request.target_new}]
+        assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+        assert tokenizer.decode(row.ids[: row.subject + 1]).endswith(request.subject or "she?")
 
 
 def test_a_long_target_is_cut_into_parts_of_like_length(word_tokenizer):
@@ -230,7 +245,7 @@ def test_limit_takes_the_first_rows_in_order():
         ([], ValueError, "at least one row"),
         ([COUNTERFACT, {"question": "why?"}], ValueError, "row 1 .*got \\['question'\\]"),
         ([{**ZSRE, "src": "Who wrote it?"}], ValueError, "row 0 to name its subject 'Blue Lamp'"),
-        ([{**ZSRE, "answers": []}], ValueError, "row 0 to have an answer"),
+        ([{**ZSRE, "answers": []}], TypeError, "an answer of row 0 to be text"),
     ],
 )
 def test_other_rows_are_refused_in_a_sentence(rows, error, words):
@@ -286,12 +301,14 @@ def test_contexts_are_the_models_own_and_of_one_seed(word_tokenizer):
 def test_a_request_that_cannot_be_meant_gets_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         EditRequest(*arguments)
-    with pytest.raises(TypeError, match="subject to be text"):
+    with pytest.raises(TypeError, match="subject to be str or None"):
         EditRequest("{} is", 3, "x")
     with pytest.raises(TypeError, match=r"Type `paraphrases=\['Rome is'\]`"):
         EditRequest("{} is", "Rome", "x", paraphrases="Rome is")
     with pytest.raises(ValueError, match="target_new of an edit to say something, in Unicode"):
         EditRequest("{} is", "Rome", "x\ud800")
+    with pytest.raises(ValueError, match="source of an edit to say something, in Unicode"):
+        EditRequest("{} is", "Rome", "x", source="\udfff")
 
 
 def test_requests_survive_as_plain_values():

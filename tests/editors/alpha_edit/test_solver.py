@@ -13,18 +13,18 @@ from tests.editors.tiny import REQUESTS, quick_config, tiny_model, tiny_statisti
 def test_keys_of_every_layer_are_read_in_the_weights_edited_so_far(model_type, word_tokenizer):
     model, config = tiny_model(model_type), quick_config(num_steps=3, layers=[0, 2, 3])
     editor = AlphaEditor(model, word_tokenizer, config, tiny_statistics(model, word_tokenizer, layers=[0, 2, 3]))
-    original = [projection.module.weight.clone() for projection in editor.projections]
+    original = [projection.module.weight.clone() for projection in editor.setup.projections]
     editor.edit(REQUESTS, progress=False)
-    edited = [projection.module.weight.clone() for projection in editor.projections]
+    edited = [projection.module.weight.clone() for projection in editor.setup.projections]
 
     def key(row, projection):
         with torch.no_grad(), capture({"key": (projection.module, "input")}) as seen:
             model(torch.tensor([row.ids]), use_cache=False)
         return seen["key"].reshape(len(row.ids), -1)[row.subject]
 
-    for projection, weight in zip(editor.projections, original, strict=True):
+    for projection, weight in zip(editor.setup.projections, original, strict=True):
         projection.module.weight.data.copy_(weight)
-    for projection, weight in zip(editor.projections, edited, strict=True):
+    for projection, weight in zip(editor.setup.projections, edited, strict=True):
         for index, request in enumerate(REQUESTS):
             plain, *others = [key(row, projection) for row in encode_in_contexts(word_tokenizer, request, config)]
             expected = (plain + torch.stack(others).mean(0)) / 2

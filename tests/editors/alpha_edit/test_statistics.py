@@ -1,11 +1,13 @@
 """Second moments: what is summed, over what, and which directions are kept."""
 
+import copy
 import logging
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.models import WordLevel
 
 from hf_iclr.editors.alpha_edit.projections import choose_layers, find_down_projections
 from hf_iclr.editors.alpha_edit.statistics import KeyStatistics
@@ -36,15 +38,12 @@ def assert_close_as_a_whole(got, expected):
     assert (got - expected).norm() < 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("skip", [0, 1])
-def test_sums_are_those_of_every_row_alone(model, word_tokenizer, skip):
+def test_sums_are_those_of_every_row_alone(model, word_tokenizer):
     rows = Dataset.from_list([{"text": "w1 w2 w3"}, {"text": "w4"}, {"text": "w5 w6 w7 w8"}, {"text": "w9 w9"}])
-    made = KeyStatistics.from_dataset(
-        model, word_tokenizer, rows, layers="all", batch_size=3, skip_first_token=bool(skip), progress=False
-    )
-    assert made.layers == [0, 1, 2, 3] and made.tokens == 10 - 4 * skip and made.rows == 4
+    made = KeyStatistics.from_dataset(model, word_tokenizer, rows, layers="all", batch_size=3, progress=False)
+    assert made.layers == [0, 1, 2, 3] and made.tokens == 10 and made.rows == 4
     for layer in made.layers:
-        keys = keys_by_hand(model, word_tokenizer, layer, rows, skip)
+        keys = keys_by_hand(model, word_tokenizer, layer, rows)
         assert_close_as_a_whole(made.second_moment(layer), keys.T @ keys / len(keys))
 
 
@@ -96,11 +95,8 @@ def test_huge_first_keys_do_not_drown_the_others(word_tokenizer):
     hook.remove()
     values = torch.linalg.eigvalsh(made.second_moment(0))
     assert values[-1] > 1e10
-    plain = KeyStatistics.from_dataset(
-        model, word_tokenizer, text_rows(), layers=[0], skip_first_token=True, progress=False
-    )
-    without = plain.sums[0][1:, 1:]
-    torch.testing.assert_close(made.sums[0][1:, 1:], without, rtol=1e-4, atol=1e-6)
+    others = keys_by_hand(model, word_tokenizer, 0, text_rows(), skip=1)[:, 1:]
+    torch.testing.assert_close(made.sums[0][1:, 1:], others.T @ others, rtol=1e-4, atol=1e-6)
 
 
 def test_two_texts_add(model, word_tokenizer):
@@ -223,7 +219,7 @@ def test_default_layers_are_an_eighth_up():
     deep = tiny_model("llama")
     projections = find_down_projections(deep)
     assert [p.index for p in choose_layers(projections * 8, "auto")] == [p.index for p in (projections * 8)[4:9]]
-    with pytest.raises(ValueError, match="layers among 0 to 3"):
+    with pytest.raises(ValueError, match=r"layers among \[0, 1, 2, 3\]"):
         choose_layers(projections, [4])
 
 
@@ -232,6 +228,15 @@ def test_bad_input_gets_a_sentence(model, word_tokenizer, caplog):
         KeyStatistics.from_dataset(model, word_tokenizer, Dataset.from_dict({"words": ["w1"]}), progress=False)
     with pytest.raises(ValueError, match="rows with text"):
         KeyStatistics.from_dataset(model, word_tokenizer, Dataset.from_dict({"text": []}), progress=False)
+    for rows in ("w1 w2", {"train": text_rows()}, None):
+        with pytest.raises(TypeError, match="Expected a tokenizer and rows with text"):
+            KeyStatistics.from_dataset(model, word_tokenizer, rows, progress=False)
+    for rows in (["w1 w2"], text_rows().to_pandas()):
+        with pytest.raises(ValueError, match="column 'text' with text, got '"):
+            KeyStatistics.from_dataset(model, word_tokenizer, rows, progress=False)
+    for settings in ({"batch_size": 0}, {"max_length": -1}):
+        with pytest.raises(ValueError, match="to be a whole number from 1"):
+            KeyStatistics.from_dataset(model, word_tokenizer, text_rows(), progress=False, **settings)
     broken = tiny_model("llama")
     with torch.no_grad():
         broken.model.embed_tokens.weight[7] = float("nan")
@@ -274,6 +279,10 @@ def test_a_checkpoint_goes_on_with_its_own_text_only(word_tokenizer, tmp_path):
         )
     with pytest.raises(ValueError, match="other text or settings"):
         KeyStatistics.from_dataset(model, word_tokenizer, iter(rows[1:]), checkpoint=tmp_path, progress=False)
+    other_words = copy.deepcopy(word_tokenizer)
+    other_words.backend_tokenizer.model = WordLevel({f"w{i}": (i + 7) % 50 for i in range(50)}, unk_token="w0")
+    with pytest.raises(ValueError, match="other text or settings"):
+        KeyStatistics.from_dataset(model, other_words, rows, checkpoint=tmp_path, progress=False)
     whole = KeyStatistics.from_dataset(model, word_tokenizer, rows, progress=False)
     resumed = KeyStatistics.from_dataset(model, word_tokenizer, iter(rows), checkpoint=tmp_path, progress=False)
     assert (resumed.tokens, resumed.datasets) == (whole.tokens, whole.datasets)

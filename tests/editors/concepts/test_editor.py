@@ -13,7 +13,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_iclr.editors.concepts.editor import WEIGHTS_NAME, ConceptEditor
 from hf_iclr.editors.concepts.pipelines import find_text_layers
@@ -152,7 +152,7 @@ def test_other_edits_in_a_folder_are_not_replaced(tmp_path, monkeypatch):
     second.edit({"a cat": "a owl"})  # the same, and yet not the first's
     first.save_pretrained(tmp_path)
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="with other edits.*a owl.*from_pretrained"):
+    with pytest.raises(ValueError, match="with other edits.*from_pretrained"):
         second.save_pretrained(tmp_path)
     assert there == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     loaded = ConceptEditor.from_pretrained(tmp_path, build_demo_pipeline())
@@ -166,8 +166,32 @@ def test_other_edits_in_a_folder_are_not_replaced(tmp_path, monkeypatch):
         loaded.save_pretrained(tmp_path)
     (tmp_path / "style").mkdir()
     save_file({"other": torch.ones(1)}, tmp_path / "style" / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="another LoRA"):
+    with pytest.raises(ValueError, match="another adapter"):
         first.save_pretrained(tmp_path / "style")
+
+
+def test_a_ledger_from_elsewhere_is_not_believed(tmp_path):
+    editor = make_editor(build_demo_pipeline(), modules=r".*attn2\.to_v")
+    editor.edit({"a cat": "a owl"})
+    editor.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+
+    def written(change, **others):
+        events = json.loads(json.dumps(editor._events))
+        change(events)
+        (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        save_file({**tensors, **others}, tmp_path / WEIGHTS_NAME, {ledger.MARK: ledger.digests(events)[-1]})
+        return tmp_path
+
+    # An expression that takes for ever on names of this length is not tried: the layers are the file's.
+    slow = written(lambda events: events[0]["settings"].update(modules="(.+)+!"))
+    assert same(weights(ConceptEditor.from_pretrained(slow, build_demo_pipeline()).pipeline), weights(editor.pipeline))
+    with pytest.raises(ValueError, match="KeyError: 'states'"):
+        ConceptEditor.from_pretrained(written(lambda e: e[1]["batches"][0].update(ranks={})), build_demo_pipeline())
+    name = next(iter(tensors))
+    spoilt = written(lambda events: None, **{name: tensors[name] * float("nan")})
+    with pytest.raises(ValueError, match="finite: False"):
+        ConceptEditor.from_pretrained(spoilt, build_demo_pipeline())
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -364,8 +388,12 @@ def test_bad_pipelines_and_settings_get_a_sentence(tmp_path):
     pipeline = build_demo_pipeline()
     with pytest.raises(TypeError, match="Expected a pipeline, got UNet2DConditionModel"):
         ConceptEditor(pipeline.unet, RETAIN)
-    with pytest.raises(TypeError, match=r"retain=\['a dog'\]"):
-        ConceptEditor(pipeline, "a dog")
+    for retain in ("a dog", None, [3]):
+        with pytest.raises(TypeError, match=r"retain=\['a dog'\]"):
+            ConceptEditor(pipeline, retain)
+    for wrong in ({"skip_clip": 1}, {"prompt": "a cat"}, "clip_skip"):
+        with pytest.raises(ValueError, match=r"encode_options among .*clip_skip.* but the prompt, got "):
+            ConceptEditor(pipeline, RETAIN, encode_options=wrong)
     with pytest.raises(ValueError, match="exactly one of"):
         ConceptEditor(pipeline, RETAIN, nullspace_rank=3, nullspace_energy=0.5)
     with pytest.raises(ValueError, match="l2 above 0, got 0"):
