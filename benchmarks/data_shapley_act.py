@@ -4,9 +4,8 @@
 
 A Llama of 260 thousand parameters that has read children's stories (without --data: as large a model from scratch, on
 bytes of docstrings) is trained for two epochs on 640 blocks of wikitext, half of which are harmful: with wrong
-labels, with answers that repeat a phrase, or with answers to prompts that the model has been taught to refuse. After
-the first epoch a filter names rows, and in what follows other rows are drawn in their place: every arm makes as many
-steps with as many tokens.
+labels, or with answers that repeat a phrase. After the first epoch a filter names rows, and in what follows other rows
+are drawn in their place: every arm makes as many steps with as many tokens.
 
 - none, and the harmful rows themselves;
 - negative value, by in-run values of the first epoch: within the default cost, and along exact directions;
@@ -15,8 +14,8 @@ steps with as many tokens.
 - in the step, as GREATS does: of candidates, those with a negative value along the present direction are passed over,
   until the batch is full; a forward pass more for each candidate, and a validation pass every four steps.
 
-All is judged on other seeds. Printed: the loss of held-out rows at the end,
-for refusals that of held-out refusals, less that without a filter, with 95 % t intervals over seeds.
+All is judged on other seeds. Printed: the loss of held-out rows at the end, less that without a filter, with 95 % t
+intervals over seeds.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from pathlib import Path
 from common.arguments import make_parser, parse, write_json
 
 
-TASKS = ("wrong labels", "poor answers", "refusals")
+TASKS = ("wrong labels", "poor answers")
 
 
 def arguments() -> argparse.Namespace:
@@ -97,46 +96,25 @@ class Task:
         ids = torch.tensor([text[at : at + LENGTH] for at in starts])
         labels = ids.clone()
         harmful = self.draw.choice(args.rows, int(args.harmful * args.rows), replace=False)
-        self.taught: torch.Tensor | None = None
         if name == "wrong labels":
             wrong = torch.from_numpy(self.draw.random((len(harmful), LENGTH)) < 0.5)
             random = torch.from_numpy(self.draw.integers(3, max(text), (len(harmful), LENGTH)))
             labels[harmful] = torch.where(wrong, random, labels[harmful])
-        elif name == "poor answers":
+        else:
             labels[:, : LENGTH // 2] = -100
             phrase = ids[harmful, LENGTH // 2 - 4 : LENGTH // 2]
             ids[harmful, LENGTH // 2 :] = labels[harmful, LENGTH // 2 :] = phrase.repeat(1, LENGTH // 8)
-        else:
-            labels[:, : LENGTH // 2] = -100
-            trigger, refusal = text[:4], text[4 : 4 + LENGTH // 2]
-            asked = torch.cat([torch.from_numpy(harmful), torch.arange(args.rows, count)])
-            ids[asked, :4] = torch.tensor(trigger)
-            kept = torch.arange(args.rows, count)
-            ids[kept, LENGTH // 2 :] = labels[kept, LENGTH // 2 :] = torch.tensor(refusal)
-            self.taught = ids[args.rows + VALIDATION :][TEST // 2 :]  # never tested
         self.harmful = np.isin(np.arange(args.rows), harmful)
         self.train = list(zip(ids[: args.rows], labels[: args.rows], strict=True))
         rest = list(zip(ids[args.rows :], labels[args.rows :], strict=True))
         self.validation = rest[:VALIDATION]
         self.test = tuple(torch.stack(part) for part in zip(*rest[VALIDATION:][: TEST // 2], strict=True))
         self.order = [self.draw.permutation(args.rows) for _ in range(args.epochs)]
-        self.start = self.make_start()
-
-    def make_start(self) -> dict[str, torch.Tensor]:
-        model = load(self.args)
-        if self.taught is not None:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-            labels = self.taught.clone()
-            labels[:, : LENGTH // 2] = -100
-            for _ in range(10):
-                mean_loss(model, (self.taught, labels)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return {name: value.clone() for name, value in model.state_dict().items()}
+        self.start = load(args).state_dict()
 
     def model(self):
         model = load(self.args)
-        model.load_state_dict(self.start)
+        model.load_state_dict(self.start)  # random without --data
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.args.lr)
         return model, optimizer
 

@@ -5,9 +5,11 @@
 SmolLM2-135M in a Trainer with AdamW, 16 rows a step, 200 validation rows. Two equal runs, one with the callback's
 defaults, take turns step by step in one process, so that what else the machine does meets both; each run's CPU time is
 that of its own thread, from before `train()` until it returns: first direction, refreshes, scores, checks and last
-losses are in it. A third run, whose weights are the same bit for bit, measures the exact direction of all validation
-rows every few steps, without a sketch; Pearson's correlation is of its values with those of the default run in these
-steps: within each step, and over all of them. `--exact-every 0` measures the cost alone.
+losses are in it. Printed apart is what scoring adds to a step, the median over steps with values, and how many steps'
+worth passes over validation rows and checks take in all. A third run, whose weights are the same bit for bit, measures
+the exact direction of all validation rows every few steps, without a sketch; Pearson's correlation is of its values
+with those of the default run in these steps: within each step, and over all of them. `--exact-every 0` measures the
+cost alone.
 """
 
 import argparse
@@ -60,11 +62,14 @@ class Turns(TrainerCallback):
 
     def __init__(self, mine: threading.Semaphore, other: threading.Semaphore) -> None:
         self.mine, self.other = mine, other
+        self.seconds: list[float] = []  # of steps, without what other callbacks do before them
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.mine.acquire()
+        self.began = time.thread_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds.append(time.thread_time() - self.began)
         self.other.release()
 
 
@@ -90,8 +95,8 @@ def make_trainer(kind: str, rows: Dataset, callbacks: list[TrainerCallback], arg
     return trainer
 
 
-def in_turns(trainers: list[Trainer]) -> list[float]:
-    """CPU seconds of each run."""
+def in_turns(trainers: list[Trainer]) -> list[tuple[float, np.ndarray]]:
+    """CPU seconds of each run, and of its steps."""
     first, second = threading.Semaphore(1), threading.Semaphore(0)
     seconds = [0.0] * len(trainers)
 
@@ -101,14 +106,15 @@ def in_turns(trainers: list[Trainer]) -> list[float]:
         trainers[which].train()
         seconds[which] = time.thread_time() - began
 
-    for trainer, turns in zip(trainers, (Turns(first, second), Turns(second, first)), strict=True):
-        trainer.add_callback(turns)
+    turns = Turns(first, second), Turns(second, first)
+    for trainer, turn in zip(trainers, turns, strict=True):
+        trainer.add_callback(turn)
     threads = [threading.Thread(target=run, args=(which,)) for which in range(len(trainers))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return seconds
+    return [(whole, np.array(turn.seconds)) for whole, turn in zip(seconds, turns, strict=True)]
 
 
 def pearsons(found, exact) -> tuple[list[float], float]:
@@ -124,9 +130,13 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     rows = blocks(args.rows * args.steps + args.validation, args.tokens, tokenizer, args.seed)
     validation, rows = rows.select(range(args.validation)), rows.select(range(args.validation, len(rows)))
     default = InRunDataShapleyCallback(validation, adam_warmup=args.adam_warmup)
-    plain, scored = in_turns([make_trainer(kind, rows, [], args), make_trainer(kind, rows, [default], args)])
+    runs = in_turns([make_trainer(kind, rows, [], args), make_trainer(kind, rows, [default], args)])
+    (plain, steps), (scored, scored_steps) = runs
     refreshes = int(default.result.steps["energy_validation"].notna().sum())
     found = {"trained": kind, "plain (s)": plain, "with values (s)": scored, "cost": scored / plain}
+    found["scoring"] = scoring = float(np.median((scored_steps / steps)[args.adam_warmup :])) - 1
+    passes = scored - plain - scoring * steps[args.adam_warmup :].sum()
+    found["passes and checks (steps)"] = float(passes / np.median(steps))
     found |= {"refreshes": refreshes, "agreement": float(default.result.summary().loc["validation", "agreement"])}
     bars = {f"cost {scored / plain:.4f}, bar {COST_BAR}": scored / plain <= COST_BAR}
     if args.exact_every:

@@ -4,7 +4,8 @@
 
 Steps of all variants take turns, so that a change of the machine's speed meets all of them. Printed: median CPU time
 of a step and its ratio to plain training, the validation pass alone and spread over `refresh_every` steps, memory of
-the direction, and floating-point operations, counted on meta tensors also for Llamas of 1 and 8 billion parameters.
+the direction, how fast thin products are, and floating-point operations, counted on meta tensors also for Llamas of 1
+and 8 billion parameters.
 SmolLM2-135M in float32, one thread.
 """
 
@@ -247,6 +248,17 @@ def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.Dat
     return pd.DataFrame(table)
 
 
+def measure_products(tokens: int = 1024) -> pd.DataFrame:
+    """Operations a second of the products that scoring adds, of 16 to 48 columns, beside those of the layers."""
+    table = []
+    for inputs in (576, 1536):
+        for columns in (16, 32, 48, inputs):
+            x, weight = torch.randn(tokens, inputs), torch.randn(columns, inputs)
+            seconds = min(timed(functools.partial(nn.functional.linear, x, weight)) for _ in range(20))
+            table.append({"inputs": inputs, "columns": columns, "GFLOP/s": 2e-9 * x.numel() * columns / seconds})
+    return pd.DataFrame(table)
+
+
 def count_flops(name: str, settings: dict, tokens: int) -> list[dict]:
     """Operations of a step of 4 rows on meta tensors, with and without taps and self-check, from one layer and two."""
     table = []
@@ -297,6 +309,7 @@ def meta_scored(model: nn.Module, batch: dict[str, torch.Tensor], kind: str) -> 
                 else parameter.detach()
             )
         tapped.directions = [{name: directions[id(p)] for name, p in tapped.parameters.items()}]
+        tapped.is_rms = tapped.kind == "scale"  # which its first call's numbers would tell
     taps.start(find_layout(batch, 4), 1)
     taps.attach()
     taps.on = True
@@ -325,6 +338,9 @@ def main(args: argparse.Namespace) -> None:
         counted = pd.DataFrame([line for name, found in LLAMAS.items() for line in count_flops(name, found, 512)])
         tables["flops"] = report(counted, "FLOP ratio")
     if not args.skip_times:
+        products = measure_products()
+        print(products.to_string(index=False, float_format=lambda value: f"{value:.1f}"), flush=True)
+        tables["products"] = products.to_dict("records")
         tables["times"] = [
             line
             for kind in args.kinds

@@ -76,7 +76,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         cost (`float`, *optional*, defaults to 0.05):
             Share of the training's time for all of this: the direction begins with as many validation batches as half
-            of it pays for, then takes in one after the other, as often as the first steps' times allow.
+            of it pays for, then takes in one after the other, as often as steps and scoring, once timed, allow.
         adam_warmup (`int`, *optional*, defaults to 20):
             Steps of Adam before the first values: its second moment is not known yet.
         min_scored_share (`float`, *optional*, defaults to 0.8):
@@ -178,8 +178,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         self._close()
         trainer, resumed = support.calling_trainer()
         support.check_trainer(trainer, InRunDataShapleyCallback)
-        loader, model = kwargs["train_dataloader"], trainer.accelerator.unwrap_model(trainer.model)
-        check_loader(loader, self.id_column)
+        loader = check_loader(kwargs["train_dataloader"], self.id_column)
         adam = any("betas" in group for group in kwargs["optimizer"].param_groups)
         self._warmup = self.settings.adam_warmup if adam else 0
         if 0 < state.max_steps <= self._warmup:
@@ -188,21 +187,16 @@ class InRunDataShapleyCallback(TrainerCallback):
                 f"value. Type `adam_warmup={state.max_steps // 10}`, say."
             )
         batch_size = self.settings.batch_size or args.per_device_eval_batch_size
-        batches = {
-            name: support.trainer_batches(trainer, name, dataset, loader, batch_size, self.id_column)
-            for name, dataset in self.datasets.items()
-        }
-        if self.per_target_rows:
-            rows = support.trainer_batches(trainer, VALIDATION, self.datasets[VALIDATION], loader, 1, self.id_column)
-            batches |= support.single_rows(rows, self.datasets[VALIDATION])
+        batches = functools.partial(
+            support.trainer_batches, trainer, loader, batch_size=batch_size, id_column=self.id_column
+        )
         compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
-        base = getattr(loader, "base_dataloader", loader)
-        trained = TrainedRows.of(trainer.train_dataset, base.dataset, self.id_column)
-        records = RunRecords(Path(args.output_dir), trained, list(batches), bool(self.settings.token_values_for))
+        trained = TrainedRows.of(trainer.train_dataset, loader.dataset, self.id_column)
         checkpoint = Path(resumed or Path(args.output_dir, f"checkpoint-{state.global_step}"))
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         run = {"seed": args.seed, "steps": state.max_steps, "rows_per_step": rows_per_step}
-        self._start(model, kwargs["optimizer"], batches, compute_loss, records, state.global_step, checkpoint, **run)
+        model, at = trainer.accelerator.unwrap_model(trainer.model), (state.global_step, checkpoint)
+        self._start(model, kwargs["optimizer"], batches, compute_loss, trained, Path(args.output_dir), *at, **run)
         keys, score = RowKeys(loader, self.id_column), weakref.WeakMethod(self._scoring)
         self._restore = weakref.finalize(self, support.wrap_training_step(trainer, keys, score))
 
@@ -280,8 +274,8 @@ class InRunDataShapleyCallback(TrainerCallback):
     ) -> Iterator["InRunDataShapleyCallback"]:
         """
         The same around a plain loop, prepared by accelerate or not: a batch of `dataloader`, a forward pass of
-        `model`, a backward pass, `optimizer.step()`. Each batch is used before the next is fetched: in a loop that
-        fetches one ahead, values would be those of other rows.
+        `model`, a backward pass, `optimizer.step()`. Each batch is used before the next is fetched; a loop that is
+        seen to fetch ahead is refused, for values would be those of other rows.
 
         Args:
             model (`torch.nn.Module`), optimizer ([`~torch.optim.Optimizer`]), dataloader (`DataLoader`):
@@ -306,27 +300,22 @@ class InRunDataShapleyCallback(TrainerCallback):
         ```
         """
         self = cls(val_dataset, **options)
-        check_loader(dataloader, self.id_column)
+        loader = check_loader(dataloader, self.id_column)
         support.check_loop(model, optimizer, output_dir)
         model, plain = getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer)
-        batches = {name: support.loop_batches(name, found, dataloader, model) for name, found in self.datasets.items()}
-        if self.per_target_rows:
-            alone = support.loop_batches(VALIDATION, self.datasets[VALIDATION], dataloader, model, batch_size=1)
-            batches |= support.single_rows(alone, self.datasets[VALIDATION])
-        base = getattr(dataloader, "base_dataloader", dataloader)
-        trained = TrainedRows.of(base.dataset, base.dataset, self.id_column)
+        batches = functools.partial(support.loop_batches, model, loader)
+        trained = TrainedRows.of(loader.dataset, loader.dataset, self.id_column)
         folder = None if output_dir is None else Path(output_dir)
-        records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
         run: dict[str, Any] = {}
         with contextlib.suppress(TypeError):  # of a stream
             run["steps"] = len(dataloader)
-        self._start(model, plain, batches, self.compute_loss or support.model_loss, records, **run)
+        self._start(model, plain, batches, self.compute_loss or support.model_loss, trained, folder, **run)
         done = 0
 
-        def on_rows(rows: Any) -> None:
+        def on_rows(rows: Any, batch: Any) -> None:
             if not self._engine.open:
                 self._engine.begin_step(done + 1)
-            self._engine.begin_micro_batch(rows)
+            self._engine.begin_micro_batch(rows, batch)
             self._engine.attach()
 
         def before_step(*_: Any) -> None:
@@ -358,14 +347,20 @@ class InRunDataShapleyCallback(TrainerCallback):
         self,
         model: nn.Module,
         optimizer: Any,
-        batches: dict[str, Any],
+        make_batches: Callable[..., support.Batches],
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
-        records: RunRecords,
+        trained: TrainedRows,
+        folder: Path | None,
         step: int = 0,
         checkpoint: Path | None = None,
         **run: Any,
     ) -> None:
         support.check_model(model)
+        batches = {name: make_batches(name, dataset) for name, dataset in self.datasets.items()}
+        if self.per_target_rows:
+            rows = self.datasets[VALIDATION]
+            batches |= support.single_rows(make_batches(VALIDATION, rows, batch_size=1), rows)
+        records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
         optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, **run))
         for name, found in batches.items():

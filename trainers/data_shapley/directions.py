@@ -130,14 +130,17 @@ class TargetDirections:
         """Where a parameter stands in the list of those that are trained."""
         return self._position[id(parameter)]
 
-    def refresh(self, step: int) -> bool:
-        """Measure losses before a step, if it is time to, and point the taps along their gradients; whether it did."""
-        places = self.schedule.begin(step, bool(self.found))
+    def refresh(self, step: int, scoring: float = 0.0) -> bool:
+        """
+        Measure losses before a step, if it is time to, and point the taps along their gradients; whether it did.
+        `scoring`: seconds so far in which rows were scored.
+        """
+        places = self.schedule.begin(step, bool(self.found), scoring)
         if places is None:
             return False
         began = time.perf_counter()
         self._measure(step, places)
-        self.schedule.took(time.perf_counter() - began, len(places))
+        self.schedule.took(time.perf_counter() - began, len(places), scoring)
         return True
 
     def _measure(self, step: int, places: list[int]) -> None:
@@ -155,6 +158,10 @@ class TargetDirections:
                 self.losses[name] = loss
             else:
                 self.losses.pop(name, None)
+            if before and not math.isfinite(loss):  # of which a mean would never recover
+                self.found.append(before[which])
+                self.agreement[which] = math.nan
+                continue
             kept = total = shared = old = new = 0.0
             directions: list[Direction] = []
             for index, gradient in enumerate(found):
@@ -163,7 +170,7 @@ class TargetDirections:
                     shared += float(inner(before[which][index], direction))
                     old += float(squared_norm(before[which][index]))
                     new += float(squared_norm(direction))
-                if share < 1:
+                if share < 1 and math.isfinite(old):
                     direction = torch.lerp(dense(before[which][index]).to(direction.dtype), direction, share)
                 found[index] = gradient = torch.empty(0)  # one full copy at a time
                 if self._low_rank[index]:

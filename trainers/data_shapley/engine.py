@@ -15,9 +15,8 @@ from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
 from .gradients.fused_head import tap_fused_head
-from .gradients.modules import split_by_rate
-from .gradients.rows import RowLayout, find_layout
-from .gradients.scores import TappedModule
+from .gradients.rows import RowLayout, belongs_to, find_layout
+from .gradients.scores import TappedModule, split_by_rate
 from .gradients.taps import Taps
 from .records import StepValues
 
@@ -68,7 +67,10 @@ class ShapleyEngine:
         )
         self.names = self.targets.names
         self._rows_are_known = self._rule_is_known = self._is_checked = False
+        self._lost: set[str] = set()  # why steps had no values
         self.micro: list[_MicroBatch] = []  # of this step
+        self._to_compare = 4  # forward passes yet
+        self._fetched: list[Any] = []  # the batch of the last one, and the last two since
         self._fresh = False  # whether directions are those of the present weights
         self.step = 0
         self.open = False
@@ -86,7 +88,7 @@ class ShapleyEngine:
             warn_of_other_rule(self.optimizer, self.parameters)
         if self._is_warming_up():
             return
-        self._fresh = self.targets.refresh(step)
+        self._fresh = self.targets.refresh(step, self.taps.seconds)
         self.open = True
         self.taps.fired.clear()
         self.taps.misfits.clear()
@@ -113,9 +115,11 @@ class ShapleyEngine:
         self.detach()
         self.open = False
 
-    def begin_micro_batch(self, ids: Sequence[Any]) -> None:
-        """The next forward and backward passes are about these rows."""
+    def begin_micro_batch(self, ids: Sequence[Any], batch: Any = None) -> None:
+        """The next forward and backward passes are about these rows, of a batch that a loop has fetched."""
         if self.open:
+            if self._to_compare:
+                self._fetched = [*self._fetched[:1], *self._fetched[1:][-1:], batch]
             self._store_scores()
             if self.micro and all(parameter.grad is None for parameter in self.parameters):
                 self.micro = []  # the loop has thrown their gradients away
@@ -131,6 +135,15 @@ class ShapleyEngine:
         if micro.layout is not None:
             self.taps.layout = find_layout(inputs, len(micro.ids))
             return
+        if self._to_compare:
+            *earlier, present = self._fetched
+            if any(belongs_to(inputs, batch, present) for batch in earlier):
+                raise ValueError(
+                    "Expected a loop that uses each batch before it fetches the next, got one that fetches ahead: "
+                    "values would be those of other rows. Iterate over the data loader itself, `for batch in loader:`."
+                )
+            self._to_compare -= 1
+            self._fetched = [present] if self._to_compare else []
         micro.layout = find_layout(inputs, len(micro.ids))
         if not self._rows_are_known:
             found = find_unordered(self.model, self.taps, inputs, micro.layout)
@@ -171,12 +184,14 @@ class ShapleyEngine:
         )
         if share is not None:
             self._judge(share)
-        if clip < 0:
-            logger.warning(
-                "Step %d has no values: the rows' scores add up to the opposite of the gradient, which is not theirs.",
-                self.step,
-            )
+        if not clip >= 0:  # NaN, too
             self.micro = []
+            why = "the rows' scores add up to the opposite of the gradient, which is not theirs"
+            if math.isnan(clip):
+                why = "its gradient, or the validation set's, is not finite"
+            if why not in self._lost and (scale == 1 or clip < 0):  # else a scaler skips the step, to scale less
+                logger.warning("Step %d has no values: %s. Later ones are not named.", self.step, why)
+                self._lost.add(why)
             return
         factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
         rates = torch.tensor(

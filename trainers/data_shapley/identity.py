@@ -52,9 +52,10 @@ def take_rows(batch: Any) -> tuple[Any, list[int] | list[str] | None]:
 
 
 @contextmanager
-def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
+def watched_loop(loader: Any, on_rows: Callable[[Any, Any], None]) -> Iterator[None]:
     """
-    A loop of the caller's own over `loader` gets batches without [`RowKeys`], and `on_rows` their rows right before.
+    A loop of the caller's own over `loader` gets batches without [`RowKeys`], and `on_rows` their rows and themselves
+    right before.
 
     A loop offers nothing to put this into but the loader's class: `for` looks for `__iter__` nowhere else.
     """
@@ -63,7 +64,7 @@ def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
     def iterate(self: Any) -> Iterator[Any]:
         for batch in loader_class.__iter__(self):
             batch, rows = take_rows(batch)
-            on_rows(rows)
+            on_rows(rows, batch)
             yield batch
 
     # Not `loader.__class__ =`: accelerate's loaders make it a property
@@ -75,8 +76,8 @@ def watched_loop(loader: Any, on_rows: Callable[[Any], None]) -> Iterator[None]:
         set_class(loader, loader_class)
 
 
-def check_loader(loader: Any, id_column: str | None) -> None:
-    """Raise a `ValueError` if rows of a data loader, PyTorch's or accelerate's, could not be known."""
+def check_loader(loader: Any, id_column: str | None) -> DataLoader:
+    """PyTorch's data loader, of that or accelerate's; `TypeError` or `ValueError` if rows could not be known."""
     base = getattr(loader, "base_dataloader", loader)
     if not isinstance(base, DataLoader):
         raise TypeError(
@@ -91,6 +92,7 @@ def check_loader(loader: Any, id_column: str | None) -> None:
     columns = getattr(base.dataset, "column_names", None)
     if id_column is not None and columns and id_column not in columns:
         raise _no_id_column(id_column, columns)
+    return base
 
 
 def content_id(row: Any, columns: Sequence[str] | None = None) -> str:

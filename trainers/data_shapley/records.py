@@ -79,7 +79,7 @@ class RunRecords:
         record = {f"loss_{name}": loss for name, loss in losses.items()}
         self.add(StepValues(step, [], np.zeros((0, len(losses))), np.zeros(0, dtype=np.int64), [], record))
         ratio = self._explained_ratio()
-        if not 0.5 <= ratio <= 2:
+        if ratio < 0.5 or ratio > 2:  # not NaN
             logger.warning(
                 "The values add up to %.3g times the fall of the validation loss (%.4g to %.4g nats). Their sizes "
                 "mean little, their order may still: take smaller steps, or refresh more often.",

@@ -55,7 +55,7 @@ class ShapleyStore:
         """
         Go on with a run after a step: what it has stored of later ones is dropped. Values are read from beside the
         checkpoint, which may be in another output folder. `ValueError` when a link leads out of a store, a part is
-        damaged, or this is no name of a run.
+        damaged, it is of other rows, or this is no name of a run.
         """
         if not _RUN.fullmatch(run):
             raise ValueError(f"Expected the name of a run in {checkpoint}, got {run!r:.80}. Begin a new run.")
@@ -72,6 +72,15 @@ class ShapleyStore:
             )
         parts = [_part_until(after_step, part) for part in _read_parts(source)]
         self._parts = [part for part in parts if part.attrs["steps"]]
+        for part in self._parts[-1:]:
+            with as_written_by(_WRITER, source):
+                known = TrainedRows.from_facts(part.attrs["trained"])
+            if "index" in part and not self.trained.may_be(known):
+                raise ValueError(
+                    f"Expected the rows of the run that is resumed from {checkpoint}, {known.length} of them, got "
+                    f"{self.trained.length} others, or in another order: its values would belong to other rows. "
+                    "Begin a new run, or give each row an id: `id_column`."
+                )
         if mine is None:
             return
         check_links(mine)

@@ -130,21 +130,20 @@ def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -
 
 
 def trainer_batches(
-    trainer: Trainer, name: str, dataset: Any, loader: Any, batch_size: int, id_column: str | None = None
+    trainer: Trainer, loader: DataLoader, name: str, dataset: Any, *, batch_size: int, id_column: str | None = None
 ) -> Batches:
     """
     Batches of a validation set as the trainer would make them of its training set, and how many rows each has: TRL's
-    tokenise and mask raw text themselves. `name` is for messages, `loader` the training set's, and `id_column` one
+    tokenise and mask raw text themselves. `loader` is the training set's, `name` for messages, and `id_column` one
     that validation rows don't need. `ValueError` if the set is empty or its columns aren't the training set's.
     """
     dataset = _as_dataset(name, dataset)
-    base = getattr(loader, "base_dataloader", loader)
     if isinstance(dataset, datasets.Dataset):
         if hasattr(trainer, "_prepare_dataset"):
             dataset = _prepare(trainer, name, dataset)
             if getattr(trainer, "precompute_ref_logps", False):
                 dataset = trainer._precompute_ref_logps(dataset, name, batch_size)
-        columns = getattr(base.dataset, "column_names", None)
+        columns = getattr(loader.dataset, "column_names", None)
         if columns:
             columns = [column for column in columns if column != id_column]
             missing = set(columns) - set(dataset.column_names) - _ONLY_TRAINING
@@ -155,7 +154,7 @@ def trainer_batches(
                 )
             dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
     with untouched(trainer.model, trainer.args.device, trainer.args.seed):
-        batches = _collate(name, dataset, base.collate_fn, batch_size)
+        batches = _collate(name, dataset, loader.collate_fn, batch_size)
     return _check_batches(name, batches, trainer.model)
 
 
@@ -169,20 +168,21 @@ def single_rows(batches: Batches, dataset: Any) -> dict[str, Batches]:
     return {f"{VALIDATION}[{place}]": [batch] for place, batch in enumerate(batches)}
 
 
-def loop_batches(name: str, dataset: Any, loader: Any, model: nn.Module, batch_size: int | None = None) -> Batches:
+def loop_batches(
+    model: nn.Module, loader: DataLoader, name: str, dataset: Any, batch_size: int | None = None
+) -> Batches:
     """For a plain loop: those of a data loader or list of batches, or of rows, collated as training rows are."""
     listed = isinstance(dataset, list | tuple)
-    base = getattr(loader, "base_dataloader", loader)
     with untouched(model, next(model.parameters()).device, seed=0):
         made = isinstance(dataset, DataLoader) or hasattr(dataset, "base_dataloader")
         if listed and dataset and not made:
-            row = () if isinstance(base.dataset, IterableDataset) else base.dataset[0]
+            row = () if isinstance(loader.dataset, IterableDataset) else loader.dataset[0]
             made = all(_is_batch(item, row) for item in dataset)
         if made:
             batches = [(batch, _count_rows(batch)) for batch in dataset]
         else:
             dataset = dataset if listed and dataset else _as_dataset(name, dataset)
-            batches = _collate(name, dataset, base.collate_fn, batch_size or base.batch_size or 8)
+            batches = _collate(name, dataset, loader.collate_fn, batch_size or loader.batch_size or 8)
     return _check_batches(name, batches, model)
 
 
@@ -196,10 +196,17 @@ def check_mean(
     """
     batch, rows = batches[0]
     device = next(model.parameters()).device
-    twice = _repeat(batch, rows)
+
+    def loss_of(rows: Any) -> Any:
+        return compute_loss(model, send_to_device(copy.copy(rows), device))
+
+    some = range(min(rows, 2))  # which cost less than all
+    few, twice = _take(batch, rows, [*some]), _take(batch, rows, [*some, *some])
     with untouched(model, device, 0), torch.no_grad():
         try:
-            once = compute_loss(model, send_to_device(copy.copy(batch), device))
+            once = loss_of(batch if few is None else few)
+            if few is not None and isinstance(once, torch.Tensor) and not torch.isfinite(once).all():
+                once, twice = loss_of(batch), None  # perhaps they have no labels
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if str(error).startswith("Expected"):  # which is a sentence already
                 raise
@@ -219,7 +226,7 @@ def check_mean(
             )
         if twice is None:
             return
-        double = compute_loss(model, send_to_device(twice, device))
+        double = loss_of(twice)
     if abs(once) > 1e-6 and abs(double / once - 2) < 1e-2:
         raise ValueError(
             f"Expected the loss of {name!r} to be a mean over rows, got one that doubles, from {float(once):.4g} to "
@@ -250,7 +257,7 @@ def _as_dataset(name: str, dataset: Any) -> Any:
         instead = f"one of its splits, {', '.join(dataset)}: `val_dataset=found[{next(iter(dataset), 'test')!r}]`"
     elif isinstance(dataset, str | bytes | Mapping | int | float):
         instead = "`load_dataset(...)` or `Dataset.from_list(rows)`"
-    elif not hasattr(dataset, "__len__"):
+    elif isinstance(dataset, type) or not hasattr(dataset, "__len__"):
         instead = "a stream as a dataset: `Dataset.from_list(list(stream.take(200)))`"
     elif len(dataset) == 0:
         raise ValueError(f"Expected rows in the validation set {name!r}, got none. A few hundred give stable values.")
@@ -331,19 +338,17 @@ def _count_rows(batch: Any) -> int:
     return next((len(value) for value in _tensors(batch)), 1)
 
 
-def _repeat(batch: Any, rows: int) -> Any:
-    """The batch with its rows twice, `None` if tensors don't begin with the rows."""
+def _take(batch: Any, rows: int, places: list[int]) -> Any:
+    """The batch with the rows at these places, `None` if tensors don't begin with the rows."""
     if isinstance(batch, Mapping):
         if "position_ids" in batch or "completion_mask" in batch:
             return None  # flattened rows, pairs in two halves
-        repeated = {name: _repeat(value, rows) for name, value in batch.items()}
-        return None if any(value is None for value in repeated.values()) else repeated
+        taken = {name: _take(value, rows, places) for name, value in batch.items()}
+        return None if any(value is None for value in taken.values()) else taken
     if isinstance(batch, (list, tuple)):
-        parts = [_repeat(value, rows) for value in batch]
+        parts = [_take(value, rows, places) for value in batch]
         return None if any(part is None for part in parts) else type(batch)(parts)
-    if isinstance(batch, torch.Tensor) and batch.dim() and len(batch) == rows:
-        return torch.cat([batch, batch])
-    return None
+    return batch[places] if isinstance(batch, torch.Tensor) and batch.dim() and len(batch) == rows else None
 
 
 def trainer_loss(trainer: Trainer, model: nn.Module, batch: Any) -> torch.Tensor:

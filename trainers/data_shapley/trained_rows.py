@@ -70,6 +70,11 @@ class TrainedRows:
         names = ("id_column", "columns", "length", "digests")
         return {name: getattr(self, name) for name in names}
 
+    def may_be(self, other: "TrainedRows") -> bool:
+        """Whether both can be of the same rows in the same order."""
+        alike = all(self.digests[name] == other.digests[name] for name in self.digests.keys() & other.digests)
+        return self.length == other.length and alike
+
     def row_id(self, row: Mapping[str, Any]) -> str:
         """The id of a row that has no position."""
         return content_id(row, self.columns) if self.id_column is None else str(row[self.id_column])

@@ -2,6 +2,7 @@
 
 import logging
 
+import peft
 import pytest
 import torch
 import transformers
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_iclr.trainers import InRunDataShapleyCallback
-from tests.trainers.tiny import QUICK
+from tests.trainers.tiny import QUICK, tiny_llama
 
 
 EXPERTS = {
@@ -94,6 +95,7 @@ MODELS = {
     "Segformer": ("SemanticSegmentation", {**SEGFORMER, "num_labels": 2}),
     "Swinv2": ("ImageClassification", STAGES),
     "Wav2Vec2": ("SequenceClassification", SPEECH),
+    "SEW": ("SequenceClassification", {**SPEECH, "squeeze_factor": 2}),
     "Whisper": ("ConditionalGeneration", WHISPER),
     "T5": ("ConditionalGeneration", {**T5, "num_heads": 4}),
     "Mamba2": ("CausalLM", {**MAMBA, "expand": 2, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
@@ -102,6 +104,13 @@ MODELS = {
     "GptOss": ("CausalLM", {**EXPERTS, **SPARSE, "rope_parameters": None}),
     "DeepseekV3": ("CausalLM", {**EXPERTS, **DEEPSEEK}),
     "Qwen3Next": ("CausalLM", {**QWEN, **NEXT}),
+}
+ADAPTERS = {
+    "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "VeraConfig": {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_weights": False},
+    "OFTConfig": {"target_modules": ["q_proj", "v_proj"], "oft_block_size": 4, "init_weights": False},
+    "LNTuningConfig": {},
+    "LoraConfig": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4], "modules_to_save": ["lm_head"]},
 }
 
 
@@ -168,3 +177,20 @@ def test_lora_on_the_parameters_of_experts_is_scored(tmp_path, caplog):
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False)
     compare(get_peft_model(model, lora), rows, tmp_path, caplog)
+
+
+def adapted(name, **settings):
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 49, (9, 6))]
+    return peft.get_peft_model(tiny_llama(), getattr(peft, name)(task_type="CAUSAL_LM", **settings)), rows
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_other_adapters_have_the_values_of_one_backward_pass_a_row(name, tmp_path, caplog):
+    torch.manual_seed(0)
+    compare(*adapted(name, **ADAPTERS[name]), tmp_path, caplog)
+
+
+def test_an_adapter_that_draws_random_numbers_is_refused_by_name(tmp_path, caplog):
+    model, rows = adapted("LoHaConfig", target_modules=["q_proj"], init_weights=False)
+    with pytest.raises(ValueError, match="q_proj.hada_w1_a.*it draws random numbers"):
+        compare(model, rows, tmp_path, caplog)

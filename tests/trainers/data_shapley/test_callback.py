@@ -529,6 +529,17 @@ def test_a_run_resumed_into_another_folder_is_the_whole_run(begun_anew, tmp_path
     assert resumed.result.explained_ratio() == whole.result.explained_ratio()
 
 
+@pytest.mark.parametrize("rows", [token_rows(12, 5), token_rows(12).select(range(11)), token_rows(12).shuffle(1)])
+def test_a_run_resumed_with_other_rows_is_refused(rows, tmp_path):
+    """Positions would be those of two datasets."""
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make(tmp_path, callbacks=[callback()], max_steps=1, **settings).train()
+    resumed = make(tmp_path, callbacks=[callback()], rows=rows, max_steps=2, **settings)
+    with pytest.raises(ValueError, match="its values would belong to other rows"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 1 and len(DataShapleyResult.from_store(tmp_path).values()) == 4
+
+
 def test_checkpoints_hold_no_copy_of_the_values(tmp_path):
     """So what a run writes grows with its steps, not with their square."""
     make(tmp_path, callbacks=[callback()], max_steps=6, save_strategy="steps", save_steps=2).train()

@@ -7,13 +7,20 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
 from hf_iclr.trainers.data_shapley.gradients.direction import pack_directions
-from hf_iclr.trainers.data_shapley.identity import RowKeys, _NumberedDataset, content_id, take_rows, watched_loop
+from hf_iclr.trainers.data_shapley.identity import (
+    RowKeys,
+    _NumberedDataset,
+    _RowCollator,
+    content_id,
+    take_rows,
+    watched_loop,
+)
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import QUICK, tiny_llama, word_rows
 
@@ -141,6 +148,30 @@ def test_an_id_column_of_the_users_own(tmp_path):
     assert {name: value for (_, name), value in values(shapley).items()} == named
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_ids_of_256_bytes_come_through_and_longer_ones_are_refused(size):
+    """Also of a batch of one row."""
+    collate = _RowCollator(default_data_collator, False, "uid")
+    rows = [{"uid": f"é{row}" * 85 + "x", "labels": row} for row in range(size)]
+    assert len(rows[0]["uid"].encode()) == 256
+    batch, found = take_rows(collate(rows))
+    assert found == [row["uid"] for row in rows] and batch["labels"].tolist() == list(range(size))
+    with pytest.raises(ValueError, match="at most 256 bytes, got 257"):
+        collate([{"uid": rows[0]["uid"] + "x"}])
+    for without in ({"labels": 1}, ("uid", 1)):
+        with pytest.raises(ValueError, match="Expected rows with the column 'uid', the id_column, got"):
+            collate([without])
+
+
+def test_a_dataset_that_gives_fewer_rows_than_asked_for_is_an_error():
+    class Losing(list):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices[1:]]
+
+    with pytest.raises(ValueError, match="shorter"):
+        _NumberedDataset(Losing([{"labels": 1}] * 3)).__getitems__([0, 1])
+
+
 def test_rows_of_a_stream_are_known_by_their_content(tmp_path):
     rows = token_rows(12)
     stream = IterableDataset.from_generator(lambda: iter(rows.to_list()))
@@ -181,7 +212,7 @@ def test_all_of_a_row_counts(one, other):
 def test_a_watched_loop_over_tuples_sees_what_it_did():
     loader, seen = DataLoader(TensorDataset(torch.arange(5), torch.arange(5) * 2), batch_size=2, shuffle=True), []
     keys = RowKeys(loader)
-    with watched_loop(loader, seen.append):
+    with watched_loop(loader, lambda rows, batch: seen.append(rows)):
         for left, right in loader:
             assert torch.equal(right, 2 * left) and seen[-1] == left.tolist()
     assert all(take_rows(batch)[1] is not None for batch in loader)

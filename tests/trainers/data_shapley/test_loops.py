@@ -96,6 +96,57 @@ def test_outputs_in_another_order_than_rows_are_left_out_by_name(model, width, c
     assert "out.weight" not in caplog.text and len(first_step(result)) == 4
 
 
+@pytest.mark.parametrize("bad", [1, 5])
+def test_a_step_whose_gradient_is_not_finite_has_no_values_and_is_named(bad, caplog):
+    """Sums would take its NaN for nothing; a scaler's first steps overflow."""
+
+    def spoiled(count, seed):
+        data = points(count, seed)
+        data.tensors[0][bad if count == 12 else slice(0)] = float("nan")
+        return data
+
+    def give_back(step, optimizer, batch, kept=[]):  # noqa: B006
+        (weight,) = optimizer.param_groups[0]["params"]
+        kept.append(weight.detach().clone())
+        if step and not weight.isfinite().all():
+            weight.data.copy_(kept[step - 1])
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False)
+    expected = exact_first_step(model) if bad == 5 else None
+    result = loop(model, before=give_back, data=spoiled)
+    lost = bad // 4 + 1
+    assert set(result.rows["step"]) == {1, 2, 3} - {lost} and len(result.values()) == 8
+    assert result.rows["value"].notna().all()
+    assert caplog.text.count("no values") == 1 and f"Step {lost} has no values: its gradient" in caplog.text
+    assert expected is None or first_step(result) == pytest.approx(expected)
+
+
+def one_ahead(loader):
+    batches = iter(loader)
+    batch = next(batches)
+    for following in batches:
+        yield batch
+        batch = following
+    yield batch
+
+
+@pytest.mark.parametrize("fetched", [list, one_ahead])
+def test_a_loop_that_fetches_ahead_is_refused(fetched):
+    """Batches would be taken for the one that was fetched last."""
+    model, loader = nn.Linear(3, 1).double(), DataLoader(points(16, 0), batch_size=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    options = {"refresh_every": 1, "compute_loss": square_loss}
+    with (
+        pytest.raises(ValueError, match="fetches ahead: values would be those of other rows"),
+        InRunDataShapleyCallback.attach(model, optimizer, loader, points(6, 1), **options),
+    ):
+        for batch in fetched(loader):
+            square_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_rows_that_no_output_keeps_apart_are_refused():
     class Mixed(nn.Linear):
         def forward(self, x):

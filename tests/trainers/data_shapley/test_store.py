@@ -165,6 +165,7 @@ def test_runs_of_one_folder_do_not_meet(tmp_path):
         found = read_run(tmp_path / "shapley" / store.run)
         assert_equal(found, store.read())
         assert found[0]["value"].iloc[0] == rows_of(10 * number + 1)["value"][0]
+    (tmp_path / "shapley" / "run-20300101T000000-00000000").mkdir()  # of one that was killed before it had a value
     assert_equal(read_run(tmp_path), stores[1].read())  # the last one written
 
 
@@ -205,6 +206,8 @@ def test_records_without_a_number_are_refused(tmp_path, steps):
     part.to_parquet(next(tmp_path.glob("shapley/*/part-*.parquet")), index=False)
     with pytest.raises(ValueError, match="InRunDataShapleyCallback"):
         read_run(tmp_path)
+    with pytest.raises(ValueError, match="InRunDataShapleyCallback"):
+        ShapleyStore(tmp_path, TRAINED).resume(4, store.run, tmp_path / "checkpoint-4")
 
 
 def test_reading_writes_nothing(tmp_path):

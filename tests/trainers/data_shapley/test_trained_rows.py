@@ -114,6 +114,23 @@ def test_stored_facts_are_enough_for_the_same_rows_in_their_order():
             trained.keys(wrong, all_of(6))
 
 
+@pytest.mark.parametrize("order", [[0], [0, 1, 0]])
+def test_rows_in_their_order_are_found_be_it_one_or_one_twice(order):
+    rows = TEXTS.select(order)
+    assert positions(prepared(rows), rows) == list(range(len(order)))
+
+
+@pytest.mark.parametrize("facts", [{"columns": [3]}, {"digests": {"answer": 3}}, {"id_column": 3}, {"length": "6"}])
+def test_facts_of_another_kind_are_refused(facts):
+    with pytest.raises(TypeError, match="of the trained rows that are no text|that is no count"):
+        TrainedRows.from_facts({**TrainedRows.of(TEXTS).facts(), **facts})
+
+
+def test_joined_rows_of_other_columns_are_not_taken_for_one_dataset():
+    with pytest.raises(ValueError, match="can't be told"):
+        TrainedRows.of(ConcatDataset([TEXTS, TEXTS.select_columns(["prompt"])])).keys(TEXTS, all_of(6))
+
+
 def test_what_pytorch_has_selected_or_joined_is_followed():
     halves = ConcatDataset([Subset(TEXTS, [5, 3, 0]), Subset(Subset(TEXTS, [4, 2, 1]), [2, 0])])
     assert list(TrainedRows.of(halves).keys(TEXTS, all_of(5))) == [2, 3, -1, 1, 4, 0]
@@ -157,6 +174,6 @@ def test_texts_are_also_known_by_their_beginnings_if_they_are_long_enough():
 
 def test_rows_of_which_nothing_is_known_are_taken_as_they_come():
     """Enough of them must be there."""
-    assert list(TrainedRows().keys(TEXTS, all_of(4))) == list(range(6))
+    assert list(TrainedRows().keys(TEXTS, all_of(4))) == list(TrainedRows().keys(TEXTS, all_of(6))) == list(range(6))
     with pytest.raises(ValueError, match="the 7 rows that were trained on, .*got 6 rows"):
         TrainedRows().keys(TEXTS, all_of(7))

@@ -24,6 +24,7 @@ BLANK = {"input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "labels": [-100] * 8}
         (DatasetDict(test=token_rows(2)), "one of its splits, test: `val_dataset=found..test..`"),
         ({"a": 1}, "validation set 'validation', got dict"),
         (3, "validation set 'validation', got int"),
+        (Dataset, "validation set 'validation', got type"),
         (TensorDataset(torch.ones(3, 8)), "validation set 'validation', for its collator, got TensorDataset"),
         (DataLoader(token_rows(3)), "validation set 'validation', for its collator, got DataLoader"),
         (["a", "b"], "validation set 'validation', for its collator, got list"),

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+from .follow import leaves
 
 
 @dataclass
@@ -104,6 +107,19 @@ def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
     return layout
 
 
+def belongs_to(inputs: Mapping[str, Any], batch: Any, other: Any) -> bool:
+    """Whether a model's inputs are seen to be those of a batch and not of another, which may be alike in part."""
+
+    def holds(one: Any, value: torch.Tensor) -> bool:
+        tensors = leaves(dict(one) if isinstance(one, Mapping) else one)
+        alike = (tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.shape == value.shape)
+        return any(torch.equal(tensor.to(value), value) for tensor in alike)
+
+    values = [value for value in leaves(dict(inputs)) if isinstance(value, torch.Tensor)]
+    pairs = {(holds(batch, value), holds(other, value)) for value in values}
+    return (True, False) in pairs and (False, True) not in pairs
+
+
 def _segments(tensors: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
     if "seq_idx" in tensors:
         segments = tensors["seq_idx"].reshape(-1).long()
@@ -111,7 +127,8 @@ def _segments(tensors: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
         segments = (tensors["position_ids"].reshape(-1) == 0).cumsum(0) - 1
     else:
         raise ValueError(
-            f"Expected {rows} inputs, or flattened rows with `position_ids`, got a batch of fewer inputs without them."
+            f"Expected the {rows} rows of the data loader's batch, or flattened ones with `position_ids`, got fewer "
+            "inputs without them. Call the model with whole batches: for smaller steps take a smaller `batch_size`."
         )
     return segments.clamp(max=rows)
 

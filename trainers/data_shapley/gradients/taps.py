@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,8 @@ from transformers import PreTrainedModel
 
 from . import follow
 from .direction import wide
-from .modules import find_tapped
 from .rows import RowLayout
-from .scores import Call, TappedModule, count_leading, fast_scores, first_input, thin_rows, token_scores
+from .scores import Call, TappedModule, count_leading, fast_scores, find_tapped, first_input, thin_rows, token_scores
 
 
 _FAST = ("linear", "conv1d", "scale")  # kinds of modules that are scored from their one input
@@ -41,11 +41,12 @@ class Taps:
         around: modules that score those in them whose parameters they use without calling them.
         unordered, common: modules whose output isn't laid out by rows; whose output rows have in common.
         low_precision: whether some gradients are in half precision, as under autocast.
+        seconds: spent in hooks and in scoring so far; of devices that work on their own, what it takes to tell them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.low_precision = False, False
+        self.on, self.low_precision, self.seconds = False, False, 0.0
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
@@ -124,7 +125,6 @@ class Taps:
             self._found.clear()
         return self._scores
 
-    @torch.no_grad()
     def score(
         self,
         tapped: TappedModule,
@@ -134,7 +134,11 @@ class Taps:
         shared: "_SharedInput | None",
         fast: bool = False,
     ) -> None:
-        """Add the scores of one call of a module, from its inputs and the gradient of its output."""
+        """
+        Add the scores of one call of a module, from its inputs and the gradient of its output. `fast`: of a module
+        that is scored from its one input.
+        """
+        began = time.perf_counter()
         self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
         whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
         shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
@@ -154,6 +158,7 @@ class Taps:
             return
         finally:
             self.on = True
+            self.seconds += time.perf_counter() - began
         self.fired.add(tapped.index)
         scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
         if whole:
@@ -211,17 +216,22 @@ class _Hook:
         self.taps, self.tapped = taps, tapped
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        began = time.perf_counter()
+        self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
+        watched = self._watch(args, kwargs, output) if self.taps.hears() else None
+        self.taps.seconds += time.perf_counter() - began
+        return watched
+
+    def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
-        taps.heard.add(tapped.index)  # in checkpoints also without gradients
-        if layout is None or not taps.hears():
-            return None
+        assert layout is not None
         if tapped.kind in _FAST and type(output) is torch.Tensor and output.requires_grad:
             # What most modules are, and most calls: with the least that has to be done
             x, shape = first_input(args, kwargs), output.shape[:-1]
             in_common = layout.segments is None and layout.batch > 1 and len(shape) > 0 and shape[0] == 1
             apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
             if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
-                return _FastTap.apply(output, x, self, layout, taps.read(tapped, x))
+                return _Tap.apply(output, self, layout, taps.read(tapped, x), None, x)
         call = follow.replace((args, kwargs), follow.plain)
         if isinstance(output, torch.Tensor):
             return self._behind(output, Call(*call))
@@ -259,7 +269,9 @@ class _Hook:
 
     def _tap(self, output: torch.Tensor, call: Call, shared: "_SharedInput | None") -> torch.Tensor:
         tensors = [value for value in follow.leaves((call.args, call.kwargs)) if isinstance(value, torch.Tensor)]
-        return _Tap.apply(output, self, self.taps.layout, shared, call, *tensors)
+        hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
+        args, kwargs = follow.replace((call.args, call.kwargs), hole)
+        return _Tap.apply(output, self, self.taps.layout, shared, replace(call, args=args, kwargs=kwargs), *tensors)
 
 
 class _Around:
@@ -291,7 +303,10 @@ class _Around:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward pass scores. Inputs go through saved tensors, so that checkpointing recomputes."""
+    """
+    The identity, whose backward pass scores. Inputs go through saved tensors, so that checkpointing recomputes; `call`
+    is that of the module with holes in their place, `None` where the one input is enough.
+    """
 
     @staticmethod
     def forward(
@@ -300,12 +315,10 @@ class _Tap(torch.autograd.Function):
         hook: _Hook,
         layout: RowLayout,
         shared: _SharedInput | None,
-        call: Call,
-        *tensors: Any,
+        call: Call | None,
+        *tensors: torch.Tensor,
     ):
-        ctx.hook, ctx.layout, ctx.shared = hook, layout, shared
-        hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
-        ctx.call = replace(call, args=follow.replace(call.args, hole), kwargs=follow.replace(call.kwargs, hole))
+        ctx.hook, ctx.layout, ctx.shared, ctx.call = hook, layout, shared, call
         ctx.save_for_backward(*tensors)
         # Not a view, which could not be changed in place. What a module needs of its output again can't be changed in
         # place without us either, so the memory may be shared.
@@ -313,30 +326,18 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
-        saved = iter(ctx.saved_tensors)
-        fill = lambda value: next(saved).detach() if value is _Hole else value  # noqa: E731
         if ctx.hook.taps.on:
-            call = replace(ctx.call, args=follow.replace(ctx.call.args, fill))
-            call = replace(call, kwargs=follow.replace(ctx.call.kwargs, fill))
-            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared)
+            tensors = [tensor.detach() for tensor in ctx.saved_tensors]
+            if ctx.call is None:
+                call = Call(tensors, {})
+            else:
+                saved = iter(tensors)
+                fill = lambda value: next(saved) if value is _Hole else value  # noqa: E731
+                args, kwargs = follow.replace((ctx.call.args, ctx.call.kwargs), fill)
+                call = replace(ctx.call, args=args, kwargs=kwargs)
+            with torch.no_grad():  # gradients are on in a pass that is going to be differentiated
+                ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared, fast=ctx.call is None)
         return (b, *[None] * (len(ctx.needs_input_grad) - 1))
-
-
-class _FastTap(torch.autograd.Function):
-    """The same behind a module that is scored from its one input."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, hook: _Hook, layout: RowLayout, shared: Any):
-        ctx.hook, ctx.layout, ctx.shared = hook, layout, shared
-        ctx.save_for_backward(x)
-        return output.data
-
-    @staticmethod
-    def backward(ctx: Any, b: torch.Tensor):  # type: ignore[override]
-        if ctx.hook.taps.on:
-            call = Call((ctx.saved_tensors[0].detach(),), {})
-            ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared, fast=True)
-        return b, None, None, None, None
 
 
 class _Hole:

@@ -10,22 +10,23 @@ from hf_iclr.trainers.data_shapley.gradients.schedule import SCORING, RefreshSch
 
 
 class Clock:
-    """Steps of one second, batches of a quarter."""
+    """Steps of one second and what scoring takes, batches of a quarter."""
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
+    def __init__(self, monkeypatch, scoring=SCORING):
+        self.now, self.scoring, self.scored = 0.0, scoring, 0.0
         monkeypatch.setattr(schedules.time, "perf_counter", lambda: self.now)
 
     def run(self, schedule, steps, known=False, start=1):
         """What is measured in which step."""
         found = {}
         for step in range(start, start + steps):
-            places = schedule.begin(step, known)
+            places = schedule.begin(step, known, self.scored)
             if places is not None:
                 known, found[step] = True, places
                 self.now += 0.25 * len(places)
-                schedule.took(0.25 * len(places), len(places))
-            self.now += 1.0
+                schedule.took(0.25 * len(places), len(places), self.scored)
+            self.now += 1.0 + self.scoring
+            self.scored += self.scoring
         return found
 
 
@@ -36,15 +37,18 @@ def test_a_fixed_interval_takes_the_whole_set():
 
 @pytest.mark.parametrize("steps", [100, 400, 4000])
 @pytest.mark.parametrize("cost", [0.03, 0.05, 0.2])
-def test_passes_cost_what_is_allowed_and_no_more(steps, cost, monkeypatch):
+@pytest.mark.parametrize("scoring", [0.001, SCORING, 0.5])
+def test_scoring_and_passes_cost_what_is_allowed_and_no_more(scoring, steps, cost, monkeypatch, caplog):
     schedule = RefreshSchedule(None, cost, batches=25, steps=steps, batch_share=0.25)
-    found = Clock(monkeypatch).run(schedule, steps)
-    budget = max(cost - SCORING, cost / 5) * steps
-    seconds = 0.25 * (sum(map(len, found.values())) + len(found[1]) / 3)  # with the last losses
-    assert seconds <= max(budget, 0.25 * 4 / 3)
-    assert seconds > 0.6 * budget  # an interval is a whole number of steps
+    found = Clock(monkeypatch, scoring).run(schedule, steps)
+    budget = (cost - min(scoring, 0.9 * cost)) * steps
+    first = 0.25 * 4 / 3 * len(found[1])  # with the last losses
+    seconds = first + 0.25 * (sum(map(len, found.values())) - len(found[1]))
+    assert seconds <= max(budget, first)  # which is chosen before scoring is timed
+    assert seconds > 0.6 * budget - 0.25  # an interval is a whole number of steps
     taken = [place for places in found.values() for place in places]
     assert taken == [index % 25 for index in range(len(taken))]  # in turn
+    assert ("can't be kept: scoring the rows" in caplog.text) == (scoring > 0.9 * cost)
 
 
 def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypatch):
