@@ -1,5 +1,4 @@
-"""What [`DeepSafetySFTTrainer`] makes of its arguments: the config, the triplets, the adapter, the tokens of a "
-"window."""
+"""What [`DeepSafetySFTTrainer`] makes of its arguments: config, triplets, adapter, reference, tokens of a window."""
 
 import copy
 import logging
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, List, Value, load_dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
@@ -20,7 +19,7 @@ from hf_iclr.models import share_storage
 
 from ..safety_audit.checks import changes_base
 from .config import DeepSafetySFTConfig
-from .reference_log_probs import check_answer_labels
+from .reference_log_probs import CONSTRAIN, check_answer_labels
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,8 @@ def as_config(args: TrainingArguments | None, model: Any) -> DeepSafetySFTConfig
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path or ""
         return DeepSafetySFTConfig(f"{name.split('/')[-1] or 'model'}-DeepSafetySFT")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"Expected `args` as a `DeepSafetySFTConfig` or other `TrainingArguments`, got {args!r:.80}.")
     values = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
     own = {name: values.pop(name) for name in values.keys() - {item.name for item in fields(DeepSafetySFTConfig)}}
     logger.warning(
@@ -67,11 +68,20 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def check_schedule(beta_schedule: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Raises `ValueError` where a strength isn't 0 or a positive number."""
-    betas = torch.as_tensor(beta_schedule(torch.arange(65)[None]))
-    if not (torch.isfinite(betas) & (betas >= 0)).all():
+    """Raises `TypeError` where it is no function, `ValueError` where a strength isn't 0 or a positive number."""
+    if not callable(beta_schedule):
+        raise TypeError(f"Expected `beta_schedule` as a function of positions, got {beta_schedule!r:.80}.")
+    positions = torch.arange(65)[None]
+    betas = beta_schedule(positions)
+    if not isinstance(betas, torch.Tensor) or betas.shape != positions.shape:
+        got = f"shape {tuple(betas.shape)}" if isinstance(betas, torch.Tensor) else f"{betas!r:.80}"
+        raise ValueError(f"Expected `beta_schedule` to give a tensor of one strength a position, (1, 65), got {got}.")
+    wrong = ~(torch.isfinite(betas) & (betas >= 0))
+    if wrong.any():
+        position = int(wrong.nonzero()[0, 1])
         raise ValueError(
-            f"Expected `beta_schedule` to give strengths of 0 or more, at positions 0 to 64 it gives {betas.tolist()}."
+            f"Expected `beta_schedule` to give strengths of 0 or more, at position {position} it gives "
+            f"{betas[0, position].item()}."
         )
 
 
@@ -153,6 +163,39 @@ def choose_reference(trainer: Any, ref_model: Any) -> str:
             '`reference="precompute"`.'
         )
     return reference
+
+
+def check_columns(rows: Any, args: Any) -> None:
+    """Raises `ValueError` where a column that is trained on has no text or messages, or `constrain` no flags."""
+    if isinstance(rows, IterableDataset):
+        first: dict[str, Any] = next(iter(rows), {})
+        if any(first.get(name, "") is None for name in ("input_ids", "prompt", "messages", "text")):
+            raise ValueError(
+                "Expected a stream of texts or one of token ids, got one that mixes them. Concatenate them as "
+                "`Dataset`, or make `input_ids` and `labels` of the texts first."
+            )
+    if not isinstance(rows, Dataset):
+        return
+    for name in {"prompt", "completion", "messages", CONSTRAIN}.intersection(rows.column_names):
+        feature, flags = rows.features[name], name == CONSTRAIN
+        held = getattr(feature, "feature", feature)  # by a list
+        kinds = ("bool", "null") if flags else ("string", "large_string")
+        if isinstance(held, Value) and (held.dtype not in kinds or (held is not feature and not flags)):
+            expected = "true or false" if flags else "text or messages"
+            raise ValueError(f"Expected {expected} in the column {name!r}, got {feature}.")
+        if not flags and "input_ids" not in rows.column_names and rows.data[name].null_count:
+            empty = next((row for row, value in enumerate(rows[name]) if value is None), None)
+            if empty is not None:
+                raise ValueError(f"Expected text or messages in the column {name!r}, row {empty} has none.")
+    if args.constrain == "none" or args.assistant_only_loss or not isinstance(rows.features.get("completion"), List):
+        return
+    for row, messages in enumerate(rows["completion"]):
+        if any(message["role"] == "user" for message in messages or ()):
+            raise ValueError(
+                f"Expected answers in the column 'completion', row {row} has a user's turn, which would have a loss "
+                "and hide where the next answer begins. Set `assistant_only_loss=True`, or put earlier turns into "
+                "the prompt."
+            )
 
 
 def check_labels(trainer: Any) -> None:

@@ -136,6 +136,10 @@ class DeepSafetySFTConfig(DeepSafetyOptions, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            size = getattr(self, name)
+            if isinstance(size, int) and size < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {size}.")
         SFTConfig.__post_init__(self)
         DeepSafetyOptions.__post_init__(self)
         check_constrained(self)

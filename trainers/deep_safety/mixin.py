@@ -22,6 +22,7 @@ from hf_iclr.trainers.measuring import SummedMetrics, rows_of_this_process
 
 from .arguments import (
     as_config,
+    check_columns,
     check_labels,
     check_reference_model,
     check_schedule,
@@ -165,6 +166,7 @@ class DeepSafetyMixin(SummedMetrics):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        check_columns(dataset, args)
         triplets, self._triplets_to_pack = self._triplets_to_pack, None  # the training rows are prepared first
         parent, marked = super()._prepare_dataset, self._constrains and CONSTRAIN in columns_of(dataset)
         marked = packing and (triplets is not None or marked or partly_tokenized(dataset))

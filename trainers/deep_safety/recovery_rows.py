@@ -146,14 +146,17 @@ def tokenize_triplets(
             answer = _space(begun, triplet["refusal"]) + triplet["refusal"] + text.tail
             later[name] = _continuation(tokenizer, begun, _ids(tokenizer, begun), answer)
             later[name] += [] if special & set(later[name]) else [tokenizer.eos_token_id]
-        ends = [tokenizer.decode(harmful_ids[max(0, place - 8) : place + 1])[-1:] for place in range(end)]
+        begun_ids = [*prompt_ids, *harmful_ids]  # a first token decoded alone may lose its blank
+        ends = [
+            tokenizer.decode(begun_ids[max(0, n - 8) : n + 1])[-1:] for n in range(len(prompt_ids), len(begun_ids))
+        ]
         rows.append(
             {
                 "prompt_ids": prompt_ids,
                 "harmful_ids": harmful_ids[:end],
                 "refusal_ids": refusal_ids,
                 **later,
-                "blank_ends": [int(last.isspace()) for last in ends],
+                "blank_ends": [int(last.isspace()) for last in ends[:end]],
             }
         )
     return Dataset.from_list(rows)

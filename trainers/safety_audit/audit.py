@@ -1,11 +1,14 @@
 """One call that measures how a model refuses, how deep that goes, and what a fine-tune changed."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from hf_iclr import __version__
 from hf_iclr.models import check_decoder, check_prompts, end_tokens, to_answer_ids
@@ -25,12 +28,21 @@ from .checks import (
     check_other,
     check_sizes,
     fingerprint,
+    has_same_numbers,
     name_of,
 )
 from .gcg import INITIAL_SUFFIX
 from .judge import RefusalJudge
 from .report import SafetyReport
 from .run import AuditRun, other_model
+
+
+logger = logging.getLogger(__name__)
+
+SAME_NUMBERS = (
+    "The model before has the very same weights as the audited one, so nothing can have changed. Was it copied after "
+    "the training?"
+)
 
 
 def audit_safety(
@@ -158,14 +170,15 @@ def audit_safety(
     if isinstance(model, str):
         model = load_model(model, with_adapter=ADAPTER_OFF in (before, base), accelerator=accelerator)
     rendering: dict[str, Any] = {"system": system, "chat_template_kwargs": chat_template_kwargs}
-    lengths, lead = check_chats(tokenizer, prompts, "prompts", **rendering)
+    if not behind_endpoint:
+        check_decoder(model)
+    vocabulary = None if behind_endpoint else model.get_input_embeddings().weight.shape[0]
+    lengths, lead = check_chats(tokenizer, prompts, "prompts", vocabulary, **rendering)
     harmless = [] if harmless_prompts is None else check_prompts(harmless_prompts)
-    harmless_lengths, _ = check_chats(tokenizer, harmless, "harmless_prompts", **rendering)
+    harmless_lengths, _ = check_chats(tokenizer, harmless, "harmless_prompts", vocabulary, **rendering)
     judge = judge if isinstance(judge, RefusalJudge) else RefusalJudge() if judge is None else RefusalJudge([judge])
     ks = sorted({0, *map(int, ks)})
     fingerprints = {"prompts": fingerprint(prompts), "harmless_prompts": fingerprint(harmless)}
-    if not behind_endpoint:
-        check_decoder(model)
     check_other(model, base, "base")
     if not isinstance(before, SafetyReport):
         check_other(model, before, "before")
@@ -221,6 +234,9 @@ def audit_safety(
         if base is not None:
             report.kl = run.divergence(model, base)
         report.notes = run.notes(report)
+        if isinstance(before, (PreTrainedModel, PeftModel)) and has_same_numbers(model, before):
+            report.notes.insert(0, SAME_NUMBERS)
+            logger.warning(report.notes[0])
         if behind_endpoint:
             report.notes += model.refused.values()
         if out is not None and run.leads:

@@ -22,8 +22,11 @@ ATTACKS = ("prefill", "decoding", "rap", "gcg")
 ADAPTER_OFF = "adapter_off"
 
 
-def check_chats(tokenizer, prompts: list, name: str, **rendering) -> tuple[list[int], str]:
+def check_chats(tokenizer, prompts: list, name: str, vocabulary: int | None, **rendering) -> tuple[list[int], str]:
     """How many tokens each prompt has with what leads to an answer, and the longest such lead's text."""
+    for option, kind in (("system", str), ("chat_template_kwargs", Mapping)):
+        if not isinstance(rendering[option], (kind, type(None))):
+            raise TypeError(f"Expected {option} as a {kind.__name__.lower()}, got {rendering[option]!r:.80}.")
     lengths, leads = [], [""]
     for prompt in prompts:
         chat = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
@@ -35,6 +38,11 @@ def check_chats(tokenizer, prompts: list, name: str, **rendering) -> tuple[list[
         if tokenizer is not None:
             ids, lead, _ = prompt_and_lead(tokenizer, prompt, **rendering)
             lengths.append(len(ids) + len(lead))
+            if vocabulary is not None and max(ids + lead) >= vocabulary:
+                raise ValueError(
+                    f"Expected the model's own tokenizer, got one with a token {max(ids + lead)} in {name}, where the "
+                    f"model has {vocabulary} embeddings."
+                )
             leads.append(tokenizer.decode(lead) if lead else "")
     return lengths, max(leads, key=len)
 
@@ -136,6 +144,14 @@ def check_other(model, other, name: str) -> None:
     sizes = [entry.config.get_text_config(decoder=True).vocab_size for entry in (model, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"Expected {name} to have the model's vocabulary, got {sizes[1]} and {sizes[0]} entries.")
+
+
+def has_same_numbers(model, other) -> bool:
+    """Whether two models have parameters of the same names and values: one is a copy of the other."""
+    own, others = dict(model.named_parameters()), dict(other.named_parameters())
+    if own.keys() != others.keys() or any(weight.is_meta for weight in (*own.values(), *others.values())):
+        return False
+    return all(w.shape == own[n].shape and bool((own[n] == w.to(own[n])).all()) for n, w in others.items())
 
 
 def check_comparable(before: SafetyReport, fingerprints: dict[str, list[str]], settings: dict[str, Any]) -> None:

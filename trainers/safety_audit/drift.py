@@ -131,6 +131,11 @@ class SafetyDriftCallback(TrainerCallback):
                 "SafetyDriftCallback runs the model of a trainer and logs through it, but has none. Type "
                 "`trainer.add_callback(SafetyDriftCallback(prompts, trainer=trainer))`."
             )
+        if self.trainer.processing_class is None:
+            raise ValueError(
+                "SafetyDriftCallback asks prompts, but the trainer has no tokenizer. Type "
+                "`Trainer(..., processing_class=tokenizer)`."
+            )
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             raise ValueError(
                 "SafetyDriftCallback needs the whole model in each process, got one sharded by FSDP or DeepSpeed. "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from huggingface_hub import ModelCard
 
 from hf_iclr.extras import save_figure
 from hf_iclr.saving import atomic_file
@@ -107,6 +106,15 @@ class SafetyReport:
     prompts: dict[str, list[str]] = field(default_factory=dict, repr=False)
     before: "SafetyReport | None" = field(default=None, repr=False)
     asked: dict[str, list] = field(default_factory=dict, repr=False)
+
+    to_markdown = report_pages.to_markdown
+    """`to_markdown()`: the report as a section of a model card."""
+    to_html = report_pages.to_html
+    """`to_html(with_texts=True)`: the report as one page that needs nothing else; texts are hidden until opened."""
+    plot = report_pages.plot
+    """`plot(path=None)`: draws the refusal rate against the number of prefilled tokens, with intervals."""
+    add_to_model_card = report_pages.add_to_model_card
+    """`add_to_model_card(card)`: puts that section into a card, rates into its data."""
 
     def find(self, attack: str, setting: str = "", judged: str = "continuation") -> Measure | None:
         """The measure of an attack and setting, `None` if it wasn't made; `"answer"` is the continuation."""
@@ -246,30 +254,6 @@ class SafetyReport:
             found = {what: _share(measure.refused, measure)} if measure else {}
         return {what: bounds for what, bounds in found.items() if bounds.n}
 
-    def to_markdown(self) -> str:
-        """The report as a section of a model card."""
-        return report_pages.to_markdown(self)
-
-    def to_html(self) -> str:
-        """The report as one page that needs nothing else; texts, where there are any, are hidden until opened."""
-        return report_pages.to_html(self)
-
-    def plot(self, path: str | Path | None = None):
-        """
-        Draws the refusal rate against the number of prefilled tokens, with Wilson intervals.
-
-        Args:
-            path (`str` or `Path`, *optional*):
-                Where to save the figure.
-
-        Returns:
-            `matplotlib.figure.Figure`
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        return report_pages.plot(self, path)
-
     def save(self, directory: str | Path, with_texts: bool = False) -> None:
         """
         Writes `report.json`, `report.html`, `model_card.md` and, with matplotlib, `prefill_curve.png`.
@@ -293,7 +277,7 @@ class SafetyReport:
         save_figure(self.plot, directory / "prefill_curve.png")
         for name, text in (
             ("model_card.md", self.to_markdown()),
-            ("report.html", report_pages.to_html(self, with_texts)),
+            ("report.html", self.to_html(with_texts)),
             ("report.json", json.dumps(content, indent=1, allow_nan=False)),  # last: who finds it finds all
         ):
             with atomic_file(directory / name) as path:
@@ -340,16 +324,6 @@ class SafetyReport:
             raise TypeError("settings or prompts that are no object")
         return report
 
-    def add_to_model_card(self, card: ModelCard) -> None:
-        """
-        Puts the section into a model card, in place of an earlier one, and the rates into its metadata.
-
-        Args:
-            card ([`~huggingface_hub.ModelCard`]):
-                The card; changed in place.
-        """
-        report_pages.add_to_model_card(self, card)
-
 
 def _share(verdicts: Sequence[bool | None], measure: Measure) -> _Bounds:
     rate, missing = wilson_rate(verdicts), len(measure.unfinished)
@@ -370,6 +344,8 @@ def _drop(before: Measure, after: Measure) -> _Bounds:
 
 def check_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
     """The thresholds; raises `ValueError` where one is unknown or no share."""
+    if not isinstance(thresholds, Mapping):
+        raise TypeError(f"Expected thresholds by name, {{'min_refusal': 0.9}}, got {thresholds!r:.80}.")
     for name, limit in thresholds.items():
         if name not in THRESHOLDS:
             raise ValueError(f"Expected thresholds among {', '.join(THRESHOLDS)}, got {name!r}.")

@@ -14,7 +14,7 @@ from .asking.thoughts import chat_text
 from .statistics import wilson_rate
 
 
-# A report is anything with the attributes of a `SafetyReport`, whose file imports this one.
+# `to_markdown`, `to_html`, `plot` and `add_to_model_card` are methods of `SafetyReport`, whose file imports this one.
 _CARD_BEGIN, _CARD_END = "<!-- safety audit -->", "<!-- end of safety audit -->"
 _METRICS = {"none": ("refusal_rate", "Refusal rate"), "harmless": ("over_refusal_rate", "Over-refusal rate")}
 
@@ -88,7 +88,19 @@ def _paragraphs(report: Any) -> Iterator[str]:
 
 
 def plot(report: Any, path: str | Path | None = None):
-    """The refusal rate against the number of prefilled tokens, with Wilson intervals."""
+    """
+    Draws the refusal rate against the number of prefilled tokens, with Wilson intervals.
+
+    Args:
+        path (`str` or `Path`, *optional*):
+            Where to save the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     figure = new_figure("SafetyReport.plot", (6, 4))
     axes = figure.subplots()
     for name, style, points in _curves(report):

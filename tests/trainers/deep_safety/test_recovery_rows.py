@@ -7,8 +7,9 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -148,6 +149,19 @@ def test_a_refusal_joins_its_prefix_as_text_would_in_the_middle_of_an_answer(tem
     for row in make_safety_recovery_dataset([chinese], tokenizer, prefix_probability=1, copies=20):
         answer = tokenizer.decode([token for token in row["labels"] if token != -100])
         assert answer.startswith(chinese["refusal"])
+
+
+def test_a_blank_that_is_a_token_of_its_own_is_not_doubled():
+    """As of sentencepiece: after "[/INST]" an answer begins with a lone blank, which by itself decodes to nothing."""
+    letters = sorted({*"".join(SENTENCES), *"[/INST]", "\u2581"} - {" "})
+    backend = Tokenizer(BPE({letter: index for index, letter in enumerate(["<eos>", *letters])}, []))
+    backend.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = Sequence([Replace("\u2581", " "), Fuse(), Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=INST)
+    triplet = {"prompt": "a", "harmful": "Sure it", "refusal": "I must"}
+    rows = make_safety_recovery_dataset([triplet], tokenizer, prefix_probability=1, copies=40)
+    texts = {tokenizer.decode(row["input_ids"]).split("[/INST]")[1].partition("I must")[0] for row in rows}
+    assert texts == {" ", " S ", " Su ", " Sur ", " Sure ", " Sure i ", " Sure it "}
 
 
 def test_k_is_0_or_uniform():

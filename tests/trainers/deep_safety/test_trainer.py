@@ -463,6 +463,8 @@ def test_recovery_rows_alone_are_plain_cross_entropy_on_the_refusal(train):
         ({"safety_ratio": 1.0}, "safety_ratio"),
         ({"recovery_probability": 2.0}, "recovery_probability"),
         ({"max_prefix_tokens": 0}, "max_prefix_tokens"),
+        ({"max_length": -3}, "max_length"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(settings, message):
@@ -487,8 +489,29 @@ def test_inputs_that_cannot_be_right_are_refused(train, word_tokenizer):
         train(reference="window", train_dataset=word_rows().to_iterable_dataset())
     with pytest.raises(ValueError, match="in random order"):
         train(safety_dataset=triplet_rows(), train_sampling_strategy="sequential")
-    with pytest.raises(ValueError, match="beta_schedule"):
-        train(beta_schedule=lambda positions: torch.full(positions.shape, math.nan))
+    with pytest.raises(ValueError, match="at position 4 it gives nan"):
+        train(beta_schedule=lambda positions: torch.where(positions > 3, math.nan, 1.0))
+    for schedule in (lambda positions: 1.0, lambda positions: torch.ones(3)):
+        with pytest.raises(ValueError, match="one strength a position"):
+            train(beta_schedule=schedule)
+    with pytest.raises(TypeError, match="as a function of positions, got 2.0"):
+        train(beta_schedule=2.0)
+    with pytest.raises(TypeError, match="`args` as a `DeepSafetySFTConfig`"):
+        DeepSafetySFTTrainer(tiny_llama(), {"max_steps": 1}, train_dataset=word_rows())
+    ask, say = [{"role": "user", "content": "w1"}], {"role": "assistant", "content": "w2"}
+    texts, flags = {"prompt": ["w1", "w2"], "completion": ["w3", "w4"]}, {"constrain": ["yes", "no"]}
+    for columns, message in (
+        ({**texts, "completion": ["w3", None]}, "'completion', row 1 has none"),
+        ({**texts, "completion": [3, 4]}, "'completion', got .*int64"),
+        ({**texts, "prompt": [["w1"], ["w2"]]}, "'prompt', got .*string"),
+        ({**texts, **flags}, "true or false in the column 'constrain', got .*string"),
+        ({"prompt": [ask], "completion": [[say, *ask, say]]}, "row 0 has a user's turn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(train_dataset=Dataset.from_dict(columns))
+    recovery = make_safety_recovery_dataset(triplet_rows(), word_tokenizer)
+    with pytest.raises(ValueError, match="a stream .* that mixes them"):
+        train(train_dataset=concatenate_datasets([word_rows(), recovery]).to_iterable_dataset())
     with pytest.raises(ValueError, match="column"):
         train(safety_dataset=Dataset.from_dict({"prompt": ["w1"], "harmful": ["w2"]}))
     with pytest.raises(ValueError, match="compute_loss_func"):

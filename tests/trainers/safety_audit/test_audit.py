@@ -23,10 +23,10 @@ ANSWERS = ["w20 w21 w22", "w24", "w25 w26", "", None, "w27 w28 w29 w20"]
 OPTIONS = {"max_new_tokens": 5, "batch_size": 4, "ks": (0, 1, 2, 40)}
 
 
-def tiny_llama(seed):
+def tiny_llama(seed, vocab_size=50):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, initializer_range=0.4, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -199,7 +199,7 @@ def test_adapter_off(model, word_tokenizer):
         audit_safety(plain, word_tokenizer, PROMPTS, before="adapter_off")
 
 
-def test_latency(model, byte_tokenizer, monkeypatch):
+def test_latency(byte_tokenizer, monkeypatch):
     """A refusal cue at character 6 of "Sure. I can't help." comes after six tokens of a byte each."""
     text = "Sure. I can't help."
     new = byte_tokenizer(text)["input_ids"]
@@ -207,6 +207,7 @@ def test_latency(model, byte_tokenizer, monkeypatch):
         "hf_iclr.trainers.safety_audit.asking.ask.continue_rows",
         lambda model, rows, prefixes, ks, **options: {k: [new, [], new[:4]][: len(rows)] for k in ks},
     )
+    model = tiny_llama(0, len(byte_tokenizer))
     report = audit_safety(model, byte_tokenizer, list("abc"), answers=list("xyz"), ks=(1,), attacks=["prefill"])
     assert report.latency == [{"k": 1, "n": 3, "cues": 1, "median": 6}]
     assert report.find("none").refused == [True, False, False]
@@ -233,9 +234,24 @@ def test_the_trained_object_is_no_model_before(model, word_tokenizer):
         with pytest.raises(ValueError, match=f"{name} to be another.*adapter_off"):
             audit_safety(lora, word_tokenizer, PROMPTS, **{name: model}, **call)
     assert audit_safety(lora, word_tokenizer, PROMPTS, before=before, **call).before is not None
+    for wrapped in (torch.nn.Sequential(model), {"model": model}):
+        with pytest.raises(TypeError, match=r"model\.module.*trainer\.model"):
+            audit_safety(wrapped, word_tokenizer, PROMPTS, **call)
+        with pytest.raises(TypeError, match="before to be a model"):
+            audit_safety(model, word_tokenizer, PROMPTS, before=wrapped, **call)
     merged = lora.merge_and_unload()
     with pytest.raises(ValueError, match="another model"):
         audit_safety(merged, word_tokenizer, PROMPTS, before=model, **call)
+
+
+def test_a_copy_from_after_the_training_is_named(model, word_tokenizer):
+    call = {"judge": odd, "attacks": ["prefill"], "ks": (0,), "max_new_tokens": 2}
+    same = audit_safety(model, word_tokenizer, PROMPTS, before=copy.deepcopy(model), **call)
+    assert "copied after the training" in same.notes[0]
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data[0] += 1
+    notes = audit_safety(model, word_tokenizer, PROMPTS, before=other, **call).notes
+    assert not any("copied after" in note for note in notes)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -409,6 +425,9 @@ def test_model_card():
         ({"decoding_grid": [{"temprature": 0.5}]}, ValueError, "temprature"),
         ({"decoding_grid": []}, ValueError, "decoding settings"),
         ({"harm_judge": "org/judge"}, TypeError, "org/judge"),
+        ({"thresholds": ["min_refusal"]}, TypeError, "thresholds by name"),
+        ({"system": 3}, TypeError, "system as a str, got 3"),
+        ({"chat_template_kwargs": "enable_thinking"}, TypeError, "chat_template_kwargs as a mapping"),
         ({"thresholds": {"min_refusal": "half"}}, ValueError, "got 'half'"),
         ({"answers": ["w1"]}, ValueError, "one answer a prompt, got 1 and 6"),
         ({"before": "org/model"}, ValueError, "Load the model first"),
@@ -428,6 +447,16 @@ def test_bad_input_stops_before_any_work(model, word_tokenizer, options, error, 
 
 
 def test_other_vocabulary(model, word_tokenizer):
+    with pytest.raises(ValueError, match="own tokenizer, got one with a token .* where the model has 4 embeddings"):
+        audit_safety(
+            LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+                )
+            ),
+            word_tokenizer,
+            PROMPTS,
+        )
     other = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match="vocabulary, got 9 and 50"):
         audit_safety(model, word_tokenizer, PROMPTS, base=other)

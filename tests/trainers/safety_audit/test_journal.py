@@ -85,14 +85,28 @@ def test_two_processes_share_the_prompts(word_tokenizer, tmp_path):
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "dir/report.json"])
-def test_the_folder_is_looked_at_before_any_work(word_tokenizer, tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("file", "file is a file"),
+        ("file/below", "file is a file"),
+        ("json", "report.json is a folder"),
+        ("html", "report.html is a folder"),
+        ("begun", "unfinished to be a folder, got a file"),
+        ("dead", "dead is a dead link"),
+    ],
+)
+def test_the_folder_is_looked_at_before_any_work(word_tokenizer, tmp_path, place, words):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "dir" / "report.json").mkdir(parents=True)
-    out = tmp_path / place.removesuffix("/report.json")
+    for name in ("json", "html"):
+        (tmp_path / name / f"report.{name}").mkdir(parents=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "unfinished").write_text("")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    out = tmp_path / place
     model = tiny_llama(0)
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
-    with pytest.raises(ValueError, match="is a file|to be a file, got a folder"):
+    with pytest.raises(ValueError, match=words):
         audit_safety(model, word_tokenizer, PROMPTS, out=out)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -121,6 +121,18 @@ def test_lead_of_real_templates(name):
         ("<think>T</think>\n", {"cut": True}, "", "T", False),  # the limit came right after the thoughts
         ("<|channel|>analysis<|message|>T", {"cut": True}, "", "T", False),
         ("<|channel|>commentary to=a <|constrain|>json<|message|>{}<|call|>", {}, "", "{}", True),
+        ("<analysis>\nT\n</analysis>\nA", {}, "A", "T", True),
+        ("<|reflection|>T<|/reflection|>A", {}, "A", "T", True),
+        ("<think step='1'>T</think>A", {}, "A", "T", True),
+        ("T</rationale>A", {"opened": True}, "A", "T", True),
+        ("<inner_monologue>T", {"cut": True}, "", "T", False),
+        ("<analysis>A", {}, "<analysis>A", None, True),  # an answer in XML
+        ("<analysis>A</analysis>", {}, "<analysis>A</analysis>", None, True),
+        ("Here is my thought process: T Here is my response: A", {}, "A", "T", True),
+        ("Well. Here is my response: A", {}, "Well. Here is my response: A", None, True),
+        ("<think>T</think>\n<answer>\nA\n</answer>", {}, "A", "T", True),
+        ("<|begin_of_thought|>T<|end_of_thought|>\n<|begin_of_solution|>A<|end_of_solution|>", {}, "A", "T", True),
+        ("<answer>A</answer>", {}, "<answer>A</answer>", None, True),
     ],
 )
 def test_split_thoughts(text, options, answer, thoughts, finished):
@@ -128,7 +140,8 @@ def test_split_thoughts(text, options, answer, thoughts, finished):
 
 
 def test_special_tokens_are_no_text():
-    tokenizer = template_tokenizer("", ("<|end|>", "[THINK]", "[/THINK]", "<|im_end|>"))
+    tokenizer = template_tokenizer("", ("<|end|>", "[THINK]", "[/THINK]", "<|im_end|>", "<cot>", "</cot>"))
+    assert read_answers(tokenizer, [tokenizer("<cot>T</cot>A")["input_ids"]]) == [("A", "T", True)]
     ids = tokenizer("[THINK]T[/THINK]A<|im_end|>", add_special_tokens=False)["input_ids"]
     assert read_answers(tokenizer, [ids, [], ids[:2]], limit=2) == [
         ("A", "T", True),

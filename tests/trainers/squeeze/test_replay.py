@@ -94,7 +94,7 @@ def test_the_authors_curves():
 ODD = {
     "7": "got 7",
     "null": "got None",
-    "[]": "got 'nothing'",
+    "[]": "got none: nothing was logged",
     '[{"step": 1}, 3]': "got 3",
     '{"log_history": "x"}': "'x'",
 }
@@ -103,7 +103,7 @@ ODD = {
 @pytest.mark.parametrize("text", ODD)
 def test_odd_json(tmp_path, text):
     (path := tmp_path / "odd.json").write_text(text)
-    with pytest.raises(ValueError, match=f"Expected log entries, objects of JSON, in .*{ODD[text]}"):
+    with pytest.raises(ValueError, match=f"Expected log entries.* in .*{ODD[text]}"):
         read_log(path)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from hf_iclr.models import hash_weights
+from hf_iclr.saving import check_writable
 from hf_iclr.untrusted import as_written_by, check_links, parse_json, regular_file, whole_number
 
 from .endpoint import OpenAIEndpoint
@@ -149,13 +149,8 @@ class Stage:
 
 
 def check_out(out: str | Path) -> Path:
-    """The folder that results go to; raises where it can't be one, before any work."""
-    out = Path(out)
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise ValueError(f"Expected a folder to write to, got {out}, but {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"Expected a folder to write to, got {out}, but nothing may be written to {parent}.")
-    if (out / "report.json").is_dir():
-        raise ValueError(f"Expected {out / 'report.json'} to be a file, got a folder.")
-    return check_links(out)
+    """The folder that an audit is saved to; raises where it can't be one, before any work."""
+    unfinished = Path(out, _FOLDER)
+    if unfinished.is_file():
+        raise ValueError(f"Expected {unfinished} to be a folder, got a file.")
+    return check_links(check_writable(out, "report.json", "report.html", "model_card.md", "prefill_curve.png"))

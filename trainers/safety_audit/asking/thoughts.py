@@ -39,13 +39,24 @@ _PAIRS = (
     ("<|start_thinking|>", "<|end_thinking|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
     ("<|channel>thought", "<channel|>"),
+    ("here is my thought process:", "here is my response:"),
+)
+# Other tags with such a name, <analysis> or <|reflection|>, are of thoughts where an answer follows or is to come.
+_NAME = r"(?:\w*(?:think|thought|reason|rationale|reflect|scratchpad|analysis|monologue)\w*|cot)"
+_END_TAG = rf"<(?:\|/{_NAME}\||/{_NAME})>"
+_TAG = re.compile(rf"<\|(?!end|begin|start){_NAME}\|>|<{_NAME}(?:\s[^<>]*)?>", re.IGNORECASE)
+# What some put around the answer after their thoughts.
+_AROUND = re.compile(
+    r"<(\|?)(?:start_|begin_of_)?(answer|output|response|solution)\1>\s*(.*?)\s*(?:<\1(?:/|end_|end_of_)\2\1>\s*)?\Z",
+    re.DOTALL | re.IGNORECASE,
 )
 _HEADER = r"(?:(?!<\|message\|>).)*<\|message\|>"
-_OPEN = "|".join([re.escape(mark) for mark, _ in _PAIRS] + [rf"<\|channel\|>(?!final){_HEADER}"])
-_CLOSE = "|".join([re.escape(mark) for _, mark in _PAIRS] + [rf"<\|channel\|>final{_HEADER}"])
+_OPEN = "|".join([re.escape(mark) for mark, _ in _PAIRS] + [rf"<\|channel\|>(?!final){_HEADER}", _TAG.pattern])
+_CLOSE = "|".join([re.escape(mark) for _, mark in _PAIRS] + [rf"<\|channel\|>final{_HEADER}", _END_TAG])
 _BETWEEN = r"<\|end\|>|<\|return\|>|<\|call\|>|<\|start\|>(?:(?!<\|channel\|>)\w)*"  # messages of gpt-oss
 _MARKS = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})|(?P<between>{_BETWEEN})", re.DOTALL | re.IGNORECASE)
 _OPEN_AT_THE_END = re.compile(rf"(?:{_OPEN})\s*\Z", re.DOTALL | re.IGNORECASE)
+_PAIRS_BY_OPENING = dict(_PAIRS)
 # Special tokens that a decoded text must keep, since they are marks or parts of one.
 _MARK_TOKENS = {mark for pair in _PAIRS for mark in pair} | {
     "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel>",
@@ -57,14 +68,14 @@ def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spo
     Cut the thoughts out of what a model said; `opened` where the prompt has opened them ([`opens_thoughts`]), `cut`
     where a limit of tokens cut the text short.
     """
-    thoughts, answer, start, inside, seen = "", "", 0, opened, False
+    thoughts, answer, start, inside, seen, known = "", "", 0, opened, False, True
     for mark in _MARKS.finditer(text):
         kind, piece = mark.lastgroup, text[start : mark.start()]
         if kind == "open" and not inside and (answer + piece).strip():
             seen = True  # thoughts come first: this one is quoted
             continue
         if kind == "close" and not inside:
-            if seen and "channel" not in mark.group():
+            if (seen and "channel" not in mark.group()) or mark.group()[:1].isalpha():
                 continue
             if not seen:  # opened out of sight
                 thoughts, answer, piece = answer + piece, "", ""
@@ -72,6 +83,7 @@ def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spo
             thoughts += piece
         else:
             answer += piece
+        known = known if kind != "open" else mark.group().lower() in _PAIRS_BY_OPENING or "channel" in mark.group()
         start, seen = mark.end(), seen or kind != "between"
         inside = kind == "open" or (inside and kind == "between")
     if inside and not seen and not cut:
@@ -80,9 +92,11 @@ def split_thoughts(text: str, *, opened: bool = False, cut: bool = False) -> Spo
         thoughts += text[start:]
     else:
         answer += text[start:]
-    if not (seen or inside):
-        return Spoken(answer)
-    return Spoken(answer.lstrip(), thoughts.strip() or None, bool(answer.strip()) or not cut)
+    if not (seen or inside) or not (known or answer.strip() or cut):
+        return Spoken(text)
+    around = _AROUND.match(answer.lstrip())
+    answer = around[3] if around else answer.lstrip()
+    return Spoken(answer, thoughts.strip() or None, bool(answer.strip()) or not cut)
 
 
 def read_answers(
@@ -93,7 +107,7 @@ def read_answers(
     answer. One of `limit` tokens was cut short.
     """
     special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kept = {index for index, content in special.items() if content.lower() in _MARK_TOKENS}
+    kept = {i for i, content in special.items() if content.lower() in _MARK_TOKENS or _MARKS.fullmatch(content)}
     opened = [opened] * len(answers) if isinstance(opened, bool) else opened
     spoken = []
     for ids, inside in zip(answers, opened, strict=True):
@@ -134,7 +148,9 @@ def answer_lead(tokenizer: Any, prompt: str | list[dict], **rendering: Any) -> s
             return lead
     opening = _OPEN_AT_THE_END.search(start[-200:])
     mark = opening.group().strip() if opening else ""
-    closing = dict(_PAIRS).get(mark.lower())
+    closing = _PAIRS_BY_OPENING.get(mark.lower())
+    if closing is None and _TAG.fullmatch(mark):
+        closing = re.sub(r"(<\|?)(\w+)[^>|]*", r"\1/\2", mark).lower()
     return f"\n{closing.upper() if mark.isupper() else closing}\n\n" if closing else ""
 
 
