@@ -19,6 +19,7 @@ import argparse
 import gzip
 import json
 import statistics as stat
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,9 @@ SAMPLING = {
     "T=1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
     "T=0.7,k=50": {"do_sample": True, "temperature": 0.7, "top_k": 50},  # the default of the pipeline
 }
+METHODS = ("default", "token_v3", "no small model", "prompt lookup", "assisted")
 TABLES = {
+    "parts": "Cost of the parts",
     "defaults": "What a user gets by default",
     "features": "With and without copies and candidates",
     "overhead": "Loop overhead per round",
@@ -52,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--rounds", type=int, default=2, help="times every prompt is run")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows of the first table")
-    parser.add_argument("--compile", action="store_true", help="also time the large model's forward under Inductor")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="columns of that table")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument(
         "--prompts", choices=["chat", "docs"], default="chat", help="questions, or docstrings to go on with"
@@ -74,6 +77,7 @@ from hf_iclr.cache_argument import cache_inputs, find_cache
 from hf_iclr.generation.assisted_cascade import ForwardMeter, own_copy
 from hf_iclr.generation.drafting.draft_model import build_draft_model
 from hf_iclr.generation.proposals import DraftLength, TextLookup
+from hf_iclr.models import answer_logits
 from hf_iclr.tour.demo.draft import docstrings, load_demo_draft
 from hf_iclr.tour.demo.language_model import load_demo_model
 
@@ -119,7 +123,6 @@ def main(args: argparse.Namespace) -> None:
     large.to(dtype)
     bench = Bench(large, small, layers, tokenizer, args)
     results = {"threads": args.threads, "dtype": args.dtype, "prompts": args.prompts, "torch": torch.__version__}
-    show(results, "Cost of the parts", bench.parts(args.compile))
     for sampling in args.sampling:
         for table in args.tables:
             begin = time.perf_counter()
@@ -137,6 +140,7 @@ class Bench:
     def __init__(self, large, small, layers, tokenizer, args):
         self.large, self.small, self.layers, self.tokens, self.rounds = large, small, layers, args.tokens, args.rounds
         self.cascade, self.alone, self.batches = enable_cascade(large, small), enable_cascade(large), args.batches
+        self.methods = args.methods
         last = docstrings()[-len(PROMPTS) :]
         questions = [*PROMPTS, *(f"Repeat this text word for word.\n\n{text[:300]}" for text in last)]
         chats = [[{"role": "user", "content": question}] for question in questions]
@@ -191,6 +195,7 @@ class Bench:
                 **inputs, **sampling, **length, assistant_model=self.layers
             ),
         }  # fmt: skip
+        methods = {name: method for name, method in methods.items() if name in ("plain", *self.methods)}
         rows = []
         for kind, (prompts, batch) in self.kinds.items():
             for size, calls in ((1, prompts), (len(prompts), [batch])):
@@ -218,6 +223,7 @@ class Bench:
                 accepted = {
                     f"{name} acceptance": stat.mean(call["acceptance_rate"] or 0 for call in calls_made)
                     for name, calls_made in ours.items()
+                    if calls_made
                 }
                 lengths: dict[int, int] = {}
                 for call in ours["default"]:
@@ -225,6 +231,7 @@ class Bench:
                         lengths[gamma] = lengths.get(gamma, 0) + count
                 chosen = " ".join(f"{gamma}:{count}" for gamma, count in sorted(lengths.items()))
                 rows.append({"text": kind, "batch": size, **ratios, **accepted, "rounds by drafts": chosen})
+                tqdm.write(str(rows[-1]), file=sys.stderr)  # should the run be stopped
         return pd.DataFrame(rows)
 
     def features(self, sampling) -> pd.DataFrame:
@@ -253,21 +260,18 @@ class Bench:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def parts(self, with_inductor: bool) -> pd.DataFrame:
-        """Milliseconds of one forward behind 128 tokens of context, minimum of 15; compiled for each length alone."""
-        rows, lengths = [], (1, 2, 3, 5, 9)
-        kinds = [("large", self.large, None, lengths), ("draft of layers", self.layers, None, lengths)]
-        if with_inductor:
-            kinds.append(("large, compiled", self.large, torch.compile(self.large, dynamic=False), (1, 3, 5)))
+    def parts(self, sampling) -> pd.DataFrame:
+        """Milliseconds of one forward behind 128 tokens of context, minimum of 15."""
+        rows = []
         with torch.no_grad():
-            for name, model, compiled, lengths in kinds:
-                for length in lengths:
+            for name, model in (("large", self.large), ("draft of layers", self.layers)):
+                for length in (1, 2, 3, 5, 9):
                     times = []
                     for _ in range(15):
                         cache = find_cache(model(torch.randint(3, 999, (1, 128)), use_cache=True))
                         ids = torch.randint(3, 999, (1, length))
                         begin = time.perf_counter()
-                        (compiled or model)(ids, logits_to_keep=length, **cache_inputs(model, cache))
+                        model(ids, logits_to_keep=length, **cache_inputs(model, cache))
                         times.append(time.perf_counter() - begin)
                     rows.append({"model": name, "new tokens": length, "ms": 1000 * min(times)})
         return pd.DataFrame(rows)
@@ -377,20 +381,16 @@ class Bench:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    @torch.no_grad()
     def _nll(self, output, temperature) -> torch.Tensor:
         """Mean negative log-likelihood of the new tokens of each row."""
-        mask = self.batch["attention_mask"].repeat_interleave(len(output) // len(self.prompts), 0)
-        mask = torch.cat([mask, mask.new_ones(len(output), self.tokens)], 1)
-        rows = []
-        for ids, attention in zip(output.split(8), mask.split(8), strict=True):
-            positions = (attention.cumsum(1) - 1).clamp(min=0)
-            logits = self.large(
-                ids, attention_mask=attention, position_ids=positions, logits_to_keep=self.tokens + 1
-            ).logits[:, :-1]
-            log_probs = (logits.float() / temperature).log_softmax(-1)
-            rows.append(-log_probs.gather(2, ids[:, -self.tokens :, None])[..., 0].mean(1))
-        return torch.cat(rows)
+        answers, nll = output[:, -self.tokens :], torch.empty(len(output))
+        columns = self.batch["input_ids"], self.batch["attention_mask"]
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*columns, strict=True)]
+        prompts = [prompt for prompt in prompts for _ in range(len(output) // len(prompts))]
+        for rows, logits in answer_logits(self.large, prompts, answers.tolist(), batch_size=8):
+            log_probs = (logits / temperature).log_softmax(-1)
+            nll[rows] = -log_probs.gather(2, answers[rows][..., None])[..., 0].mean(1)
+        return nll
 
     def ragged(self, sampling) -> pd.DataFrame:
         """Eight prompts of different lengths in one batch."""

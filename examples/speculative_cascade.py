@@ -31,7 +31,7 @@ for rule, alpha in (("spec", 0.0), ("token_v3", 0.3), ("token_v3", 0.9)):
     statistics = out[0]["cascade"]
     print(
         f"[{statistics['new_tokens']} tokens, {statistics['tokens_per_large_forward']:.2f} per large forward, "
-        f"{statistics['acceptance_rate']:.0%} of drafts accepted]"
+        f"{statistics['accepted']} of {statistics['drafted']} drafts accepted]"
     )
 
 # One repository for both: plain `generate` of the reloaded model cascades. `push_to_hub` works as for any model.

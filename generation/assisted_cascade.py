@@ -7,9 +7,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
+from .cache_argument import find_cache
 from .cached_decoder import align_vocabulary, vocabulary_size
 from .cascade_call import CascadeStatistics
-from .deferral_rules import DEFERRAL_RULES, cascade_target, one_hot_of_largest, total_variation
+from .deferral_rules import DEFERRAL_RULES, Distributions, cascade_target, one_hot_of_largest, total_variation
 from .row_processors import WARPERS, Rewindable, process, rewindable, unscaled_probs
 
 
@@ -27,7 +28,7 @@ class AssistedCall:
     ):
         self.options, self.do_sample, self.other_vocabulary = options, do_sample, other_vocabulary
         self.statistics = CascadeStatistics.for_rows("assisted", options.rule, options.alpha, 1)
-        self.prompt_length = input_ids.shape[-1]
+        self.prompt_length = self.length = input_ids.shape[-1]  # the latter up to where the criteria were asked
         self.processors = rewindable(processors, self.prompt_length)
         self.model = own_copy(model)
         self.model._cascade_call = self
@@ -37,12 +38,27 @@ class AssistedCall:
         self.scores: list[torch.Tensor] = []  # the large model's, of each new token
         self.begin = time.perf_counter()
 
-    def finish(self) -> None:
-        """Fills in what is known at the end."""
+    def finish(self, output):
+        """Fills in the statistics, and returns `output` without what was written after the criteria had stopped it."""
         stats, large, small = self.statistics, self.large_meter, self.small_meter
         stats.large_forwards, stats.large_tokens, stats.verify_seconds = large.forwards, large.tokens, large.seconds
         stats.small_forwards, stats.small_tokens, stats.draft_seconds = small.forwards, small.tokens, small.seconds
         stats.total_seconds = time.perf_counter() - self.begin
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        surplus, steps = sequences.shape[1] - self.length, sequences.shape[1] - self.prompt_length
+        stats.new_tokens[0] -= surplus
+        if output is sequences:
+            return sequences[:, : self.length]
+        output.sequences = sequences[:, : self.length]
+        if output.get("scores") is not None:
+            output.scores = tuple(self.scores)
+        for name, value in list(output.items()):
+            if surplus and isinstance(value, tuple) and len(value) == steps and not name.startswith("encoder"):
+                output[name] = value[:-surplus]
+        cache = find_cache(output)
+        if surplus and cache is not None:
+            cache.crop(-surplus)
+        return output
 
     def drafters_processors(self) -> LogitsProcessorList:
         """
@@ -53,17 +69,34 @@ class AssistedCall:
         left_out = (*WARPERS, Rewindable) if self.other_vocabulary else WARPERS
         return LogitsProcessorList(p for p in self.processors if not isinstance(p, left_out))
 
-    def stopping_criteria(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-        """The criteria, given the scores that the call returns."""
-        return StoppingCriteriaList([_WithScores(criteria, self.scores)])
 
+class EveryToken(StoppingCriteria):
+    """
+    Asks criteria after every token, as plain `generate` does, with the scores that the call returns. It is asked
+    itself once a round, and also stands where the streamer is expected, which gets no token before they are asked.
+    """
 
-class _WithScores(StoppingCriteria):
-    def __init__(self, criteria: StoppingCriteriaList, scores: list[torch.Tensor]):
-        self.criteria, self.scores = criteria, scores
+    def __init__(self, call: AssistedCall, criteria: StoppingCriteriaList, streamer):
+        self.call, self.criteria, self.streamer = call, criteria, streamer
 
     def __call__(self, input_ids, scores, **kwargs):
-        return self.criteria(input_ids, scores and tuple(self.scores), **kwargs)
+        call, first = self.call, self.call.length
+        while call.length < input_ids.shape[1]:
+            call.length += 1
+            so_far = scores and tuple(call.scores[: call.length - call.prompt_length])
+            done = self.criteria(input_ids[:, : call.length], so_far, **kwargs)
+            if done.all():
+                break
+        if self.streamer is not None:
+            self.streamer.put(input_ids[:, first : call.length].cpu())
+        return done
+
+    def put(self, value):
+        """Nothing yet."""
+
+    def end(self):
+        if self.streamer is not None:
+            self.streamer.end()
 
 
 def own_copy(model):
@@ -222,7 +255,7 @@ class CascadeScores(LogitsProcessor):
         p = scores.softmax(-1) if call.do_sample else one_hot_of_largest(scores)
         if generator.candidate_scores is None:  # drafted greedily in another vocabulary: a token and no q
             draft = generator.candidate_ids[:, generator.prompt_and_accepted + index]
-            q = q_unscaled = torch.nn.functional.one_hot(draft, scores.shape[-1]).float()
+            q = q_unscaled = Distributions.one_hot(draft, scores.shape[-1]).probs
         else:
             q_scores = generator.candidate_scores[:, index].to(scores)
             q = q_scores.softmax(-1) if call.do_sample else one_hot_of_largest(q_scores)

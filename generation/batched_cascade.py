@@ -60,18 +60,6 @@ class BatchedCascade:
         self.reads_q0 |= options.confidence_threshold > 0
         self.gamma = options.num_assistant_tokens
         self.siblings, self.measured = 0, False  # if measured, each round does all that one may have to
-        self.draft_length: DraftLength | None = None
-        limits = [position_limit(half) or 99 for half in (model, assistant) if half is not None]
-        if options.schedule == "auto" and min(limits) > 48:
-            warpers = self.processors.of_scores
-            kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
-            kind = (*kind, *map(type, warpers))
-            self.draft_length = DraftLength(model, assistant, kind, lambda: measure_rounds(self, assistant))
-        self.lookup: TextLookup | None = None
-        # a processor with a state can't be asked about a token that it forbids
-        if not self.reads_q and not self.processors.rewinds and (assistant is None or self.draft_length is not None):
-            texts = zip(input_ids.tolist(), (positions >= 0).tolist(), strict=True)
-            self.lookup = TextLookup([[token for token, real in zip(*text, strict=True) if real] for text in texts])
 
         # rounds, drafted, accepted, deferred, drift of each row
         self.totals = torch.zeros(5, batch_size, dtype=torch.float64, device=device)
@@ -94,6 +82,21 @@ class BatchedCascade:
         elif assistant is not None:
             self.small = CachedDecoder(assistant, input_ids[:, :0], positions[:, :0], token_type_ids=types)
         self.prompt_positions, self.types = positions, types
+
+        self.draft_length: DraftLength | None = None
+        limits = [position_limit(half) or 99 for half in (model, assistant) if half is not None]
+        if self.large.switch is not None and self.large.switch.dynamic:  # it keeps the rotation of what was measured
+            limits.append(self.large.switch.length)
+        if options.schedule == "auto" and min(limits) > 48:
+            warpers = self.processors.of_scores
+            kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
+            kind = (*kind, *map(type, warpers))
+            self.draft_length = DraftLength(model, assistant, kind, lambda: measure_rounds(self, assistant))
+        self.lookup: TextLookup | None = None
+        # a processor with a state can't be asked about a token that it forbids
+        if not self.reads_q and not self.processors.rewinds and (assistant is None or self.draft_length is not None):
+            texts = zip(input_ids.tolist(), (positions >= 0).tolist(), strict=True)
+            self.lookup = TextLookup([[token for token, real in zip(*text, strict=True) if real] for text in texts])
 
     @torch.no_grad()
     def run(self, streamer=None) -> torch.Tensor:

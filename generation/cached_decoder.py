@@ -286,15 +286,18 @@ def _same_words(one, other) -> bool:
 
 
 def position_limit(model) -> int | None:
-    """How many tokens a model with a table of learned positions can read; `None` for others."""
+    """How many tokens a model with a table of positions can read; `None` for others."""
     config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     if model.config.is_encoder_decoder or limit is None or getattr(config, "rope_parameters", None):
         return None
-    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    tables += [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]  # GPT-J
+    words = model.get_input_embeddings()
     # some keep two rows more than they have positions
-    learned = any(0 <= t.num_embeddings - limit <= 2 for t in tables if t is not model.get_input_embeddings())
-    return limit if learned else None
+    known = config.model_type in ("mpt", "ctrl")  # whose tables are no parameters
+    known |= any(0 <= len(table) - limit <= 2 for table in tables if words is None or table is not words.weight)
+    return limit if known else None
 
 
 def why_not_resumed(cache, tokens: int) -> str | None:
@@ -359,6 +362,8 @@ def _structural_reason(model) -> str | None:
     other = [kind for kind in _attention_pattern(config)[0] if kind not in _LAYER_TYPES]
     if other:
         return f"{name} has {', '.join(other)} layers, whose cache can't hold rejected drafts"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        return f"{name} scales its attention by the number of cached tokens, rejected drafts among them"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f'{name} uses attention "{config._attn_implementation}", which takes no 4-D mask'
     return None

@@ -107,20 +107,20 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
             "A cascade reads token ids with both models, got `inputs_embeds`, which only the large one could read. "
             "Pass `input_ids`."
         )
-    for name in _OTHER_DRAFTERS:
-        if assistant_model is not None and setting(name) not in (None, False):
+    for name in ("dola_layers", *(_OTHER_DRAFTERS if assistant_model is not None else ())):
+        if setting(name) not in (None, False):
             raise ValueError(
-                f"{name}={setting(name)!r} asks for other drafts or another target than those of the small model. "
+                f"{name}={setting(name)!r} asks for other drafts or another target than those of the cascade. "
                 f"Leave {name} out, or call `generate` of the large model."
             )
     for input_ids in (inputs, kwargs.get("input_ids")):
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError("Expected a prompt of at least one token, got an empty one.")
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and not model.config.is_encoder_decoder and not mask.any(1).all():
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if setting("output_attentions") and attention != "eager":
         raise ValueError(
-            f"Row {int((~mask.bool().any(1)).nonzero()[0])} of `attention_mask` is all zero: expected a prompt of "
-            "at least one token in each row."
+            f'output_attentions=True needs attention "eager", got {attention!r}, which returns none. Load the large '
+            'model with `attn_implementation="eager"`.'
         )
     if assistant_model is None:
         return
@@ -140,6 +140,15 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
             f"The vocabularies differ: {vocabulary_size(model)} entries (large) and "
             f"{vocabulary_size(assistant_model)} (small). Pass `tokenizer=` and `assistant_tokenizer=` to bridge "
             "them."
+        )
+
+
+def check_padding(mask: torch.Tensor) -> None:
+    """Raises `ValueError` where a row of an attention mask does not end with a token."""
+    for row in (mask[:, -1] == 0).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"Row {row} of `attention_mask` ends with padding, but a text goes on from its last token. Expected at "
+            'least one token in each row, and padding on the left: `tokenizer.padding_side = "left"`.'
         )
 
 

@@ -6,9 +6,9 @@ import threading
 import weakref
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
 
-from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, check_rule_needs_no_q
+from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, EveryToken, check_rule_needs_no_q
 from .batched_cascade import BatchedCascade
 from .cache_argument import NAMES, find_cache
 from .cached_decoder import (
@@ -25,6 +25,7 @@ from .cascade_call import (
     CascadeStatistics,
     check_assistant,
     check_call,
+    check_padding,
     check_positions,
     complete_options,
     under_adapters,
@@ -186,7 +187,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         **model_kwargs,
     ):
         options = CascadeOptions(*(getattr(generation_config, name) for name in CASCADE_DEFAULTS))
-        reason = why_not_rewindable(logits_processor)
+        reason = why_not_rewindable(logits_processor, input_ids)
         if reason is not None:
             raise ValueError(reason)
         pair, batch_size = (self.cascade_pair[0], assistant_model), input_ids.shape[0]
@@ -194,6 +195,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         mask = torch.ones_like(input_ids) if mask is None else mask
         positions = None
         if not self.config.is_encoder_decoder:
+            check_padding(mask)
             positions = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1).to(self.device)
             check_positions(
                 assistant_model, int(positions.max()) + 1, generation_config.max_length - input_ids.shape[1]
@@ -250,15 +252,13 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             not one_vocabulary,
         )
         self.cascade_statistics = call.statistics
+        every_token = EveryToken(call, stopping_criteria, streamer)
         output = super(SpeculativeCascadeGenerationMixin, call.model)._assisted_decoding(
-            input_ids, logits_processor, call.stopping_criteria(stopping_criteria), generation_config, synced_gpus,
-            streamer, inputs_tensor, None if assistant_model is None else call.assistant, assistant_tokenizer,
+            input_ids, logits_processor, StoppingCriteriaList([every_token]), generation_config, synced_gpus,
+            every_token, inputs_tensor, None if assistant_model is None else call.assistant, assistant_tokenizer,
             tokenizer, **model_kwargs,
         )  # fmt: skip
-        call.finish()
-        if generation_config.return_dict_in_generate and generation_config.output_scores:
-            output.scores = tuple(call.scores)
-        return output
+        return call.finish(output)
 
     def _batched_obstacle(
         self, pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs

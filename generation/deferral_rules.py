@@ -61,7 +61,7 @@ class Distributions(NamedTuple):
 
     @classmethod
     def one_hot(cls, tokens: torch.Tensor, size: int) -> "Distributions":
-        """Of tokens `(batch, length)` that no model drew."""
+        """Of tokens `(...)` that no model drew."""
         probs = torch.zeros(*tokens.shape, size, device=tokens.device).scatter_(-1, tokens[..., None], 1.0)
         return cls(probs, probs)
 
@@ -87,20 +87,6 @@ def target_distribution(
     With deferral indicator r, `π(v) = q(v) (1 - r(v)) + p(v) Σ_u r(u) q(u)` (equation 12 of the paper); a rule that
     looks at no single token gives `π = (1 - r) q + r p`. Rules read the probabilities at temperature 1, the mixture is
     made of the processed ones, as in the authors' code; banned tokens have no part in either.
-
-    | rule | keeps of the draft | paper |
-    |---|---|---|
-    | `spec` | nothing, π = p | speculative decoding |
-    | `chow` | q if max q0 ≥ 1 - α | Chow's rule |
-    | `chow_log` | q if H(q0) ≤ α | Chow's rule for the log loss |
-    | `diff` | q if max q0 ≥ max p0 - α | confidence difference |
-    | `opt` | q if max q0 ≥ max p0 - α TV(p, q) | optimal deferral, plug-in of lemma 4 |
-    | `opt_log` | q if H(q0) ≤ H(p0) + α TV(p, q) | the same for the log loss |
-    | `token_v1` | tokens with q0(v) ≥ max p0 - α | equation 13 |
-    | `token_v2` | tokens with p0(v) ≥ max p0 - α | equation 14 |
-    | `token_v3` | tokens with p0(v) ≥ (1 - α) max p0 | equation 15 |
-    | `lossy` | max(min(q, p/(1-α)), p/β), β such that the mass is 1 | lossy speculative decoding, lemma 2 |
-    | `ensemble` | the share α: π = α q + (1 - α) p | `assistant_ensemble_weight = 1 - α` of transformers |
 
     Args:
         rule (`str`):

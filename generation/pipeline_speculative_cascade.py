@@ -1,7 +1,8 @@
 """`pipeline("speculative-cascade")`."""
 
 import numpy as np
-from transformers import TextGenerationPipeline
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .cascade_generation import enable_cascade
@@ -42,6 +43,12 @@ class SpeculativeCascadePipeline(PretrainedHubMixin, TextGenerationPipeline):
     def __init__(self, model, *args, **kwargs):
         if not hasattr(model, "cascade_statistics"):  # by name: in code from the Hub the mixin is another object
             model = enable_cascade(model)
+        small = kwargs.get("assistant_model")
+        if isinstance(small, str):
+            names = AutoConfig.from_pretrained(small).architectures or ()
+            if not any(hasattr(transformers, name) for name in names):  # a draft of ours: the parent knows no other
+                small = AutoModelForCausalLM.from_pretrained(small, dtype=model.dtype).to(model.device)
+                kwargs["assistant_model"] = small
         super().__init__(model, *args, **kwargs)
 
     def _card(self, repo_id):
@@ -76,10 +83,19 @@ its own stays or the large one's is written."""
         # A composite's class is in no list of transformers; what matters was checked above.
         pass
 
+    def __call__(self, text_inputs, **kwargs):
+        if isinstance(text_inputs, list | tuple) and not text_inputs:
+            raise ValueError("Expected at least one prompt, got none.")
+        return super().__call__(text_inputs, **kwargs)
+
     def preprocess(self, prompt_text, *args, **kwargs):
-        if prompt_text is None or prompt_text == []:
-            raise ValueError(f"Expected a prompt (a string, or a chat of messages), got {prompt_text!r}.")
-        if isinstance(prompt_text, list):  # a chat among plain prompts; the parent takes lists of one kind only
+        chat = isinstance(prompt_text, list) and prompt_text and all(isinstance(turn, dict) for turn in prompt_text)
+        if not chat and not isinstance(prompt_text, str | Chat):
+            raise ValueError(
+                f"Expected a prompt (a string, or a chat of messages), got {prompt_text!r:.80}. Several prompts are "
+                "passed as a list."
+            )
+        if chat:  # among plain prompts; the parent takes lists of one kind only
             prompt_text = Chat(prompt_text)
         inputs = super().preprocess(prompt_text, *args, **kwargs)
         if inputs["input_ids"].shape[-1] == 0:

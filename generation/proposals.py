@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,7 +70,7 @@ _round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = w
 
 
 class RoundCosts(NamedTuple):
-    """Seconds, medians of a few rounds."""
+    """Seconds, the least of a few rounds."""
 
     rounds: dict[int, float]  # a round by its draft length
     sibling: float  # each other candidate for its first draft
@@ -228,15 +227,15 @@ def measure_rounds(loop, assistant) -> RoundCosts:
         one = type(loop)(loop.large.model, assistant, *call, options)
         one.measured = True
         one._round()  # reads the text
-        for one.gamma, one.siblings in 3 * kinds:
+        for one.gamma, one.siblings in 2 * kinds:
             before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
             one._round()
             one.emitted.tolist()  # waits for the device
             seconds[one.gamma, one.siblings].append(time.perf_counter() - begin)
             if one.gamma and one.small is not None:
                 drafts.append((one.small.seconds - before) / one.gamma)
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    least = {kind: min(values) for kind, values in seconds.items()}
     # the difference of two timings, but at least a hundredth of a round
-    sibling = (medians.popitem()[1] - medians[1, 0]) / DraftLength.MOST_SIBLINGS
-    rounds = dict(zip(DraftLength.MEASURED, itertools.accumulate(medians.values(), max), strict=True))
-    return RoundCosts(rounds, max(sibling, 0.01 * rounds[0]), statistics.median(drafts) if drafts else 0.0)
+    sibling = (least.popitem()[1] - least[1, 0]) / DraftLength.MOST_SIBLINGS
+    rounds = dict(zip(DraftLength.MEASURED, itertools.accumulate(least.values(), max), strict=True))
+    return RoundCosts(rounds, max(sibling, 0.01 * rounds[0]), min(drafts, default=0.0))

@@ -50,6 +50,9 @@ _STATELESS = (
 )
 
 
+_BAN = -1e8  # below it a token is banned outright: -inf, or the least number of a type
+
+
 class Rewindable:
     """
     A logits processor with a state, for a loop that goes back: it may be called at any length since the last
@@ -75,17 +78,31 @@ class Rewindable:
         self.states = {length: self.states[length]}
 
 
-def why_not_rewindable(processors: LogitsProcessorList) -> str | None:
-    """Which of the processors can't follow rejected drafts, as a sentence; `None` if all can."""
+def why_not_rewindable(processors: LogitsProcessorList, input_ids: torch.Tensor) -> str | None:
+    """Which of the processors can't follow rejected drafts of a text, as a sentence; `None` if all can."""
     for processor in processors:
+        name = getattr(processor, "__name__", type(processor).__name__)
         if type(processor) not in _STATELESS and not callable(getattr(processor, "clone", None)):
-            name = type(processor).__name__
             return (
                 f"The logits processor {name} may be stateful, and a cascade takes rejected tokens back. Give the "
                 "class a method `clone(self)` that returns an independent copy in its present state (without any "
                 f"state: `return self`), or leave {name} out."
             )
+        prefix = getattr(processor, "_prefix_allowed_tokens_fn", None)
+        if prefix is not None and _keeps_state(prefix, input_ids[0]):
+            return (
+                "`prefix_allowed_tokens_fn` gave two answers about one text, so it is stateful, and a cascade takes "
+                "rejected tokens back. Make it a function of the text, or pass a logits processor with `clone()`."
+            )
     return None
+
+
+def _keeps_state(allowed: Callable, text: torch.Tensor) -> bool:
+    """Whether a function of a text's allowed tokens remembers what it was asked before, as far as five calls tell."""
+    first = list(allowed(0, text))
+    longer = torch.cat([text, text.new_tensor(first[:1])])
+    again, after, once_more, after_too = (list(allowed(0, ids)) for ids in (text, longer, text, longer))
+    return first != again or first != once_more or after != after_too
 
 
 def rewindable(processors: LogitsProcessorList, length: int) -> LogitsProcessorList:
@@ -107,10 +124,10 @@ def process(
     """
     if all(isinstance(processor, WARPERS) for processor in processors):
         return processors(input_ids, scores), None
-    out, banned = scores.isneginf(), torch.zeros_like(scores, dtype=torch.bool)
+    out, banned = scores < _BAN, torch.zeros_like(scores, dtype=torch.bool)
     for processor in processors:
         scores = processor(input_ids, scores)
-        now_out = scores.isneginf()
+        now_out = scores < _BAN
         if not isinstance(processor, WARPERS):
             banned |= now_out & ~out
         out = now_out

@@ -5,6 +5,7 @@ import math
 import statistics as stats
 import time
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,20 @@ from tqdm.auto import tqdm
 
 from hf_iclr.models import pad_rows
 
-from ..cached_decoder import same_vocabulary, vocabulary_size
-from ..cascade_call import CASCADE_DEFAULTS, padding_token
+from ..cascade_call import CASCADE_DEFAULTS, complete_options, padding_token
 from ..cascade_generation import SpeculativeCascadeGenerationMixin
 from ..configuration_speculative_cascade import SpeculativeCascadeConfig
 from ..deferral_rules import DEFERRAL_RULES
-from .teacher_forcing import ALPHA_GRIDS, THRESHOLD_RULES, TeacherForcedTexts, finer_grid, prepare_config, read_texts
+from .teacher_forcing import (
+    ALPHA_GRIDS,
+    THRESHOLD_RULES,
+    TeacherForcedTexts,
+    expected_rounds,
+    finer_grid,
+    prepare_config,
+    read_texts,
+    small_model,
+)
 from .texts import Text, split_texts
 
 
@@ -152,7 +161,8 @@ def calibrate_cascade(
 
     Raises:
         TypeError: if `model` doesn't cascade.
-        ValueError: if the target, rule or data don't fit, or no alpha reaches the target.
+        ValueError: if the target, rule or data don't fit, no alpha reaches the target, or the small model can't read
+        texts by itself.
 
     Example:
 
@@ -171,11 +181,14 @@ def calibrate_cascade(
             f"Expected a rule with an alpha to calibrate, got {rule!r}. Choose one of "
             f"{', '.join(known for known in DEFERRAL_RULES if known != 'spec')}."
         )
-    if max_new_tokens < 2:
-        raise ValueError(
-            f"Expected max_new_tokens of at least 2, since one token is never drafted, got {max_new_tokens}."
-        )
-    gamma = num_assistant_tokens or _setting(model, small, "num_assistant_tokens")
+    least = {"max_new_tokens": 2, "prompt_tokens": 1, "max_tokens": 1, "batch_size": 1}  # one token is never drafted
+    for argument, number in zip(least, (max_new_tokens, prompt_tokens, max_tokens, batch_size), strict=True):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least[argument]:
+            raise ValueError(f"Expected {argument} of at least {least[argument]}, got {number!r}.")
+    if generation_kwargs.get("num_return_sequences", 1) != 1 or generation_kwargs.get("return_dict_in_generate"):
+        raise ValueError("A calibration writes one text a prompt: leave num_return_sequences and return_dict out.")
+    gamma = _setting(model, small, "num_assistant_tokens") if num_assistant_tokens is None else num_assistant_tokens
+    complete_options({"num_assistant_tokens": gamma})
     count = math.ceil(max_tokens / max_new_tokens)
     halves = split_texts(dataset, tokenizer, text_column, prompt_tokens, max_new_tokens, count, seed, two_halves=check)
     config = prepare_config(model, max_new_tokens=max_new_tokens, **generation_kwargs)
@@ -184,27 +197,27 @@ def calibrate_cascade(
         call["pad_token_id"] = 0  # rows of a batch end at different lengths
     run = _Run(model, small, rule, int(gamma), config, call, batch_size, seed)
 
-    costs = run.time(halves[0][:_TIMED_TEXTS])
+    run.costs = run.time(halves[0][:_TIMED_TEXTS])
     texts = read_texts(model, small, halves[0], rule, config)
-    alpha = teacher_forced = run.solve(texts, name, value, costs, strict=True)
+    alpha = teacher_forced = run.solve(texts, name, value, strict=True)
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
-    predicted, measured, error = run.predict(texts, name, alpha, costs), None, None
+    predicted, measured, error = run.predict(texts, name, alpha), None, None
     if check:
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
             texts = read_texts(model, small, generated, rule, config, alphas=finer_grid(rule, alpha))
-            rate, _ = run.measure(counts, name, costs, texts, alpha)
-            expected = run.predict(texts, name, alpha, costs)
+            rate, _ = run.measure(counts, name, texts, alpha)
+            expected = run.predict(texts, name, alpha)
             # What reading the texts doesn't see (end of text inside drafts, schedules) changes the rate by this
             # factor.
             factor = rate / expected if expected else 1.0
             logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
-            alpha = run.solve(texts, name, value / factor, costs, strict=False)
-            predicted = factor * run.predict(texts, name, alpha, costs)
+            alpha = run.solve(texts, name, value / factor, strict=False)
+            predicted = factor * run.predict(texts, name, alpha)
             if abs(rate / value - 1) < 0.02:
                 break
         _, counts = run.generate(halves[1], alpha)
-        measured, error = run.measure(counts, name, costs, texts, alpha)
+        measured, error = run.measure(counts, name, texts, alpha)
         logger.info("On held-out prompts %s alpha=%.4g gives %s=%.4g ± %.2g.", rule, alpha, name, measured, error)
         if abs(measured / value - 1) > 0.1:
             logger.warning(
@@ -217,12 +230,14 @@ def calibrate_cascade(
                 target_config.cascade_rule, target_config.cascade_alpha = rule, alpha
         model.generation_config.num_assistant_tokens = int(gamma)
     return CascadeCalibration(
-        name, value, rule, alpha, teacher_forced, predicted, measured, error, run.table(texts, costs), costs
+        name, value, rule, alpha, teacher_forced, predicted, measured, error, run.table(texts), run.costs
     )
 
 
 class _Run:
-    """The arguments that every step of a calibration shares."""
+    """What every step of a calibration shares."""
+
+    costs: CascadeCosts
 
     def __init__(self, model, small, rule, gamma, config, call, batch_size, seed):
         self.model, self.small, self.rule, self.gamma = model, small, rule, gamma
@@ -265,23 +280,26 @@ class _Run:
                     overhead.append(done.overhead_seconds / done.large_forwards)
         return CascadeCosts(*(stats.median(times) for times in (plain, draft, verify, overhead)))
 
-    def predict(self, texts: TeacherForcedTexts, name: str, alpha: float, costs: CascadeCosts) -> float:
-        """The target quantity at `alpha` if the cascade wrote `texts`."""
-        if name == "deferral_rate":
-            return texts.deferral_rate(alpha)
-        rounds = texts.rounds(alpha, self.gamma)
+    def predict(self, texts: TeacherForcedTexts, name: str, alpha: float) -> float:
+        """A column of the table at `alpha` if the cascade wrote `texts`."""
+        deferred, acceptance, drift = texts.rates(alpha)
+        tokens = texts.lengths.sum()
+        if name in ("deferral_rate", "drift"):
+            return float((deferred if name == "deferral_rate" else drift).sum() / tokens)
+        rounds = expected_rounds(acceptance, texts.lengths, self.gamma)
         if name == "acceptance":
             return rounds.accepted / rounds.drafted
-        return costs.speedup(texts.lengths.sum(), rounds.rounds, rounds.small_forwards)
+        if name == "tokens_per_large_forward":
+            return float(tokens / rounds.rounds)
+        return float(self.costs.speedup(tokens, rounds.rounds, rounds.small_forwards))
 
-    def solve(self, texts: TeacherForcedTexts, name: str, value: float, costs: CascadeCosts, strict: bool) -> float:
+    def solve(self, texts: TeacherForcedTexts, name: str, value: float, strict: bool) -> float:
         """The alpha that gives `value`; the nearest one if none does, or with `strict` a `ValueError`."""
 
         def rate(alpha):
-            return self.predict(texts, name, alpha, costs)
+            return self.predict(texts, name, alpha)
 
-        low, high = texts.alpha_range()
-        ends = sorted([(rate(low), low), (rate(high), high)])
+        ends = sorted((rate(alpha), float(alpha)) for alpha in (texts.alphas[0], texts.alphas[-1]))
         nearest = min(ends, key=lambda end: abs(end[0] - value))
         if not ends[0][0] <= value <= ends[1][0]:
             if strict:
@@ -301,23 +319,13 @@ class _Run:
         # The rate of a threshold rule has jumps: one end can be much nearer than the other.
         return min((below, above), key=lambda alpha: abs(rate(alpha) - value))
 
-    def table(self, texts: TeacherForcedTexts, costs: CascadeCosts) -> pd.DataFrame:
-        rows = []
-        for alpha in texts.table_alphas():
-            rounds = texts.rounds(alpha, self.gamma)
-            rows.append(
-                {
-                    "alpha": alpha,
-                    "deferral_rate": texts.deferral_rate(alpha),
-                    "acceptance": rounds.accepted / rounds.drafted,
-                    "tokens_per_large_forward": texts.lengths.sum() / rounds.rounds,
-                    "speedup": costs.speedup(texts.lengths.sum(), rounds.rounds, rounds.small_forwards),
-                    "drift": texts.drift(alpha),
-                }
-            )
-        return pd.DataFrame(rows)
+    def table(self, texts: TeacherForcedTexts) -> pd.DataFrame:
+        names = ("deferral_rate", "acceptance", "tokens_per_large_forward", "speedup", "drift")
+        return pd.DataFrame(
+            {"alpha": alpha, **{name: self.predict(texts, name, alpha) for name in names}} for alpha in texts.alphas
+        )
 
-    def measure(self, counts: list[dict], name: str, costs: CascadeCosts, texts: TeacherForcedTexts, alpha: float):
+    def measure(self, counts: list[dict], name: str, texts: TeacherForcedTexts, alpha: float):
         """
         A rate over all prompts, and its standard error, that of a ratio of sums over independent prompts. Forwards
         that the small model adds after fully accepted drafts are not counted by prompt, but expected from `texts`.
@@ -327,40 +335,17 @@ class _Run:
         elif name == "acceptance":
             pairs = [(row["accepted"], row["drafted"]) for row in counts]
         else:
-            expected = texts.rounds(alpha, self.gamma)
-            draft = costs.draft * expected.small_forwards / expected.drafted
-            round_ = costs.verify + costs.overhead
+            expected = expected_rounds(texts.rates(alpha)[1], texts.lengths, self.gamma)
+            draft = self.costs.draft * expected.small_forwards / expected.drafted
+            round_ = self.costs.verify + self.costs.overhead
             pairs = [
-                (row["new_tokens"] * costs.plain, row["drafted"] * draft + row["rounds"] * round_) for row in counts
+                (row["new_tokens"] * self.costs.plain, row["drafted"] * draft + row["rounds"] * round_)
+                for row in counts
             ]
         above, below = np.array(pairs, dtype=float).T
         rate = above.sum() / below.sum()
         residual = np.square(above - rate * below).sum() * len(pairs) / max(1, len(pairs) - 1)
         return float(rate), float(np.sqrt(residual) / below.sum())
-
-
-def small_model(model):
-    """
-    The small model of a cascade.
-
-    Raises:
-        TypeError: if `model` doesn't cascade.
-        ValueError: if it has no small model, or the pair can't read the same token ids.
-    """
-    if not isinstance(model, SpeculativeCascadeGenerationMixin):
-        raise TypeError(
-            f"Expected a model that cascades, got {type(model).__name__}. Type `enable_cascade(model, small)`."
-        )
-    if model.cascade_pair[1] is None:
-        raise ValueError("Expected a model with a small model, got none. Type `enable_cascade(model, small)`.")
-    small = model.cascade_pair[1]
-    if model.config.is_encoder_decoder or not same_vocabulary(model, small):
-        sizes = f"{vocabulary_size(model)} and {vocabulary_size(small)} entries."
-        raise ValueError(
-            "Both models must be decoders of one vocabulary, got "
-            + ("an encoder-decoder." if model.config.is_encoder_decoder else sizes)
-        )
-    return small
 
 
 def large_alone(model, inputs: dict[str, torch.Tensor], **call) -> tuple[torch.Tensor, int, float]:
@@ -378,9 +363,10 @@ def _check_target(target: dict[str, float]) -> tuple[str, float]:
             f"got {target!r}."
         )
     ((name, value),) = target.items()
-    if name == "speedup" and not value > 0:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if name == "speedup" and not (number and value > 0):
         raise ValueError(f"Expected a speedup above 0, where 1 is the large model alone, got {value!r}.")
-    if name != "speedup" and not 0 < value < 1:
+    if name != "speedup" and not (number and 0 < value < 1):
         raise ValueError(f"Expected a share between 0 and 1 for {name}, got {value!r}. For example 0.3.")
     return name, float(value)
 

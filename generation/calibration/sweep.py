@@ -15,27 +15,27 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_iclr.extras import new_figure, require, save_figure
-from hf_iclr.models import pad_rows, to_prompt_ids
+from hf_iclr.models import answer_logits, pad_rows, to_prompt_ids
 
 from ..cascade_call import padding_token
 from ..deferral_rules import check_rule
-from .calibrate import large_alone, small_model
-from .teacher_forcing import prepare_config
+from .calibrate import large_alone
+from .teacher_forcing import prepare_config, small_model
 
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RULES: dict[str, Sequence[float]] = {
+    "spec": [0.0],
+    "lossy": [0.2, 0.5, 0.8],
+    "ensemble": [0.25, 0.5, 0.75],
     "chow": [0.2, 0.4, 0.6, 0.8],
     "diff": [-0.2, 0.0, 0.2, 0.4],
     "opt": [-0.2, 0.0, 0.2, 0.4],
     "token_v2": [0.05, 0.2, 0.4, 0.6],
     "token_v3": [0.1, 0.3, 0.5, 0.7, 0.9],
 }
-_SAMPLING = (
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "eos_token_id",
-    "pad_token_id",
-)  # fmt: skip
+LARGE, SMALL = "large alone", "small alone"
 COSTS = ("relative_latency", "relative_flops", "large_forwards_per_token")
 
 
@@ -45,11 +45,11 @@ class CascadeSweep:
 
     Attributes:
         table (`pandas.DataFrame`):
-            A row for each method, rule and alpha: `quality`; the costs `large_forwards_per_token`, `relative_latency`
-            (wall time a token) and `relative_flops` (2 x weights x tokens read, a token), both over those of the large
-            model alone; `tokens_per_large_forward`, `acceptance_rate`, `deferral_rate`, `drift` (mean TV(π, p); NaN
-            where it isn't known), `new_tokens`; and `pareto`, true where no other row has more quality at lower
-            `cost`.
+            A row for either model alone, and for each rule and alpha: `quality`; the costs `large_forwards_per_token`,
+            `relative_latency` (wall time a token) and `relative_flops` (2 x weights x tokens read, a token), the last
+            two over those of the large model alone; `tokens_per_large_forward`, `acceptance_rate`, `deferral_rate`,
+            `drift` (mean TV(π, p); NaN where it isn't known), `new_tokens`; and `pareto`, true where no other row has
+            more quality at lower `cost`.
         texts (`list[list[str]]`):
             The generated texts of each row.
         cost (`str`):
@@ -77,15 +77,8 @@ class CascadeSweep:
         """
         figure = new_figure("CascadeSweep.plot", (8, 5))
         axes = figure.subplots()
-        for (method, rule), rows in self.table.groupby(["method", "rule"], dropna=False, sort=False):
-            ours = method == "speculative cascade"
-            axes.plot(
-                rows[self.cost],
-                rows["quality"],
-                "o-" if ours else "x--",
-                label=f"{method}, {rule}" if rule else method,
-                linewidth=1,
-            )
+        for rule, rows in self.table.groupby("rule", sort=False):
+            axes.plot(rows[self.cost], rows["quality"], "o-", label=rule, linewidth=1)
         front = self.pareto()
         axes.step(front[self.cost], front["quality"], where="post", color="0.6", linewidth=4, alpha=0.5, zorder=0)
         axes.set_xlabel(self.cost.replace("_", " "))
@@ -135,7 +128,6 @@ def sweep_cascade(
     *,
     tokenizer,
     rules: dict[str, Sequence[float]] | None = None,
-    baselines: bool = True,
     references: Sequence | None = None,
     cost: str = "relative_latency",
     num_assistant_tokens: int | None = None,
@@ -144,10 +136,8 @@ def sweep_cascade(
     **generation_kwargs,
 ) -> CascadeSweep:
     """
-    Generate from the same prompts with each rule and alpha, and with the baselines, and tabulate quality and cost.
-
-    Prompts are run one at a time, so that wall times compare. The baselines are the large and the small model alone,
-    and speculative decoding: exact, lossy, and with an ensemble as its target.
+    Generate from the same prompts with each rule and alpha, and with either model alone, and tabulate quality and
+    cost. Prompts are run one at a time, so that wall times compare.
 
     Args:
         model ([`SpeculativeCascadeGenerationMixin`]):
@@ -161,9 +151,8 @@ def sweep_cascade(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of both models.
         rules (`dict[str, list[float]]`, *optional*):
-            Alphas for each rule; defaults to a coarse grid of five rules.
-        baselines (`bool`, *optional*, defaults to `True`):
-            Whether to run the baselines. The large model alone always runs, since costs are relative to it.
+            Alphas for each rule; defaults to a coarse grid of eight rules, speculative decoding (exact, lossy, with
+            an ensemble as its target) among them.
         references (`Sequence`, *optional*, defaults to the prompts):
             Handed to `metric`, one for each prompt.
         cost (`str`, *optional*, defaults to `"relative_latency"`):
@@ -209,7 +198,7 @@ def sweep_cascade(
     call = {"max_new_tokens": max_new_tokens, **generation_kwargs}
     config = prepare_config(model, **call)
     if padding_token(config) is None:
-        call["pad_token_id"] = 0
+        call["pad_token_id"] = config.pad_token_id = 0
     ids = [
         tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else to_prompt_ids(tokenizer, prompt)
         for prompt in prompts
@@ -217,47 +206,30 @@ def sweep_cascade(
     inputs = [pad_rows([prompt], device=model.device) for prompt in ids]
     drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
 
-    def cascade(rule, alpha):
-        def run(one):
+    def run(rule, alpha, one):
+        if rule not in (LARGE, SMALL):
             output = model.generate(**one, **call, **drafts, cascade_rule=rule, cascade_alpha=alpha)
             return output, model.cascade_statistics.to_dict()
+        begin = time.perf_counter()
+        if rule == LARGE:
+            output = large_alone(model, one, **call)[0]
+        else:  # it samples as the large one would
+            output = small.generate(**one, generation_config=config)
+        half, new, length = rule.split()[0], output.shape[1] - one["input_ids"].shape[1], output.shape[1]
+        counts = {"new_tokens": new, "total_seconds": time.perf_counter() - begin}
+        counts |= {f"{half}_forwards": new, f"{half}_tokens": length - 1}
+        return output, counts | ({"deferred": new} if rule == LARGE else {"drift": math.nan})
 
-        return run
-
-    # the small model alone samples as the large one would
-    sampling = {name: getattr(config, name) for name in _SAMPLING if getattr(config, name) is not None}
-
-    def alone(half):
-        def run(one):
-            begin = time.perf_counter()
-            if half == "large":
-                output = large_alone(model, one, **call)[0]
-            else:
-                output = small.generate(**one, **{**sampling, **call})
-            prompt, length = one["input_ids"].shape[1], output.shape[1]
-            counts = {"new_tokens": length - prompt, "total_seconds": time.perf_counter() - begin}
-            counts |= {f"{half}_forwards": length - prompt, f"{half}_tokens": length - 1}
-            return output, counts | ({"deferred": length - prompt} if half == "large" else {"drift": math.nan})
-
-        return run
-
-    runs: list[tuple[str, str, float, Callable]] = [("large", "", math.nan, alone("large"))]
-    if baselines:
-        runs += [("small", "", math.nan, alone("small"))]
-        runs += [("speculative decoding", "spec", math.nan, cascade("spec", 0.0))]
-        runs += [("lossy speculative decoding", "lossy", alpha, cascade("lossy", alpha)) for alpha in (0.2, 0.5, 0.8)]
-        runs += [("ensemble", "ensemble", alpha, cascade("ensemble", alpha)) for alpha in (0.25, 0.5, 0.75)]
-    runs += [("speculative cascade", rule, alpha, cascade(rule, alpha)) for rule in rules for alpha in rules[rule]]
-
+    runs = [(LARGE, math.nan), (SMALL, math.nan), *((rule, alpha) for rule in rules for alpha in rules[rule])]
     rows, texts = [], []
     weights = [matmul_weights(half) for half in model.cascade_pair]
     with torch.random.fork_rng(), tqdm(total=len(runs) * len(inputs), desc="sweep", unit="prompt") as progress:
-        runs[0][-1](inputs[0])  # warm-up
-        for method, rule, alpha, run in runs:
+        run(*runs[0], inputs[0])  # warm-up
+        for rule, alpha in runs:
             torch.manual_seed(seed)
             outputs, done = [], []
             for one in inputs:
-                output, counts = run(one)
+                output, counts = run(rule, alpha, one)
                 outputs.append(output[0, one["input_ids"].shape[1] :][: counts["new_tokens"]])
                 done.append(counts)
                 progress.update()
@@ -265,8 +237,8 @@ def sweep_cascade(
             quality = (
                 mean_log_probability(model, ids, outputs) if measure is None else measure(texts[-1], list(references))
             )
-            rows.append({"method": method, "rule": rule, "alpha": alpha, "quality": quality, **_costs(done, weights)})
-            logger.info("%s %s alpha=%g: quality %.4g", method, rule, alpha, quality)
+            rows.append({"rule": rule, "alpha": alpha, "quality": quality, **_costs(done, weights)})
+            logger.info("%s alpha=%g: quality %.4g", rule, alpha, quality)
     table = pd.DataFrame(rows)
     for name in ("relative_latency", "relative_flops"):
         table[name] /= table[name][0]  # the large model alone stands first
@@ -289,16 +261,12 @@ def _quality_function(metric) -> Callable[[list[str], list], float] | None:
     return compute
 
 
-@torch.no_grad()
 def mean_log_probability(model, prompts: list[list[int]], outputs: list[torch.Tensor]) -> float:
     """Mean over all generated tokens of their log-probability (nats, temperature 1) under the large model."""
-    total, count = 0.0, 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        ids = torch.cat([output.new_tensor(prompt), output])
-        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, -len(output) :].float()
-        total += float(logits.log_softmax(-1).gather(1, output[:, None]).sum())
-        count += len(output)
-    return total / count
+    total = 0.0
+    for rows, logits in answer_logits(model, prompts, [output.tolist() for output in outputs], batch_size=1):
+        total += float(logits[0].log_softmax(-1).gather(1, outputs[rows[0]][:, None]).sum())
+    return total / sum(map(len, outputs))
 
 
 def matmul_weights(model) -> int:

@@ -1,5 +1,6 @@
 """Prompts and the text that follows them, as token ids, from datasets, lists and chats."""
 
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -19,27 +20,22 @@ def split_texts(
     dataset, tokenizer, text_column, prompt_tokens, max_new_tokens, count, seed, two_halves
 ) -> list[list[Text]]:
     """Up to `count` texts from half of the rows and as many from the other half, in an order that `seed` gives."""
+    if isinstance(dataset, str | Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"Expected a dataset with a length, or a list of its rows, got a {type(dataset).__name__}. Of several "
+            "splits name one, `dataset['train']`; of a stream, `list(dataset.take(500))`."
+        )
     if len(dataset) < (2 if two_halves else 1):
         raise ValueError(
             f"Expected at least {2 if two_halves else 1} rows{', half of them held out' if two_halves else ''}, "
             f"got {len(dataset)}."
         )
-    columns = list(dataset[0]) if isinstance(dataset[0], dict) else None
-    column = text_column
-    if columns is not None and text_column not in columns:
-        if "messages" not in columns:
-            raise ValueError(
-                f"The dataset has no column {text_column!r}, only {', '.join(columns)}. Type `text_column=...`."
-            )
-        column = "messages"
     order = np.random.default_rng(seed).permutation(len(dataset)).tolist()
     halves = []
     for part in (order[::2], order[1::2]) if two_halves else (order,):
-        pieces: list[list[Text]] = []
-        for index in part[:count]:
-            row = dataset[index]
-            row = row if columns is None else row[column]
-            pieces.append(_texts_of_row(row, tokenizer, prompt_tokens, max_new_tokens))
+        pieces = [
+            _texts_of_row(dataset[i], tokenizer, text_column, prompt_tokens, max_new_tokens) for i in part[:count]
+        ]
         # first pieces of all rows, then second pieces, ...
         texts = [text for layer in zip_longest(*pieces) for text in layer if text is not None]
         if not texts:
@@ -48,18 +44,20 @@ def split_texts(
     return halves
 
 
-def _texts_of_row(row, tokenizer, prompt_tokens: int, max_new_tokens: int) -> list[Text]:
-    if not isinstance(row, str):  # a chat
-        answer = tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"][:max_new_tokens]
-        return [Text(to_prompt_ids(tokenizer, row[:-1]), answer)] if answer else []
-    ids = tokenizer(row)["input_ids"]
-    pieces = [
-        ids[start : start + prompt_tokens + max_new_tokens]
-        for start in range(0, len(ids), prompt_tokens + max_new_tokens)
-    ]
-    texts = []
-    for piece in pieces:
-        cut = min(prompt_tokens, len(piece) // 2)
-        if cut:
-            texts.append(Text(piece[:cut], piece[cut:]))
-    return texts
+def _texts_of_row(row, tokenizer, text_column: str, prompt_tokens: int, max_new_tokens: int) -> list[Text]:
+    if isinstance(row, Mapping):
+        if text_column not in row and "messages" not in row:
+            raise ValueError(
+                f"The dataset has no column {text_column!r}, only {', '.join(row)}. Type `text_column=...`."
+            )
+        row = row[text_column if text_column in row else "messages"]
+    if isinstance(row, str):
+        ids, whole = tokenizer(row)["input_ids"], prompt_tokens + max_new_tokens
+        pieces = [ids[start : start + whole] for start in range(0, len(ids), whole)]
+        cuts = [min(prompt_tokens, len(piece) // 2) for piece in pieces]
+        return [Text(piece[:cut], piece[cut:]) for piece, cut in zip(pieces, cuts, strict=True) if cut]
+    chat = isinstance(row, list) and len(row) > 1 and all(isinstance(message, Mapping) for message in row)
+    if not chat or not isinstance(row[-1].get("content"), str):
+        raise ValueError(f"Expected each row to be a text, or a chat that ends with an answer, got {row!r:.80}.")
+    answer = tokenizer(row[-1]["content"], add_special_tokens=False)["input_ids"][:max_new_tokens]
+    return [Text(to_prompt_ids(tokenizer, row[:-1]), answer)] if answer else []

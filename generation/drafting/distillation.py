@@ -19,18 +19,8 @@ WARMUP_STEPS = 20
 
 def distillation_loss(log_p: torch.Tensor, log_q: torch.Tensor, total_variation_weight: float) -> torch.Tensor:
     """
-    Mean of `(1 - w) KL(p || q) + w TV(p, q)`; `1 - TV` is the chance that a drafted token is accepted.
-
-    Args:
-        log_p (`torch.Tensor` of shape `(num_positions, vocab_size)`):
-            Log-probabilities (nats) of the large model.
-        log_q (`torch.Tensor` of shape `(num_positions, vocab_size)`):
-            Log-probabilities of the draft.
-        total_variation_weight (`float`):
-            The weight w, from 0 to 1.
-
-    Returns:
-        `torch.Tensor`: a scalar.
+    Mean over positions of `(1 - w) KL(p || q) + w TV(p, q)`, of log-probabilities (nats) of shape `(num_positions,
+    vocab_size)`, the large model's and the draft's; `1 - TV` is the chance that a drafted token is accepted.
     """
     p, q = log_p.exp(), log_q.exp()
     divergence = (p * (log_p - log_q)).sum(-1)
@@ -90,27 +80,8 @@ def distill(
     seed: int = 0,
 ) -> None:
     """
-    Train a draft in place towards the large model, with its input embeddings frozen.
-
-    Args:
-        draft ([`DraftForCausalLM`] or [`FeatureDraftForCausalLM`]):
-            The draft, in float32.
-        teacher_head (`torch.nn.Linear`):
-            The large model's head over the draft vocabulary, see [`truncated_head`].
-        teacher_embeddings (`torch.nn.Module`):
-            The large model's input embeddings, in float32.
-        rows (`list[TeacherRow]`):
-            What [`read_teacher`] returned.
-        minutes (`float`, *optional*, defaults to 0.0):
-            When to stop.
-        steps (`int`, *optional*):
-            How many steps instead of minutes.
-        learning_rate (`float`, *optional*, defaults to 1e-3):
-            Peak learning rate.
-        batch_size (`int`, *optional*, defaults to 8):
-            Texts in one step.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the order of texts.
+    Train a draft in place, in float32, towards the large model whose head over the draft vocabulary and input
+    embeddings are given: for some minutes, or `steps` steps of `batch_size` texts.
     """
     start = time.monotonic()
 

@@ -139,20 +139,7 @@ def overlap(model, draft, embeddings: torch.nn.Module, rows: list[TeacherRow]) -
 
 @torch.no_grad()
 def frequent_tokens(model: PreTrainedModel, rows: list[TeacherRow], size: int) -> torch.LongTensor:
-    """
-    Tokens that carry most of the large model's probability.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model, for its head.
-        rows (`list[TeacherRow]`):
-            What [`read_teacher`] returned.
-        size (`int`):
-            How many tokens.
-
-    Returns:
-        `torch.LongTensor` of shape `(size,)`, ascending.
-    """
+    """The `size` tokens that carry most of the large model's probability, ascending."""
     head = model.get_output_embeddings()
     states = torch.cat([row.hidden_states[row.mask] for row in rows])
     states = states[:: math.ceil(len(states) / MAX_COUNTED_POSITIONS)].to(head.weight)
@@ -167,18 +154,8 @@ def frequent_tokens(model: PreTrainedModel, rows: list[TeacherRow], size: int) -
 @torch.no_grad()
 def truncate(model: PreTrainedModel, num_layers: int, draft_vocab_ids: torch.LongTensor) -> DraftForCausalLM:
     """
-    The first layers of a model with its final norm, the identity as affine map, and some rows of its head.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model.
-        num_layers (`int`):
-            How many layers to keep.
-        draft_vocab_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`):
-            Which rows of the head to keep.
-
-    Returns:
-        [`DraftForCausalLM`]: in float32, with a copy of the model's generation config.
+    The first layers of a model with its final norm, the identity as affine map, and some rows of its head: in float32,
+    with a copy of its generation config.
     """
     body = copy.deepcopy(model.config)
     body.num_hidden_layers = num_layers
@@ -203,18 +180,7 @@ def _with_head(draft, model: PreTrainedModel, draft_vocab_ids: torch.LongTensor)
 
 @torch.no_grad()
 def truncated_head(model: PreTrainedModel, draft_vocab_ids: torch.LongTensor) -> torch.nn.Linear:
-    """
-    Some rows of a model's head.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model.
-        draft_vocab_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`):
-            Which rows.
-
-    Returns:
-        `torch.nn.Linear`: in float32, its bias zero if the model has none.
-    """
+    """Some rows of a model's head, in float32; the bias is zero if the model has none."""
     head = model.get_output_embeddings()
     rows = torch.nn.Linear(head.in_features, len(draft_vocab_ids))
     rows.weight.copy_(head.weight[draft_vocab_ids])
@@ -224,18 +190,9 @@ def truncated_head(model: PreTrainedModel, draft_vocab_ids: torch.LongTensor) ->
 
 def fit_affine(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The affine map of least squared error, with a ridge penalty on the inputs scaled to unit variance.
-
-    Args:
-        inputs (`torch.Tensor` of shape `(num_positions, in_features)`):
-            States after the first layers.
-        targets (`torch.Tensor` of shape `(num_positions, out_features)`):
-            Last hidden states at the same positions.
-        ridge (`float`):
-            Penalty λ in `Σ |y - W x - b|² + λ n Σ (σ_j W_ij)²`, with σ_j the standard deviation of input j.
-
-    Returns:
-        `tuple`: weight of shape `(out_features, in_features)` and bias of shape `(out_features,)`.
+    Weight and bias of the affine map of least squared error from states `(num_positions, in_features)` to others, with
+    a penalty λ, `ridge`, on the inputs scaled to unit variance: `Σ |y - W x - b|² + λ n Σ (σ_j W_ij)²`, with σ_j the
+    standard deviation of input j.
     """
     mean, mean_target, std = inputs.mean(0), targets.mean(0), inputs.std(0).clamp_min(1e-6)
     scaled = (inputs - mean) / std
@@ -246,17 +203,7 @@ def fit_affine(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> tup
 
 @torch.no_grad()
 def fit_closed_form(draft: DraftForCausalLM, rows: list[TeacherRow], ridge: float) -> None:
-    """
-    Set the affine map of a draft to the best one in closed form.
-
-    Args:
-        draft ([`DraftForCausalLM`]):
-            The draft, in float32, changed in place.
-        rows (`list[TeacherRow]`):
-            What [`read_teacher`] returned.
-        ridge (`float`):
-            Penalty, see [`fit_affine`].
-    """
+    """Sets the affine map of a draft, in float32, to the best one in closed form."""
     inputs, targets = [], []
     for start in range(0, len(rows), 8):
         batch = collate(rows[start : start + 8])
@@ -277,26 +224,7 @@ def fit_feature_draft(
     ridge: float,
     seed: int,
 ) -> FeatureDraftForCausalLM:
-    """
-    A feature draft whose affine map is the best one in closed form, and whose hidden layer adds nothing yet.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model.
-        draft_vocab_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`):
-            Which rows of its head to keep.
-        embeddings (`torch.nn.Module`):
-            Its input embeddings, in float32.
-        rows (`list[TeacherRow]`):
-            What [`read_teacher`] returned.
-        ridge (`float`):
-            Penalty, see [`fit_affine`].
-        seed (`int`):
-            Seed of the hidden layer's weights.
-
-    Returns:
-        [`FeatureDraftForCausalLM`]: in float32.
-    """
+    """A feature draft whose affine map is the best one in closed form, and whose hidden layer adds nothing yet."""
     config = FeatureDraftConfig(body=copy.deepcopy(model.config), draft_vocab_size=len(draft_vocab_ids))
     draft = FeatureDraftForCausalLM(config).float().eval()
     inputs = torch.cat([torch.cat([embeddings(r.input_ids[1:]), r.hidden_states[:-1]], 1)[r.mask[1:]] for r in rows])

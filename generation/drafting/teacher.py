@@ -29,22 +29,8 @@ def read_teacher(
     batch_size: int = 8,
 ) -> list[TeacherRow]:
     """
-    Run the large model once over texts and keep its last hidden states, from which its logits can be had again.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The large model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        texts (`list[str]` or `list[dict[str, str]]`):
-            Texts, or records with `"prompt"` and `"completion"`.
-        max_length (`int`, *optional*, defaults to 256):
-            Longer texts are cut into pieces of this many tokens.
-        batch_size (`int`, *optional*, defaults to 8):
-            Texts in one forward pass.
-
-    Returns:
-        `list[TeacherRow]`: sorted by length.
+    Run the large model once over texts, or records with `"prompt"` and `"completion"`, cut into pieces of `max_length`
+    tokens, and keep its last hidden states, from which its logits can be had again; sorted by length.
 
     Raises:
         ValueError: if there is no text, or the model does more to its logits than apply its head.

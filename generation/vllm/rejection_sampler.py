@@ -6,7 +6,14 @@ import os
 
 import torch
 
-from hf_iclr.generation.deferral_rules import DEFERRAL_RULES, cascade_target, check_rule, one_hot_of_largest, sample
+from hf_iclr.generation.deferral_rules import (
+    DEFERRAL_RULES,
+    Distributions,
+    cascade_target,
+    check_rule,
+    one_hot_of_largest,
+    sample,
+)
 
 
 PLACEHOLDER = -1  # what vLLM writes after a request's last token
@@ -60,7 +67,7 @@ def rejection_sample(
     output = torch.full((requests, max_spec_len + 1), PLACEHOLDER, dtype=torch.int32, device=device)
     owner = torch.arange(requests, device=device).repeat_interleave(torch.tensor(num_draft_tokens, device=device))
     p, ids = target_probs.float(), draft_token_ids.long()[:, None]
-    q = torch.zeros_like(p).scatter_(1, ids, 1.0) if draft_probs is None else draft_probs.float()
+    q = Distributions.one_hot(ids[:, 0], p.shape[1]).probs if draft_probs is None else draft_probs.float()
     greedy = torch.full((requests,), sampling_metadata.all_greedy, device=device)
     if not sampling_metadata.all_greedy and not sampling_metadata.all_random:
         greedy = sampling_metadata.temperature == GREEDY

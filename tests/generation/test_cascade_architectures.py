@@ -57,6 +57,18 @@ def test_a_model_that_ignores_positions_is_found_out():
         model.generate(**left_padded(RAGGED_PROMPTS), **GREEDY)
 
 
+def test_attention_scaled_by_the_number_of_cached_tokens():
+    """Llama 4 without chunks: from the 16th slot on its attention is sharper, and rejected drafts fill slots."""
+    config = {"head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2, "no_rope_layers": [0, 0]}
+    large = tiny("llama4_text", 1, **config, floor_scale=16, attn_scale=2.0)
+    prompt = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3).long()}
+    model, call = enable_cascade(large, perturbed_copy(large)), {**GREEDY, "max_new_tokens": 40}
+    assert torch.equal(model.generate(**prompt, **call), large.generate(**prompt, **call))
+    assert model.cascade_statistics.backend == "assisted"
+    with pytest.raises(ValueError, match="by the number of cached tokens"):
+        model.generate(**left_padded(RAGGED_PROMPTS), **call)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_no_reason_to_refuse(dtype):
     assert why_not_batched(tiny_llama(1, layers=2, vocab_size=50).to(dtype)) is None

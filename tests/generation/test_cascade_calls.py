@@ -7,16 +7,20 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MptConfig,
     Phi3Config,
     Phi3ForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation import BaseStreamer
 
 from hf_iclr import enable_cascade
 from hf_iclr.cache_argument import cache_inputs, find_cache
@@ -111,11 +115,11 @@ def dynamic_rope():
     return tiny_llama(1, layers=2, vocab_size=50, max_position_embeddings=12, rope_parameters=rope)
 
 
-@pytest.mark.parametrize("gamma", [1, 4, 9])
+@pytest.mark.parametrize("gamma", [None, 1, 4, 9])
 @pytest.mark.parametrize("length", [3, 10, 15, 16, 20])
 @pytest.mark.parametrize("kind", ["long_rope", "dynamic_rope"])
 def test_text_past_a_switch_of_the_rotation(request, kind, length, gamma):
-    # a dynamic rotation remembers the longest text: both are fresh
+    """Also where the cost of rounds is measured in the middle; a dynamic rotation remembers the longest text."""
     plain, large = (copy.deepcopy(request.getfixturevalue(kind)) for _ in range(2))
     prompt = {"input_ids": torch.arange(1, length + 1)[None]}
     cascade = enable_cascade(large, perturbed_copy(large))
@@ -157,6 +161,19 @@ class TwoHalves(LogitsProcessor):
         self.low = not self.low
         allowed = (torch.arange(scores.shape[-1]) < scores.shape[-1] // 2) == self.low
         return scores.masked_fill(~allowed, -torch.inf)
+
+
+class NoFive(LogitsProcessor):
+    """Bans token 5 by a number that a library takes for the least."""
+
+    def __init__(self, least):
+        self.least = least
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([5]), self.least)
+
+    def clone(self):
+        return self
 
 
 class CloneableTwoHalves(TwoHalves):
@@ -246,7 +263,8 @@ def test_bans_hold_after_a_short_draft(models, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rules_read_the_probabilities_after_a_ban(backend):
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+def test_rules_read_the_probabilities_after_a_ban(backend, least):
     """Both models are sure of token 5, which is forbidden, and unsure of the rest: the large model must decide."""
     large = tiny_llama(1, layers=2, vocab_size=50)
     small = perturbed_copy(perturbed_copy(large))
@@ -257,7 +275,10 @@ def test_rules_read_the_probabilities_after_a_ban(backend):
             model.lm_head.weight[5, 0] = 8.0
         assert small(PROMPT["input_ids"]).logits[0, -1].softmax(-1).max() > 0.9
     cascade = enable_cascade(large, small)
-    call = {"suppress_tokens": [5], "cascade_rule": "chow", "cascade_alpha": 0.05, "cascade_backend": backend}
+    ban = (
+        {"suppress_tokens": [5]} if least == -torch.inf else {"logits_processor": LogitsProcessorList([NoFive(least)])}
+    )
+    call = {**ban, "cascade_rule": "chow", "cascade_alpha": 0.05, "cascade_backend": backend}
     cascade.generate(**PROMPT, **GREEDY, **call)
     assert cascade.cascade_statistics.deferred == [16.0]
     cascade.generate(**PROMPT, do_sample=True, max_new_tokens=16, pad_token_id=0, temperature=0.05, **call)
@@ -308,6 +329,38 @@ def test_criteria_are_asked_as_plain_generate_asks_them(models, cls, scores, row
 
 
 # --- what a model is -------------------------------------------------------------------------------------------------
+
+
+class Pieces(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+class SeventhCall(StoppingCriteria):
+    asked = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked += 1
+        return torch.full((len(input_ids),), self.asked >= 7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_criterion_that_stops_inside_a_draft(models, backend):
+    """The text, its scores, its cache and what is streamed end with the token that stopped it."""
+    found = []
+    for model, more in ((models[0], {}), (enable_cascade(*models), {"cascade_backend": backend})):
+        pieces, criteria = Pieces(), StoppingCriteriaList([SeventhCall()])
+        call = {**GREEDY, "streamer": pieces, "return_dict_in_generate": True, "output_scores": True, **more}
+        output = model.generate(**PROMPT, **call, stopping_criteria=criteria)
+        cached = find_cache(output).get_seq_length()
+        found.append((output.sequences.tolist(), pieces.tokens, len(output.scores), cached))
+    assert found[0] == found[1] and found[1][2:] == (7, 9)
 
 
 def test_a_first_call_in_train_mode_is_no_verdict():
@@ -404,6 +457,16 @@ def test_a_chat_goes_on_from_the_cache_that_came_back(models, prompts, gamma):
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 
+class TurnByTurn:
+    """A `prefix_allowed_tokens_fn` that counts what it was asked."""
+
+    asked = 0
+
+    def __call__(self, row, ids):
+        self.asked += 1
+        return range(25) if self.asked % 2 else range(25, 50)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
@@ -411,6 +474,7 @@ def test_a_chat_goes_on_from_the_cache_that_came_back(models, prompts, gamma):
         ({"assistant_early_exit": 1}, "assistant_early_exit=1 asks for other drafts"),
         ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5 asks for other drafts or another target"),
         ({"inputs_embeds": torch.zeros(1, 3, 16)}, "Pass `input_ids`"),
+        ({"prefix_allowed_tokens_fn": TurnByTurn()}, "gave two answers about one text, so it is stateful"),
     ],
 )
 def test_arguments_that_would_be_ignored(models, kwargs, words):
@@ -418,8 +482,13 @@ def test_arguments_that_would_be_ignored(models, kwargs, words):
         enable_cascade(*models).generate(**({} if "inputs_embeds" in kwargs else PROMPT), **GREEDY, **kwargs)
 
 
-def test_a_text_past_the_small_models_positions(models):
-    small = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, **NO_IDS)).eval()
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "mpt"])
+def test_a_text_past_the_small_models_positions(models, model_type):
+    """A table that was learned, one of sines, and one of distances."""
+    config = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, **NO_IDS}
+    small = {"gpt2": GPT2Config(**config), "gptj": GPTJConfig(**config, rotary_dim=4)}
+    small["mpt"] = MptConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
+    small = AutoModelForCausalLM.from_config(small[model_type]).eval()
     cascade = enable_cascade(models[0], small)
     with pytest.raises(ValueError, match="small model has 16 positions; a prompt of 3 tokens and 16 new ones need 18"):
         cascade.generate(**PROMPT, **GREEDY)

@@ -328,8 +328,9 @@ def test_bad_prompts(models):
     model = enable_cascade(*models)
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(torch.empty(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match="Row 1"):
-        model.generate(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    for mask in ([0, 0, 0], [1, 1, 0]):
+        with pytest.raises(ValueError, match="Row 1 of `attention_mask` ends with padding"):
+            model.generate(torch.ones(2, 3).long(), attention_mask=torch.tensor([[1, 1, 1], mask]))
 
 
 def test_nan_logits_stop_with_a_sentence(models):

@@ -5,6 +5,8 @@ import torch
 
 from hf_iclr import enable_cascade, target_distribution
 from hf_iclr.generation.batched_cascade import BatchedCascade, sample
+from hf_iclr.generation.calibration.teacher_forcing import logits_processors, prepare_config
+from hf_iclr.generation.cascade_call import end_tokens
 from tests.generation.toy import RAGGED_PROMPTS, RULES, VOCAB, chi_square_z, exact_law, left_padded, tiny_llama
 
 
@@ -95,21 +97,45 @@ def test_law_with_confidence_threshold(models, threshold):
         assert abs(chi_square_z([tuple(row) for row in rows.tolist()], law)) < LIMIT
 
 
-def test_law_with_top_k(models):
-    """q and p are both cut to their top 3, the rule reads the uncut ones; impossible tokens fail in `chi_square_z`."""
-    output = enable_cascade(*models).generate(
-        **left_padded(RAGGED_PROMPTS[:1]),
-        do_sample=True,
-        temperature=0.7,
-        top_k=3,
-        num_return_sequences=20_000,
-        max_new_tokens=LENGTH,
-        num_assistant_tokens=2,
-        cascade_rule="opt",
-        cascade_alpha=0.2,
-        pad_token_id=0,
-    )
-    law = exact_law(*models, RAGGED_PROMPTS[0], "opt", 0.2, LENGTH, 0.7, top_k=3)
+@torch.no_grad()
+def processed_law(large, small, prompt, rule, alpha, **generation) -> dict[tuple[int, ...], float]:
+    """Probability of every text of `LENGTH` tokens, 0 after one that ends it; processors see each prefix alone."""
+    config = prepare_config(large, do_sample=True, **generation)
+    processors, law = logits_processors(large, config, len(prompt)), {(): 1.0}
+    for _ in range(LENGTH):
+        longer = {}
+        for prefix, mass in law.items():
+            if set(end_tokens(config)) & set(prefix):
+                longer[*prefix, 0] = mass
+                continue
+            ids = torch.tensor([[*prompt, *prefix]])
+            raw = [model(ids).logits[:, -1] for model in (small, large)]
+            q, p = (processors(ids, logits.clone()).softmax(-1) for logits in raw)
+            pi = target_distribution(rule, alpha, q, p, *(logits.softmax(-1) for logits in raw))[0]
+            longer |= {(*prefix, token): mass * share for token, share in enumerate(pi.tolist())}
+        law = longer
+    return law
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": 0.7, "top_k": 3},
+        {"top_k": 0, "top_p": 0.7},
+        {"top_k": 0, "min_p": 0.3},
+        {"top_k": 0, "eos_token_id": [2, 5]},
+        # these look at each row's text: 20,000 rows of a batch take their turns
+        pytest.param({"top_k": 0, "repetition_penalty": 1.8}, marks=pytest.mark.slow),
+        pytest.param({"top_k": 0, "sequence_bias": {(3,): 1.5, (1, 4): -2.0}}, marks=pytest.mark.slow),
+    ],
+    ids=lambda generation: next(reversed(generation)),
+)
+def test_law_under_processors(models, generation):
+    """q and p are both processed, the rule reads them as they were; impossible tokens fail in `chi_square_z`."""
+    call = {"max_new_tokens": LENGTH, "num_assistant_tokens": 2, "cascade_rule": "opt", "cascade_alpha": 0.2}
+    prompt = {**left_padded(RAGGED_PROMPTS[:1]), "num_return_sequences": 20_000, "pad_token_id": 0}
+    output = enable_cascade(*models).generate(**prompt, do_sample=True, **generation, **call)
+    law = processed_law(*models, RAGGED_PROMPTS[0], "opt", 0.2, **generation)
     assert abs(chi_square_z([tuple(row) for row in output[:, -LENGTH:].tolist()], law)) < LIMIT
 
 

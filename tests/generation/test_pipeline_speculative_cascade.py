@@ -10,7 +10,8 @@ from transformers import TextGenerationPipeline, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_iclr
-from hf_iclr import SpeculativeCascadeForCausalLM, SpeculativeCascadePipeline
+from hf_iclr import SpeculativeCascadeForCausalLM, SpeculativeCascadePipeline, build_draft_model
+from tests.generation.drafting.test_draft_model import make_texts
 from tests.generation.toy import tiny_llama
 
 
@@ -52,6 +53,14 @@ def test_two_models(pipe, plain):
     assert texts(out) == texts(plain("w1 w2 w3", **GREEDY))
     statistics = out[0]["cascade"]
     assert statistics["new_tokens"] == 10 and statistics["call"]["backend"] == "batched"
+
+
+def test_a_saved_draft_of_ours_may_be_named(folders, plain, word_tokenizer, tmp_path):
+    draft = build_draft_model(plain.model, word_tokenizer, make_texts(), num_layers=1, draft_vocab_size=50)
+    draft.save_pretrained(tmp_path)
+    pipe = pipeline("speculative-cascade", model=str(folders / "large"), assistant_model=str(tmp_path))
+    assert type(pipe.assistant_model) is type(draft) and pipe.assistant_model.dtype == pipe.model.dtype
+    assert texts(pipe("w1 w2 w3", cascade_rule="spec", **GREEDY)) == texts(plain("w1 w2 w3", **GREEDY))
 
 
 def test_fixed_use_of_the_readme(pipe):
@@ -174,8 +183,10 @@ def test_bad_input(folders, pipe):
         pipeline("speculative-cascade", model=str(folders / "large"))("w1", cascade_rule="opt")
     with pytest.raises(ValueError, match="at least one token"):
         pipe("")
-    for prompts in (None, ["w1", None]):
-        with pytest.raises(ValueError, match="a string, or a chat of messages"):
+    for prompts in (None, ["w1", None], {"text": "w1"}, 5, ["w1", 5], [{"prompt": "w1"}], [["w1"]]):
+        with pytest.raises(ValueError, match="a string, or a chat of messages|'role' and 'content'"):
             pipe(prompts)
+    with pytest.raises(ValueError, match="at least one prompt, got none"):
+        pipe([])
     with pytest.raises(ValueError, match="Choose one of spec"):
         pipe("w1", cascade_rule="nope")

@@ -150,8 +150,8 @@ def test_alpha_of_a_threshold_rule_is_a_quantile(model, dataset, word_tokenizer,
     order = np.random.default_rng(0).permutation(192)[:96]  # seed 0; 3840 tokens of 40 are 96 texts
     _, small = model.cascade_pair
     read = read_texts(model, small, [texts[i] for i in order], rule, prepare_config(model, **SAMPLING))
-    assert read.deferral_rate(result.alpha) == pytest.approx(0.25, abs=1.01 / 3840)
-    assert np.quantile(read.score, 0.75) == pytest.approx(result.alpha, abs=0.01)
+    assert read.rates(result.alpha)[0].sum() / 3840 == pytest.approx(0.25, abs=1.01 / 3840)
+    assert np.quantile(read.stored[0], 0.75) == pytest.approx(result.alpha, abs=0.01)
     assert (
         not hasattr(model.generation_config, "cascade_alpha") or model.generation_config.cascade_alpha != result.alpha
     )
@@ -190,7 +190,8 @@ def test_expected_rounds_are_those_of_generate(model, pair):
     done = model.cascade_statistics
     config = prepare_config(model, do_sample=False)
     text = Text([1, 2, 3], output[0, 3:].tolist())
-    rounds = read_texts(model, pair[1], [text], "token_v3", config, alphas=[0.4, 0.5, 0.6]).rounds(0.5, 3)
+    read = read_texts(model, pair[1], [text], "token_v3", config, alphas=[0.4, 0.5, 0.6])
+    rounds = expected_rounds(read.rates(0.5)[1], read.lengths, 3)
     assert rounds == pytest.approx((done.rounds[0], done.drafted[0], done.accepted[0], done.small_forwards))
 
 
@@ -251,6 +252,8 @@ def test_two_padded_sizes_of_one_vocabulary(pair, dataset, word_tokenizer, tmp_p
         ({"target": {"deferral_rate": 0.3, "acceptance": 0.5}}, "a target of one entry"),
         ({"target": {"deferral_rate": 1.2}}, "a share between 0 and 1 for deferral_rate, got 1.2"),
         ({"target": {"speedup": 0}}, "a speedup above 0"),
+        ({"target": {"deferral_rate": "0.3"}}, "a share between 0 and 1 for deferral_rate, got '0.3'"),
+        ({"target": {"acceptance": float("nan")}}, "a share between 0 and 1"),
         ({"target": {"acceptance": 0.001}}, r"can't be reached .* value in \[0\..*\]. The nearest is .* at alpha="),
         ({"dataset": []}, "at least 2 rows, half of them held out, got 0"),
         ({"dataset": datasets.Dataset.from_dict({"story": ["w1 w2"] * 4})}, "no column 'text', only story"),
@@ -258,6 +261,15 @@ def test_two_padded_sizes_of_one_vocabulary(pair, dataset, word_tokenizer, tmp_p
         ({"dataset": ["w1", "w2"]}, "texts of at least two tokens"),
         ({"rule": "spec"}, "a rule with an alpha to calibrate, got 'spec'"),
         ({"max_new_tokens": 1}, "max_new_tokens of at least 2"),
+        ({"prompt_tokens": 0}, "prompt_tokens of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens must be a whole number"),
+        ({"num_return_sequences": 2}, "one text a prompt"),
+        ({"dataset": datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["w1 w2"]})})}, "name one"),
+        ({"dataset": iter(["w1 w2", "w3 w4"])}, r"of a stream, `list\("),
+        ({"dataset": "w1 w2 w3"}, "a list of its rows, got a str"),
+        ({"dataset": [None, "w1 w2"]}, "a text, or a chat that ends with an answer, got None"),
+        ({"dataset": [{"messages": [{"role": "user", "content": "w1"}]}] * 2}, "a chat that ends with an answer"),
         ({"temprature": 1}, "got temprature"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, pipeline
 
-from hf_iclr import SpeculativeCascadeForCausalLM, build_draft_model, enable_cascade
+from hf_iclr import SpeculativeCascadeForCausalLM, build_draft_model, calibrate_cascade, enable_cascade
 from hf_iclr.cache_argument import UPSTREAM_NAME, find_cache
 from hf_iclr.generation import batched_cascade
 from hf_iclr.generation.batched_cascade import BatchedCascade
@@ -212,6 +212,8 @@ def test_what_it_cannot_serve_is_said(large, word_tokenizer):
         draft.generate(**prompt, max_new_tokens=2)
     with pytest.raises(ValueError, match="needs the batched loop.*the loop of transformers"):
         enable_cascade(large, draft).generate(**prompt, **GREEDY, cascade_backend="assisted")
+    with pytest.raises(ValueError, match="a small model that reads texts by itself, got a FeatureDraftForCausalLM"):
+        calibrate_cascade(enable_cascade(large, draft), ["w1 w2"] * 4, {"acceptance": 0.5}, tokenizer=word_tokenizer)
     config = copy.deepcopy(large.config)
     config.hidden_size = 24
     other = FeatureDraftForCausalLM(FeatureDraftConfig(body=config, draft_vocab_size=VOCAB, intermediate_size=8))
