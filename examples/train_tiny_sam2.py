@@ -2,11 +2,12 @@
 Trains a SAM 2 of 1.6 million parameters on procedural clips in about half an hour on one CPU core.
 
     python examples/train_tiny_sam2.py --out tiny_sam2
-    python examples/train_tiny_sam2.py --model tiny_sam2 --seed 1 --steps 1000 --peak 4e-4 --out tiny_sam2_on
+    python examples/train_tiny_sam2.py --model tiny_sam2 --seed 1 --steps 1500 --peak 5e-4 --out corrected
+    python examples/train_tiny_sam2.py --model corrected --seed 2 --steps 1000 --peak 3e-4 --out tiny_sam2_on
 
-The second line trains on: clips of up to 10 frames, in which objects are clicked on or shown again on a later frame.
-`pipeline("promptable-video-segmentation", model="tiny_sam2_on")` loads the result. How good it is says
-benchmarks/tiny_sam2.py.
+The other lines train on with corrections, a quarter of an hour each: prompt encoder and decoder alone, on the last
+frame of a clip, where the model is often wrong. `pipeline("promptable-video-segmentation", model="tiny_sam2_on")`
+loads the result. How good it is says benchmarks/tiny_sam2.py.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from hf_iclr.tiny_models import sam2_processor, tiny_sam2_config
 from hf_iclr.vision.evaluation import procedural_clip
 from hf_iclr.vision.training import MaskPrediction, PromptPlan, predict_clips
 from hf_iclr.vision.training.augmentation import augment_clip
+from hf_iclr.vision.training.prompts import PROMPT_KINDS
 
 
 SIDE, WIDTH, HIDDEN = 128, 16, 128
@@ -96,33 +98,35 @@ def draw_batch(rng: np.random.Generator, progress: float) -> list[dict]:
     return _draw_clips(rng, 10 if early else 6, frames, hard, plan, remember_truth)
 
 
-def draw_long_batch(rng: np.random.Generator) -> tuple[list[dict], set[int]]:
+def draw_corrected_batch(rng: np.random.Generator) -> tuple[list[dict], bool]:
     """
-    Clips of 5 to 10 frames, half of them backwards and a third twice as fast, and the frames that do not count.
+    Clips of up to 10 frames, half of them backwards and a third twice as fast, whose last frame gets 1 to 3 clicks,
+    and whether its mask before them counts. In a fifth the last frame is the first. In another fifth it does not
+    count: there the model is made to be wrong, for a click must count for more than what it believes. It remembers
+    another object on the frames between, or was shown another one from the start.
+    """
+    case = str(rng.choice(["first", "drifted", "other", "tracked"], p=[0.2, 0.12, 0.08, 0.6]))
+    frames = 1 if case == "first" else int(rng.integers(3, 11))
+    kind = str(rng.choice(["box", "click"] if case == "first" else PROMPT_KINDS))
+    plan = PromptPlan(kind, corrected=(frames - 1,), clicks=int(rng.integers(1, 4)))
+    wrong = case in ("drifted", "other")
+    clips = _draw_clips(rng, 10, frames, 0.8, plan, augment=True, both=wrong)
+    for clip in clips if wrong else ():
+        between = slice(int(case == "drifted"), frames - 1)
+        clip["masks"][:, between] = clip["masks"][:, between].flip(0)
+        clip["remember_truth"] = torch.zeros(clip["masks"].shape[:2], dtype=torch.bool)
+        clip["remember_truth"][:, between] = True
+    return clips, not wrong
 
-    In most, objects get 1 to 3 clicks on a later frame, where the model is often made to be wrong, for a click must
-    count for more than what it believes: it remembers another object on the frames between (they do not count), or was
-    shown another one from the start (the frame as it was before the clicks does not count). In some, objects are shown
-    on the later frame from the start, so that the frames before it know of it, as they do when a video is tracked
-    again after a correction.
-    """
-    frames = int(rng.integers(5, 11))
-    kind = str(rng.choice(["mask", "box", "click"], p=[0.2, 0.3, 0.5]))
-    later, clicks = int(rng.integers(2, frames)), int(rng.integers(1, 4))
-    case = str(rng.choice(["drifted", "other", "correct", "twice", "none"], p=[0.2, 0.1, 0.35, 0.15, 0.2]))
-    if case == "other":
-        frames = later + 1
-    prompted = (0, later) if case == "twice" else (0,)
-    corrected = () if case == "none" or case == "twice" and kind == "mask" else (later,)
-    plan = PromptPlan(kind, prompted, corrected, clicks if corrected else 0)
-    clips = _draw_clips(rng, round(30 / frames), frames, 0.6, plan, augment=True, both=case in ("drifted", "other"))
-    for clip in clips if case in ("drifted", "other") else ():
-        wrong = slice(1 if case == "drifted" else 0, later)
-        clip["masks"][:, wrong] = clip["masks"][:, wrong].flip(0)
-        if case == "drifted":
-            clip["remember_truth"] = torch.zeros(clip["masks"].shape[:2], dtype=torch.bool)
-            clip["remember_truth"][:, wrong] = True
-    return clips, {"drifted": {*range(1, later)}, "other": {later}}.get(case, set())
+
+def predict_last(model: Sam2VideoModel, clips: list[dict]) -> list[MaskPrediction]:
+    """What is made of the last frame; gradients do not reach the frames before it."""
+    before_last = len(clips[0]["pixel_values"]) - 2
+    predictions = predict_clips(model, clips)
+    with torch.no_grad():
+        while before_last >= 0 and next(predictions).frame < before_last:
+            pass
+    return list(predictions)
 
 
 def _draw_clips(
@@ -190,30 +194,34 @@ def soft_loss(predicted: MaskPrediction) -> tuple[torch.Tensor, torch.Tensor]:
 def train(model: Sam2VideoModel, steps: int, seed: int, peak: float, further: bool, out: Path) -> dict:
     """AdamW, cosine schedule, and the mean of the weights over the second half. Saved every 100 steps."""
     rng = np.random.default_rng(seed)
-    parameters = list(model.parameters())
+    if further:  # what is remembered stays as it is
+        model.requires_grad_(False)
+        model.mask_decoder.requires_grad_(True)
+        model.prompt_encoder.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     mean = copy.deepcopy(model)
-    averaged = list(mean.parameters())
+    averaged = [parameter for parameter in mean.parameters() if parameter.requires_grad]
     began, recent = time.process_time(), []
     bar = tqdm(range(steps), mininterval=10)
     for step in bar:
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        clips, without = draw_long_batch(rng) if further else (draw_batch(rng, progress), set())
+        clips, counts = draw_corrected_batch(rng) if further else (draw_batch(rng, progress), True)
         # Three masks are not used in videos, but by prompts="auto".
         model.config.multimask_output_in_sam = clips[0]["plan"].kind == "click" and bool(rng.random() < 0.2)
-        results = []
-        for predicted in predict_clips(model, clips):
-            if predicted.frame in without:  # of a frame that is corrected, only what was before the clicks
-                without -= {*clips[0]["plan"].corrected}
-            else:
-                results.append(soft_loss(predicted))
-        loss = torch.stack([loss for loss, _ in results]).mean()
+        predictions = predict_last(model, clips) if further else predict_clips(model, clips)
+        results = [soft_loss(predicted) for predicted in predictions]
+        losses = torch.stack([loss for loss, _ in results])
+        if further:  # what is tracked counts as much as all clicks
+            loss = losses[1:].mean() + (losses[0] if counts else 0)
+        else:
+            loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -239,7 +247,7 @@ def train(model: Sam2VideoModel, steps: int, seed: int, peak: float, further: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny_sam2"))
-    parser.add_argument("--model", help="what this script made before, to train on with long clips and corrections")
+    parser.add_argument("--model", help="what this script made before, to train on with corrections")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=1e-3, help="the highest learning rate")

@@ -10,6 +10,7 @@ from pycocotools import mask as coco
 
 from ..session.automatic_masks import AutomaticMaskConfig
 from ..session.frames import PixelValues
+from ..session.pipeline import Finder
 from ..session.prompts import ObjectPrompt, encode_rle
 from ..session.segments import FrameSegments, decode_mask
 from ..session.session import VideoSession
@@ -268,13 +269,13 @@ def find_masklets(pipe, session: VideoSession, config: AutomaticMaskConfig, vide
     length = session.num_frames or 0
     searched = config.frame - 1
     for searched in range(config.frame, length, config.every or length):
-        if pipe._add_found(session, searched, config):
+        if pipe._add_found(session, searched, Finder(config)):
             break
     masklets: dict[int, Masklet] = {}
     for segments in _walk(session) if session.objects else ():
         if config.every and segments.frame > searched and (segments.frame - config.frame) % config.every == 0:
             searched = segments.frame
-            if pipe._add_found(session, searched, config):
+            if pipe._add_found(session, searched, Finder(config)):
                 segments = session.segments(searched)
         for obj in segments.objects:
             masklets.setdefault(obj, Masklet(video, name, obj, session)).take(segments, session)

@@ -61,6 +61,8 @@ class Queue:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")  # committed is on the disk, whatever ends us
             self._database.executescript(_TABLES)
+            if (found := self._database.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)  # rather than when a damaged page is read
         except sqlite3.DatabaseError as error:
             raise ValueError(f"Expected a project's database in {path}, got something else ({error}).") from None
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..formats.annotated_video import AnnotatedVideo
-from ..formats.annotated_videos import read_object_png_videos, read_videos
+from ..formats.annotated_videos import read_png_videos, read_videos
 from ..formats.mask_folders import save_labels, to_labels
 from ..formats.segment_files import atomic_folder, read_json, write_json
 from ..session.prompts import to_boolean_mask
@@ -105,7 +105,7 @@ def _begin(run: Mapping[str, Any], out: Path) -> None:
 
 
 def _sav_videos(folder: Path, split: str) -> list[AnnotatedVideo]:
-    videos = read_object_png_videos(folder / "JPEGImages_24fps", folder / "Annotations_6fps")
+    videos = read_png_videos(folder / "JPEGImages_24fps", folder / "Annotations_6fps")
     names = folder / f"sav_{split}.txt"
     listed = names.read_text().split() if names.exists() else [video.name for video in videos]
     return [video for video in videos if video.name in listed]

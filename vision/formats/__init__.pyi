@@ -1,7 +1,6 @@
 from .annotated_images import read_coco_images, read_image_masks
 from .annotated_video import AnnotatedVideo, to_annotated
 from .annotated_videos import (
-    read_object_png_videos,
     read_png_videos,
     read_rows,
     read_sav_videos,
@@ -30,7 +29,6 @@ __all__ = [
     "read_davis",
     "read_image_masks",
     "read_object_folders",
-    "read_object_png_videos",
     "read_png_videos",
     "read_rows",
     "read_sav",

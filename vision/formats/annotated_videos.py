@@ -78,11 +78,13 @@ def read_videos(folder: str | Path, split: str = "train") -> list[AnnotatedVideo
 def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVideo]:
     """
     The videos of DAVIS, MOSE and YouTube-VOS: for each video a folder of images and one of PNGs, whose pixels are
-    object numbers. Pixels of 255 are void; in gray images without any number between, object 1.
+    object numbers, 255 void; in gray images without any number between, 255 is object 1. Or, as in the validation and
+    test sets of SA-V, one with a folder of PNGs for each object, whose pixels are the object's where they aren't 0.
 
     Args:
         frames (`str` or `Path`): Folder of folders of images, such as `JPEGImages/480p`.
-        masks (`str` or `Path`): Folder of folders of PNGs of the same names, such as `Annotations/480p`.
+        masks (`str` or `Path`): Folder of folders of the same names, such as `Annotations/480p` with
+            `video/00000.png` in it, or `Annotations_6fps` with `video/000/00000.png`.
 
     Raises:
         ValueError: if no folder of masks has images of its name.
@@ -90,41 +92,17 @@ def read_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVide
     videos = []
     for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
         images = list_images(Path(frames) / folder.name)
-        files = {place: file for place, image in enumerate(images) if (file := folder / f"{image.stem}.png").is_file()}
-        if files:
-            videos.append(AnnotatedVideo(images, list(files), partial(labelled_masks, files), folder.name))
-    if not videos:
-        raise ValueError(f"Expected folders of the same names with images in {frames} and PNGs in {masks}, got none.")
-    return videos
-
-
-def read_object_png_videos(frames: str | Path, masks: str | Path) -> list[AnnotatedVideo]:
-    """
-    The videos of the validation and test sets of SA-V: for each video a folder of images, and one with a folder of
-    PNGs for each object, whose pixels are the object's where they aren't 0.
-
-    Args:
-        frames (`str` or `Path`): Folder of folders of images, such as `JPEGImages_24fps`.
-        masks (`str` or `Path`): Folder of folders such as `Annotations_6fps`, with `video/000/00000.png` in it.
-
-    Raises:
-        ValueError: if no folder of masks has images of its name.
-    """
-    videos = []
-    for folder in sorted(path for path in Path(masks).iterdir() if path.is_dir()):
-        images = list_images(Path(frames) / folder.name)
-        places = {file.stem: place for place, file in enumerate(images)}
-        files: dict[int, dict[int, Path]] = {}
+        places = {image.stem: place for place, image in enumerate(images)}
+        files = {places[file.stem]: file for file in folder.glob("*.png") if file.stem in places}
+        by_object: dict[int, dict[int, Path]] = {}
         for file in sorted(folder.glob("[0-9]*/*.png")):
             if file.stem in places:
-                files.setdefault(places[file.stem], {})[int(file.parent.name)] = file
-        if files:
-            videos.append(AnnotatedVideo(images, sorted(files), partial(_object_masks, files), folder.name))
+                by_object.setdefault(places[file.stem], {})[int(file.parent.name)] = file
+        if files or by_object:
+            masks_of = partial(labelled_masks, files) if files else partial(_object_masks, by_object)
+            videos.append(AnnotatedVideo(images, sorted(files or by_object), masks_of, folder.name))
     if not videos:
-        raise ValueError(
-            f"Expected folders of the same names with images in {frames} and a folder of PNGs an object in {masks}, "
-            "got none."
-        )
+        raise ValueError(f"Expected folders of the same names with images in {frames} and PNGs in {masks}, got none.")
     return videos
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import masks_to_boxes, nms
 from .mask_postprocessing import small_regions
 from .prompts import ObjectPrompt
 from .segments import box_around
-from .tracking import as_maps, using
+from .tracking import as_maps, decode, using
 
 
 _EDGE = 20.0  # pixels: a mask this near to the border of a crop is another crop's, as in the reference
@@ -160,13 +160,13 @@ def _masks_of_crop(model, processor, image, levels, layer, crop, config) -> Iter
     points = torch.from_numpy(config.grid(layer) * [width, height]).float()
     for batch in points.split(config.points_per_batch):
         clicks = (batch * (processor.target_size / torch.tensor([width, height]))).to(model.device)
-        logits, scores, object_scores = _decode(model, embeddings, clicks, None, config.multimask_output)
+        logits, scores, object_scores = _of_clicks(model, embeddings, clicks, None, config.multimask_output)
         places = batch.repeat_interleave(logits.shape[1], dim=0)
         clicks = clicks.repeat_interleave(logits.shape[1], dim=0)
         object_scores = object_scores.flatten().repeat_interleave(logits.shape[1])
         logits, scores = logits.flatten(0, 1)[:, None], scores.flatten()
         if config.use_m2m and len(logits):
-            logits, scores, object_scores = _decode(model, embeddings, clicks, logits, False)
+            logits, scores, object_scores = _of_clicks(model, embeddings, clicks, logits, False)
             scores, object_scores = scores.flatten(), object_scores.flatten()
         good = scores > config.pred_iou_thresh
         if not good.any():
@@ -197,21 +197,12 @@ def _masks_of_crop(model, processor, image, levels, layer, crop, config) -> Iter
             }
 
 
-def _decode(model, embeddings, clicks: torch.Tensor, logits: torch.Tensor | None, multimask: bool):
+def _of_clicks(model, embeddings, clicks: torch.Tensor, logits: torch.Tensor | None, multimask: bool):
     """Mask logits `(clicks, masks, height, width)`, their expected IoU and object scores, for each click alone."""
     labels = torch.ones(len(clicks), 1, 1, dtype=torch.int32, device=clicks.device)
-    sparse, dense = model.get_prompt_embeddings(
-        input_points=clicks[:, None, None].to(model.dtype), input_labels=labels, input_masks=logits
-    )
-    positions = model.get_image_wide_positional_embeddings()
-    masks, scores, _, object_scores = model.mask_decoder(
-        image_embeddings=embeddings[-1].expand(len(clicks), -1, -1, -1),
-        image_positional_embeddings=positions.expand(len(clicks), -1, -1, -1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-        high_resolution_features=[level.expand(len(clicks), -1, -1, -1) for level in embeddings[:-1]],
-    )
+    *fine, coarse = (level.expand(len(clicks), -1, -1, -1) for level in embeddings)
+    points = clicks[:, None, None].to(model.dtype), labels
+    masks, scores, _, object_scores = decode(model, coarse, fine, multimask, points, logits)
     return masks[:, 0], scores[:, 0], object_scores
 
 
@@ -249,23 +240,7 @@ def _xywh(mask: np.ndarray) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-@dataclass(frozen=True)
-class Detection:
-    """
-    What a detector found.
-
-    Args:
-        prompt ([`ObjectPrompt`]): Its box.
-        label (`str`, *optional*): What it is.
-        score (`float`, *optional*, defaults to `1.0`): How sure the detector is.
-    """
-
-    prompt: ObjectPrompt
-    label: str | None = None
-    score: float = 1.0
-
-
-def detect_objects(detector: Callable[[Image.Image], Any], image: np.ndarray) -> list[Detection]:
+def detect_objects(detector: Callable[[Image.Image], Any], image: np.ndarray) -> list[tuple[ObjectPrompt, str | None]]:
     """
     Asks a detector for the objects in an image. Boxes with no part of the image in them are left out.
 
@@ -278,7 +253,7 @@ def detect_objects(detector: Callable[[Image.Image], Any], image: np.ndarray) ->
             In uint8 RGB.
 
     Returns:
-        `list[Detection]`, the surest first.
+        `list[tuple[ObjectPrompt, str | None]]`: the box of each and what it is, the surest first.
 
     Raises:
         ValueError: if the detector gives something else.
@@ -292,13 +267,13 @@ def detect_objects(detector: Callable[[Image.Image], Any], image: np.ndarray) ->
             x0, y0, x1, y1 = (float(side) for side in sides)
             if min(x1, image.shape[1]) > max(x0, 0) and min(y1, image.shape[0]) > max(y0, 0):
                 prompt = ObjectPrompt(box=[x0, y0, x1, y1])
-                found.append(Detection(prompt, record.get("label"), float(record.get("score", 1.0))))
+                found.append((float(record.get("score", 1.0)), prompt, record.get("label")))
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             'Expected the detector to give [{"box": {"xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4}, "label": "cat", '
             f'"score": 0.9}}, ...] or boxes [[x0, y0, x1, y1], ...], got {given!r:.80}.'
         ) from None
-    return sorted(found, key=lambda detection: -detection.score)
+    return [(prompt, label) for _, prompt, label in sorted(found, key=lambda one: -one[0])]
 
 
 def new_objects(found: list[dict], tracked: list[np.ndarray], max_overlap: float) -> list[dict]:

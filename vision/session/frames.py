@@ -136,26 +136,46 @@ def is_image(value: Any) -> bool:
     return value.ndim == 2 or value.ndim == 3 and (value.shape[-1] in (1, 3, 4) or value.shape[0] in (1, 3))
 
 
+def open_image(image: Any) -> Image.Image:
+    """
+    The image in a file, its bytes or a file object.
+
+    Raises:
+        ValueError: if it is not there or no image.
+    """
+    name = f"{image}" if isinstance(image, (str, Path)) else "what was given"
+    try:
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    except OSError as error:
+        raise ValueError(f"Expected an image, got {name:.200}, which can't be read ({error}).") from None
+
+
 def to_rgb(frame: Any) -> np.ndarray:
     """
-    One frame as `(height, width, 3)` uint8. Alpha is dropped, gray repeated, floats in 0..1 scaled to 0..255, and an
-    image is turned as its EXIF orientation says.
+    One frame as `(height, width, 3)` uint8. Alpha is dropped, gray repeated, floats in 0..1 and 16 bits scaled to
+    0..255, and an image is turned as its EXIF orientation says.
 
     Raises:
         TypeError: if it is no image.
-        ValueError: if it has no pixel, no channels we know or floats outside 0..1.
+        ValueError: if it can't be read or has no pixel, no channels we know or floats outside 0..1.
     """
-    if isinstance(frame, (str, Path)):
-        frame = Image.open(frame)
-    if isinstance(frame, Mapping) and (frame.get("bytes") is not None or frame.get("path") is not None):
-        frame = Image.open(io.BytesIO(frame["bytes"]) if frame.get("bytes") is not None else frame["path"])
+    if isinstance(frame, Mapping):
+        frame = next((frame[key] for key in ("bytes", "path") if frame.get(key) is not None), frame)
+    if isinstance(frame, (str, Path, bytes, io.IOBase)):
+        frame = open_image(frame)
     if isinstance(frame, Image.Image):
-        return _with_pixels(np.array(ImageOps.exif_transpose(frame).convert("RGB")))
+        try:
+            frame = ImageOps.exif_transpose(frame)
+            frame = np.array(frame if frame.mode.startswith(("I", "F")) else frame.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # PNGs raise the second
+            raise ValueError(f"Expected an image that can be read to its end, got a damaged one ({error}).") from None
     if isinstance(frame, torch.Tensor):
-        frame = frame.detach().cpu().numpy()
+        frame = frame.detach().cpu()
+        frame = (frame.float() if frame.is_floating_point() else frame).numpy()  # NumPy has no bfloat16
     if not isinstance(frame, np.ndarray):
         raise TypeError(f"Expected an image, array or tensor as a frame, got {type(frame).__name__}.")
-    _with_pixels(frame)
+    if not frame.size:
+        raise ValueError(f"Expected a frame with pixels, got one of shape {frame.shape}.")
     if frame.ndim == 2:
         frame = frame[:, :, None]
     if frame.ndim != 3:
@@ -168,13 +188,9 @@ def to_rgb(frame: Any) -> np.ndarray:
         if not (frame.min() >= 0 and frame.max() <= 1):
             raise ValueError(f"Expected float frames in 0..1, got {frame.min()} to {frame.max()}. Pass uint8 instead.")
         frame = (frame * 255).round().astype(np.uint8)
+    elif frame.dtype == np.uint16:
+        frame = (frame >> 8).astype(np.uint8)
     elif frame.dtype != np.uint8:
-        raise ValueError(f"Expected frames in uint8, or floats in 0..1, got {frame.dtype}.")
+        raise ValueError(f"Expected frames in uint8 or uint16, or floats in 0..1, got {frame.dtype}.")
     frame = np.repeat(frame, 3, axis=2) if frame.shape[2] == 1 else frame[:, :, :3]
     return np.ascontiguousarray(frame)
-
-
-def _with_pixels(frame: np.ndarray) -> np.ndarray:
-    if not frame.size:
-        raise ValueError(f"Expected a frame with pixels, got one of shape {frame.shape}.")
-    return frame

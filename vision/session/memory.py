@@ -230,11 +230,13 @@ class ObjectMemory(Sam2VideoInferenceSession):
         return output
 
     def retract(self, frame: int) -> None:
-        """Takes an answer back, and the masks of frames that were tracked with it."""
-        output = self.conditioning[frame]
+        """Takes an answer back, if there is one, and the masks of frames that were tracked with it."""
+        output = self.conditioning.get(frame)
+        self.ways.pop(frame, None)
+        if output is None:
+            return
         self.waiting.pop(frame, None)
         self.output_dict_per_obj[0]["cond_frame_outputs"].pop(frame, None)
-        self.ways.pop(frame, None)
         self.tracked.pop(frame, None)
         for later in [f for f, known in self.tracked.items() if known["answers"] >= output["answers"]]:
             del self.tracked[later]
@@ -250,11 +252,6 @@ class ObjectMemory(Sam2VideoInferenceSession):
         conditioning, tracked, self.waiting, ways = state
         self.output_dict_per_obj[0] = {"cond_frame_outputs": conditioning, "non_cond_frame_outputs": tracked}
         self.frames_tracked_per_obj[0] = ways
-
-    def resume(self) -> None:
-        """Counts on from what a file had."""
-        kinds = (*self.output_dict_per_obj[0].values(), self.waiting)
-        self._answers = max((int(output["answers"]) for kind in kinds for output in kind.values()), default=0)
 
     def forget(self, frame: int, reverse: bool, anchors: Iterable[tuple[int, bool]] = (), keep_masks=False) -> None:
         """

@@ -40,11 +40,11 @@ class VideoModel(AutoModel):
 
 
 @dataclass
-class _Finder:
+class Finder:
     """What finds the objects that nobody points at, and what it said they are."""
 
     config: AutomaticMaskConfig
-    detector: Callable | None
+    detector: Callable | None = None
     labels: dict[int, str] = field(default_factory=dict)
 
 
@@ -231,7 +231,7 @@ print(result[3].masks[1], result[3].scores[1])""",
             if prompts != "auto":
                 raise ValueError(f'Expected prompts by frame and object, or "auto", got {prompts!r}.')
             given = isinstance(automatic, AutomaticMaskConfig)
-            finder = _Finder(automatic if given else AutomaticMaskConfig(**(automatic or {})), detector)
+            finder = Finder(automatic if given else AutomaticMaskConfig(**(automatic or {})), detector)
             prompts = {}
         checked = prompts if isinstance(prompts, VideoPrompts) else VideoPrompts(prompts)
         if not checked and finder is None:
@@ -257,7 +257,7 @@ print(result[3].masks[1], result[3].scores[1])""",
         return model_outputs["segments"]
 
     def _frames(
-        self, session: VideoSession, prompts: VideoPrompts, finder: _Finder | None, direction: str = "forward"
+        self, session: VideoSession, prompts: VideoPrompts, finder: Finder | None, direction: str = "forward"
     ) -> Iterator[FrameSegments]:
         for frame, objects in prompts.items():
             for obj, prompt in objects.items():
@@ -274,7 +274,7 @@ print(result[3].masks[1], result[3].scores[1])""",
             if segments.frame > searched and since >= 0:
                 if since == 0 or config.every and since % config.every == 0:
                     highest = max(highest, *session.objects, 0)
-                    self._add_found(session, segments.frame, config, finder, highest)
+                    self._add_found(session, segments.frame, finder, highest)
                     segments = session.segments(segments.frame)
                 searched = segments.frame
             segments.labels = {obj: labels[obj] for obj in segments.objects if obj in labels}
@@ -286,43 +286,36 @@ print(result[3].masks[1], result[3].scores[1])""",
                     session.remove_object(obj)
                     labels.pop(obj, None)
 
-    def _find_first(self, session: VideoSession, finder: _Finder) -> int:
+    def _find_first(self, session: VideoSession, finder: Finder) -> int:
         """Adds the objects of the first frame of a video on which any is found; its number."""
         begin, end = finder.config.frame, session.num_frames or 0
         frames = range(begin, end, finder.config.every or end) or range(begin, begin + 1)
         for frame in frames:
-            if self._add_found(session, frame, finder.config, finder):
+            if self._add_found(session, frame, finder):
                 return frame
         where = f"frame {begin}" if len(frames) == 1 else f"any of frames {', '.join(map(str, frames))}"
         lower = "pred_iou_thresh" if finder.detector is None else "the threshold of the detector"
         raise ValueError(f"Nothing was found on {where:.80}. Lower {lower}, or prompt by hand.")
 
-    def _add_found(
-        self,
-        session: VideoSession,
-        frame: int,
-        config: AutomaticMaskConfig,
-        finder: _Finder | None = None,
-        numbered: int = 0,
-    ) -> bool:
+    def _add_found(self, session: VideoSession, frame: int, finder: Finder, numbered: int = 0) -> bool:
         """Adds what is found on a frame and not tracked yet, numbered from `numbered` on; whether there was any."""
-        image, segments, most = session.frames[frame], session.segments(frame), config.max_overlap
+        image, segments, most = session.frames[frame], session.segments(frame), finder.config.max_overlap
         known = [segments.binary(obj) for obj in segments.objects]
         first = obj = max(numbered, *session.objects, 0) + 1
-        if finder is None or finder.detector is None:
+        if finder.detector is None:
             with using(self.model):
                 levels, _ = frame_features(self.model, session.features, frame, session._pixels)
-            found = generate_masks(self.model, self.processor, image, config, levels)
+            found = generate_masks(self.model, self.processor, image, finder.config, levels)
             for obj, record in enumerate(new_objects(found, known, most), start=first):
                 session.add(frame, obj, mask=record["segmentation"])
             return first in session.objects
-        for detection in detect_objects(finder.detector, image):
-            session._show(frame, obj, detection.prompt)
+        for prompt, label in detect_objects(finder.detector, image):
+            session._show(frame, obj, prompt)
             mask = session.segments(frame, objects=[obj]).binary(obj)
             if is_new(mask, known, most):
                 known.append(mask)
-                if detection.label is not None:
-                    finder.labels[obj] = detection.label
+                if label is not None:
+                    finder.labels[obj] = label
                 obj += 1
             else:
                 session.remove_object(obj)
@@ -346,7 +339,7 @@ print(result[3].masks[1], result[3].scores[1])""",
 
 def _as_several(video: Any) -> tuple[bool, Any]:
     """Whether something holds videos rather than the frames of one, and the same, whose first item was looked at."""
-    if isinstance(video, Iterator):
+    if isinstance(video, Iterator) and not hasattr(video, "readable"):  # a file gives its lines
         first = list(islice(video, 1))
         return bool(first) and _is_video(first[0]), chain(first, video)
     known = (str, bytes, bytearray, Mapping, np.ndarray, torch.Tensor, VideoFrames)

@@ -150,9 +150,10 @@ class VideoPrompts(Mapping[int, dict[int, ObjectPrompt]]):
         if any(isinstance(prompt, Mapping) and set(prompt) & set(KEYS) for prompt in prompts.values()):
             prompts = {0: prompts}
         self._frames: dict[int, dict[int, ObjectPrompt]] = {}
-        for frame, objects in sorted(((_integer(key, "frame"), value) for key, value in prompts.items())):
-            if frame < 0:
-                raise ValueError(f"Expected frame numbers from 0 on, got {frame}.")
+        numbered = [(_integer(key, "frame"), value) for key, value in prompts.items()]
+        for frame, objects in sorted(numbered, key=lambda item: item[0]):
+            if frame < 0 or frame in self._frames:
+                raise ValueError(f"Expected frame numbers from 0 on, each once, got {frame}.")
             if not isinstance(objects, Mapping):
                 raise TypeError(f"Expected prompts by object on frame {frame}, got {objects!r:.80}.")
             self._frames[frame] = {
@@ -246,7 +247,7 @@ def _to_prompt(prompt: Any, frame: int, obj: Any) -> ObjectPrompt:
 def _integer(value: Any, name: str) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of infinity
         raise ValueError(f"Expected a whole number for the {name}, got {value!r}.") from None
     if isinstance(value, float) and value != number:
         raise ValueError(f"Expected a whole number for the {name}, got {value!r}.")
@@ -342,3 +343,6 @@ def check_rle(rle: Mapping) -> None:
         raise ValueError(
             f"Expected a COCO RLE of height and width, {_MOST_PIXELS:,} pixels at most, got {sides!r:.80}."
         )
+    runs = rle["counts"]
+    if isinstance(runs, list) and (min(runs, default=0) < 0 or sum(runs) != sides[0] * sides[1]):
+        raise ValueError(f"Expected runs of all {sides[0] * sides[1]} pixels of a COCO RLE, got {runs!r:.80}.")

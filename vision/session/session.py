@@ -120,7 +120,7 @@ class VideoSession:
     def add(self, frame: int, obj: int, points=None, labels=None, box=None, mask=None) -> FrameSegments | None:
         """
         Shows an object, old or new, on a frame: the mask follows from this prompt alone, whatever was there. An
-        earlier prompt of the object on this frame is replaced.
+        earlier prompt of the object on this frame is taken back, as by `clear`.
 
         Args:
             frame (`int`): Number of the frame.
@@ -347,7 +347,7 @@ class VideoSession:
     def _show(self, frame: int, obj: int, prompt: ObjectPrompt) -> None:
         """Answers a prompt that says all, as in a session without a past."""
         memory = self._memories.setdefault(obj, new_memory(self, obj))
-        memory.ways.pop(frame, None)
+        memory.retract(frame)
         self._run_prompt(memory, frame, prompt, alone=True)
         self._corrected.discard((frame, obj))
 

@@ -16,7 +16,7 @@ from .memory import FeatureCache, ObjectMemory
 from .segments import FrameSegments
 
 
-_NO_OBJECT = -1024.0  # logits of an object out of sight, as in the reference
+NO_OBJECT = -1024.0  # logits of an object out of sight, as in the reference
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
@@ -118,9 +118,10 @@ def _take(session, frame: int) -> None:
     except EndOfVideo:
         raise
     except (ValueError, TypeError):
-        session._latest = frame
-        if frame in session._queue:
-            session._queue[frame + 1] = {**session._queue.pop(frame), **session._queue.get(frame + 1, {})}
+        if session.frames.position == frame:  # else the iterator itself failed, and gave no frame
+            session._latest = frame
+            if frame in session._queue:
+                session._queue[frame + 1] = {**session._queue.pop(frame), **session._queue.get(frame + 1, {})}
         raise
     for obj, prompt in list(session._queue.get(frame, {}).items()):
         with session._edit(undoable=False):
@@ -177,8 +178,9 @@ def answer_prompt(
                 (image,) = as_maps([levels[-1] + model.no_memory_embedding], model.backbone_feature_sizes[-1:])
             else:
                 image = _attend(model, [memory], frame, reverse, levels[-1], positions)
-            multimask = _multimask(model.config, alone, 0 if points is None else points["point_labels"].shape[2])
-            found = _decode(model, memory.cache, image, fine, multimask, points, previous_logits)
+            clicks = None if points is None else (points["point_coords"], points["point_labels"])
+            multimask = gives_several(model.config, alone, 0 if clicks is None else clicks[1].shape[2])
+            found = _find(model, memory.cache, image, fine, multimask, clicks, previous_logits)
         (output,) = _remember(model, levels[-1], found, prompted=True)
     memory.answer(frame, output)
 
@@ -192,13 +194,13 @@ def track_frame(model, memories: Sequence[ObjectMemory], frame: int, reverse: bo
         image = _attend(model, memories, frame, reverse, levels[-1], positions)
         fine = [level.expand(-1, len(memories), -1) for level in levels[:-1]]
         fine = as_maps(fine, model.backbone_feature_sizes[:-1])
-        found = _decode(model, memories[0].cache, image, fine, _multimask(model.config, False, 0))
+        found = _find(model, memories[0].cache, image, fine, gives_several(model.config, False, 0))
         outputs = list(_remember(model, levels[-1], found, prompted=False))
     for memory, output in zip(memories, outputs, strict=True):
         memory.track(frame, output)
 
 
-def _multimask(config, alone: bool, points: int) -> bool:
+def gives_several(config, alone: bool, points: int) -> bool:
     """Whether the decoder gives several masks to choose from."""
     here = config.multimask_output_in_sam and (alone or config.multimask_output_for_tracking)
     return here and config.multimask_min_pt_num <= points <= config.multimask_max_pt_num
@@ -326,42 +328,46 @@ def _bank(model, pasts: Sequence[_Past], device) -> tuple[torch.Tensor, torch.Te
     return torch.cat([*tokens, pointers]), torch.cat([*places, pointer_places]), len(pointers), spatial
 
 
-def _decode(
+def decode(
     model,
-    cache: FeatureCache,
     image: torch.Tensor,
     fine: list[torch.Tensor],
     multimask: bool,
-    points: dict[str, torch.Tensor] | None = None,
+    points: tuple[torch.Tensor, torch.Tensor] | None = None,
     logits: torch.Tensor | None = None,
-) -> _Found:
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """
+    What the mask decoder finds of each object: logits of masks, their scores, tokens, and a logit that it is in sight.
+    `points` are clicks and labels, of each object or of one for all; `logits` are those of the masks before.
+    """
     count, device = len(image), image.device
     if points is None:
-        points = {
-            "point_coords": torch.zeros(1, 1, 1, 2, dtype=image.dtype, device=device),
-            "point_labels": -torch.ones(1, 1, 1, dtype=torch.int32, device=device),
-        }
+        nowhere = torch.zeros(1, 1, 1, 2, dtype=image.dtype, device=device)
+        points = nowhere, -torch.ones(1, 1, 1, dtype=torch.int32, device=device)
     sparse, dense = model.prompt_encoder(
-        input_points=points["point_coords"],
-        input_labels=points["point_labels"],
-        input_boxes=None,
-        input_masks=logits,
+        input_points=points[0], input_labels=points[1], input_boxes=None, input_masks=logits
     )
-    sparse, dense = sparse.expand(count, -1, -1, -1), dense.expand(count, -1, -1, -1)
-    if cache.decoder_positions is None:
-        cache.decoder_positions = model.get_image_wide_positional_embeddings()
-    low, scores, tokens, seen = model.mask_decoder(
+    positions = model.get_image_wide_positional_embeddings() if positions is None else positions
+    return model.mask_decoder(
         image_embeddings=image,
-        image_positional_embeddings=cache.decoder_positions.repeat(count, 1, 1, 1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
+        image_positional_embeddings=positions.repeat(count, 1, 1, 1),
+        sparse_prompt_embeddings=sparse.expand(count, -1, -1, -1),
+        dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
         multimask_output=multimask,
         high_resolution_features=fine,
     )
-    objects, best = torch.arange(count, device=device), scores[:, 0].argmax(dim=-1)
+
+
+def _find(model, cache: FeatureCache, image, fine, multimask: bool, points=None, logits=None) -> _Found:
+    """The best mask of each object, and what follows from it."""
+    if cache.decoder_positions is None:
+        cache.decoder_positions = model.get_image_wide_positional_embeddings()
+    low, scores, tokens, seen = decode(model, image, fine, multimask, points, logits, cache.decoder_positions)
+    objects, best = torch.arange(len(image), device=image.device), scores[:, 0].argmax(dim=-1)
     # The pointer is of the best mask if there are tokens to choose from.
     token = tokens[objects, 0, best if tokens.shape[2] > 1 else 0][:, None]
-    low = torch.where(seen[..., None] > 0, low[objects, 0, best][:, None], _NO_OBJECT)
+    low = torch.where(seen[..., None] > 0, low[objects, 0, best][:, None], NO_OBJECT)
     high = F.interpolate(low.float(), (model.image_size, model.image_size), mode="bilinear", align_corners=False)
     visible = (seen > 0).to(token.dtype)
     pointer = visible * model.object_pointer_proj(token)

@@ -7,18 +7,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import av
 import numpy as np
 import torch
 from PIL import Image
 
-from .frames import IMAGE_SUFFIXES, EndOfVideo, StreamedFrames, VideoFrames, is_image
+from .frames import IMAGE_SUFFIXES, EndOfVideo, StreamedFrames, VideoFrames, is_image, open_image
 
 
 logger = logging.getLogger(__name__)
 
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # in other formats, further images are no frames
 _ROW_KEYS = ("video", "frames", "images", "image")
 _DECODED_AHEAD = 24  # decoded frames kept by a file, so that reading backwards decodes a group of pictures few times
 
@@ -133,11 +135,13 @@ class FileFrames(VideoFrames):
             return False
         mark = frame.pts, frame.dts
         if number == len(self._marks):
-            self._in_time &= frame.pts is not None and (not number or self._marks[-1][0] < frame.pts)
+            grows = not number or self._in_time and self._marks[-1][0] < (frame.pts or 0)
+            self._in_time = frame.pts is not None and grows
             self._marks.append(mark)
             self._numbers[mark] = None if mark in self._numbers else number
             # In MPEG program streams, what follows a jump has the times of other frames.
-            if frame.key_frame and frame.pts is not None and self._container.format.name != "mpeg":
+            sound = frame.key_frame and not frame.is_corrupt
+            if sound and frame.pts is not None and self._container.format.name != "mpeg":
                 self._keys.append(number)
         elif self._sought and self._marks[number] != mark:
             self._keys.clear()  # the container leads astray
@@ -178,12 +182,12 @@ def open_video(video: Any) -> VideoFrames:
 
     Args:
         video (`Any`):
-            A video file, URL or its bytes; a folder of images; one image (path, `PIL.Image` or array of shape
-            `(height, width[, channels])`); a list of images; an array or tensor of shape `(frames, height, width,
-            channels)`, `(frames, channels, height, width)` or, in gray, `(frames, height, width)`, but for
-            `(3, height, width)`, which is one image; a row of a `datasets.Dataset`; a decoder with a length and
-            items; any other iterable, which is read lazily and only forwards, as are addresses without a known end,
-            such as cameras.
+            A video file, URL, its bytes or a file opened in binary mode; a folder of images; one image (path,
+            `PIL.Image` or array of shape `(height, width[, channels])`), of an animated one all frames; a list of
+            images; an array or tensor of shape `(frames, height, width, channels)`, `(frames, channels, height,
+            width)` or, in gray, `(frames, height, width)`, but for `(3, height, width)`, which is one image; a row of
+            a `datasets.Dataset`; a decoder with a length and items; any other iterable, which is read lazily and only
+            forwards, as are addresses without a known end, such as cameras.
 
     Raises:
         TypeError: if it is none of these.
@@ -193,11 +197,15 @@ def open_video(video: Any) -> VideoFrames:
         return video
     if isinstance(video, (str, Path)):
         return _open_path(str(video))
-    if isinstance(video, (bytes, bytearray)):
+    if isinstance(video, (bytes, bytearray, memoryview)):
         video = bytes(video)
         if video.startswith(_IMAGE_MAGIC) or video[8:12] == b"WEBP":
-            return open_video(Image.open(io.BytesIO(video)))
+            return _open_image(open_image(video))
         return FileFrames(video)
+    if hasattr(video, "readable"):  # a file object
+        return open_video(video.read()) if video.seekable() else _stream_of(*open_container(video))
+    if isinstance(video, Image.Image):
+        return _open_image(video)
     if isinstance(video, Mapping):
         if video.get("bytes") is not None:
             return open_video(video["bytes"])
@@ -223,6 +231,8 @@ def open_video(video: Any) -> VideoFrames:
 
 
 def _open_path(path: str) -> VideoFrames:
+    if path.startswith("file://"):
+        path = unquote(path.removeprefix("file://"))
     if "://" in path:
         return _open_address(path)
     if not Path(path).exists():
@@ -233,8 +243,24 @@ def _open_path(path: str) -> VideoFrames:
             raise ValueError(f"Expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none.")
         return VideoFrames(files.__getitem__, len(files), source=path)
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        return VideoFrames([path].__getitem__, 1, source=path)
+        return _open_image(open_image(path), path)
     return FileFrames(path) if Path(path).is_file() else _open_address(path)
+
+
+def _open_image(image: Image.Image, source: str | None = None) -> VideoFrames:
+    """An image, or all frames of an animated one; pages of another size, as of a thumbnail, are none."""
+
+    def read(index: int) -> Image.Image:
+        image.seek(index)
+        return image
+
+    count, size = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1, image.size
+    if image.format == "TIFF":
+        count = next((page for page in range(1, count) if read(page).size != size), count)
+    frames = VideoFrames(read, count, source)
+    if duration := image.info.get("duration"):  # milliseconds
+        frames.rate = 1000 / duration
+    return frames
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -249,6 +275,10 @@ def _open_address(address: str) -> VideoFrames:
     if container.duration:
         container.close()
         return FileFrames(address)
+    return _stream_of(container, stream)
+
+
+def _stream_of(container: Any, stream: Any) -> StreamedFrames:
     frames = StreamedFrames(_upright(frame) for frame in _decode(container, stream, logger.warning))
     frames.rate = _rate(container, stream)
     return frames

@@ -11,10 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Sam2VideoModel
 
 from ..session.memory import closest_frames
+from ..session.tracking import NO_OBJECT, as_maps, decode, gives_several
 from .prompts import PromptPlan, corrective_click, first_points
-
-
-NO_OBJECT = -1024.0  # logits of an object out of sight, as in the reference
 
 
 @dataclass
@@ -122,10 +120,7 @@ class _Tracks:
     def _step(self, frame: int, bank: tuple | None, remember: bool, truth, noise, taught):
         model = self.model
         current = [level[:, self.rows + frame] for level in self.levels]
-        *fine, image = [
-            level.permute(1, 2, 0).unflatten(2, tuple(size))
-            for level, size in zip(current, model.backbone_feature_sizes, strict=True)
-        ]
+        *fine, image = as_maps(current, model.backbone_feature_sizes)
         visible = truth.flatten(1).any(dim=1, keepdim=True)
         decoded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         if bank is None and self.plan.kind == "mask":
@@ -137,7 +132,7 @@ class _Tracks:
             pointer = torch.where(visible, pointer, model.no_object_pointer)
             high, appears = given * 20 - 10, visible
         else:
-            points: tuple[torch.Tensor, ...] | None = None
+            points: Any = None
             previous, clicks = None, 0
             if bank is None:
                 image = image + model.no_memory_embedding[0, 0, :, None, None]
@@ -170,28 +165,11 @@ class _Tracks:
 
     def _decode(self, image, fine, points, dense, multimask: bool) -> tuple[torch.Tensor, ...]:
         """Logits `(objects, masks, h, w)`, scores `(objects, masks)`, tokens and the object score `(objects, 1)`."""
-        model = self.model
-        if points is None:
-            nothing = torch.zeros(len(image), 1, 1, device=image.device, dtype=torch.int32)
-            points = nothing[..., None].expand(-1, -1, -1, 2).float(), nothing - 1
-        sparse, dense = model.prompt_encoder(
-            input_points=points[0], input_labels=points[1], input_boxes=None, input_masks=dense
-        )
-        decoded = model.mask_decoder(
-            image_embeddings=image,
-            image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(len(image), 1, 1, 1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-            high_resolution_features=fine,
-        )
-        return tuple(output[:, 0] for output in decoded)
+        return tuple(output[:, 0] for output in decode(self.model, image, fine, multimask, points, dense))
 
     def _multimask(self, first: bool, points: int) -> bool:
         if isinstance(self.model, Sam2VideoModel):
-            config = self.model.config
-            here = config.multimask_output_in_sam and (first or config.multimask_output_for_tracking)
-            return here and config.multimask_min_pt_num <= points <= config.multimask_max_pt_num
+            return gives_several(self.model.config, first, points)
         return points == 1  # a single click is ambiguous
 
     def _pointer(self, token: torch.Tensor, appears: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .clip_forward import NO_OBJECT, MaskPrediction
+from ..session.tracking import NO_OBJECT
+from .clip_forward import MaskPrediction
 
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, the reference's

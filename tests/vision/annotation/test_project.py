@@ -266,6 +266,16 @@ def test_a_damaged_database_raises(tmp_path):
         AnnotationProject(tmp_path / "project", tiny_pipe())
 
 
+def test_a_database_of_which_one_page_is_damaged_raises(tmp_path):
+    project, _ = open_project(tmp_path, video(tmp_path, frames=2))
+    project.close()
+    path = tmp_path / "project" / "project.sqlite"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4088] + whole[4089:])  # all that follows is moved by a byte
+    with pytest.raises(ValueError, match="Expected a project's database"):
+        AnnotationProject(tmp_path / "project", tiny_pipe())
+
+
 def test_nothing_that_was_answered_is_lost_when_the_server_is_killed(tmp_path):
     """Two people click, draw, name, undo, track and decide; what was answered last is there after every SIGKILL."""
     torch.set_num_threads(1)

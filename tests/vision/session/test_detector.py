@@ -135,8 +135,8 @@ def test_a_pipeline_of_transformers_is_a_detector():
     boxes = [row["box"] for row in detector(Image.fromarray(VIDEO[0]))]
     expected = [[box[key] for key in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
     detections = detect_objects(detector, VIDEO[0])
-    assert 0 < len(detections) <= 3 and {detection.label for detection in detections} == {"cat"}
-    assert all(detection.prompt.box in expected for detection in detections)
+    assert 0 < len(detections) <= 3 and {label for _, label in detections} == {"cat"}
+    assert all(prompt.box in expected for prompt, _ in detections)
     assert tiny_pipe()(VIDEO[:2], detector=detector).objects
 
 
@@ -144,7 +144,7 @@ def test_boxes_are_taken_in_any_form_and_those_off_the_image_left_out():
     boxes = [[1, 2, 30, 40], [90, 3, 99, 9], [5, 5, 5, 9], [-4.5, 12, 99, 30]]
     for given in (boxes, np.array(boxes), torch.tensor(boxes), [{"box": box} for box in boxes]):
         found = detect_objects(lambda image, given=given: given, VIDEO[0])
-        assert [detection.prompt.box for detection in found] == [boxes[0], boxes[3]]
+        assert [prompt.box for prompt, _ in found] == [boxes[0], boxes[3]]
     for bad in ([{"bbox": boxes[0]}], [[1, 2, 3]], None, [record(["a", 1, 2, 3])]):
         with pytest.raises(ValueError, match="Expected the detector to give"):
             detect_objects(lambda image, bad=bad: bad, VIDEO[0])

@@ -43,6 +43,14 @@ def gray(frame: np.ndarray) -> int:
     return round((float(frame.mean()) - 10) / 10)
 
 
+def png(*frames: np.ndarray, form: str = "png", **options) -> io.BytesIO:
+    first, *others = map(Image.fromarray, frames)
+    file = io.BytesIO()
+    first.save(file, form, **({"save_all": True, "append_images": others, **options} if others else {}))
+    file.seek(0)
+    return file
+
+
 @pytest.fixture
 def folder(tmp_path):
     for number, frame in enumerate(VIDEO):
@@ -63,8 +71,10 @@ def folder(tmp_path):
         lambda: {"video": list(VIDEO)},
         lambda: (frame for frame in VIDEO),
         lambda: iter([Image.fromarray(frame) for frame in VIDEO]),
+        lambda: VIDEO.astype(np.uint16) << 8,
+        lambda: (png(frame).getvalue() for frame in VIDEO),
     ],
-    ids=["THWC", "tensor", "TCHW", "floats", "arrays", "images", "row", "generator", "iterator"],
+    ids=["THWC", "tensor", "TCHW", "floats", "arrays", "images", "row", "generator", "iterator", "16 bits", "bytes"],
 )
 def test_every_form_gives_the_same_frames(make):
     assert np.array_equal(np.stack(list(open_video(make()))), VIDEO)
@@ -96,6 +106,49 @@ def test_a_single_image_is_one_frame(folder):
     for image in (VIDEO[0], Image.fromarray(VIDEO[0]), folder / "7.png"):
         frames = open_video(image)
         assert frames.num_frames == 1 and np.array_equal(frames[0], VIDEO[0])
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "tiff"])
+def test_all_frames_of_an_animation_count(form, tmp_path):
+    shown = smooth(4)
+    options = {"lossless": True} if form == "webp" else {}
+    data = png(*shown, form=form, **({} if form == "tiff" else {"duration": 100}), **options).getvalue()
+    path = tmp_path / f"animation.{form}"
+    path.write_bytes(data)
+    for animation in (path, data, io.BytesIO(data), {"bytes": data, "path": None}, Image.open(path)):
+        frames = open_video(animation)
+        assert [gray(frame) for frame in frames] == [0, 1, 2, 3]
+        assert [gray(frames[number]) for number in (3, 0, 2)] == [3, 0, 2]
+        assert form in ("tiff", "webp") or frames.rate == pytest.approx(10, rel=0.01)
+
+
+def test_a_thumbnail_is_no_frame(tmp_path):
+    (tmp_path / "a.tif").write_bytes(png(VIDEO[0], VIDEO[0][:12, :20], form="tiff").getvalue())
+    frames = open_video(tmp_path / "a.tif")
+    assert frames.num_frames == 1 and np.array_equal(frames[0], VIDEO[0])
+
+
+def test_a_file_that_is_open_is_a_video(mp4, folder):
+    with open(mp4, "rb") as file:
+        assert [gray(frame) for frame in open_video(file)] == list(range(20))
+    with open(folder / "7.png", "rb") as file:
+        assert np.array_equal(open_video(file)[0], VIDEO[0])
+
+
+def test_addresses_of_files_are_files(mp4, folder, tmp_path):
+    named = tmp_path / "a b #1%20é.mp4"
+    named.write_bytes(open(mp4, "rb").read())  # noqa: SIM115
+    assert open_video(named.as_uri()).num_frames == 20 and open_video(folder.as_uri()).num_frames == 5
+
+
+def test_deep_images_are_scaled_to_eight_bits(tmp_path):
+    ramp = np.tile(np.arange(256, dtype=np.uint16) << 8, (4, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.array_equal(open_video(tmp_path / "deep.png")[0][..., 0], ramp >> 8)
+    assert np.array_equal(to_rgb(Image.fromarray(ramp.astype(np.float32) / 65280))[..., 0], ramp >> 8)
+    with pytest.raises(ValueError, match=r"float frames in 0\.\.1"):
+        to_rgb(Image.fromarray(ramp.astype(np.float32)))
+    assert to_rgb(torch.full((2, 2, 3), 0.5, dtype=torch.bfloat16))[0, 0, 0] == 128
 
 
 def test_a_file_is_read_in_any_order(mp4):
@@ -145,6 +198,8 @@ def test_gray_and_transparent_frames_become_rgb():
         (np.zeros((2, 5, 5, 7), np.uint8), "channels"),
         (np.zeros((1, 2, 4, 4, 3), np.uint8), r"got shape \(1, 2, 4, 4, 3\)"),
         ("nowhere.mp4", "There is no video nowhere.mp4"),
+        (["nowhere.png"], "Expected an image, got nowhere.png"),
+        (png(VIDEO[0]).getvalue()[:900], "read to its end"),
         (b"these bytes are no video", "no video that FFmpeg can read"),
         ({"label": 3}, r"got \['label'\]"),
         ([VIDEO[0], VIDEO[1, :20]], "48 x 80 .height x width. like the first, got 20 x 80 on frame 1"),

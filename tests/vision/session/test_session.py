@@ -255,6 +255,18 @@ def test_a_cleared_prompt_leaves_nothing_behind(right, passes):
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("wrong", [{"points": [[60, 30]]}, {"mask": VIDEO[0, :, :, 0] > 200}], ids=["click", "mask"])
+def test_a_prompt_that_is_given_anew_leaves_nothing_of_the_old_one(wrong):
+    fresh, edited = session(), session()
+    fresh.add(5, 1, **CLICK)
+    edited.add(5, 1, **wrong)
+    edited.propagate("both")
+    edited.add(5, 1, **CLICK)
+    assert not any(edited.segments(frame).objects for frame in range(8) if frame != 5)
+    expected, found = (logits(one.propagate("both")) for one in (fresh, edited))
+    assert same(found, expected)
+
+
 def test_frames_tracked_before_a_cleared_correction_stay():
     s = session()
     s.add(0, 1, **CLICK)
@@ -362,6 +374,10 @@ def test_a_failure_inside_the_model_leaves_the_session_as_it_was(monkeypatch):
     assert same(logits(s.propagate()), before)
 
 
+def test_a_video_of_one_frame_has_a_size():
+    assert session(VIDEO[:1]).size == VIDEO.shape[1:3]
+
+
 def test_a_session_without_prompts_says_so():
     with pytest.raises(ValueError, match="Add a prompt first"):
         session().propagate()
@@ -433,7 +449,13 @@ def test_other_weights_and_another_video_of_the_same_shape_are_told(tmp_path):
     half = Sam2VideoPipeline(
         model=copy.deepcopy(pipe.model).to(torch.bfloat16), processor=pipe.processor, device="cpu"
     )
-    assert VideoSession.load(half, path, video=VIDEO).objects == [1]  # the same weights
+    rounded = VideoSession.load(half, path, video=VIDEO)  # the same weights
+    rounded.propagate()
+    assert rounded.correct(3, 1, **CLICK).objects == [1] and len(rounded.propagate("both")) == 8
+    processor = copy.deepcopy(pipe.processor)
+    processor.video_processor.image_mean = [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="processor scaled colours"):
+        VideoSession.load(Sam2VideoPipeline(model=pipe.model, processor=processor, device="cpu"), path, video=VIDEO)
     late = VIDEO.copy()
     late[3] = 255 - late[3]
     for video, frame in ((clip(8, seed=1), 0), (late, 3)):

@@ -50,6 +50,29 @@ def test_a_bad_frame_is_told_once_and_passed_over(bad):
     assert not np.array_equal(shown[4][1], expected[3][1]) and set(shown[4]) == {1, 2}
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_failure_of_the_camera_itself_takes_no_frame(error):
+    class Camera:
+        def __init__(self):
+            self.frames, self.fails = iter(VIDEO[:6]), iter([False, False, False, True, False, False, False, False])
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if next(self.fails):
+                raise error("unplugged")
+            return next(self.frames)
+
+    session, clean = opened(Camera()), opened(VIDEO[:6])
+    for one in (session, clean):
+        one.add(0, 1, **CLICK)
+    shown = rest(session, 3)
+    with pytest.raises(error, match="unplugged"):
+        rest(session)
+    assert equal(shown | rest(session), rest(clean)) and session.frames.position == 5
+
+
 def test_a_first_frame_that_is_none_is_passed_over():
     session = opened([None, *VIDEO[1:4]])
     with pytest.raises(TypeError):
@@ -88,6 +111,8 @@ def test_waiting_prompts_can_be_taken_back():
     session.add(4, 3, **BOX)
     session.add(5, 4, **BOX)
     session.undo()
+    session.add(4, 4, **BOX)
+    session.clear(4, 4)  # and the other one goes on waiting there
     session.clear(3, 2)
     session.remove_object(3)
     assert session.prompts.describe() == "frame 0: object 1 by 1 point"

@@ -151,6 +151,24 @@ def test_rate_and_times(kind, tmp_path):
     )
 
 
+def test_frames_without_times_are_read_in_any_order(tmp_path):
+    """Times below zero are lost in Matroska."""
+    path = tmp_path / "early.mkv"
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as file:
+        stream = file.add_stream("libx264", rate=24, options={"threads": "1", **REORDERED})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number, picture in enumerate(pictures(20)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number - 10
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    expected = plain_decode(path)
+    assert [np.array_equal(*pair) for pair in zip(open_video(path), expected, strict=True)] == [True] * len(expected)
+    video = open_video(path)
+    assert all(np.array_equal(video[number], expected[number]) for number in reversed(range(len(expected))))
+    assert video.time(12) == pytest.approx(0.5)
+
+
 def test_what_is_no_file_has_no_times():
     frames = open_video(smooth(3))
     assert frames.rate is None and frames.time(2) is None
