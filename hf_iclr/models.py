@@ -179,7 +179,10 @@ def pad_answers(pairs: Sequence[tuple[list[int], list[int]]], device: Any = None
 
 
 def check_decoder(model) -> None:
-    """Raises `ValueError` unless the model is a decoder with a key-value cache."""
+    """Raises `TypeError` unless it is a model, `ValueError` unless that is a decoder with a key-value cache."""
+    if not hasattr(model, "config"):
+        cure = "Of one that is wrapped type `model.module`, of a trainer `trainer.model`."
+        raise TypeError(f"Expected a model of transformers or PEFT, got {type(model).__name__}. {cure}")
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected a decoder-only model, got the encoder-decoder {type(model).__name__}.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and numbers that stay the same in them."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,34 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path, *files: str) -> Path:
+    """
+    The folder that results go to; raises `ValueError` where it can't be one, before any work.
+
+    Args:
+        folder (`str` or `Path`):
+            Need not exist yet; it is not made.
+        files (`str`, *optional*):
+            Names of files that will be written to it.
+    """
+    if not str(folder):
+        raise ValueError("Expected a folder to write to, got an empty name.")
+    folder = Path(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    taken = [folder / name for name in files if (folder / name).is_dir()]
+    if not parent.is_dir() or taken:
+        what = f"{taken[0]} is a folder" if taken else f"{parent} is a {'file' if parent.exists() else 'dead link'}"
+        raise ValueError(f"Expected a folder to write to, got {str(folder)!r}, but {what}.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions alone don't tell: disks may be full or read-only
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Expected a folder to write to, got {str(folder)!r}, but nothing can be written to {parent}: {error}"
+        ) from error
+    return folder
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -48,7 +48,7 @@ def cascade(prompt: str, rule: str, alpha: float, tokens: int) -> tuple[str, str
     told = record["cascade"]
     return record["generated_text"][-1]["content"], (
         f"{told['new_tokens']} tokens in {told['call']['large_forwards']} passes of the large model. It kept "
-        f"{told['acceptance_rate']:.0%} of {told['drafted']} drafted tokens."
+        f"{told['accepted']} of {told['drafted']} drafted tokens."
     )
 
 

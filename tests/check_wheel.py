@@ -64,7 +64,12 @@ def main(work: Path) -> None:
 def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {path.relative_to(ROOT).as_posix() for area in AREAS for path in (ROOT / area).rglob("*.py*")}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for area in AREAS
+        for path in (ROOT / area).rglob("*.py*")
+        if path.suffix in (".py", ".pyi")
+    }
     expected |= {"pyproject.toml", "LICENSE", "hf_iclr/py.typed", "tour/page.html"}
     expected |= {"vision/annotation/page.html", "vision/annotation/page.js", "tour/demo/sam2/model.safetensors"}
     if missing := expected - held:

@@ -93,8 +93,11 @@ def spots(source: str) -> list[tuple[int, int, str]]:
     return sorted(set(visit(ast.parse(source))))
 
 
-def passes(tree: Path, tests: list[str], limit: int, modules: Path) -> tuple[bool, float]:
-    """Whether tests pass in a forked process, within `limit` seconds of CPU, and how many they took."""
+def passes(tree: Path, tests: list[str], limit: int) -> tuple[bool, float]:
+    """
+    Whether tests pass in a forked process, within `limit` seconds of CPU, and how many they took. It leaves
+    modules.txt, what was imported, and printed.txt.
+    """
     if (child := os.fork()) == 0:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
@@ -102,9 +105,9 @@ def passes(tree: Path, tests: list[str], limit: int, modules: Path) -> tuple[boo
         sys.path[:0], os.environ["PYTHONPATH"] = [str(tree)], str(tree)
         sys.modules.pop("tests", None)
         for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            os.dup2(os.open("printed.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-        modules.write_text("\n".join(sys.modules), encoding="utf-8")
+        Path(tree, "modules.txt").write_text("\n".join(sys.modules), encoding="utf-8")
         os._exit(int(code))
     done, until = 0, time.monotonic() + 20 * limit  # one that waits for ever takes no CPU
     while not done and time.monotonic() < until:
@@ -118,10 +121,10 @@ def passes(tree: Path, tests: list[str], limit: int, modules: Path) -> tuple[boo
 
 def survivors(tree: Path, name: str, count: int, seed: int) -> Iterator[str]:
     """The mutants of a file that its tests let pass."""
-    tests, modules = [str(Path("tests", name).parent / test) for test in CORE[name]], tree / "modules.txt"
-    well, seconds = passes(tree, tests, 600, modules)
-    assert well, f"{tests} fail without a mutant"
-    for module in modules.read_text(encoding="utf-8").splitlines():
+    tests = [str(Path("tests", name).parent / test) for test in CORE[name]]
+    well, seconds = passes(tree, tests, 600)
+    assert well, f"{tests} fail without a mutant:\n{(tree / 'printed.txt').read_text(encoding='utf-8')[-3000:]}"
+    for module in (tree / "modules.txt").read_text(encoding="utf-8").splitlines():
         if not module.startswith(("hf_iclr", "tests", "conftest", "__")):
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
@@ -130,7 +133,7 @@ def survivors(tree: Path, name: str, count: int, seed: int) -> Iterator[str]:
     for start, end, new in sorted(random.Random(f"{seed} {name}").sample(found, min(count, len(found)))):
         mutant = code[:start] + f"{new} ".encode() + code[end:]
         (tree / name).write_bytes(mutant)
-        if passes(tree, tests, int(10 + 3 * seconds), modules)[0]:
+        if passes(tree, tests, int(10 + 3 * seconds))[0]:
             line = code[:start].count(b"\n")
             now = mutant.decode().splitlines()[line].strip()
             yield f"- {name}:{line + 1}, `{code[start:end].decode()}` before: `{now}`"

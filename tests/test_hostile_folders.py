@@ -250,8 +250,9 @@ def test_a_session_opens_no_address(copied, source):
 @pytest.mark.parametrize(
     "change",
     [
-        {"objects": {"1": {"order": {"cond_frame_outputs": [7]}, "directions": {}}}},
-        {"objects": {"1": {"order": {}, "directions": {"99": {"reverse": False}}}}},
+        {"objects": {"1": {"cond_frame_outputs": [[7, {}]], "ways": {}}}},
+        {"objects": {"1": {"waiting": [[0, {"pred_masks": "none"}]], "ways": {}}}},
+        {"objects": {"1": {"ways": {"99": {"reverse": False}}}}},
         {"objects": {}},
         {"corrected": [[9, 1]]},
         {"corrected": [1]},
@@ -264,7 +265,9 @@ def test_a_session_opens_no_address(copied, source):
 def test_a_session_of_another_form_is_refused(copied, change):
     folder = copied("session")
     path = folder / "session.safetensors"
-    hostile.put_json(path, json.dumps(json.loads(hostile.json_of(path)) | change))
+    state = json.loads(hostile.json_of(path))
+    (state if "config" in change else state["moments"]["present"][0]).update(change)
+    hostile.put_json(path, json.dumps(state))
     with pytest.raises(ValueError, match="Expected"):
         hostile.load_session(folder)
 

@@ -21,6 +21,9 @@ app = typer.Typer(
 )
 
 
+_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
 def _say_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"hf_iclr {__version__}")
@@ -81,7 +84,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_UNREAD)
 def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="A training script; its own arguments follow.")],
@@ -93,6 +96,9 @@ def run(
     ] = [],  # noqa: B006
 ) -> None:
     """Run a training script as it is, with our callbacks in whatever trainer it makes."""
+    if str(script) == "--help":  # behind the script it is the script's
+        typer.echo(context.get_help())
+        return
     from hf_iclr.runs.parts import run_script
 
     run_script(script, context.args, with_parts)
@@ -117,7 +123,6 @@ _COMMANDS: list[Callable[..., None]] = [
     vision.annotate_ui, vision.inpaint,
 ]  # fmt: skip
 _PARSERS: list[Callable[..., None]] = [trainers.sft, trainers.dpo, vision.train_sam2]  # which read their arguments
-_UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 for _command in _COMMANDS:
     app.command()(_command)
 for _command in _PARSERS:

@@ -45,8 +45,8 @@ def edit(
     from rich.text import Text
 
     from hf_iclr import AlphaEditConfig, AlphaEditor, KeyStatistics
-    from hf_iclr.editors.alpha_edit.journal import check_adapter
-    from hf_iclr.editors.records.ledger import JOURNAL_NAME
+    from hf_iclr.editors.alpha_edit.batches import ADAPTER_CONFIG
+    from hf_iclr.editors.records.ledger import JOURNAL_NAME, check_adapter
 
     console = Console()
     if undo:
@@ -62,7 +62,7 @@ def edit(
             "Expected a model, a file of requests and one of --statistics and --text, or --undo N. For instance "
             "`hf-iclr edit MODEL requests.jsonl --text wikipedia.txt --out edits`."
         )
-    check_adapter(out)  # before the text is read
+    check_adapter(out, ADAPTER_CONFIG)  # before the text is read
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -19,8 +19,10 @@ class Commands(TyperGroup):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], ""]
-        rest = [a for a, value in zip(args, following, strict=True) if a != "--debug" or value in _TRANSFORMERS_DEBUG]
+        runs = args[:1] == ["run"] or args[:2] == ["--debug", "run"]
+        ours = args[:2] if runs else args  # behind a script's name it is the script's
+        pairs = zip(ours, [*args[1:], ""], strict=False)
+        rest = [a for a, value in pairs if a != "--debug" or value in _TRANSFORMERS_DEBUG] + args[len(ours) :]
         return super().parse_args(ctx, ["--debug", *rest] if len(rest) < len(args) else rest)
 
     def invoke(self, ctx: Any) -> Any:
@@ -52,15 +54,21 @@ def sentence(error: Exception) -> str:
     """
     said = error.format_message() if hasattr(error, "format_message") else str(error)  # of typer, or any other
     text = textwrap.shorten(said, 1000, placeholder=" ...")
+    if type(error).__name__ == "ChildFailedError":  # of torchrun, with a page of its own
+        return "Expected every process to end well, one failed: what it said stands above."
     if isinstance(error, KeyError):
         return f"Expected a column or key {text}, got none of that name."
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     asked = [str(frame.f_locals[name]) for frame in frames for name in _ASKED_FOR if frame.f_locals.get(name)]
+    data = [frame.f_locals for frame in frames if frame.f_code.co_name == "load_dataset"]
+    asked += [str(names["data_files"] or names["path"]) for names in data[:1]]
     if asked and "Repo id must" in text:
         return f"Expected a folder or a repository, got {asked[-1]!r}, which is neither."
+    if data and isinstance(error, StopIteration):
+        return f"Expected rows in {asked[-1]!r}, got an empty file."
+    why = f" {sentence(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
+    if not isinstance(error, OSError | ValueError | TypeError | ImportError) and not hasattr(error, "format_message"):
+        text = f"{type(error).__name__}: {text or 'no more is known'}.{why} (--debug shows where)"
     if asked and asked[-1] not in text and not frames[-1].f_globals["__name__"].startswith("hf_iclr"):
         return f"Could not load {asked[-1]!r}: {text}"
-    if isinstance(error, OSError | ValueError | TypeError | ImportError) or hasattr(error, "format_message"):
-        return text
-    why = f" {sentence(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
-    return f"{type(error).__name__}: {text or 'no more is known'}.{why} (--debug shows where)"
+    return text

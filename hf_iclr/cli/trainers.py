@@ -111,7 +111,7 @@ def audit(
     kwargs = None if chat_template_kwargs is None else parse_json(chat_template_kwargs, "--chat-template-kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError(f"Expected an object for --chat-template-kwargs, got {chat_template_kwargs!r}.")
-    if model in (before, base):
+    if any(other and os.path.realpath(other) == os.path.realpath(model) for other in (before, base)):
         raise ValueError(f"Expected another model than the audited one to compare it with, got {model!r} twice.")
     if (harm_judge is None) != (harm_judge_model is None):
         raise ValueError("Expected --harm-judge and --harm-judge-model together, got one of them.")

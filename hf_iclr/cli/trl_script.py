@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import pkgutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import trl
 import yaml
 
 from hf_iclr.runs.parts import PARTS_HELP, parts_in_every_trainer, read_probes
+from hf_iclr.saving import check_writable
 
 
 logger = logging.getLogger(__name__)
@@ -107,10 +107,15 @@ def run_trl_script(script: str, arguments: list[str]) -> None:
         if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate sets for what it launches
             _launch(launch, [script, *_without(arguments, typed)])
             return
+    if os.path.isfile(parsed[0].dataset_name or ""):
+        raise ValueError(
+            f"Expected a dataset's folder or repository, got the file {parsed[0].dataset_name}. Put it into a folder "
+            "of its own, and type `--dataset_name FOLDER`."
+        )
     trainer, parts = pkgutil.resolve_name(path), parsed[4]
     if script == "dpo":
         trainer = functools.partial(trainer, **parsed[5].for_trainer(parsed[1]))
-    out = Path(parsed[1].output_dir)
+    out = check_writable(parsed[1].output_dir)
     module = importlib.import_module(f"trl.scripts.{script}")
     original = getattr(trl, name)
     with parts_in_every_trainer(parts.with_parts or ()):
@@ -190,6 +195,8 @@ def parse_flags(kinds: tuple[type, ...], command: str, arguments: list[str]) -> 
 
 
 def _parse(kinds: tuple[type, ...], command: str, arguments: list[str], rest: bool = False) -> tuple[Any, ...]:
+    if arguments[-1:] == ["--config"]:
+        raise ValueError("Expected a file after --config, got none.")
     parser = trl.TrlParser(kinds, prog=f"hf-iclr {command}")
     parser.error = _refuse  # instead of hundreds of flags and an end of the process
     try:

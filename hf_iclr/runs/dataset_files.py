@@ -23,11 +23,14 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         [`~datasets.Dataset`]
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if a file is of another kind, or there is no such split.
     """
     path = Path(source)
+    kind = _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
+    if kind is not None and not path.exists():
+        raise FileNotFoundError(f"Expected rows in {source}, got no such file.")
     if path.is_file():
-        kind = _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
         if kind is None:
             raise ValueError(f"Expected rows in a {', '.join(_FORMATS)} file, got {path.name}.")
         return load_dataset(kind, data_files=str(path), split="train")

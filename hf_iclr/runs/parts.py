@@ -3,10 +3,13 @@
 import contextlib
 import functools
 import inspect
+import logging
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import trl
@@ -18,6 +21,8 @@ from .dataset_files import load_rows
 from .prompt_files import read_prompts
 
 
+logger = logging.getLogger(__name__)
+
 MakeCallbacks = Callable[[Trainer], list[TrainerCallback]]
 _SQUEEZED = ("DPOTrainer", "KTOTrainer", "GRPOTrainer")  # of TRL, of whose losses SqueezeMixin logs the effect
 
@@ -25,9 +30,7 @@ _SQUEEZED = ("DPOTrainer", "KTOTrainer", "GRPOTrainer")  # of TRL, of whose loss
 def _shapley(source: str, options: dict[str, Any]) -> MakeCallbacks:
     from hf_iclr.trainers import InRunDataShapleyCallback
 
-    rows = load_rows(source)
-    _check(InRunDataShapleyCallback, options)
-    return lambda trainer: [InRunDataShapleyCallback(rows, **options)]
+    return _maker(InRunDataShapleyCallback, load_rows(source), options)
 
 
 def read_probes(source: str) -> Dataset:
@@ -40,37 +43,52 @@ def read_probes(source: str) -> Dataset:
 
 
 def _squeeze(source: str, options: dict[str, Any]) -> MakeCallbacks:
-    from hf_iclr.trainers import SqueezeProbeCallback, SqueezeStoppingCallback
+    from hf_iclr.trainers import SqueezeMixin, SqueezeProbeCallback, SqueezeStoppingCallback
+
+    def none(trainer: Trainer) -> list[TrainerCallback]:
+        if not isinstance(trainer, SqueezeMixin):
+            logger.warning(
+                f"--with squeeze adds nothing to {type(trainer).__name__}: alone it is about the losses of TRL's "
+                f"{', '.join(_SQUEEZED)}. Name pairs to watch, --with squeeze:pairs.jsonl."
+            )
+        return []
 
     if not source:
-        return lambda trainer: []
-    probes = read_probes(source)
-    _check(SqueezeProbeCallback, options)
-    return lambda trainer: [SqueezeProbeCallback(probes, trainer=trainer, **options), SqueezeStoppingCallback("warn")]
+        return none
+    probes = _maker(SqueezeProbeCallback, read_probes(source), options)
+    return lambda trainer: [*probes(trainer), SqueezeStoppingCallback("warn")]
 
 
 def _safety(source: str, options: dict[str, Any]) -> MakeCallbacks:
     from hf_iclr.trainers import SafetyDriftCallback
 
-    prompts, _ = read_prompts(source)
-    _check(SafetyDriftCallback, options)
-    return lambda trainer: [SafetyDriftCallback(prompts, trainer=trainer, **options)]
+    return _maker(SafetyDriftCallback, read_prompts(source)[0], options)
 
 
 def _null_space(source: str, options: dict[str, Any]) -> MakeCallbacks:
     from hf_iclr.editors import KeyStatistics, NullSpaceCallback
 
-    statistics = KeyStatistics.from_pretrained(source)
-    _check(NullSpaceCallback, options)
-    return lambda trainer: [NullSpaceCallback(statistics, **options)]
+    return _maker(NullSpaceCallback, KeyStatistics.from_pretrained(source), options)
 
 
-def _check(callback: type[TrainerCallback], options: dict[str, Any]) -> None:
-    known = list(inspect.signature(callback).parameters)[1:]
+def _maker(callback: type[TrainerCallback], source: Any, options: dict[str, Any]) -> MakeCallbacks:
+    """Makes one for each trainer, and one at once, so that wrong options are refused before the script runs."""
+    names = list(inspect.signature(callback).parameters)
+    known = [name for name in names[1:] if name != "trainer"]
     if unknown := [name for name in options if name not in known]:
         raise ValueError(
             f"Expected options of {callback.__name__}, got {', '.join(unknown)}. It has {', '.join(known)}."
         )
+
+    def make(trainer: Trainer | None) -> list[TrainerCallback]:
+        return [callback(source, **options, **({"trainer": trainer} if "trainer" in names else {}))]
+
+    try:
+        make(None)
+    except TypeError as error:  # a text where a number belongs
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"Expected options of {callback.__name__}, got {given}: {error}") from error
+    return make
 
 
 # What each makes of its file and options, and what the file is
@@ -124,7 +142,9 @@ def parts_in_every_trainer(wanted: Sequence[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         _replace(stack, Trainer, "__init__", init)
         for name in _SQUEEZED if "squeeze" in made else ():
-            _replace(stack, trl, name, _squeezing(getattr(trl, name)))
+            theirs = getattr(trl, name)
+            for module in (trl, trl.trainer, sys.modules[theirs.__module__]):  # from any of which a script imports it
+                _replace(stack, module, name, _squeezing(theirs))
         yield
 
 
@@ -155,10 +175,26 @@ def run_script(script: Path, arguments: Sequence[str], wanted: Sequence[str]) ->
 
     Raises:
         FileNotFoundError: if there is no such file.
+        SystemExit: if the script fails with an error that is not of ours, which is then shown as Python does.
     """
     if not script.is_file():
         raise FileNotFoundError(f"Expected a Python file, got {script}, which is none. Type `hf-iclr run train.py`.")
     with parts_in_every_trainer(wanted), contextlib.ExitStack() as stack:
         _replace(stack, sys, "argv", [str(script), *arguments])
         _replace(stack, sys, "path", [str(script.parent.absolute()), *sys.path])
-        runpy.run_path(str(script), run_name="__main__")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Exception as error:
+            frames = list(traceback.walk_tb(error.__traceback__))
+            if frames[-1][0].f_globals["__name__"].startswith("hf_iclr"):
+                raise
+            traceback.print_exception(error.with_traceback(_of_script(error, script)))
+            raise SystemExit(1) from None
+
+
+def _of_script(error: Exception, script: Path) -> TracebackType | None:
+    """The traceback from the script's first line on; whole if it has none, as with an error of syntax."""
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_code.co_filename != str(script):
+        found = found.tb_next
+    return found or error.__traceback__

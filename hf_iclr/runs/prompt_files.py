@@ -41,6 +41,8 @@ def read_prompts(
         ValueError: if the file is of another kind, is empty, or lacks the column.
     """
     path = Path(source)
+    if not str(source):
+        raise ValueError("Expected a file or a data set of prompts, got an empty name.")
     if str(source) == "harmless_orders":
         from hf_iclr.trainers.safety_audit.asking.prompt_sets import HARMLESS_ORDERS
 
@@ -55,24 +57,32 @@ def read_prompts(
         raise ValueError(f"Expected a prompt in every row of {path.name}, got {len(table)} rows with a gap or none.")
     answers = None
     if "answer" in table and table["answer"].notna().any():
-        answers = [answer if isinstance(answer, str) else None for answer in table["answer"]]
+        answers = [
+            None if pd.api.types.is_scalar(answer) and pd.isna(answer) else answer for answer in table["answer"]
+        ]
+        wrong = [row for row, answer in enumerate(answers) if not isinstance(answer, str | None)]
+        if wrong and path.is_file():
+            raise ValueError(
+                f"Expected text as the answer in row {wrong[0]} of {path.name}, got {answers[wrong[0]]!r}."
+            )
     return table[column].tolist(), answers
 
 
 def _read_table(path: Path, source: str, split: str, column: str) -> pd.DataFrame:
-    if path.suffix == ".txt":
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
         lines = path.read_text(encoding="utf-8").splitlines()
         return pd.DataFrame({column: [line.strip() for line in lines if line.strip()]})
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return pd.DataFrame(read_json_lines(path))
-    if path.suffix == ".csv":
+    if suffix == ".csv":
         try:
             return pd.read_csv(path, dtype=str)
         except UnicodeDecodeError:
             raise
         except ValueError as error:
             raise ValueError(f"Expected a table in {path}. {error}") from error
-    if path.is_file() or path.suffix in (".xml", ".json", ".tsv", ".md"):
+    if path.is_file() or suffix in (".xml", ".json", ".tsv", ".md"):
         raise ValueError(f"Expected prompts in a .txt, .jsonl or .csv file, got {path.name}.")
     from datasets import load_dataset
 

@@ -1,5 +1,6 @@
 """One page about a training run, from what any of our parts left in its folder."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -35,14 +36,15 @@ class Panel(NamedTuple):
     change: bool = False  # since the first value, where levels of several curves lie far apart
 
 
+_REFUSALS = Panel(
+    "Refusals",
+    r"safety/(refusal_rate|over_refusal_rate)",
+    "share",
+    "Of prompts that should be refused, and of harmless ones. The first should stay up, the second down.",
+)
 PANELS = (
     Panel("Loss", r"loss|(eval(?:_.+)?)_loss", "nats", "The training's own loss, and that of evaluations."),
-    Panel(
-        "Refusals",
-        r"safety/(refusal_rate|over_refusal_rate)",
-        "share",
-        "Of prompts that should be refused, and of harmless ones. The first should stay up, the second down.",
-    ),
+    _REFUSALS,
     Panel("Distance from the starting model", r"safety/kl", "nats per token", "KL along its own answers."),
     Panel(
         "Weights of the constrained loss",
@@ -85,13 +87,25 @@ _COLOURS = ("#1a5fb4", "#c64600", "#26a269", "#a347ba", "#b58900", "#c01c28", "#
 
 @dataclass
 class RunRecord:
-    """What stands in a run's folder: see [`read_run`]. Names of audits and edits are those of their folders."""
+    """
+    What stands in a run's folder: see [`read_run`]. Names of audits and edits are those of their folders. `unread`
+    says what is there and could not be read, as after a crash.
+    """
 
     log: list[dict[str, Any]] = field(default_factory=list)
     values: DataShapleyResult | None = None
     audits: dict[str, SafetyReport] = field(default_factory=dict)
     edits: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     cascades: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it, what cannot be read is kept as a sentence."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.unread.append(str(error))
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -106,7 +120,7 @@ def read_run(folder: str | Path) -> RunRecord:
     Raises:
         NotADirectoryError: if there is no such folder.
         TypeError: if it is no path.
-        ValueError: if there is nothing of all this, or a file is damaged.
+        ValueError: if there is nothing of all this that can be read.
     """
     if not isinstance(folder, str | Path):
         raise TypeError(f"Expected the output folder of a run as a path, got {folder!r:.80}. Type `read_run('out')`.")
@@ -115,22 +129,31 @@ def read_run(folder: str | Path) -> RunRecord:
         raise NotADirectoryError(f"Expected the output folder of a run, got {folder}, which is none.")
     run = RunRecord()
     if any(folder.glob("trainer_state.json")) or any(folder.glob("checkpoint-*/trainer_state.json")):
-        run.log = read_log(folder)
+        with run.reading():
+            run.log = [entry for entry in read_log(folder) if isinstance(entry.get("step", 0), int)]
     if any((folder / "shapley").rglob("*.parquet")):
-        run.values = DataShapleyResult.from_store(folder)
+        with run.reading():
+            run.values = DataShapleyResult.from_store(folder)
     for path in _here_and_below(folder, "report.json"):
-        if isinstance(content := read_json(path), dict) and "report" in content:
-            run.audits[_name(path, folder)] = SafetyReport.load(path.parent)
+        with run.reading():
+            if isinstance(content := read_json(path), dict) and "report" in content:
+                run.audits[_name(path, folder)] = SafetyReport.load(path.parent)
     for path in _here_and_below(folder, JOURNAL_NAME):
-        batches = batches_of(committed_events(path.parent, ADAPTER))
-        run.edits[_name(path, folder)] = [batch for batch in batches if "edits" in batch]  # not those of concepts
+        with run.reading():
+            batches = batches_of(committed_events(path.parent, ADAPTER))
+            run.edits[_name(path, folder)] = [batch for batch in batches if "edits" in batch]  # not those of concepts
     if (folder / "cascade.jsonl").is_file():
-        lines = regular_file(folder / "cascade.jsonl").read_text(encoding="utf-8").splitlines()
-        run.cascades = [parse_json(line, folder / "cascade.jsonl") for line in lines if line.strip()]
-    if run == RunRecord():
+        with run.reading():
+            lines = regular_file(folder / "cascade.jsonl").read_text(encoding="utf-8").splitlines()
+            run.cascades = [parse_json(line, folder / "cascade.jsonl") for line in lines if line.strip()]
+    if run == RunRecord(unread=run.unread):
+        below = [path.parent for path in _here_and_below(folder, "trainer_state.json")]
+        runs = dict.fromkeys(path.parent if path.name.startswith("checkpoint-") else path for path in below)
         raise ValueError(
             f"Expected what a trainer or a part of hf_iclr writes in {folder}, got none of it: no trainer_state.json "
             "(set `save_strategy`, or call `trainer.save_state()`), values, audit, edits or cascade.jsonl."
+            + "".join(f" {sentence}" for sentence in run.unread)
+            + (f" There are runs in {', '.join(map(str, runs))}: name one of these." if runs else "")
         )
     return run
 
@@ -161,7 +184,7 @@ def write_run_report(
     Raises:
         NotADirectoryError: if there is no such folder.
         TypeError: if it is no path, or the rows are no dataset.
-        ValueError: if it holds nothing to show, a file is damaged, or the rows are not those that were trained on.
+        ValueError: if it holds nothing to show, or the rows are not those that were trained on.
 
     Example:
 
@@ -180,8 +203,9 @@ def write_run_report(
         raise ValueError(f"Expected training rows with a column {source_column!r} to sum by, got {known}.")
     run = read_run(folder)
     monitor = SqueezeMonitor()
-    for entry in run.log:
-        monitor.update(entry)
+    with run.reading():  # a run that diverged has probes without a number
+        for entry in run.log:
+            monitor.update(entry)
     sections = []
     if run.values is not None:
         sections.append(("Training rows", list(_value_tables(run.values, train_dataset, source_column))))
@@ -219,10 +243,13 @@ def _name(path: Path, folder: Path) -> str:
 
 def _notices(run: RunRecord, monitor: SqueezeMonitor) -> Iterator[tuple[bool, str]]:
     """Sentences for the top of the page, and whether each is bad news."""
+    for sentence in dict.fromkeys(run.unread):
+        yield True, sentence
     for name, step in monitor.alarms.items():
         yield True, f"Chosen answers were being lost from step {step} on ({name or 'evaluation'})."
-    refusals = [entry["safety/refusal_rate"] for entry in run.log if "safety/refusal_rate" in entry]
-    if refusals:
+    if refusals := [
+        *_curves(Panel("", r"(safety/refusal_rate)", "", ""), run.log).get("safety/refusal_rate", {}).values()
+    ]:
         yield refusals[-1] < refusals[0], f"Refusals went from {refusals[0]:.0%} to {refusals[-1]:.0%}."
     for name, report in run.audits.items():
         crossed = report.crossed()
@@ -237,6 +264,8 @@ def _notices(run: RunRecord, monitor: SqueezeMonitor) -> Iterator[tuple[bool, st
     if run.values is not None:
         values = run.values.values()
         yield False, f"{(values < 0).mean():.0%} of {len(values)} training rows have a negative value."
+        if run.log and not any(key.startswith("shapley/") for entry in run.log for key in entry):
+            yield True, "The values of rows seem to be of another run in this folder: the log knows of none."
 
 
 def _panels(run: RunRecord) -> Iterator[tuple[Panel, str]]:

@@ -5,6 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from hf_iclr.cli import app as cli
+from hf_iclr.cli.errors import sentence
 from tests.trainers.tiny import tiny_llama
 from tests.vision.session.test_frames import smooth, write_video
 from tests.vision.tiny import tiny_pipe
@@ -25,6 +26,10 @@ FILES = {
     "facts.jsonl": '{"prompt": "w1 {}", "subject": "w2", "target_new": " w3"}\n',
     "prompts.json": '{"0": {"1": {"points": [[3, 3]]}}}',
     "lora/adapter_config.json": "{}",
+    "empty.jsonl": "",
+    "gaps/train.jsonl": '{"prompt": "w1", "completion": "w2"}\n{"prompt": "w1", "completion": null}\n',
+    "answers.jsonl": '{"prompt": "w1", "answer": 3}\n',
+    "taken/report.html/page": "",
     "cut/config.json": '{"model_type": "llama"}',
     "cut/model.safetensors": "no weights",
 }
@@ -69,12 +74,22 @@ WRONG = {
     "squeeze influence model columns.jsonl": "prompt, chosen, rejected",
     "squeeze influence model pairs.jsonl --count 0": "'--count'",
     f"sft {TRAIN} text --safety_dataset_name columns.jsonl": "columns prompt, harmful, refusal",
+    f"sft {TRAIN} text --safety_dataset_name empty.jsonl": "rows in 'empty.jsonl', got an empty file",
+    f"sft {TRAIN} text --output_dir p.txt": "p.txt is a file",
+    f"sft {TRAIN} text --config": "a file after --config",
+    f"sft {TRAIN} gaps": "'completion', row 1 has none",
+    f"sft {TRAIN} text --gradient_accumulation_steps 0": "gradient_accumulation_steps",
     "audit model": "--prompts",
     "audit model --prompts none.txt": "none.txt",
     "audit model --prompts bad.jsonl": "line 1 of bad.jsonl",
     "audit model --prompts columns.jsonl": "column `prompt`",
     "audit ./none --prompts p.txt": "'./none'",
     "audit model --prompts p.txt --before nobody/none": "nobody/none",
+    "audit model --prompts answers.jsonl": "answer in row 0 of answers.jsonl, got 3",
+    "audit model --prompts p.txt --out /proc/none": "nothing can be written to /proc",
+    "audit model --prompts p.txt --out taken": "report.html is a folder",
+    "audit model --prompts p.txt --out dead": "dead is a dead link",
+    "audit model --prompts p.txt --before ./model/": "'model' twice",
     "audit model --prompts p.txt --base adapter_off": "adapter_config.json",
     "audit model --prompts p.txt --min-refusal 3": "min_refusal",
     "edit --undo 1 --out none": "a folder with edits",
@@ -123,8 +138,9 @@ def folder(tmp_path_factory, word_tokenizer):
     tiny_pipe().save_pretrained(folder / "sam")
     write_video(folder / "park.mp4", smooth(3))
     for name, text in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "dead").symlink_to("nowhere")
     return folder
 
 
@@ -141,6 +157,12 @@ def test_what_is_wrong_is_said_in_a_sentence(run, folder, text):
     last = result.stderr.splitlines()[-1]
     assert result.exit_code == 2 and WRONG[text] in last and "Traceback" not in result.output, result.output
     assert last.startswith("hf-iclr") and len(last.split()) > 4 and sorted(folder.rglob("*")) == files
+
+
+def test_without_a_command_there_is_help(run):
+    result = run("")
+    assert "Usage: " in result.output and "audit" in result.output and "Traceback" not in result.output
+    assert not isinstance(result.exception, ValueError)
 
 
 def test_every_command_is_refused_something():
@@ -165,6 +187,13 @@ def test_debug_shows_the_traceback(run, text):
 def test_the_debug_of_transformers_keeps_its_value(run):
     result = run(f"sft {TRAIN} none --debug underflow_overflow")
     assert result.exit_code == 2 and "Traceback" not in result.stderr and "'none'" in result.stderr.splitlines()[-1]
+
+
+def test_a_process_that_failed_has_said_why():
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    error = ChildFailedError("hf_iclr", {0: ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="none")})
+    assert sentence(error) == "Expected every process to end well, one failed: what it said stands above."
 
 
 def test_an_interruption_is_no_error(run, monkeypatch):

@@ -114,6 +114,12 @@ def test_trl_is_left_as_found(files):
     assert trl.SFTTrainer.__module__.startswith("trl.")
 
 
+def test_a_file_in_the_place_of_a_dataset_is_told(files):
+    file = next(Path(files["dataset_name"]).iterdir())
+    result = CliRunner().invoke(app, ["sft", *as_flags({**files, "dataset_name": str(file)})])
+    assert result.exit_code == 2 and f"got the file {file}. Put it into a folder" in result.stderr
+
+
 def test_with_parts_by_yaml(files, tmp_path):
     (tmp_path / "prompts.txt").write_text("w1 w2\nw3 w4\n")
     settings = {

@@ -47,6 +47,7 @@ WAYS = {
     "resumed": {"save_strategy": "steps", "save_steps": 2},
     "two processes": {"per_device_train_batch_size": 2},
 }
+WAYS["packing, resumed, two processes"] = {**WAYS["packing"], **WAYS["resumed"], **WAYS["two processes"]}
 INTRODUCTION = """
 # Parts in one run
 
@@ -55,8 +56,8 @@ the same run without the callback, bit for bit. `python -m tests.runs.test_combi
 
 - Shapley: `InRunDataShapleyCallback`. Probes: `SqueezeProbeCallback`. Drift: `SafetyDriftCallback`. Null space:
   `NullSpaceCallback`, which is there to change the weights.
-- Resumed: from a checkpoint of the second step; held against the unbroken run, too. With the null space they agree to
-  1e-6, as it is then counted from the weights of the checkpoint.
+- Resumed: from a checkpoint of the second step; held against the unbroken run, too, to 1e-6: the null space is then
+  counted from the weights of the checkpoint.
 - Two processes: gloo, one forked process each; both end with the same weights.
 """
 CALLBACKS = ["Shapley", "probes", "drift", "null space", "all four"]
@@ -82,7 +83,7 @@ def callbacks(name, rows, trainer, kept):
 
 
 def train(kind, way, names, folder):
-    """The weights after four steps."""
+    """The weights after four steps, and after two of them and the rest of a resumed run, if there is one."""
     trainer_class, config, rows = TRAINERS[kind]
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") if way == "LoRA" else None
 
@@ -100,23 +101,23 @@ def train(kind, way, names, folder):
                 trainer.add_callback(callback)
         return trainer
 
-    trainer = make()
-    trainer.train()
-    if way == "resumed":
+    trained = []
+    for checkpoint in (None, folder / "checkpoint-2") if "resumed" in way else (None,):
         trainer = make()
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    return {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trained.append({name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()})
+    return trained
 
 
 @functools.cache
 def weights(kind, way, name):
-    """The weights after a run with a callback; `name` is None for the run without."""
+    """The weights after a run with a callback, unbroken and resumed; `name` is None for the run without."""
     names = () if name is None else (name,)
     with tempfile.TemporaryDirectory() as folder:
-        if way != "two processes":
+        if "two processes" not in way:
             return train(kind, way, names, Path(folder))
         first, second = run_in_two(train, Path(folder), kind, way, names, Path(folder))
-    assert same(first, second)
+    assert all(map(same, first, second))
     return first
 
 
@@ -126,16 +127,17 @@ def same(first, second, tolerance=0.0):
 
 def outcome(kind, way, name):
     """What a callback does to a trainer's run: the null space changes the weights, and nothing else does."""
-    if way == "packing" and "DPO" in kind:
+    if "packing" in way and "DPO" in kind:
         return "no option of DPO"
-    if way == "resumed" and not same(weights(kind, way, name), weights(kind, "full", name), 1e-6):
+    *unbroken, measured = weights(kind, way, name)
+    if unbroken and not same(unbroken[0], measured, 1e-6):
         return "not as the unbroken run"
-    bare, measured = weights(kind, way, None), weights(kind, way, name)
-    if name == "null space":
-        return "other weights" if not same(bare, measured) else "no effect"
     if name == "all four":
-        return "as the null space alone" if same(weights(kind, way, "null space"), measured) else "others"
-    return "same weights" if same(bare, measured) else "others"
+        return "as the null space alone" if same(weights(kind, way, "null space")[-1], measured) else "others"
+    as_bare = same(weights(kind, way, None)[-1], measured)
+    if name == "null space":
+        return "no effect" if as_bare else "other weights"
+    return "same weights" if as_bare else "others"
 
 
 @pytest.mark.parametrize("way", WAYS)

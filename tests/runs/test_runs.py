@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 import trl
 from datasets import load_dataset
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_iclr import (
@@ -52,7 +54,8 @@ if __name__ == "__main__":
 PAIRS = """
 import sys
 from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 rows = load_dataset("json", data_files=f"{sys.argv[1]}/pairs.jsonl", split="train")
 trainer = DPOTrainer(sys.argv[1], args=DPOConfig(sys.argv[2], **SETTINGS), train_dataset=rows)
@@ -63,6 +66,18 @@ trainer.save_state()
     "SETTINGS",
     repr({**TRAINING, "per_device_train_batch_size": 4, "max_steps": 2, "model_init_kwargs": {"dtype": "float32"}}),
 )
+
+
+FAILING = """
+import sys
+from hf_iclr import AlphaEditConfig
+if sys.argv[1] == "broken":
+    {}["mine"]
+if sys.argv[1] == "ours":
+    AlphaEditConfig(nullspace_threshold=-1.0)
+print(sys.argv[1:])
+"""
+TRAINER_ARGUMENTS = TrainingArguments(**TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +163,64 @@ def _choice(braces):
 def test_squeeze_alone_logs_what_a_preference_loss_does(folder):
     original = trl.DPOTrainer
     plain, watched = run(folder, "dpo.py", "dpo"), run(folder, "dpo.py", "dpo-watched", "squeeze")
-    assert trl.DPOTrainer is original
+    assert trl.DPOTrainer is trl.trainer.dpo_trainer.DPOTrainer is original
     first, second = read_run(plain).log[0], read_run(watched).log[0]
     assert first["loss"] == second["loss"] and second["squeeze/logp_tok_chosen"] < 0
     assert "squeeze/logp_tok_chosen" not in first
+
+
+def test_squeeze_alone_says_where_it_adds_nothing(caplog):
+    with parts_in_every_trainer(["squeeze"]):
+        Trainer(tiny_llama(), TRAINER_ARGUMENTS)
+    assert "--with squeeze adds nothing to Trainer" in caplog.text
+
+
+def test_each_trainer_of_a_script_has_its_own_callbacks(folder):
+    with parts_in_every_trainer([f"shapley:{folder / 'val.jsonl'}", f"safety:{folder / 'prompts.txt'}"]):
+        first, second = (Trainer(tiny_llama(), TRAINER_ARGUMENTS) for _ in range(2))
+    ours = [trainer.callback_handler.callbacks[-2:] for trainer in (first, second)]
+    assert [[type(callback).__name__ for callback in callbacks] for callbacks in ours] == [
+        ["InRunDataShapleyCallback", "SafetyDriftCallback"]
+    ] * 2
+    assert ours[0][0] is not ours[1][0] and ours[1][1].trainer is second
+
+
+def test_a_trainer_without_what_a_part_needs_is_refused_in_a_sentence(folder):
+    rows = {"train_dataset": [{"input_ids": [1, 2], "labels": [1, 2]}]}
+    with parts_in_every_trainer([f"safety:{folder / 'prompts.txt'}"]):
+        drift = Trainer(tiny_llama(), TRAINER_ARGUMENTS, **rows)
+        another = Trainer(
+            torch.nn.Linear(2, 2), TRAINER_ARGUMENTS, processing_class=AutoTokenizer.from_pretrained(folder), **rows
+        )
+    with parts_in_every_trainer([f"squeeze:{folder / 'pairs.jsonl'}"]):
+        probes = Trainer(tiny_llama(), TRAINER_ARGUMENTS, **rows)
+    for trainer, said in (
+        (drift, "SafetyDriftCallback asks prompts, but the trainer has no tokenizer"),
+        (probes, "SqueezeProbeCallback scores texts, but the trainer has no tokenizer"),
+        (another, "Expected a model of transformers or PEFT, got Linear"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (
+            ["broken"],
+            1,
+            r"^Traceback \(most recent call last\):\n  File \"[^\n]*script.py\", line 5.*KeyError: 'mine'\n$",
+        ),
+        (["ours"], 2, r"^hf-iclr run: Expected nullspace_threshold between [^\n]*\n$"),
+        (["--help", "--debug", "-o", "x"], 0, r"^\['--help', '--debug', '-o', 'x'\]\n$"),
+    ],
+)
+def test_what_follows_a_script_is_the_scripts_and_so_are_its_errors(tmp_path, arguments, code, said):
+    (tmp_path / "script.py").write_text(FAILING)
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "script.py"), *arguments])
+    assert result.exit_code == code, result.output
+    assert re.search(said, result.output, re.DOTALL), result.output
+    assert "Usage: " in CliRunner().invoke(app, ["run", "--help"]).output
 
 
 def test_statistics_keep_a_null_space(folder, word_tokenizer):
@@ -169,7 +238,11 @@ def test_statistics_keep_a_null_space(folder, word_tokenizer):
         ("influence:x", "Expected one of shapley, squeeze, safety, null_space after --with, got 'influence'"),
         ("shapley", "Expected a file after shapley"),
         ("safety:nowhere.txt", "nowhere.txt"),
+        ("squeeze:nowhere.jsonl", "Expected rows in nowhere.jsonl, got no such file"),
         ("shapley:{folder}/val.jsonl,ranks=8", "Expected options of InRunDataShapleyCallback, got ranks"),
+        ("shapley:{folder}/val.jsonl,trainer=8", "Expected options of InRunDataShapleyCallback, got trainer"),
+        ("shapley:{folder}/val.jsonl,cost=2", "cost"),
+        ("safety:{folder}/prompts.txt,every=soon", "Expected options of SafetyDriftCallback, got every='soon'"),
     ],
 )
 def test_a_wrong_part_is_refused_before_the_script_runs(folder, tmp_path, part, words):
@@ -217,6 +290,60 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_run_report(tmp_path, train_dataset=[])
     with pytest.raises(ValueError, match="Expected training rows with a column 'source'"):
         write_run_report(tmp_path, source_column="source")
+
+
+def states(folder, **logs):
+    """A run's folder with a trainer_state.json in each of these checkpoints, the newest last."""
+    for age, (name, losses) in enumerate(logs.items()):
+        path = folder / name.replace("_", "-") / "trainer_state.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        path.write_text(json.dumps({"log_history": entries}))
+        os.utime(path, (age, age))
+    return folder
+
+
+def test_of_two_runs_in_a_folder_the_last_one_is_told(tmp_path):
+    states(tmp_path, checkpoint_2=[3.0, 2.0], checkpoint_3=[3.0, 2.0, 1.0], checkpoint_1=[9.0])
+    assert [entry["loss"] for entry in read_run(tmp_path).log] == [9.0]
+
+
+def test_a_copied_folder_tells_the_whole_run_whatever_its_times(tmp_path):
+    states(tmp_path, checkpoint_3=[3.0, float("nan"), 1.0], checkpoint_2=[3.0, float("nan")], checkpoint_1=[3.0])
+    assert [entry["step"] for entry in read_run(tmp_path).log] == [1, 2, 3]
+
+
+def test_a_page_is_written_of_what_a_crash_has_left(watched, tmp_path, caplog):
+    """States cut short are passed over; what else can't be read is told on the page, beside what can."""
+    run = states(tmp_path / "run", checkpoint_1=[3.0], checkpoint_2=[3.0, 2.0])
+    with (run / "checkpoint-2" / "trainer_state.json").open("r+") as file:
+        file.truncate(40)
+    assert [entry["loss"] for entry in read_run(run).log] == [3.0] and "Passed over: " in caplog.text
+    shutil.copytree(watched / "shapley", run / "shapley")
+    assert "seem to be of another run in this folder" in write_run_report(run).read_text()
+    assert "of another run" not in write_run_report(watched, tmp_path / "page.html").read_text()
+    next((run / "shapley").rglob("*.parquet")).write_bytes(b"PAR1")
+    (run / "audit").mkdir()
+    (run / "audit" / "report.json").write_text('{"report": 3')
+    (run / "cascade.jsonl").write_text('{"new_tokens": 12}\n{"new_')
+    (run / "checkpoint-1" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "loss": 3.0, "probe/chosen/logp": float("nan"), "note": [1]}]})
+    )
+    unread = read_run(run).unread
+    names = ("parquet", "report.json", "cascade.jsonl")
+    assert [name in text for name, text in zip(names, unread, strict=True)] == [True] * 3
+    page = write_run_report(run).read_text()
+    assert page.count('<li class="bad">') == 4 and "`probe/chosen/logp` at step 1 is nan" in page
+    assert "<h3>Loss</h3>" in page
+
+
+def test_a_folder_above_runs_names_them(tmp_path):
+    states(tmp_path / "sft", checkpoint_1=[3.0])
+    with pytest.raises(ValueError, match=f"There are runs in {tmp_path}/sft: name one of these"):
+        read_run(tmp_path)
+    states(tmp_path, checkpoint_1=[])
+    with pytest.raises(ValueError, match="got none: nothing was logged. Set `logging_steps`"):
+        read_run(tmp_path)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

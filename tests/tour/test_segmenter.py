@@ -12,6 +12,7 @@ from transformers import pipeline
 
 import hf_iclr  # noqa: F401  registers the task
 from hf_iclr.tour.demo.segmenter import DEMO_SEGMENTER, load_demo_segmenter
+from hf_iclr.vision.evaluation.interactive import evaluate_interactive
 from hf_iclr.vision.evaluation.j_and_f import region_similarity
 from hf_iclr.vision.evaluation.procedural_clips import procedural_clip
 from hf_iclr.vision.evaluation.simulated_prompts import first_prompt
@@ -53,3 +54,12 @@ def test_the_example_trains_the_same_weights_again(tmp_path, monkeypatch, capsys
         weights.append(torch.cat([parameter.flatten() for parameter in loaded.model.parameters()]))
     assert torch.equal(*weights)
     assert '"megabytes": 3.2' in capsys.readouterr().out
+
+
+def test_a_correction_lifts_what_it_lost(pipe):
+    clips = [procedural_clip(seed, hard=True) for seed in range(10**12, 10**12 + 6)]
+    table = evaluate_interactive(pipe, clips, clicks_per_frame=3, max_frames=3).table
+    scores = table.pivot_table(index="frames", columns=["clip", "object"], values="j_and_f").ffill()
+    lost = scores.loc[:, scores.loc[1] < 0.8].mean(axis=1)
+    assert lost[2] > lost[1] + 0.01
+    assert lost[3] > lost[1] + 0.03

@@ -16,7 +16,7 @@ from hf_iclr.generation.drafting.draft_model import build_draft_model
 from hf_iclr.generation.drafting.teacher import sample_texts
 from hf_iclr.generation.modeling_draft import DraftForCausalLM, FeatureDraftForCausalLM
 
-from .language_model import demo_model_path, load_demo_model
+from .language_model import demo_model_path, fastest_dtype, load_demo_model
 
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ def build_demo_draft(setting: str = "full") -> DraftForCausalLM | FeatureDraftFo
     chosen = SETTINGS[setting]
     texts: list[str | dict[str, str]] = [*docstrings()[: chosen["num_docstrings"]]]
     if chosen["num_samples"]:
-        texts += sample_texts(model, tokenizer, demo_prompts()[: chosen["num_samples"]])
+        writer, _ = load_demo_model(fastest_dtype(32))  # its rows at a time
+        texts += sample_texts(writer, tokenizer, demo_prompts()[: chosen["num_samples"]])
     return build_draft_model(model, tokenizer, texts, kind="features", distill_steps=chosen["distill_steps"])
 
 

@@ -249,6 +249,11 @@ class SqueezeProbeCallback(TrainerCallback):
                     "both would log the same keys. Type `SqueezeProbeCallback({'test': probes}, trainer=trainer)`."
                 )
         processing_class = self.processing_class or trainer.processing_class
+        if processing_class is None:
+            raise ValueError(
+                "SqueezeProbeCallback scores texts, but the trainer has no tokenizer. Type "
+                "`Trainer(..., processing_class=tokenizer)`."
+            )
         self._sets = [
             ProbeSet(name, probes, trainer, processing_class, self.max_new_tokens)
             for name, probes in self._datasets.items()

@@ -186,10 +186,10 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
     Args:
         path (`str` or `Path`):
-            A `trainer_state.json`, a checkpoint or the folder of checkpoints it is in; or JSON Lines with an object an
-            evaluation, gzipped or not, as the authors of https://huggingface.co/papers/2407.10490 wrote them. Of these
-            a half-written line is skipped with a warning; and as their code appends, a file may hold several runs,
-            of which the longest is taken.
+            A `trainer_state.json`, a checkpoint or the folder of checkpoints it is in, of which the run trained last
+            is taken; or JSON Lines with an object an evaluation, gzipped or not, as the authors of
+            https://huggingface.co/papers/2407.10490 wrote them. Of these a half-written line is skipped with a
+            warning; and as their code appends, a file may hold several runs, of which the longest is taken.
 
     Returns:
         `list[dict]`
@@ -199,11 +199,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-        found = [file for file in found if file.is_file()]
-        if not found:
-            raise ValueError(f"Expected a trainer_state.json in {path} or its checkpoints, got none. Name the file.")
-        path = max(found, key=lambda file: file.stat().st_mtime)
+        return _log_of_folder(path)
     if not path.is_file():
         raise ValueError(f"Expected a trainer_state.json or a checkpoint at {path}, got no such file.")
     text = _text(path)
@@ -217,12 +213,35 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(whole, dict):
             whole = whole.get("log_history", [whole])
         entries = whole if isinstance(whole, list) else [whole]
-    if not entries or not all(isinstance(entry, dict) for entry in entries):
-        got = next((entry for entry in entries if not isinstance(entry, dict)), "nothing")
+    if not entries:
+        raise ValueError(f"Expected log entries in {path}, got none: nothing was logged. Set `logging_steps`.")
+    if not all(isinstance(entry, dict) for entry in entries):
+        got = next(entry for entry in entries if not isinstance(entry, dict))
         raise ValueError(f"Expected log entries, objects of JSON, in {path}, got {got!r:.60}. Name another file.")
     if any("logps_eval_" in key for key in entries[0]):
         entries = _longest_run(entries)
     return entries
+
+
+def _log_of_folder(folder: Path) -> list[dict[str, Any]]:
+    """
+    Of the run trained last. Each state holds the log so far: one that goes on in another is an earlier one of that
+    run, whatever a copy has made of the times of the files. A state that was cut short is passed over.
+    """
+    files = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
+    logs: list[list[dict[str, Any]]] = []
+    damaged = ValueError(f"Expected a trainer_state.json in {folder} or its checkpoints, got none. Name the file.")
+    for file in sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            logs.append(read_log(file))
+        except ValueError as error:
+            damaged = error
+            logger.warning(f"Passed over: {error}")
+    texts = [[json.dumps(entry) for entry in log] for log in logs]  # in which NaN equals itself
+    for log, text in zip(logs, texts, strict=True):
+        if not any(len(text) < len(other) and text == other[: len(text)] for other in texts):
+            return log
+    raise damaged
 
 
 def log_entries(entries: Any, name: str) -> list[dict[str, Any]]:
