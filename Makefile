@@ -10,12 +10,13 @@ READY := $(VENV)/.ready
 tour: $(READY)
 	$(BIN)/hf-iclr tour --out out/tour
 
+# A file's tests share a worker, and with it what its fixtures made.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The same, and which lines of the library ran; fails below 90 %.
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov
 
 # The contract tests under the oldest and the newest releases that are supported; TORCH=1 adds torch's, 15 GB.
 matrix: $(READY)

@@ -38,15 +38,6 @@ for _library in ("transformers", "peft", "trl", "diffusers"):
     logging.getLogger(_library).addHandler(_DeprecationIsError(level=logging.WARNING))
 
 
-def pytest_collection_modifyitems(items):
-    """
-    Under `-n 2 --dist loadgroup` the tests of a file share a worker, and with it what its fixtures made; those of the
-    Hub share the process that their snippets are forked from.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("hub" if "hub" in item.fixturenames else item.path.name))
-
-
 def pytest_collection_finish(session):
     """
     What the imports made stays until the end: no collection need look at it again. A Trainer collects with every

