@@ -173,11 +173,13 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     Draws token ids of shape `(...)` from probabilities, or a multiple of them, of shape `(..., vocab)`: the cumulative
     sum is inverted, first over blocks of tokens, then inside of one.
     """
-    size = probs.shape[-1]
+    size, draw = probs.shape[-1], torch.rand(probs.shape[:-1], dtype=torch.float64, device=probs.device)
+    if size <= _BLOCK:
+        return _invert(probs, draw)[0]
     missing = -size % _BLOCK
     blocks = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
     blocks = blocks.unflatten(-1, (-1, _BLOCK))
-    block, rest = _invert(blocks.sum(-1), torch.rand(probs.shape[:-1], dtype=torch.float64, device=probs.device))
+    block, rest = _invert(blocks.sum(-1), draw)
     inside = blocks.take_along_dim(block[..., None, None], -2)[..., 0, :]
     token, _ = _invert(inside, rest)
     return (block * _BLOCK + token).clamp(max=size - 1)  # beyond it only where there are no numbers

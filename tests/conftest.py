@@ -1,4 +1,8 @@
-"""Shared by all tests: one thread, no network, deprecations of transformers are errors, a local Hub."""
+"""
+Shared by all tests: one thread, no network, deprecations of transformers are errors, a local Hub.
+
+Heavy libraries are imported where they are used: the process that hands tests to workers reads this file, too.
+"""
 
 import os
 
@@ -9,20 +13,13 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
 import gc
 import logging
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
 
-import huggingface_hub
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 
 from tests import hub_server
-
-
-torch.set_num_threads(1)
 
 
 class _DeprecationIsError(logging.Handler):
@@ -47,9 +44,55 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory):
+    """The current folder is a new one: what a library writes there is not left among the sources."""
+    root = Path(__file__).parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(root)]))
+    before = {path.name for path in root.iterdir()}
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield
+    found = (path for path in root.glob("[!.]*") if path.suffix != ".egg-info")  # which an install leaves, too
+    left = sorted(path.name for path in found if path.name not in before)
+    assert not left, f"the tests left {left} in {root}: let them write under tmp_path"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn_fingerprints(request):
+    """`datasets` pickles each function and tokenizer for the name of a cache: where none is read a draw is as good."""
+    from datasets.fingerprint import Hasher
+
+    if "deep_safety" in request.path.parts:  # whose reference is kept under the name of the rows
+        yield
+        return
+    with mock.patch.object(Hasher, "update", lambda self, value: self.m.update(os.urandom(8))):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_seeds_for_absent_devices():
+    """Without an accelerator torch keeps each seed for later, with a printed stack: once and more a test."""
+    import torch
+
+    with ExitStack() as patches:
+        if not torch.accelerator.is_available():
+            for device in ("cuda", "xpu", "mtia"):
+                patches.enter_context(mock.patch(f"torch.{device}.manual_seed_all"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_is_collected():
+    """As at the start, for what the tests of other files have left."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state."""
+    import transformers
+
     transformers.set_seed(0)
 
 
@@ -62,8 +105,8 @@ def served_hub(tmp_path_factory):
 @pytest.fixture
 def hub(served_hub, monkeypatch):
     """A local Hub over HTTP, reached by `hub.run(snippet)` or, in this process, by `HfApi(hub.url, token=TOKEN)`."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served_hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served_hub.url)
     yield served_hub
     served_hub.reset()
 
@@ -79,7 +122,10 @@ def word_tokenizer():
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     """256 tokens, one a byte; unlike `word_tokenizer` it can tell where a string ends inside a token."""
-    alphabet = sorted(ByteLevel.alphabet())
-    backend = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="!", padding_side="left")

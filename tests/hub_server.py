@@ -124,7 +124,7 @@ class HubServer:
     def run(self, script: str, timeout: float = 120) -> str:
         """
         Run a Python snippet in another process against this Hub and return what it printed. That process is forked
-        from one that has imported transformers, and nothing of ours, under the variables of `env()`:
+        from one that has imported what we stand on, and nothing of ours, under the variables of `env()`:
         `huggingface_hub` reads them at import, and the import takes far longer than most snippets.
         """
         outputs = [self.home / "stdout", self.home / "stderr"]
@@ -161,7 +161,7 @@ def serve(home: Path) -> Iterator[HubServer]:
     hub = HubServer(home)
     thread = threading.Thread(target=hub.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    FORKS.set_forkserver_preload(["peft", "transformers.pipelines"])
+    FORKS.set_forkserver_preload(["peft", "transformers.pipelines", "trl.trainer.dpo_trainer", "evaluate"])
     with mock.patch.dict(os.environ, hub.env()):
         forkserver.ensure_running()
     try:

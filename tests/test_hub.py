@@ -66,7 +66,9 @@ KINDS = dict.fromkeys(CASES, "models") | {"result": "datasets"}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, word_tokenizer):
     root = tmp_path_factory.mktemp("private")
-    tiny_model("llama").save_pretrained(root / "secret")
+    model = tiny_model("llama")
+    model.generation_config.max_new_tokens = 8  # of what the cards' examples write
+    model.save_pretrained(root / "secret")
     word_tokenizer.save_pretrained(root / "secret")
     return root
 

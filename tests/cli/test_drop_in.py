@@ -3,7 +3,9 @@ Somebody's own scripts with one class swapped, as they are started: TRL's two, a
 examples. Each way of starting, flags, YAML, adapters and whole models come up once.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -98,17 +100,32 @@ def of_trl(name, theirs, ours, folder):
     return str(folder / f"{name}.py")
 
 
-def start(launcher, script, arguments):
+def start(script, arguments, launcher=None):
+    """
+    As from a shell. A launcher, the module and its flags, is called in a fork of this process rather than imported
+    again; what it starts are processes of their own.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *launcher, script, *arguments],
-        check=False,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if launcher is None:
+        command = [sys.executable, script, *arguments]
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    errors, main = Path(script).with_suffix(".log"), importlib.import_module(launcher[0]).main
+    given = ([*launcher, script, *arguments], environment, errors)
+    process = multiprocessing.get_context("fork").Process(target=launch, args=(main, *given))
+    process.start()
+    process.join(300)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, errors.read_text(encoding="utf-8")[-3000:]
+
+
+def launch(main, command, environment, errors):
+    os.environ.update(environment)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = command
+    main()
 
 
 def moved(model):
@@ -120,7 +137,7 @@ def test_trls_sft_by_python_with_flags_and_an_adapter(files, tmp_path):
     script = of_trl("sft", "SFTTrainer", "DeepSafetySFTTrainer", tmp_path)
     more = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     adapter = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
-    start([], script, [*as_flags({**files, **more}), *adapter])
+    start(script, [*as_flags({**files, **more}), *adapter])
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert moved(adapted.merge_and_unload()) == {
         f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qv"
@@ -132,7 +149,7 @@ def test_trls_sft_by_python_with_flags_and_an_adapter(files, tmp_path):
 def test_trls_dpo_by_torchrun_in_two_processes_with_yaml(pairs, tmp_path):
     script = of_trl("dpo", "DPOTrainer", "SqueezeDPOTrainer", tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**pairs, "save_strategy": "steps", "save_steps": 2}))
-    start(["-m", "torch.distributed.run", "--nproc_per_node", "2"], script, ["--config", str(tmp_path / "run.yaml")])
+    start(script, ["--config", str(tmp_path / "run.yaml")], ["torch.distributed.run", "--nproc_per_node", "2"])
     assert len(moved(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 21
     logged = history(tmp_path / "out" / "checkpoint-2")
     assert logged[-1]["epoch"] == pytest.approx(1)  # of 12 pairs in batches of twice 5; in one process it would be 2/3
@@ -149,7 +166,8 @@ def test_an_example_of_transformers(how, files, tmp_path, monkeypatch):
     theirs.write_text(EXAMPLE, encoding="utf-8")
     script.write_text(EXAMPLE.replace("    Trainer,\n    TrainingArguments,\n)\n", MIXED), encoding="utf-8")
     if how == "flags":
-        start(["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"], str(script), as_flags(settings))
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        start(str(script), as_flags(settings), launcher)
         logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
         assert logged[0]["constraint/weight_first"] == pytest.approx(1, abs=1e-5)
         assert len(moved(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 21

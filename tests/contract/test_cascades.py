@@ -1,8 +1,5 @@
 """Cascades beside what the doctor runs: prompts of several lengths, adapters, remote code of any age, no hf_iclr."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -87,13 +84,14 @@ def test_models_that_are_not_plain(kind, backend):
     assert drafted and (accepted or kind == "adapters")  # which are random: the draft is of the model without them
 
 
-def test_a_composite_runs_where_hf_iclr_cannot_be_imported(tmp_path):
+def test_a_composite_runs_where_hf_iclr_cannot_be_imported(hub, tmp_path):
     large, tokenizer = tiny_llama(), word_tokenizer()
     SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, tiny_llama(noise=0.05)).save_pretrained(tmp_path)
     ids = tokenizer(["w1 w2 w3"], return_tensors="pt")["input_ids"]
     expected = large.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0].tolist()
     code = f"""
 import sys
+assert "hf_iclr" not in sys.modules
 sys.modules["hf_iclr"] = None  # any import of it fails
 import torch
 from transformers import AutoModelForCausalLM
@@ -103,5 +101,4 @@ for backend in ("batched", "assisted"):
     decoded = model.generate(ids, do_sample=False, max_new_tokens=12, cascade_rule="spec", cascade_backend=backend)
     print(decoded[0].tolist(), model.cascade_statistics.backend)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [f"{expected} batched", f"{expected} assisted"], done.stderr
+    assert hub.run(code).splitlines() == [f"{expected} batched", f"{expected} assisted"]

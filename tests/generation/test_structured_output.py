@@ -88,16 +88,27 @@ def test_grammar_refuses_what_json_does(text):
     assert example.steps(("value", ""), text) is None
 
 
+@pytest.fixture(scope="module")
+def plain_texts(models, tokenizer):
+    """What the large model writes after each prompt."""
+    texts = {}
+    for prompt in range(1, 13):
+        processors = [example.JsonProcessor(tokenizer)]  # which has the state of one text
+        texts[prompt] = models[0].generate(**left_padded([[prompt, 2]]), **CALL, logits_processor=processors)
+    return texts
+
+
+CALL = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": 0, "pad_token_id": 0}
+
+
 @pytest.mark.parametrize("backend", ["batched", "assisted"])
 @pytest.mark.parametrize("gamma", [1, 5])
-def test_greedy_text_is_the_large_models(models, tokenizer, backend, gamma):
-    call = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": 0, "pad_token_id": 0}
+def test_greedy_text_is_the_large_models(models, tokenizer, plain_texts, backend, gamma):
     cascade, whole, taken_back = enable_cascade(*models), 0, 0
-    for prompt in range(1, 13):
+    for prompt, plain in plain_texts.items():
         inputs = left_padded([[prompt, 2]])
-        plain = models[0].generate(**inputs, **call, logits_processor=[example.JsonProcessor(tokenizer)])
         output = cascade.generate(
-            **inputs, **call, logits_processor=[example.JsonProcessor(tokenizer)], cascade_rule="spec",
+            **inputs, **CALL, logits_processor=[example.JsonProcessor(tokenizer)], cascade_rule="spec",
             cascade_backend=backend, num_assistant_tokens=gamma,
         )  # fmt: skip
         assert torch.equal(output, plain)
@@ -130,13 +141,12 @@ def test_xgrammar(models, tokenizer):
 
     info = xgrammar.TokenizerInfo(WORDS, vocab_size=24, stop_token_ids=[0])
     grammar = xgrammar.GrammarCompiler(info).compile_builtin_json_grammar()
-    call = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": 0, "pad_token_id": 0}
     for backend in ("batched", "assisted"):
         for prompt in range(1, 9):
             inputs = left_padded([[prompt, 2]])
-            plain = models[0].generate(**inputs, **call, logits_processor=[JsonProcessor(grammar)])
+            plain = models[0].generate(**inputs, **CALL, logits_processor=[JsonProcessor(grammar)])
             output = enable_cascade(*models).generate(
-                **inputs, **call, logits_processor=[JsonProcessor(grammar)], cascade_rule="spec",
+                **inputs, **CALL, logits_processor=[JsonProcessor(grammar)], cascade_rule="spec",
                 cascade_backend=backend,
             )  # fmt: skip
             assert torch.equal(output, plain)

@@ -140,8 +140,14 @@ def outcome(kind, way, name):
     return "same weights" if as_bare else "others"
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["DeepSafetySFTTrainer", "SqueezeDPOTrainer"])
+# What one run has together is not also run one by one.
+TOGETHER = "packing, resumed, two processes"
+ONE_BY_ONE = [pytest.param("DeepSafetySFTTrainer", way, marks=pytest.mark.slow) for way in TOGETHER.split(", ")]
+CASES = [("DeepSafetySFTTrainer", way) for way in WAYS if way not in TOGETHER.split(", ")]
+CASES += [("SqueezeDPOTrainer", way) for way in WAYS if "packing" not in way]
+
+
+@pytest.mark.parametrize(("kind", "way"), [*CASES, *ONE_BY_ONE])
 def test_all_callbacks_at_once(kind, way):
     """They leave the weights of a run with the null space alone, which are others than without it."""
     row = re.search(rf"## {kind}\n(?:.*\n)*?\| {way} \|(.*)\|\n", PAGE.read_text(encoding="utf-8"))[1]

@@ -1,10 +1,8 @@
 """The store of In-Run Data Shapley values: what a killed writer loses, and what a resumed run keeps."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -52,19 +50,13 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
         pd.testing.assert_frame_equal(left, right)
 
 
-# Ends at `kill` of the store's own life: before any flush, between flushes, or inside one.
-WRITER = """
-    import os, signal, sys
-
-    from hf_iclr.trainers.data_shapley import store as shapley_store
-    from tests.trainers.data_shapley.test_store import RUN, TRAINED, rows_of
-
-    folder, flushes, inside = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    store, replace, renamed = shapley_store.ShapleyStore(folder, TRAINED), os.replace, []
+def write_until_killed(folder: Path, flushes: int, moment: str) -> None:
+    """The process ends after so many flushes, between two of them or inside the next one."""
+    store, replace, renamed = ShapleyStore(folder, TRAINED), os.replace, []
     store.run = RUN
 
     def killing_replace(source, target):
-        if inside == "inside" and len(renamed) == flushes:
+        if moment == "inside" and len(renamed) == flushes:
             os.kill(os.getpid(), signal.SIGKILL)
         renamed.append(target)
         replace(source, target)
@@ -73,22 +65,22 @@ WRITER = """
     for step in range(1, 100):
         rows = rows_of(step)
         store.add(step, rows, {"sum_validation": float(rows["value"].sum())})
-        if inside == "between" and len(renamed) == flushes and step % 4 == 2:
+        if moment == "between" and len(renamed) == flushes and step % 4 == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if step % 4 == 0:
             store.flush()
-"""
+
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("moment", ["between", "inside"])
 @pytest.mark.parametrize("flushes", [0, 2])
 def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flushes):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path), str(flushes), moment],
-        check=False,
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    process = FORK.Process(target=write_until_killed, args=(tmp_path, flushes, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     if not flushes:
         with pytest.raises(FileNotFoundError, match="found none"):
             read_run(tmp_path)
@@ -106,19 +98,14 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flus
 
 
 def test_killed_from_outside_the_store_is_a_beginning_of_the_run(tmp_path):
-    busy = """
-        import sys
-        from pathlib import Path
-        from tests.trainers.data_shapley.test_store import train
-
-        train(Path(sys.argv[1]), 1, 10**6, flush_every=2)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(busy), str(tmp_path)])
+    process = FORK.Process(target=train, args=(tmp_path, 1, 10**6, 2))
+    process.start()
     while not (tmp_path / f"shapley/{RUN}/part-000000041.parquet").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     found = read_run(tmp_path)
     last = found[1]["step"].max()
     assert last >= 42 and last % 2 == 0
@@ -166,7 +153,10 @@ def test_runs_of_one_folder_do_not_meet(tmp_path):
         assert_equal(found, store.read())
         assert found[0]["value"].iloc[0] == rows_of(10 * number + 1)["value"][0]
     (tmp_path / "shapley" / "run-20300101T000000-00000000").mkdir()  # of one that was killed before it had a value
-    assert_equal(read_run(tmp_path), stores[1].read())  # the last one written
+    for second, store in enumerate(stores):  # the one written last, by times further apart than a clock's ticks
+        for path in (tmp_path / "shapley" / store.run).iterdir():
+            os.utime(path, (2e9 + second, 2e9 + second))
+        assert_equal(read_run(tmp_path), store.read())
 
 
 def test_a_name_that_is_no_run_is_refused(tmp_path):

@@ -272,7 +272,8 @@ def test_memories_on_the_disk_are_the_same_and_none_is_held_in_memory():
         session.add(0, 2, box=[40, 5, 70, 40])
         session.propagate()
         session.correct(3, 1, [[20, 20]], [0])
-        masks.append([session.propagate("both")[frame].masks for frame in range(len(LONG))])
+        found = session.propagate("both")
+        masks.append([found[frame].masks for frame in range(len(LONG))])
     for one, other in zip(*masks, strict=True):
         assert all(np.array_equal(one[obj], other[obj]) for obj in (1, 2))
     for memory in session._memories.values():

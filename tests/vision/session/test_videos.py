@@ -1,11 +1,14 @@
 """Video files of every kind give, in any order, the frames that a plain decoder gives."""
 
+import functools
 import io
 import os
 import random
 import socket
 import struct
+import tempfile
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -49,6 +52,7 @@ KINDS = {
 FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 
 
+@functools.cache
 def pictures(count: int = COUNT, noise: int = 0) -> list[np.ndarray]:
     """A gray that grows by 3 a frame, with a patch at the top left; noise makes files large."""
     shown = []
@@ -60,22 +64,31 @@ def pictures(count: int = COUNT, noise: int = 0) -> list[np.ndarray]:
     return shown
 
 
-def write(path, kind: str, frames=None) -> str:
+@functools.cache
+def film(kind: str, count: int, noise: int) -> bytes:
     """A film of a kind in 24 frames a second; frame 30 is shown for half a second where the rate varies."""
     codec, container, options = KINDS[kind]
-    with av.open(str(path), "w", format=container) as file:
-        stream = file.add_stream(codec, rate=24, options={"threads": "1", "x265-params": "log-level=none", **options})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, FORMATS.get(codec, "yuv420p")
-        for number, picture in enumerate(pictures() if frames is None else frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            if kind == "mp4_varying_rate":
-                frame.pts = number + 11 * (number > 30)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    if kind.endswith("trimmed"):
-        trim(path, container)
-    if kind == "mov_turned":
-        turn(path, (0, 1, -1, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "film")
+        with av.open(str(path), "w", format=container) as file:
+            threads = {"threads": "1", "x265-params": "log-level=none"}
+            stream = file.add_stream(codec, rate=24, options={**threads, **options})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, FORMATS.get(codec, "yuv420p")
+            for number, picture in enumerate(pictures(count, noise)):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if kind == "mp4_varying_rate":
+                    frame.pts = number + 11 * (number > 30)
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+        if kind.endswith("trimmed"):
+            trim(path, container)
+        if kind == "mov_turned":
+            turn(path, (0, 1, -1, 0))
+        return path.read_bytes()
+
+
+def write(path, kind: str, count: int = COUNT, noise: int = 0) -> str:
+    path.write_bytes(film(kind, count, noise))
     return str(path)
 
 
@@ -188,7 +201,7 @@ def test_what_is_no_file_has_no_times():
 )
 def test_frames_are_shown_as_the_display_matrix_says(matrix, shown, tmp_path):
     path = tmp_path / "phone.mp4"
-    write(path, "mp4", pictures(3))
+    write(path, "mp4", 3)
     lying = plain_decode(path)
     turn(path, matrix)
     frames = open_video(path)
@@ -218,7 +231,7 @@ def test_images_are_turned_as_exif_says(orientation, tmp_path):
 @pytest.mark.parametrize("kind", ["mp4_b_frames", "mp4_hevc", "mkv", "avi_mpeg4", "avi_h264", "ts", "ps"])
 def test_after_damage_decoding_goes_on_and_it_is_told(kind, place, tmp_path, caplog):
     path = tmp_path / "film"
-    write(path, kind, pictures(80, noise=90))
+    write(path, kind, 80, 90)
     data, dice = bytearray(path.read_bytes()), random.Random(0)
     assert len(data) > 15_000
     start = int(place * len(data))
@@ -308,7 +321,7 @@ def test_a_pipe_is_read_once_and_forward(tmp_path):
 
 
 def test_an_empty_film_is_told(tmp_path):
-    data = bytearray(open(write(tmp_path / "a.mp4", "mp4", pictures(5)), "rb").read())  # noqa: SIM115
+    data = bytearray(open(write(tmp_path / "a.mp4", "mp4", 5), "rb").read())  # noqa: SIM115
     start = data.index(b"mdat") + 4
     data[start : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - start)
     (tmp_path / "a.mp4").write_bytes(data)
