@@ -41,8 +41,9 @@ from transformers import AutoModelForCausalLM
 from common.cascade_baselines import bild_generate, sequence_cascade_generate
 from common.report import print_table
 from hf_iclr import build_draft_model, enable_cascade
-from hf_iclr.generation.calibration.calibrate import calibrate_cascade, large_alone
+from hf_iclr.generation.calibration.calibrate import calibrate_cascade, write_alone
 from hf_iclr.generation.calibration.sweep import mean_log_probability, sweep_cascade
+from hf_iclr.generation.calibration.teacher_forcing import prepare_config
 from hf_iclr.models import pad_rows
 from hf_iclr.tour.demo.language_model import load_demo_model
 
@@ -67,10 +68,11 @@ def docstrings(count: int) -> list[str]:
 
 def wall_speedup(model, tokenizer, texts: list[str], max_new_tokens: int) -> float:
     """Seconds a token of the large model alone over those of the cascade, prompt by prompt in turn."""
+    config = prepare_config(model, **SAMPLING, max_new_tokens=max_new_tokens)
     plain = cascade = plain_tokens = cascade_tokens = 0.0
     for text in texts:
         inputs = pad_rows([tokenizer(text)["input_ids"][:32]], device=model.device)
-        _, tokens, seconds = large_alone(model, inputs, **SAMPLING, max_new_tokens=max_new_tokens)
+        _, tokens, seconds = write_alone(model, inputs, config)
         plain, plain_tokens = plain + seconds, plain_tokens + tokens
         begin = time.perf_counter()
         output = model.generate(**inputs, **SAMPLING, max_new_tokens=max_new_tokens)

@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import UniversalSpeculativeDeco
 from .cache_argument import find_cache
 from .cached_decoder import align_vocabulary, vocabulary_size
 from .cascade_call import CascadeStatistics
-from .deferral_rules import DEFERRAL_RULES, Distributions, cascade_target, one_hot_of_largest, total_variation
+from .deferral_rules import DEFERRAL_RULES, Distributions, decide, mixed_probs
 from .row_processors import WARPERS, Rewindable, process, rewindable, unscaled_probs
 
 
@@ -251,19 +251,16 @@ class CascadeScores(LogitsProcessor):
         if index >= drafted or input_ids.shape[-1] - call.prompt_length < call.options.strict_prefix:
             generator.positions.append((1.0, 0.0))
             return scores
-        p_unscaled = unscaled_probs(raw, banned)
-        p = scores.softmax(-1) if call.do_sample else one_hot_of_largest(scores)
+        rule, greedy = call.options.rule, not call.do_sample
+        p = Distributions(mixed_probs(rule, scores, greedy), unscaled_probs(raw, banned))
         if generator.candidate_scores is None:  # drafted greedily in another vocabulary: a token and no q
-            draft = generator.candidate_ids[:, generator.prompt_and_accepted + index]
-            q = q_unscaled = Distributions.one_hot(draft, scores.shape[-1]).probs
+            q = Distributions.one_hot(generator.candidate_ids[:, input_ids.shape[-1]], scores.shape[-1])
         else:
             q_scores = generator.candidate_scores[:, index].to(scores)
-            q = q_scores.softmax(-1) if call.do_sample else one_hot_of_largest(q_scores)
             q_unscaled = unscaled_probs(generator.raw_logits[:, index].to(scores), banned)
-        if not call.do_sample and call.options.rule == "ensemble":
-            q, p = q_scores.softmax(-1), scores.softmax(-1)
-        pi, deferred = cascade_target(call.options.rule, call.options.alpha, q, p, q_unscaled, p_unscaled)
-        generator.positions.append((float(deferred), float(total_variation(pi, p))))
+            q = Distributions(mixed_probs(rule, q_scores, greedy), q_unscaled)
+        pi, deferred, drift = decide(rule, call.options.alpha, q, p, greedy)
+        generator.positions.append((float(deferred), float(drift)))
         return pi.log()
 
 

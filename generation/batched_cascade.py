@@ -13,12 +13,11 @@ from .deferral_rules import (
     Accepted,
     Distributions,
     accept_drafts,
-    cascade_target,
+    decide,
     draw_next,
     draw_siblings,
-    one_hot_of_largest,
+    mixed_probs,
     sample,
-    total_variation,
 )
 from .proposals import DraftLength, Plan, TextLookup, measure_rounds
 from .row_processors import RowProcessors, RowTexts, unscaled_probs
@@ -283,24 +282,20 @@ class BatchedCascade:
             return torch.cat([self.texts.of_row(self.rows[index]), drafts[index, :drafted]])[None]
 
         scores, banned = self.processors(logits, self.rows, in_use, context)
-        one_hot = self.greedy and self.options.rule != "ensemble"  # that one takes the argmax of the mixture instead
-        probs = one_hot_of_largest(scores) if one_hot else scores.softmax(-1)
-        if not reads_unscaled or (scores is logits and not one_hot):
+        probs = mixed_probs(self.options.rule, scores, self.greedy)
+        if not reads_unscaled or (scores is logits and not self.greedy):
             return scores, Distributions(probs, probs)
         return scores, Distributions(probs, unscaled_probs(logits, banned))
 
     def _target(self, q: Distributions, p: Distributions, start):
         """π, deferred mass and TV(π, p) at positions from `start` (a number, or one a row) after the text's end."""
-        rule, alpha = self.options.rule, self.options.alpha
-        pi, deferred = cascade_target(rule, alpha, q.probs, p.probs, q.unscaled, p.unscaled)
+        strict = None
         if self.options.strict_prefix:
-            index = self.texts.produced[self.rows] + start
-            strict = index[:, None] + torch.arange(pi.shape[1], device=pi.device) < self.options.strict_prefix
-            pi = torch.where(strict[..., None], p.probs, pi)
-            deferred = torch.where(strict, 1.0, deferred)
-        if self.greedy and self.options.rule == "ensemble":
-            pi = one_hot_of_largest(pi)
-        return pi, deferred, total_variation(pi, p.probs)
+            index = (self.texts.produced[self.rows] + start)[:, None] + torch.arange(
+                p.probs.shape[1], device=q.probs.device
+            )
+            strict = index < self.options.strict_prefix
+        return decide(self.options.rule, self.options.alpha, q, p, self.greedy, strict)
 
     def _accept(self, drafts, siblings, q, p, lengths):
         """What is kept of the drafts, π at each; and deferred mass and TV(π, p), with a column for one more."""

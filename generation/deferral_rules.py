@@ -158,6 +158,27 @@ def cascade_target(
     return kept_q + deferred * p, deferred[..., 0]
 
 
+def mixed_probs(rule: str, scores: torch.Tensor, greedy: bool) -> torch.Tensor:
+    """What a rule mixes, of processed scores `(..., vocab_size)`; in greedy decoding `ensemble` mixes first."""
+    return one_hot_of_largest(scores) if greedy and rule != "ensemble" else scores.softmax(-1)
+
+
+def decide(
+    rule: str, alpha: float, q: Distributions, p: Distributions, greedy: bool, strict: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    π of a call, the deferred mass and TV(π, p), tensors of shape `(...)`, of what [`mixed_probs`] gave. `strict`,
+    boolean of shape `(...)`, says where the large model decides whatever the rule.
+    """
+    pi, deferred = cascade_target(rule, alpha, q.probs, p.probs, q.unscaled, p.unscaled)
+    if strict is not None:
+        pi, deferred = torch.where(strict[..., None], p.probs, pi), torch.where(strict, 1.0, deferred)
+    large = p.probs
+    if greedy and rule == "ensemble":
+        pi, large = one_hot_of_largest(pi), one_hot_of_largest(large)
+    return pi, deferred, total_variation(pi, large)
+
+
 def total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Total variation distance Σ_v max(0, p(v) - q(v)) of distributions of shape `(..., vocab_size)`."""
     return (p - q).clamp(min=0).sum(-1)

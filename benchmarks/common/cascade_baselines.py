@@ -219,7 +219,7 @@ class _Row:
         """
         length = len(self.ids) if length is None else length
         ids = torch.tensor(self.ids, device=self.device)
-        return processed_probs(logits, ids, length, self.processors, do_sample=not greedy)[0]
+        return processed_probs(logits, ids, length, self.processors, greedy).probs
 
     def choose(self, logits: torch.Tensor, length: int | None = None) -> int:
         return int(sample(self.probabilities(logits, greedy=not self.config.do_sample, length=length)))

@@ -2,11 +2,10 @@
 
 import logging
 import math
-import statistics as stats
 import time
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,9 @@ from ..cascade_generation import SpeculativeCascadeGenerationMixin
 from ..configuration_speculative_cascade import SpeculativeCascadeConfig
 from ..deferral_rules import DEFERRAL_RULES
 from .teacher_forcing import (
-    ALPHA_GRIDS,
     THRESHOLD_RULES,
     TeacherForcedTexts,
     expected_rounds,
-    finer_grid,
     prepare_config,
     read_texts,
     small_model,
@@ -37,6 +34,12 @@ logger = logging.getLogger(__name__)
 TARGETS = ("deferral_rate", "acceptance", "speedup")
 _ROUNDS = 3  # of correction on the cascade's own text
 _TIMED_TEXTS = 3
+_RATES = {
+    "deferral_rate": ("deferred", "new_tokens"),
+    "acceptance": ("accepted", "drafted"),
+    "tokens_per_large_forward": ("new_tokens", "rounds"),
+    "drift": ("drift", "new_tokens"),
+}
 
 
 class CascadeCosts(NamedTuple):
@@ -47,7 +50,7 @@ class CascadeCosts(NamedTuple):
     verify: float  # a forward of the large model over γ+1 tokens
     overhead: float  # the rest of a round
 
-    def speedup(self, new_tokens: float, rounds: float, small_forwards: float) -> float:
+    def speedup(self, new_tokens, rounds, small_forwards):
         """Time of the large model alone over that of the cascade, `t_1 E / (s c + v + h)` with E tokens a round."""
         return new_tokens * self.plain / (small_forwards * self.draft + rounds * (self.verify + self.overhead))
 
@@ -176,7 +179,7 @@ def calibrate_cascade(
     if rule is None:
         rule = _setting(model, small, "cascade_rule")
         rule = "token_v3" if rule == "spec" else rule  # the default has no alpha
-    if rule not in THRESHOLD_RULES and rule not in ALPHA_GRIDS:
+    if rule == "spec" or rule not in DEFERRAL_RULES:
         raise ValueError(
             f"Expected a rule with an alpha to calibrate, got {rule!r}. Choose one of "
             f"{', '.join(known for known in DEFERRAL_RULES if known != 'spec')}."
@@ -194,30 +197,29 @@ def calibrate_cascade(
     config = prepare_config(model, max_new_tokens=max_new_tokens, **generation_kwargs)
     call = {"num_assistant_tokens": int(gamma), "max_new_tokens": max_new_tokens, **generation_kwargs}
     if padding_token(config) is None:
-        call["pad_token_id"] = 0  # rows of a batch end at different lengths
+        call["pad_token_id"] = config.pad_token_id = 0  # rows of a batch end at different lengths
     run = _Run(model, small, rule, int(gamma), config, call, batch_size, seed)
-
-    run.costs = run.time(halves[0][:_TIMED_TEXTS])
+    run.time(halves[0][:_TIMED_TEXTS])
     texts = read_texts(model, small, halves[0], rule, config)
     alpha = teacher_forced = run.solve(texts, name, value, strict=True)
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
-    predicted, measured, error = run.predict(texts, name, alpha), None, None
+    predicted, measured, error = run.rate(name, run.expect(texts, alpha)), None, None
     if check:
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
-            texts = read_texts(model, small, generated, rule, config, alphas=finer_grid(rule, alpha))
-            rate, _ = run.measure(counts, name, texts, alpha)
-            expected = run.predict(texts, name, alpha)
-            # What reading the texts doesn't see (end of text inside drafts, schedules) changes the rate by this
+            texts = read_texts(model, small, generated, rule, config)
+            expected = run.expect(texts, alpha)
+            # Reading the texts doesn't see all (end of text inside drafts, schedules): it changes the rate by a
             # factor.
-            factor = rate / expected if expected else 1.0
+            rate, known = run.measure(name, counts, expected)[0], run.rate(name, expected)
+            factor = rate / known if known else 1.0
             logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
             alpha = run.solve(texts, name, value / factor, strict=False)
-            predicted = factor * run.predict(texts, name, alpha)
+            predicted = factor * run.rate(name, run.expect(texts, alpha))
             if abs(rate / value - 1) < 0.02:
                 break
         _, counts = run.generate(halves[1], alpha)
-        measured, error = run.measure(counts, name, texts, alpha)
+        measured, error = run.measure(name, counts, run.expect(texts, alpha))
         logger.info("On held-out prompts %s alpha=%.4g gives %s=%.4g ± %.2g.", rule, alpha, name, measured, error)
         if abs(measured / value - 1) > 0.1:
             logger.warning(
@@ -225,91 +227,103 @@ def calibrate_cascade(
                 name, measured, value,
             )  # fmt: skip
     if apply:
-        for target_config in (model.generation_config, model.config):
-            if target_config is model.generation_config or isinstance(target_config, SpeculativeCascadeConfig):
-                target_config.cascade_rule, target_config.cascade_alpha = rule, alpha
+        composite = [model.config] if isinstance(model.config, SpeculativeCascadeConfig) else []
+        for defaults in (model.generation_config, *composite):
+            defaults.cascade_rule, defaults.cascade_alpha = rule, alpha
         model.generation_config.num_assistant_tokens = int(gamma)
     return CascadeCalibration(
         name, value, rule, alpha, teacher_forced, predicted, measured, error, run.table(texts), run.costs
     )
 
 
+@dataclass
 class _Run:
     """What every step of a calibration shares."""
 
-    costs: CascadeCosts
+    model: Any
+    small: Any
+    rule: str
+    gamma: int
+    config: Any
+    call: dict[str, Any]
+    batch_size: int
+    seed: int
+    costs: CascadeCosts | None = None
 
-    def __init__(self, model, small, rule, gamma, config, call, batch_size, seed):
-        self.model, self.small, self.rule, self.gamma = model, small, rule, gamma
-        self.config, self.call, self.batch_size, self.seed = config, call, batch_size, seed
-
-    def generate(self, texts: list[Text], alpha: float) -> tuple[list[Text], list[dict]]:
+    def generate(self, texts: list[Text], alpha: float) -> tuple[list[Text], pd.DataFrame]:
         """Continues the prompts of `texts`; the counts of each."""
         generated, counts = [], []
         with torch.random.fork_rng(), tqdm(total=len(texts), desc=f"alpha={alpha:.4g}", unit="prompt") as progress:
             torch.manual_seed(self.seed)
             for start in range(0, len(texts), self.batch_size):
-                batch = texts[start : start + self.batch_size]
-                inputs = pad_rows([text.prompt for text in batch], "left", device=self.model.device)
+                prompts = [text.prompt for text in texts[start : start + self.batch_size]]
+                inputs = pad_rows(prompts, "left", device=self.model.device)
                 output = self.model.generate(**inputs, **self.call, cascade_rule=self.rule, cascade_alpha=alpha)
-                done = self.model.cascade_statistics
-                width = inputs["input_ids"].shape[1]
-                for index, text in enumerate(batch):
-                    new = output[index, width : width + done.new_tokens[index]].tolist()
-                    generated.append(Text(text.prompt, new))
+                new, done = output[:, inputs["input_ids"].shape[1] :].tolist(), self.model.cascade_statistics
+                for index, prompt in enumerate(prompts):
+                    generated.append(Text(prompt, new[index][: done.new_tokens[index]]))
                     counts.append(done.row(index))
-                progress.update(len(batch))
-        return generated, counts
+                progress.update(len(prompts))
+        return generated, pd.DataFrame(counts)
 
-    def time(self, texts: list[Text]) -> CascadeCosts:
+    def time(self, texts: list[Text]) -> None:
         """Times the cascade and the large model alone, one after the other on each prompt, after a warm-up."""
-        plain, draft, verify, overhead = [], [], [], []
+        seconds = []
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            for index, text in enumerate(tqdm([texts[0], *texts], desc="timing", unit="prompt")):
+            for text in tqdm([texts[0], *texts], desc="timing", unit="prompt"):
                 inputs = pad_rows([text.prompt], device=self.model.device)
-                _, tokens, seconds = large_alone(self.model, inputs, **self.call)
+                _, tokens, alone = write_alone(self.model, inputs, self.config)
                 # any alpha: it changes how many forwards there are, not what one costs
                 alpha = 0.0 if self.rule in THRESHOLD_RULES else 0.5
                 self.model.generate(**inputs, **self.call, cascade_rule=self.rule, cascade_alpha=alpha)
                 done = self.model.cascade_statistics
-                if index:
-                    plain.append(seconds / tokens)
-                    draft.append(done.draft_seconds / done.small_forwards)
-                    verify.append(done.verify_seconds / done.large_forwards)
-                    overhead.append(done.overhead_seconds / done.large_forwards)
-        return CascadeCosts(*(stats.median(times) for times in (plain, draft, verify, overhead)))
+                round_ = np.array([done.verify_seconds, done.overhead_seconds]) / done.large_forwards
+                seconds.append([alone / tokens, done.draft_seconds / done.small_forwards, *round_])
+        self.costs = CascadeCosts(*np.median(seconds[1:], axis=0).tolist())
 
-    def predict(self, texts: TeacherForcedTexts, name: str, alpha: float) -> float:
-        """A column of the table at `alpha` if the cascade wrote `texts`."""
+    def expect(self, texts: TeacherForcedTexts, alpha: float) -> pd.Series:
+        """Counts of all texts together at `alpha`, if the cascade wrote them."""
         deferred, acceptance, drift = texts.rates(alpha)
-        tokens = texts.lengths.sum()
-        if name in ("deferral_rate", "drift"):
-            return float((deferred if name == "deferral_rate" else drift).sum() / tokens)
-        rounds = expected_rounds(acceptance, texts.lengths, self.gamma)
-        if name == "acceptance":
-            return rounds.accepted / rounds.drafted
-        if name == "tokens_per_large_forward":
-            return float(tokens / rounds.rounds)
-        return float(self.costs.speedup(tokens, rounds.rounds, rounds.small_forwards))
+        rounds = expected_rounds(acceptance, texts.lengths, self.gamma)._asdict()
+        totals = {"new_tokens": texts.lengths.sum(), "deferred": deferred.sum(), "drift": drift.sum()}
+        return pd.Series(totals | rounds)
+
+    def rate(self, name: str, counts):
+        """A column of the table, of counts that are numbers or columns of numbers."""
+        if name == "speedup":
+            return self.costs.speedup(counts.new_tokens, counts.rounds, counts.small_forwards)
+        above, below = _RATES[name]
+        return counts[above] / counts[below]
+
+    def measure(self, name: str, counts: pd.DataFrame, expected: pd.Series) -> tuple[float, float]:
+        """
+        A rate over all prompts, and its standard error by leaving out one prompt at a time. Forwards that the small
+        model adds after fully accepted drafts are not counted by prompt, but are as `expected`.
+        """
+        small_forwards = counts.drafted * (expected.small_forwards / expected.drafted)
+        counts = counts.drop(columns="call").assign(small_forwards=small_forwards).astype(float)
+        totals, error = counts.sum(), 0.0
+        if len(counts) > 1:
+            error = float(self.rate(name, totals - counts).std(ddof=0)) * (len(counts) - 1) ** 0.5
+        return float(self.rate(name, totals)), error
 
     def solve(self, texts: TeacherForcedTexts, name: str, value: float, strict: bool) -> float:
         """The alpha that gives `value`; the nearest one if none does, or with `strict` a `ValueError`."""
 
         def rate(alpha):
-            return self.predict(texts, name, alpha)
+            return float(self.rate(name, self.expect(texts, alpha)))
 
-        ends = sorted((rate(alpha), float(alpha)) for alpha in (texts.alphas[0], texts.alphas[-1]))
-        nearest = min(ends, key=lambda end: abs(end[0] - value))
-        if not ends[0][0] <= value <= ends[1][0]:
+        (low, below), (high, above) = sorted((rate(alpha), float(alpha)) for alpha in texts.alphas[[0, -1]])
+        if not low <= value <= high:
+            nearest, alpha = min((low, below), (high, above), key=lambda end: abs(end[0] - value))
             if strict:
                 raise ValueError(
                     f"{name}={value:g} can't be reached with rule {self.rule!r} and {self.gamma} drafted tokens on "
-                    f"this text: expected a value in [{ends[0][0]:.4g}, {ends[1][0]:.4g}]. The nearest is "
-                    f"{nearest[0]:.4g} at alpha={nearest[1]:.4g}."
+                    f"this text: expected a value in [{low:.4g}, {high:.4g}]. The nearest is {nearest:.4g} at "
+                    f"alpha={alpha:.4g}."
                 )
-            return nearest[1]
-        below, above = ends[0][1], ends[1][1]  # alphas whose rates enclose the value
+            return alpha
         for _ in range(60):
             middle = (below + above) / 2
             if rate(middle) <= value:
@@ -320,39 +334,17 @@ class _Run:
         return min((below, above), key=lambda alpha: abs(rate(alpha) - value))
 
     def table(self, texts: TeacherForcedTexts) -> pd.DataFrame:
+        counts = pd.DataFrame([self.expect(texts, alpha) for alpha in texts.alphas])
         names = ("deferral_rate", "acceptance", "tokens_per_large_forward", "speedup", "drift")
-        return pd.DataFrame(
-            {"alpha": alpha, **{name: self.predict(texts, name, alpha) for name in names}} for alpha in texts.alphas
-        )
-
-    def measure(self, counts: list[dict], name: str, texts: TeacherForcedTexts, alpha: float):
-        """
-        A rate over all prompts, and its standard error, that of a ratio of sums over independent prompts. Forwards
-        that the small model adds after fully accepted drafts are not counted by prompt, but expected from `texts`.
-        """
-        if name == "deferral_rate":
-            pairs = [(row["deferred"], row["new_tokens"]) for row in counts]
-        elif name == "acceptance":
-            pairs = [(row["accepted"], row["drafted"]) for row in counts]
-        else:
-            expected = expected_rounds(texts.rates(alpha)[1], texts.lengths, self.gamma)
-            draft = self.costs.draft * expected.small_forwards / expected.drafted
-            round_ = self.costs.verify + self.costs.overhead
-            pairs = [
-                (row["new_tokens"] * self.costs.plain, row["drafted"] * draft + row["rounds"] * round_)
-                for row in counts
-            ]
-        above, below = np.array(pairs, dtype=float).T
-        rate = above.sum() / below.sum()
-        residual = np.square(above - rate * below).sum() * len(pairs) / max(1, len(pairs) - 1)
-        return float(rate), float(np.sqrt(residual) / below.sum())
+        return pd.DataFrame({"alpha": texts.alphas, **{name: self.rate(name, counts) for name in names}})
 
 
-def large_alone(model, inputs: dict[str, torch.Tensor], **call) -> tuple[torch.Tensor, int, float]:
-    """Plain `generate` of a cascade's large model for one prompt: its sequences, new tokens and seconds."""
-    begin = time.perf_counter()
-    call = {name: value for name, value in call.items() if name not in CASCADE_DEFAULTS}
-    output = super(SpeculativeCascadeGenerationMixin, model).generate(**inputs, **call)
+def write_alone(model, inputs: dict[str, torch.Tensor], config) -> tuple[torch.Tensor, int, float]:
+    """Plain `generate` of one prompt, by the large model where it is a cascade: sequences, new tokens and seconds."""
+    begin, plain = time.perf_counter(), model
+    if isinstance(model, SpeculativeCascadeGenerationMixin):
+        plain = super(SpeculativeCascadeGenerationMixin, model)
+    output = plain.generate(**inputs, generation_config=config)
     return output, output.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - begin
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hf_iclr.models import answer_logits, pad_rows, to_prompt_ids
 
 from ..cascade_call import padding_token
 from ..deferral_rules import check_rule
-from .calibrate import large_alone
+from .calibrate import write_alone
 from .teacher_forcing import prepare_config, small_model
 
 
@@ -196,41 +195,38 @@ def sweep_cascade(
     measure = _quality_function(metric)
 
     call = {"max_new_tokens": max_new_tokens, **generation_kwargs}
-    config = prepare_config(model, **call)
+    config = prepare_config(model, **call)  # the small model samples as the large one would
     if padding_token(config) is None:
         call["pad_token_id"] = config.pad_token_id = 0
+    if num_assistant_tokens is not None:
+        call["num_assistant_tokens"] = num_assistant_tokens
     ids = [
         tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else to_prompt_ids(tokenizer, prompt)
         for prompt in prompts
     ]
-    inputs = [pad_rows([prompt], device=model.device) for prompt in ids]
-    drafts = {} if num_assistant_tokens is None else {"num_assistant_tokens": num_assistant_tokens}
 
-    def run(rule, alpha, one):
-        if rule not in (LARGE, SMALL):
-            output = model.generate(**one, **call, **drafts, cascade_rule=rule, cascade_alpha=alpha)
-            return output, model.cascade_statistics.to_dict()
-        begin = time.perf_counter()
-        if rule == LARGE:
-            output = large_alone(model, one, **call)[0]
-        else:  # it samples as the large one would
-            output = small.generate(**one, generation_config=config)
-        half, new, length = rule.split()[0], output.shape[1] - one["input_ids"].shape[1], output.shape[1]
-        counts = {"new_tokens": new, "total_seconds": time.perf_counter() - begin}
-        counts |= {f"{half}_forwards": new, f"{half}_tokens": length - 1}
-        return output, counts | ({"deferred": new} if rule == LARGE else {"drift": math.nan})
+    def run(rule, alpha, prompt):
+        one = pad_rows([prompt], device=model.device)
+        if rule in (LARGE, SMALL):
+            half = rule.split()[0]
+            output, new, seconds = write_alone(model if rule == LARGE else small, one, config)
+            counts = {f"{half}_forwards": new, f"{half}_tokens": output.shape[1] - 1}
+            counts |= {"deferred": new} if rule == LARGE else {"drift": math.nan}
+            return output[0, len(prompt) :], {"new_tokens": new, "total_seconds": seconds, **counts}
+        output = model.generate(**one, **call, cascade_rule=rule, cascade_alpha=alpha)
+        return output[0, len(prompt) :], model.cascade_statistics.to_dict()
 
     runs = [(LARGE, math.nan), (SMALL, math.nan), *((rule, alpha) for rule in rules for alpha in rules[rule])]
     rows, texts = [], []
     weights = [matmul_weights(half) for half in model.cascade_pair]
-    with torch.random.fork_rng(), tqdm(total=len(runs) * len(inputs), desc="sweep", unit="prompt") as progress:
-        run(*runs[0], inputs[0])  # warm-up
+    with torch.random.fork_rng(), tqdm(total=len(runs) * len(ids), desc="sweep", unit="prompt") as progress:
+        run(*runs[0], ids[0])  # warm-up
         for rule, alpha in runs:
             torch.manual_seed(seed)
             outputs, done = [], []
-            for one in inputs:
-                output, counts = run(rule, alpha, one)
-                outputs.append(output[0, one["input_ids"].shape[1] :][: counts["new_tokens"]])
+            for prompt in ids:
+                output, counts = run(rule, alpha, prompt)
+                outputs.append(output)
                 done.append(counts)
                 progress.update()
             texts.append(tokenizer.batch_decode(outputs, skip_special_tokens=True))

@@ -13,31 +13,24 @@ from hf_iclr.models import answer_logits
 from ..cached_decoder import align_vocabulary, reads_states, same_vocabulary, vocabulary_size
 from ..cascade_call import CASCADE_DEFAULTS
 from ..cascade_generation import SpeculativeCascadeGenerationMixin
-from ..deferral_rules import cascade_target, one_hot_of_largest, total_variation
+from ..deferral_rules import Distributions, decide, mixed_probs, one_hot_of_largest, total_variation
 from ..row_processors import process, unscaled_probs
 from .texts import Text
 
 
 # Rules that keep all of the draft or nothing: there is one alpha per position at which they start to keep it.
 THRESHOLD_RULES = ("chow", "chow_log", "diff", "opt", "opt_log")
-# The other rules are evaluated on these values of alpha, and interpolated linearly in between.
+# The other rules are evaluated at these alphas, and interpolated in between. Where p is compared with (1 - alpha)
+# times something, factors of 1 - alpha count.
+_FACTORS = np.union1d(np.arange(9) / 10, 1 - np.geomspace(0.1, 1e-6, 16))
 ALPHA_GRIDS = {
-    "token_v1": [i / 10 for i in range(-10, 11)],
-    "token_v2": [i / 20 for i in range(21)],
-    "token_v3": [
-        *(i / 10 for i in range(9)),
-        0.85,
-        0.9,
-        0.95,
-        0.98,
-        0.99,
-        *(1 - 10**-k for k in (2.5, 3, 4, 5, 6)),
-        1.0,
-    ],
-    "lossy": [*(i / 10 for i in range(9)), 0.85, 0.9, 0.95, 0.98, 0.99, 0.999],
-    "ensemble": [i / 10 for i in range(11)],
+    "token_v1": np.arange(-10, 11) / 10,
+    "token_v2": np.arange(21) / 20,
+    "token_v3": np.append(_FACTORS, 1.0),
+    "lossy": _FACTORS,
+    "ensemble": np.arange(11) / 10,
 }
-_CHUNK = 2**20  # probabilities worked on at a time, so that they stay in the processor's cache
+_CHUNK = 2**20  # logits that are read at a time
 
 
 class Rounds(NamedTuple):
@@ -61,25 +54,22 @@ class TeacherForcedTexts:
             One of [`DEFERRAL_RULES`] that has an alpha.
         lengths (`np.ndarray` of shape `(texts,)`):
             Tokens of each continuation.
-        alphas (`np.ndarray` of shape `(grid,)`, *optional*):
-            Increasing; `None` for threshold rules.
         stored (`np.ndarray` of shape `(2, texts, length)` or `(grid, 3, texts, length)`):
             Of a threshold rule the smallest alpha at which the draft is kept, and TV(p, q); else the rates at each
             alpha.
     """
 
-    def __init__(self, rule: str, lengths: np.ndarray, alphas: np.ndarray | None, stored: np.ndarray):
-        self.rule, self.lengths, self.stored = rule, lengths, stored
+    def __init__(self, rule: str, lengths: np.ndarray, stored: np.ndarray):
+        self.lengths, self.stored, self.grid = lengths, stored, ALPHA_GRIDS.get(rule)
         self.mask = np.arange(lengths.max()) < lengths[:, None]
-        self.grid = alphas
-        if alphas is None:
+        if self.grid is None:
             scores = stored[0][self.mask]
             scores = scores[np.isfinite(scores)] if np.isfinite(scores).any() else np.zeros(1)
             alphas = np.unique(np.quantile(scores, np.linspace(0, 1, 17)).astype(float))
             # Probabilities are float32: this far below the smallest score no position keeps its draft.
-            ends = alphas[0] - 1e-6 * (1 + abs(alphas[0])), alphas[-1] + 1e-6 * (1 + abs(alphas[-1]))
-            alphas = np.concatenate([ends[:1], alphas[1:-1], ends[1:]])
-        self.alphas = alphas  # worth tabulating: the grid, or quantiles; beyond its ends nothing changes
+            alphas[[0, -1]] += np.array([-1e-6, 1e-6]) * (1 + np.abs(alphas[[0, -1]]))
+        # worth tabulating: the grid, or quantiles; beyond its ends nothing changes
+        self.alphas = alphas if self.grid is None else self.grid
 
     def rates(self, alpha: float) -> np.ndarray:
         """
@@ -91,30 +81,9 @@ class TeacherForcedTexts:
             deferred = score > alpha
             return np.stack([deferred, 1 - deferred * variation, ~deferred * variation]) * self.mask
         upper = int(np.clip(np.searchsorted(self.grid, alpha), 1, len(self.grid) - 1))
-        low, high, here = (alpha_coordinate(self.rule, a) for a in (self.grid[upper - 1], self.grid[upper], alpha))
-        share = np.clip((here - low) / (high - low), 0, 1)
+        low, high = self.grid[upper - 1 : upper + 1]
+        share = np.clip((alpha - low) / (high - low), 0, 1)
         return (1 - share) * self.stored[upper - 1] + share * self.stored[upper]
-
-
-def alpha_coordinate(rule: str, alpha: float) -> float:
-    """Where alpha stands on an axis along which the rates of a rule change evenly."""
-    if rule in ("token_v3", "lossy"):  # p is compared with (1 - alpha) times something: factors count
-        return -math.log(max(1 - alpha, 1e-9))
-    return alpha
-
-
-def finer_grid(rule: str, alpha: float) -> list[float] | None:
-    """The rule's grid with more points in the cell around `alpha`; `None` for threshold rules, which need none."""
-    if rule in THRESHOLD_RULES:
-        return None
-    grid = np.array(ALPHA_GRIDS[rule])
-    upper = int(np.clip(np.searchsorted(grid, alpha), 1, len(grid) - 1))
-    low, high = grid[upper - 1], grid[upper]
-    if rule in ("token_v3", "lossy"):
-        between = 1 - np.geomspace(1 - low, max(1 - high, 1e-9), 6)[1:-1]
-    else:
-        between = np.linspace(low, high, 6)[1:-1]
-    return np.union1d(grid, between).tolist()
 
 
 def expected_rounds(acceptance: np.ndarray, lengths: np.ndarray, num_assistant_tokens: int) -> Rounds:
@@ -150,58 +119,43 @@ def expected_rounds(acceptance: np.ndarray, lengths: np.ndarray, num_assistant_t
 
 
 @torch.no_grad()
-def read_texts(
-    model, assistant_model, texts: Sequence[Text], rule: str, config, alphas: Sequence[float] | None = None
-) -> TeacherForcedTexts:
+def read_texts(model, assistant_model, texts: Sequence[Text], rule: str, config) -> TeacherForcedTexts:
     """
     Reads texts once with both models, decoders of one vocabulary, and keeps the rates of `rule`, of the continuations
-    alone. `config` is prepared as in `generate`; `alphas`, increasing, are the grid of a rule without a threshold, its
-    own when left out.
+    alone. `config` is prepared as in `generate`.
     """
-    by_threshold = rule in THRESHOLD_RULES
-    grid = None if by_threshold else np.array(ALPHA_GRIDS[rule] if alphas is None else alphas)
+    greedy, grid, size = not config.do_sample, ALPHA_GRIDS.get(rule), vocabulary_size(model)
     lengths = np.array([len(text.continuation) for text in texts])
     stored = np.zeros((2 if grid is None else 3 * len(grid), len(texts), lengths.max()), dtype=np.float32)
-    size, halves = vocabulary_size(model), []
-    batch_size = max(1, _CHUNK // int(lengths.max() * size))
+    halves = []
     for half in (assistant_model, model):
         largest = vocabulary_size(half) - 1
-        parts = [[[min(token, largest) for token in ids] for ids in column] for column in zip(*texts, strict=True)]
-        halves.append(answer_logits(half, parts[0], parts[1], batch_size))
+        prompts, answers = (
+            [[min(token, largest) for token in ids] for ids in column] for column in zip(*texts, strict=True)
+        )
+        halves.append(answer_logits(half, prompts, answers, max(1, _CHUNK // int(lengths.max() * size))))
     with tqdm(total=len(texts), desc="reading texts", unit="text") as progress:
-        for (rows, q_logits), (_, p_logits) in zip(*halves, strict=True):
-            group = [texts[row] for row in rows]
-            q, q0 = _next_token_probs(model, group, align_vocabulary(q_logits, size), config)
-            p, p0 = _next_token_probs(model, group, p_logits, config)
-            values = []
-            for part in zip(*(probs.split(max(1, _CHUNK // size)) for probs in (q, p, q0, p0)), strict=True):
+        for (rows, *q_logits), (_, *p_logits) in zip(*halves, strict=True):
+            for row, *both in zip(rows, *q_logits, *p_logits, strict=True):
+                prompt, answer = texts[row]
+                ids = torch.tensor([*prompt, *answer], device=model.device)
+                processors = logits_processors(model, config, len(prompt))
+                q, p = (
+                    processed_probs(
+                        align_vocabulary(logits[: len(answer)], size), ids, len(prompt), processors, greedy, rule
+                    )
+                    for logits in both
+                )
                 if grid is None:
-                    variation = total_variation(part[1], part[0])
-                    values.append(torch.stack([keeping_alpha(rule, part[2], part[3], variation), variation]))
+                    variation = total_variation(p.probs, q.probs)
+                    values = torch.stack([keeping_alpha(rule, q.unscaled, p.unscaled, variation), variation])
                 else:
-                    values.append(torch.stack(_grid_values(rule, grid, not config.do_sample, *part)))
-            for row, part in zip(rows, torch.cat(values, 1).split(lengths[rows].tolist(), 1), strict=True):
-                stored[:, row, : part.shape[1]] = part.cpu().numpy()
-            progress.update(len(rows))
-    if grid is not None:
-        stored = stored.reshape(len(grid), 3, len(texts), -1)
-    return TeacherForcedTexts(rule, lengths, grid, stored)
-
-
-def _next_token_probs(model, texts: Sequence[Text], logits, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Probabilities at all positions of the continuations, `(positions, vocab_size)`, of logits `(texts, length,
-    vocab_size)`: processed as in the `generate` of `model`, and as deferral rules read them.
-    """
-    parts = []
-    for row, text in zip(logits, texts, strict=True):
-        raw, first = row[: len(text.continuation)], len(text.prompt)
-        if torch.isnan(raw).any():
-            raise ValueError("A model gave NaN logits on the given texts. Expected finite numbers: check its weights.")
-        ids = torch.tensor([*text.prompt, *text.continuation], device=raw.device)
-        parts.append(processed_probs(raw, ids, first, logits_processors(model, config, first), config.do_sample))
-    probs, unscaled = zip(*parts, strict=True)
-    return torch.cat(probs), torch.cat(unscaled)
+                    values = _grid_values(rule, grid, greedy, q, p)
+                stored[:, row, : len(answer)] = values.cpu().numpy()
+                progress.update()
+    return TeacherForcedTexts(
+        rule, lengths, stored if grid is None else stored.reshape(len(grid), 3, *stored.shape[1:])
+    )
 
 
 def keeping_alpha(rule: str, q0: torch.Tensor, p0: torch.Tensor, variation: torch.Tensor) -> torch.Tensor:
@@ -222,26 +176,18 @@ def keeping_alpha(rule: str, q0: torch.Tensor, p0: torch.Tensor, variation: torc
     return torch.where(variation > 0, gap / variation, certain)
 
 
-def _grid_values(rule: str, alphas: np.ndarray, greedy: bool, q, p, q0, p0) -> list[torch.Tensor]:
-    """
-    Deferred mass, Σ min(q, π) and TV(π, p) for each alpha, in that order: 3 x alphas tensors of shape `(positions,)`.
-    """
-    # Tokens with q = 0 enter none of the three sums, and a draft of small vocabulary has many; the rules also need
-    # max p0.
-    columns = (q > 0).any(0)
-    columns[p0.argmax(-1)] = True
-    if greedy:
-        columns[p.argmax(-1)] = True
-    q, p, q0, p0 = (probs[:, columns] for probs in (q, p, q0, p0))
-    values = []
+def _grid_values(rule: str, alphas: np.ndarray, greedy: bool, q: Distributions, p: Distributions) -> torch.Tensor:
+    """Deferred mass, Σ min(q, π) and TV(π, p) for each alpha, in that order: `(3 x alphas, positions)`."""
+    # Tokens with q = 0 enter none of the three sums, and a draft of small vocabulary has many; rules also need the
+    # largest p and p0, and `lossy` the mass of all.
+    columns = (q.probs > 0).any(0) | (rule == "lossy")
+    columns[torch.cat([p.probs.argmax(-1), p.unscaled.argmax(-1)])] = True
+    q, p = (Distributions(half.probs[:, columns], half.unscaled[:, columns]) for half in (q, p))
+    drafted, values = one_hot_of_largest(q.probs) if greedy else q.probs, []
     for alpha in alphas.tolist():
-        if greedy and rule == "ensemble":
-            mixture = alpha * q0 + (1 - alpha) * p0
-            pi, deferred = one_hot_of_largest(mixture), torch.full_like(q[:, 0], 1 - alpha)
-        else:
-            pi, deferred = cascade_target(rule, alpha, q, p, q0, p0)
-        values += [deferred, torch.minimum(q, pi).sum(-1), total_variation(pi, p)]
-    return values
+        pi, deferred, drift = decide(rule, alpha, q, p, greedy)
+        values += [deferred, torch.minimum(drafted, pi).sum(-1), drift]
+    return torch.stack(values)
 
 
 def logits_processors(model, config, prompt_length: int):
@@ -252,12 +198,14 @@ def logits_processors(model, config, prompt_length: int):
 
 
 def processed_probs(
-    logits: torch.Tensor, ids: torch.Tensor, first: int, processors, do_sample: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, ids: torch.Tensor, first: int, processors, greedy: bool, rule: str = "spec"
+) -> Distributions:
     """
-    Probabilities after the processors, one-hot in greedy decoding, and those at temperature 1 without banned tokens:
-    of logits `(positions, vocab_size)` for the tokens at `first`, `first + 1`, ... of the text `ids`.
+    What a rule mixes and what it reads, of logits `(positions, vocab_size)` for the tokens at `first`, `first + 1`,
+    ... of the text `ids`.
     """
+    if torch.isnan(logits).any():
+        raise ValueError("A model gave NaN logits on the given texts. Expected finite numbers: check its weights.")
     scores, unscaled = logits, unscaled_probs(logits, None)
     if len(processors):
         rows = [
@@ -267,7 +215,7 @@ def processed_probs(
         banned = [row_banned for _, row_banned in rows if row_banned is not None]
         if banned:
             unscaled = unscaled_probs(logits, torch.cat(banned))
-    return scores.softmax(-1) if do_sample else one_hot_of_largest(scores), unscaled
+    return Distributions(mixed_probs(rule, scores, greedy), unscaled)
 
 
 def prepare_config(model, **generation_kwargs):

@@ -28,7 +28,8 @@ SAMPLING = {"do_sample": True, "top_k": 0}
 @pytest.fixture(autouse=True)
 def fixed_costs(monkeypatch):
     """Seconds would differ from run to run; one test undoes this."""
-    monkeypatch.setattr(cascade_calibration._Run, "time", lambda run, texts: CascadeCosts(0.01, 0.001, 0.011, 0.002))
+    costs = CascadeCosts(0.01, 0.001, 0.011, 0.002)
+    monkeypatch.setattr(cascade_calibration._Run, "time", lambda run, texts: setattr(run, "costs", costs))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_expected_rounds_are_those_of_generate(model, pair):
     done = model.cascade_statistics
     config = prepare_config(model, do_sample=False)
     text = Text([1, 2, 3], output[0, 3:].tolist())
-    read = read_texts(model, pair[1], [text], "token_v3", config, alphas=[0.4, 0.5, 0.6])
+    read = read_texts(model, pair[1], [text], "token_v3", config)
     rounds = expected_rounds(read.rates(0.5)[1], read.lengths, 3)
     assert rounds == pytest.approx((done.rounds[0], done.drafted[0], done.accepted[0], done.small_forwards))
 
