@@ -4,7 +4,7 @@ import copy
 import time
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import UniversalSpeculativeDecodingGenerator
 
 from .cache_argument import find_cache
@@ -24,7 +24,7 @@ class AssistedCall:
     """
 
     def __init__(
-        self, model, assistant_model, options, processors, input_ids, do_sample: bool, other_vocabulary: bool
+        self, model, assistant_model, options, processors, input_ids, do_sample: bool, other_vocabulary: bool, cache
     ):
         self.options, self.do_sample, self.other_vocabulary = options, do_sample, other_vocabulary
         self.statistics = CascadeStatistics.for_rows("assisted", options.rule, options.alpha, 1)
@@ -32,11 +32,32 @@ class AssistedCall:
         self.processors = rewindable(processors, self.prompt_length)
         self.model = own_copy(model)
         self.model._cascade_call = self
+        if cache is None:
+            raise ValueError(
+                f"{type(model).__name__} makes a cache of its own, which can't take rejected drafts back. Call "
+                "`generate` of the model itself."
+            )
+        if not model.config.is_encoder_decoder and cache.get_seq_length():
+            self._read_rest(cache.get_seq_length())
         # an early exit makes one model play both parts
         self.assistant = _early_exit_copy(model) if assistant_model is None else own_copy(assistant_model)
+        if assistant_model is not None:  # its other defaults are of texts of its own
+            own = assistant_model.generation_config.to_dict()
+            names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad", "decoder_start")]
+            self.assistant.generation_config = GenerationConfig(**{name: own.get(name) for name in names})
         self.large_meter, self.small_meter = ForwardMeter(self.model), ForwardMeter(self.assistant)
         self.scores: list[torch.Tensor] = []  # the large model's, of each new token
         self.begin = time.perf_counter()
+
+    def _read_rest(self, cached: int) -> None:
+        """Lets the loop begin after the `cached` tokens of a cache; it would read the whole text on top of them."""
+        prepare = self.model.prepare_inputs_for_generation
+
+        def rest(input_ids, next_sequence_length=None, **inputs):
+            length = input_ids.shape[1] - cached if next_sequence_length is None else next_sequence_length
+            return prepare(input_ids, next_sequence_length=length, **inputs)
+
+        self.model.prepare_inputs_for_generation = rest
 
     def finish(self, output):
         """Fills in the statistics, and returns `output` without what was written after the criteria had stopped it."""

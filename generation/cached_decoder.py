@@ -230,7 +230,7 @@ class RotarySwitch(NamedTuple):
         )
         if same or rows == 1:
             return None
-        return f"its rotary embedding changes at {self.length} tokens, which rows reach at different times"
+        return f"its rotary embedding changes at {self.length} tokens, which rows and drafts reach at different times"
 
 
 def vocabulary_size(model) -> int:
@@ -300,10 +300,8 @@ def position_limit(model) -> int | None:
     return limit if known else None
 
 
-def why_not_resumed(cache, tokens: int) -> str | None:
-    """Why [`CachedDecoder`] can't go on from a key-value cache with a text of `tokens` tokens: one clause."""
-    if cache.get_seq_length() >= tokens:
-        return f"the cache given holds {cache.get_seq_length()} tokens and the ids only {tokens}: pass all of them"
+def why_not_resumed(cache) -> str | None:
+    """Why [`CachedDecoder`] can't go on from a key-value cache: one clause."""
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         return "it goes on from the cache that it returned itself, not from one that forgets what leaves a window"
     return None

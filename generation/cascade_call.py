@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cached_decoder import position_limit, same_vocabulary, vocabulary_size
+from .cache_argument import cache_argument
+from .cached_decoder import position_limit, reads_states, same_vocabulary, vocabulary_size
 from .deferral_rules import check_rule
 
 
@@ -90,10 +91,12 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
         raise ValueError(
             f"A cascade samples or decodes greedily, got num_beams={setting('num_beams')}. Pass `num_beams=1`."
         )
-    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
+    # "hybrid" as a model's default means nothing to transformers, either
+    usable = (None, "dynamic", "dynamic_full", *(["hybrid"] if kwargs.get("cache_implementation") is None else []))
+    if setting("cache_implementation") not in usable:
         raise ValueError(
             f"A cascade rolls its cache back after rejected drafts, a {setting('cache_implementation')!r} one "
-            "can't. Leave `cache_implementation` out."
+            "can't. Leave `cache_implementation` out, of the generation config, too."
         )
     if setting("use_cache") is False:
         raise ValueError("A cascade needs the key-value cache, got use_cache=False. Leave it out.")
@@ -102,7 +105,7 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
             f"guidance_scale={setting('guidance_scale')} makes the large model read a second text, token by token, "
             "whose cache can't take rejected tokens back. Leave it out, or call `generate` of the large model."
         )
-    if kwargs.get("inputs_embeds") is not None and not model.config.is_encoder_decoder:
+    if kwargs.get("inputs_embeds") is not None:
         raise ValueError(
             "A cascade reads token ids with both models, got `inputs_embeds`, which only the large one could read. "
             "Pass `input_ids`."
@@ -114,6 +117,13 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
                 f"Leave {name} out, or call `generate` of the large model."
             )
     for input_ids in (inputs, kwargs.get("input_ids")):
+        tensor = isinstance(input_ids, torch.Tensor)
+        if input_ids is not None and not (tensor and (input_ids.dim() == 2 or input_ids.is_floating_point())):
+            raise TypeError(
+                "Expected token ids as a tensor of shape (prompts, length), got "
+                + (f"one of shape {tuple(input_ids.shape)}" if tensor else f"{type(input_ids).__name__}")
+                + ". Type `tokenizer(prompts, padding=True, return_tensors='pt')['input_ids']`."
+            )
         if input_ids is not None and input_ids.shape[-1] == 0:
             raise ValueError("Expected a prompt of at least one token, got an empty one.")
     attention = model.config.get_text_config(decoder=True)._attn_implementation
@@ -122,8 +132,27 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
             f'output_attentions=True needs attention "eager", got {attention!r}, which returns none. Load the large '
             'model with `attn_implementation="eager"`.'
         )
+    halves = model.cascade_pair[0], assistant_model
+    for half in halves:
+        if half is not None and not reads_states(half) and cache_argument(half) is None:
+            raise ValueError(
+                f"A cascade takes rejected drafts out of a key-value cache, got a {type(half).__name__}, which keeps "
+                "none. Choose a model with one."
+            )
     if assistant_model is None:
         return
+    given = [inputs, *(kwargs.get(name) for name in ("input_ids", "assistant_encoder_outputs"))]
+    if kwargs.get("encoder_outputs") is not None and all(value is None for value in given):
+        raise ValueError(
+            "Expected `input_ids`, which the small model's own encoder reads, got `encoder_outputs` of the large one "
+            "alone."
+        )
+    if assistant_model.config.is_encoder_decoder != model.config.is_encoder_decoder:
+        kinds = ["an encoder-decoder" if one.config.is_encoder_decoder else "a decoder" for one in halves]
+        raise ValueError(
+            f"Both models must be of one kind, got {kinds[0]} (large) and {kinds[1]} (small). Choose a small model of "
+            "the family of the large one."
+        )
     if assistant_model.device != model.device:
         raise ValueError(
             f"Both models must be on one device, got {model.device} (large) and {assistant_model.device} (small). "
@@ -143,8 +172,19 @@ def check_call(model, assistant_model, rule, inputs, setting, kwargs) -> None:
         )
 
 
-def check_padding(mask: torch.Tensor) -> None:
-    """Raises `ValueError` where a row of an attention mask does not end with a token."""
+def check_text(mask: torch.Tensor, input_ids: torch.Tensor, cache) -> None:
+    """Raises `ValueError` where the ids are not the whole text by its mask or cache, or a row ends with padding."""
+    cached = 0 if cache is None else cache.get_seq_length()
+    if cached >= input_ids.shape[1]:
+        raise ValueError(
+            f"The cache given holds {cached} tokens and the ids only {input_ids.shape[1]}: pass all of them, and a "
+            "new one."
+        )
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"Expected an `attention_mask` of the shape of the token ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(mask.shape)}. Beside a cache, too, pass all ids of the text: the drafts come from all of it."
+        )
     for row in (mask[:, -1] == 0).nonzero()[:1, 0].tolist():
         raise ValueError(
             f"Row {row} of `attention_mask` ends with padding, but a text goes on from its last token. Expected at "

@@ -25,8 +25,8 @@ from .cascade_call import (
     CascadeStatistics,
     check_assistant,
     check_call,
-    check_padding,
     check_positions,
+    check_text,
     complete_options,
     under_adapters,
 )
@@ -146,6 +146,8 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                     setattr(self.generation_config, name, None)
                 kwargs[name] = value
 
+        if generation_config is None and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = True  # training turns it off in a model's own defaults
         check_call(self, assistant_model, options["cascade_rule"], inputs, setting, kwargs)
         if alone:
             kwargs["prompt_lookup_num_tokens"] = options["num_assistant_tokens"]  # so that drafts are asked for
@@ -187,15 +189,18 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         **model_kwargs,
     ):
         options = CascadeOptions(*(getattr(generation_config, name) for name in CASCADE_DEFAULTS))
+        generation_config.max_length = int(generation_config.max_length)  # `generate` takes 16.0, too
         reason = why_not_rewindable(logits_processor, input_ids)
         if reason is not None:
             raise ValueError(reason)
         pair, batch_size = (self.cascade_pair[0], assistant_model), input_ids.shape[0]
         mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask is None:  # `generate` drops one of ones, and keeps its length
+            length = max(input_ids.shape[1], getattr(generation_config, "_mask_length", 0))
+            mask = input_ids.new_ones(batch_size, length)
         positions = None
         if not self.config.is_encoder_decoder:
-            check_padding(mask)
+            check_text(mask, input_ids, find_cache(model_kwargs))
             positions = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1).to(self.device)
             check_positions(
                 assistant_model, int(positions.max()) + 1, generation_config.max_length - input_ids.shape[1]
@@ -243,14 +248,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                     "`cascade_backend` out, or lower `max_new_tokens`."
                 )
         call = AssistedCall(
-            self,
-            assistant_model,
-            options,
-            logits_processor,
-            input_ids,
-            generation_config.do_sample,
-            not one_vocabulary,
-        )
+            self, assistant_model, options, logits_processor, input_ids, generation_config.do_sample,
+            not one_vocabulary, find_cache(model_kwargs),
+        )  # fmt: skip
         self.cascade_statistics = call.statistics
         every_token = EveryToken(call, stopping_criteria, streamer)
         output = super(SpeculativeCascadeGenerationMixin, call.model)._assisted_decoding(
@@ -287,7 +287,7 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
                 return "it counts positions from 0 in each row, unlike the `position_ids` given"
         cache = find_cache(model_kwargs)
         if cache is not None and cache.get_seq_length() > 0:
-            reason = why_not_resumed(cache, input_ids.shape[1])
+            reason = why_not_resumed(cache)
             if reason is not None:
                 return reason
         if generation_config.output_attentions or generation_config.output_hidden_states:

@@ -21,6 +21,7 @@ _SCORES_ONLY = (
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
     logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
     logits_process.MinPLogitsWarper,
     logits_process.TypicalLogitsWarper,
     logits_process.EpsilonLogitsWarper,
@@ -227,9 +228,15 @@ class RowCriteria:
     they may keep something for each of its rows, once every row that goes on is as long.
     """
 
-    def __init__(self, criteria, batch_size: int):
-        others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
-        single = (StopStringCriteria, MaxTimeCriteria)
+    def __init__(self, criteria, batch_size: int, config):
+        ends = set(end_tokens(config))  # what the config asks for is seen without them
+        others = [
+            c
+            for c in criteria
+            if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == ends)
+            and not (isinstance(c, MaxLengthCriteria) and c.max_length >= config.max_length)
+        ]
+        single = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, MaxTimeCriteria)
         self.of_a_row = [c for c in others if batch_size == 1 or isinstance(c, single)]
         self.of_the_batch = [c for c in others if c not in self.of_a_row]
         self.asked = 0  # up to how many new tokens the criteria of the batch were asked
@@ -249,7 +256,7 @@ class RowTexts:
     def __init__(self, input_ids: torch.Tensor, stopping_criteria, config, vocab_size: int):
         batch_size, self.prompt_length = input_ids.shape
         self.config, self.vocab_size = config, vocab_size
-        self.criteria = RowCriteria(stopping_criteria, batch_size)
+        self.criteria = RowCriteria(stopping_criteria, batch_size, config)
         self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=input_ids.device)
         self.pad = padding_token(config) or 0
         # one column more, for what is not written

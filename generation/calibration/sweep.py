@@ -1,5 +1,6 @@
 """Quality against cost for many rules and alphas, beside either model alone and speculative decoding."""
 
+import copy
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from hf_iclr.extras import new_figure, require, save_figure
 from hf_iclr.models import answer_logits, pad_rows, to_prompt_ids
 
+from ..cached_decoder import vocabulary_size
 from ..cascade_call import padding_token
 from ..deferral_rules import check_rule
 from .calibrate import write_alone
@@ -198,6 +200,9 @@ def sweep_cascade(
     config = prepare_config(model, **call)  # the small model samples as the large one would
     if padding_token(config) is None:
         call["pad_token_id"] = config.pad_token_id = 0
+    alone = copy.deepcopy(config)  # what the small model has beyond the large one's vocabulary are no tokens
+    surplus = range(vocabulary_size(model), vocabulary_size(small))
+    alone.suppress_tokens = [*(config.suppress_tokens or ()), *surplus] or None
     if num_assistant_tokens is not None:
         call["num_assistant_tokens"] = num_assistant_tokens
     ids = [
@@ -209,7 +214,7 @@ def sweep_cascade(
         one = pad_rows([prompt], device=model.device)
         if rule in (LARGE, SMALL):
             half = rule.split()[0]
-            output, new, seconds = write_alone(model if rule == LARGE else small, one, config)
+            output, new, seconds = write_alone(*((model, one, config) if rule == LARGE else (small, one, alone)))
             counts = {f"{half}_forwards": new, f"{half}_tokens": output.shape[1] - 1}
             counts |= {"deferred": new} if rule == LARGE else {"drift": math.nan}
             return output[0, len(prompt) :], {"new_tokens": new, "total_seconds": seconds, **counts}

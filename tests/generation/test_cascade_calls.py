@@ -499,5 +499,5 @@ def test_a_text_past_the_small_models_positions(models, model_type):
 def test_a_cache_that_is_no_start_of_the_text(models):
     cache = cache_inputs(models[0], DynamicCache())
     models[0](torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), **cache)
-    with pytest.raises(ValueError, match="the cache given holds 4 tokens and the ids only 3: pass all of them"):
+    with pytest.raises(ValueError, match="cache given holds 4 tokens and the ids only 3: pass all of them"):
         enable_cascade(*models).generate(torch.ones(2, 3).long(), **cache, max_new_tokens=4)

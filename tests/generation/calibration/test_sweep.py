@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_iclr.generation.calibration.sweep import mean_log_probability, pareto_front, sweep_cascade
+from hf_iclr.generation.cascade_generation import enable_cascade
 
 
 SAMPLING = {"do_sample": True, "top_k": 0}
@@ -45,6 +49,23 @@ def test_quality_is_the_log_probability(pair):
     ids = torch.tensor([[4, 7, 9]])
     expected = -large(input_ids=ids, labels=torch.tensor([[-100, 7, 9]])).loss.item()
     assert mean_log_probability(large, [[4]], [ids[0, 1:]]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_small_model_padded_further_than_the_large_one(pair, word_tokenizer, tmp_path):
+    """It is sure of an id that is no token of the large model: alone, too, it writes tokens only."""
+    padded = copy.deepcopy(pair[1])
+    padded.resize_token_embeddings(56)
+    with torch.no_grad():
+        padded.lm_head.weight[50:] = 1e3 * padded.lm_head.weight[3]
+    models = []
+    for name, model in (("large", pair[0]), ("small", padded)):
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer.save_pretrained(tmp_path / name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    sweep = sweep_cascade(
+        enable_cascade(*models), ["w1", "w2 w3"], tokenizer=word_tokenizer, rules={"spec": [0.0]}, max_new_tokens=8
+    )
+    assert sweep.table["new_tokens"].tolist() == [16, 16, 16] and sweep.table["quality"].notna().all()
 
 
 def test_sweep_with_a_metric(model, word_tokenizer):
