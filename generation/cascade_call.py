@@ -180,6 +180,12 @@ def check_text(mask: torch.Tensor, input_ids: torch.Tensor, cache) -> None:
             f"The cache given holds {cached} tokens and the ids only {input_ids.shape[1]}: pass all of them, and a "
             "new one."
         )
+    layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    if cached and layers and len(layers[0].keys) != len(input_ids):
+        raise ValueError(
+            f"The cache given holds {len(layers[0].keys)} rows, and there are {len(input_ids)} texts. Expected as "
+            "many; for several sequences of a prompt, `cache.batch_repeat_interleave(n)`."
+        )
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"Expected an `attention_mask` of the shape of the token ids, {tuple(input_ids.shape)}, got "

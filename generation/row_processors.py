@@ -69,8 +69,15 @@ class Rewindable:
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length = input_ids.shape[1]
-        state = self.states[length].clone()
+        before = self.states[length]
+        state, attributes = before.clone(), dict(getattr(before, "__dict__", {}))
         scores = state(input_ids, scores)
+        counters = (name for name, value in attributes.items() if isinstance(value, int | float | str | tuple))
+        if state is before and any(getattr(state, name) != attributes[name] for name in counters):
+            raise ValueError(
+                f"{type(state).__name__}.clone() returned the processor itself, but a call changed its attributes, so "
+                "it has a state, and a cascade takes rejected tokens back. Return an independent copy."
+            )
         self.states[length + 1] = state
         return scores
 
@@ -89,6 +96,8 @@ def why_not_rewindable(processors: LogitsProcessorList, input_ids: torch.Tensor)
                 "class a method `clone(self)` that returns an independent copy in its present state (without any "
                 f"state: `return self`), or leave {name} out."
             )
+        if type(processor) not in _STATELESS and not callable(copied := processor.clone()):
+            return f"{name}.clone() returned {copied!r:.80}. Return an independent copy of the processor."
         prefix = getattr(processor, "_prefix_allowed_tokens_fn", None)
         if prefix is not None and _keeps_state(prefix, input_ids[0]):
             return (

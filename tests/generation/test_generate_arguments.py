@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
+    LogitsProcessor,
+    LogitsProcessorList,
     MaxLengthCriteria,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
@@ -140,6 +142,38 @@ def test_new_tokens_alone_beside_a_cache(models, backend):
     call = {"attention_mask": torch.ones(1, 21).long(), **cache_inputs(models[0], cache), "cascade_backend": backend}
     with pytest.raises(ValueError, match="holds 18 tokens and the ids only 2: pass all of them"):
         cascade.generate(torch.tensor([[5, 6]]), **call, **GREEDY)
+
+
+@pytest.mark.parametrize("backend", ["batched", "assisted"])
+def test_a_cache_of_other_rows(models, backend):
+    cache = find_cache(models[0](torch.tensor([[1, 2], [1, 2]]), use_cache=True))
+    call = {**cache_inputs(models[0], cache), "cascade_backend": backend}
+    with pytest.raises(ValueError, match="holds 2 rows, and there are 1 texts"):
+        enable_cascade(*models).generate(**ONE, **GREEDY, **call)
+
+
+class Counts(LogitsProcessor):
+    """Bans another token at each call; what `clone` returns is the test's to say."""
+
+    calls = 0
+
+    def __init__(self, clone):
+        self.clone = lambda: clone(self)
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores.index_fill(1, torch.tensor([7 * self.calls % 50]), -torch.inf)
+
+
+@pytest.mark.parametrize(("backend", "inputs"), LOOPS)
+@pytest.mark.parametrize(
+    ("clone", "words"),
+    [(lambda counts: counts, "itself, but a call changed its attributes"), (lambda counts: None, "returned None")],
+)
+def test_a_clone_that_is_none(models, clone, words, backend, inputs):
+    call = {"logits_processor": LogitsProcessorList([Counts(clone)]), "cascade_backend": backend}
+    with pytest.raises(ValueError, match=words):
+        enable_cascade(*models).generate(**inputs, **GREEDY, **call)
 
 
 def test_pairs_that_can_not_be_used(models, encoder_decoder):
