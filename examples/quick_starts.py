@@ -60,7 +60,8 @@ def fill(desk: Path) -> None:
     for request in demo_requests():
         prompts = [request.prompt.format(request.subject), *request.paraphrases]
         rows += [{"prompt": prompt, "completion": f" {request.target_true}."} for prompt in prompts]
-        pairs += [{"prompt": prompts[0], "chosen": f" {request.target_true}.", "rejected": f" {request.target_new}."}]
+        right, wrong = (f" {place}, as far as I know." for place in (request.target_true, request.target_new))
+        pairs += [{"prompt": prompts[0], "chosen": right, "rejected": wrong}]
     for name, entries in (
         ("rows", rows[:72]), ("val", rows[72:]), ("pairs", pairs), ("text", [{"text": t} for t in docstrings()[:60]]),
     ):  # fmt: skip

@@ -11,6 +11,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
+import functools
 import gc
 import logging
 from contextlib import ExitStack
@@ -70,12 +71,21 @@ def drawn_fingerprints(request):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_seeds_for_absent_devices():
-    """Without an accelerator torch keeps each seed for later, with a printed stack: once and more a test."""
+def what_never_changes():
+    """
+    Without an accelerator torch keeps each seed for later, with a printed stack, and is asked whether one records at
+    each forward; whether PEFT is there accelerate reads from its metadata several times a step.
+    """
     import torch
+    from accelerate.utils import imports, modeling
+    from transformers.utils import import_utils
 
     with ExitStack() as patches:
+        peft = functools.cache(imports.is_peft_available)
+        patches.enter_context(mock.patch.object(modeling, "is_peft_available", peft))
         if not torch.accelerator.is_available():
+            recording = mock.patch.object(import_utils, "is_cuda_stream_capturing", lambda: False, create=True)
+            patches.enter_context(recording)
             for device in ("cuda", "xpu", "mtia"):
                 patches.enter_context(mock.patch(f"torch.{device}.manual_seed_all"))
         yield

@@ -149,11 +149,13 @@ def test_concepts_and_videos(hub):
             pipe.save_pretrained("video", push_to_hub=True, repo_id="tester/again", private=True)
         assert saved.call_count == 1 and "tester/again" in Path("video/README.md").read_text()
     """)
+    examples = []
     for name, paper in {"concepts": "2410.02355", "video": "2408.00714", "again": "2408.00714"}.items():
         card = pushed_card(hub, name)
         assert f"papers/{paper}" in card.text
         assert ("mine" in card.data.tags) == (name != "again")
-        hub.run(usage(card))
+        examples.append(f"exec({usage(card)!r}, {{}})")
+    hub.run("\n".join(examples))
     assert pushed_card(hub, "concepts").data.base_model == "tester/diffusion"
     assert hub.repo("models", "tester/again").private
     assert {"model.safetensors", "processor_config.json"} <= {*hub.files("tester/again")}
