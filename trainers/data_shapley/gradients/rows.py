@@ -99,7 +99,7 @@ def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
             f"Expected the model to get a multiple of the {rows} rows the data loader yielded, got {batch} inputs: "
             "which input belongs to which row is unknown."
         )
-    layout = RowLayout(rows, batch, length, segments, torch.ones(rows, dtype=torch.long))
+    layout = RowLayout(rows, batch, length, segments, torch.ones(rows, dtype=torch.long, device=main.device))
     mask = tensors.get("attention_mask")
     if length is not None and mask is not None and mask.shape == (batch, length):
         layout.mask = mask.bool()

@@ -98,12 +98,13 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
 @dataclass
 class Call:
     """
-    A module's call that is scored: with what arguments, which of its outputs, by their place, and what became of it
-    until rows met it.
+    A module's call that is scored: with what arguments, in which type autocast ran it, if at all, which of its
+    outputs, by their place, and what became of it until rows met it.
     """
 
     args: Any
     kwargs: Any
+    autocast: torch.dtype | None = None
     place: int | None = None
     through: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -150,6 +151,13 @@ def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Ca
         padding = first_input(call.args, call.kwargs) == tapped.module.padding_idx
         moved = moved.masked_fill(padding.unsqueeze(-1), 0)  # whose weight gets no gradient
     return moved
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """In which type matrices are multiplied on a device whatever their own, `None` if that is their own."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def first_input(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -220,10 +228,12 @@ def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = 
 
 def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
     """Output of a normalisation whose weight and bias are the direction: it is linear in both."""
-    weight, bias = (
-        dense(directions[name]).to(x.dtype) if name in directions else _zero(getattr(module, name, None), x)
-        for name in ("weight", "bias")
-    )
+    parts: list[torch.Tensor | None] = []
+    for name in ("weight", "bias"):
+        own = getattr(module, name, None)  # whose type autocast lets differ from the input's
+        given = dense(directions[name]) if name in directions else None if own is None else x.new_zeros(own.shape)
+        parts.append(None if given is None else given.to(own.dtype))
+    weight, bias = parts
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     if isinstance(module, nn.RMSNorm):
@@ -272,10 +282,6 @@ def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) 
             tapped.kind = "other"
             return _jvp(tapped, directions, call)
     return run(u) - at_zero
-
-
-def _zero(parameter: nn.Parameter | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if parameter is None else x.new_zeros(parameter.shape)
 
 
 def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:

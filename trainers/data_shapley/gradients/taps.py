@@ -5,7 +5,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,17 @@ from transformers import PreTrainedModel
 from . import follow
 from .direction import wide
 from .rows import RowLayout
-from .scores import Call, TappedModule, count_leading, fast_scores, find_tapped, first_input, thin_rows, token_scores
+from .scores import (
+    Call,
+    TappedModule,
+    autocast_type,
+    count_leading,
+    fast_scores,
+    find_tapped,
+    first_input,
+    thin_rows,
+    token_scores,
+)
 
 
 _FAST = ("linear", "conv1d", "scale")  # kinds of modules that are scored from their one input
@@ -147,12 +157,13 @@ class Taps:
         try:
             if shared is not None:
                 products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
-            by_target = [
-                fast_scores(tapped, which, call.args[0], b, product, shape)
-                if fast
-                else token_scores(tapped, which, call, b, product)
-                for which, product in zip(tapped.directions, products, strict=True)
-            ]
+            with torch.autocast(b.device.type, call.autocast) if call.autocast else nullcontext():
+                by_target = [
+                    fast_scores(tapped, which, call.args[0], b, product, shape)
+                    if fast
+                    else token_scores(tapped, which, call, b, product)
+                    for which, product in zip(tapped.directions, products, strict=True)
+                ]
         except (NotImplementedError, RuntimeError) as error:
             self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
             return
@@ -232,9 +243,9 @@ class _Hook:
             apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
             if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
                 return _Tap.apply(output, self, layout, taps.read(tapped, x), None, x)
-        call = follow.replace((args, kwargs), follow.plain)
+        call = Call(*follow.replace((args, kwargs), follow.plain), autocast_type(layout.tokens.device))
         if isinstance(output, torch.Tensor):
-            return self._behind(output, Call(*call))
+            return self._behind(output, call)
         if not isinstance(output, (tuple, list, dict)):
             self.taps.misfits[self.tapped.index] = f"its output is {type(output).__name__}, not tensors"
             return None
@@ -242,7 +253,7 @@ class _Hook:
 
         def tap(value: Any) -> Any:
             place = next(places)
-            return self._behind(value, Call(call[0], call[1], place)) if isinstance(value, torch.Tensor) else value
+            return self._behind(value, replace(call, place=place)) if isinstance(value, torch.Tensor) else value
 
         return follow.replace(output, tap)
 
