@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -98,14 +97,15 @@ def load_values(folder: Path):
 
 
 def make_store(folder: Path) -> None:
+    import pandas as pd
+
     from hf_iclr.trainers.data_shapley.store import ShapleyStore
     from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
     store = ShapleyStore(folder, TrainedRows())
     store.run = SHAPLEY_RUN
-    rows = {"index": np.array([0]), "tokens": np.array([3]), "value": np.ones(1)}
-    store.add(1, rows, {"lr": 0.1})
-    store.flush()
+    rows = pd.DataFrame({"step": [1], "index": [0], "tokens": [3], "value": [1.0]})
+    store.add([rows], [{"step": 1, "lr": 0.1}])
 
 
 def load_store(folder: Path):

@@ -18,9 +18,8 @@ from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
 from .identity import RowKeys, check_loader, watched_loop
-from .records import RunRecords
 from .result import DataShapleyResult
-from .store import VALIDATION
+from .store import VALIDATION, RunRecords
 from .trained_rows import TrainedRows
 
 
@@ -160,7 +159,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         """
         if self._records is None:
             raise ValueError("Expected a training before its result. Call `trainer.train()` first.")
-        self._records.flush_if_alone()
+        if self._records.is_alone:
+            self._records.flush()
         rows, steps = self._records.store.read()
         if steps.empty:
             why = f" Adam's first adam_warmup={self._warmup} steps have none." if self._warmup else ""
@@ -339,7 +339,8 @@ class InRunDataShapleyCallback(TrainerCallback):
         finally:
             for restore in (keys.close, *(handle.remove for handle in handles), self._close):
                 restore()
-            self._records.flush_if_alone()
+            if self._records.is_alone:  # else others may not be flushing too
+                self._records.flush()
 
     # What both share
 

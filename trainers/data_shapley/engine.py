@@ -18,7 +18,7 @@ from .gradients.fused_head import tap_fused_head
 from .gradients.rows import RowLayout, belongs_to, find_layout
 from .gradients.scores import TappedModule, split_by_rate
 from .gradients.taps import Taps
-from .records import StepValues
+from .store import StepValues
 
 
 logger = logging.getLogger(__name__)

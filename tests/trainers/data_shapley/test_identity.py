@@ -1,6 +1,8 @@
 """Rows keep their identity through loaders, collators, resuming, TRL's pairs and packing."""
 
+import itertools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_iclr.saving import contiguous_clone
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley.gradients import schedule
 from hf_iclr.trainers.data_shapley.gradients.direction import pack_directions
 from hf_iclr.trainers.data_shapley.identity import (
     RowKeys,
@@ -85,7 +88,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert again.result.explained_ratio() == pytest.approx(shapley.result.explained_ratio(), rel=1e-6)
 
 
-def test_a_run_within_a_budget_resumes_with_the_refreshes_it_had_chosen(tmp_path):
+def test_a_run_within_a_budget_resumes_with_the_refreshes_it_had_chosen(tmp_path, monkeypatch):
+    """By a clock that gives a second to each step, so that no other process has a say in the choice."""
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     settings = {"max_steps": 16, "save_strategy": "steps", "save_steps": 9, "logging_strategy": "no"}
     options = {"refresh_every": None, "cost": 1.0, "batch_size": 1, "rank": 2}
     whole, again = callback(**options), callback(**options)

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hf_iclr.trainers.data_shapley.records import RunRecords, StepValues
-from hf_iclr.trainers.data_shapley.store import ShapleyStore, read_run
+from hf_iclr.trainers.data_shapley.store import RunRecords, ShapleyStore, StepValues, read_run
 from hf_iclr.trainers.data_shapley.trained_rows import TrainedRows
 
 
@@ -20,28 +19,35 @@ RUN = "run-20260101T000000-00000000"
 TRAINED = TrainedRows(length=50, digests={"input_ids": "ab"})
 
 
-def rows_of(step: int, size: int = 3) -> dict[str, np.ndarray]:
+def rows_of(step: int, size: int = 3) -> pd.DataFrame:
     draw = np.random.default_rng(step)
-    return {
-        "index": draw.integers(0, 50, size),
-        "tokens": draw.integers(1, 9, size),
-        "value": draw.normal(size=size),
-        "value_safety": draw.normal(size=size),
-    }
+    return pd.DataFrame(
+        {
+            "step": np.full(size, step),
+            "index": draw.integers(0, 50, size),
+            "tokens": draw.integers(1, 9, size),
+            "value": draw.normal(size=size),
+            "value_safety": draw.normal(size=size),
+        }
+    )
 
 
-def train(folder: Path, first: int, last: int, flush_every: int = 4, checkpoint: Path | None = None) -> ShapleyStore:
-    """What a run does with its store; only step 1, 6, 11, ... measure the loss."""
+def train(
+    folder: Path, first: int, last: int, flush_every: int = 4, checkpoint: Path | None = None, flush_last: bool = True
+) -> ShapleyStore:
+    """What a run does with its store; only step 1, 6, 11, ... measure the loss. The last steps may not be flushed."""
     store = ShapleyStore(folder, TRAINED)
     store.run = RUN
     if first > 1:
         store.resume(first - 1, RUN, checkpoint or Path(folder, f"checkpoint-{first - 1}"))
+    rows, steps = [], []
     for step in range(first, last + 1):
-        rows = rows_of(step)
-        record = {"lr": 1 / step, "sum_validation": rows["value"].sum()}
-        store.add(step, rows, record | ({"loss_validation": 5.0 - step} if step % 5 == 1 else {}))
-        if step % flush_every == 0:
-            store.flush()
+        rows.append(rows_of(step))
+        record = {"step": step, "lr": 1 / step, "sum_validation": rows[-1]["value"].sum()}
+        steps.append(record | ({"loss_validation": 5.0 - step} if step % 5 == 1 else {}))
+        if step % flush_every == 0 or step == last and flush_last:
+            store.add(rows, steps)
+            rows, steps = [], []
     return store
 
 
@@ -62,13 +68,11 @@ def write_until_killed(folder: Path, flushes: int, moment: str) -> None:
         replace(source, target)
 
     os.replace = killing_replace
-    for step in range(1, 100):
-        rows = rows_of(step)
-        store.add(step, rows, {"sum_validation": float(rows["value"].sum())})
-        if moment == "between" and len(renamed) == flushes and step % 4 == 2:
+    for first in range(1, 100, 4):
+        rows = [rows_of(step) for step in range(first, first + 4)]
+        if moment == "between" and len(renamed) == flushes:
             os.kill(os.getpid(), signal.SIGKILL)
-        if step % 4 == 0:
-            store.flush()
+        store.add(rows, [{"step": int(found["step"][0]), "sum_validation": found["value"].sum()} for found in rows])
 
 
 FORK = multiprocessing.get_context("fork")
@@ -87,7 +91,7 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path, moment, flus
         return
     rows, steps, trained = read_run(tmp_path)
     assert steps["step"].tolist() == list(range(1, 9)) and trained == TRAINED
-    expected = pd.concat([pd.DataFrame({"step": step, **rows_of(step)}) for step in range(1, 9)], ignore_index=True)
+    expected = pd.concat([rows_of(step) for step in range(1, 9)], ignore_index=True)
     pd.testing.assert_frame_equal(rows, expected)
 
     # The run is resumed from a checkpoint of step 6, and what the killed writer left does not count.
@@ -115,13 +119,12 @@ def test_killed_from_outside_the_store_is_a_beginning_of_the_run(tmp_path):
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(elsewhere, tmp_path):
     whole = train(tmp_path / "whole", 1, 30).read()
-    train(tmp_path / "cut", 1, 23)
+    train(tmp_path / "cut", 1, 23, flush_last=False)
     folder = tmp_path / ("other" if elsewhere else "cut")
     if elsewhere:  # which holds what an earlier attempt made
         train(folder, 1, 12)
     resumed = train(folder, 18, 30, checkpoint=tmp_path / "cut" / "checkpoint-17")
     assert_equal(resumed.read(), whole)
-    resumed.flush()
     assert_equal(read_run(folder), whole)
     assert read_run(tmp_path / "cut")[1]["step"].max() == (20 if elsewhere else 30)
 
@@ -134,9 +137,8 @@ def test_a_run_whose_values_are_not_beside_the_checkpoint_says_so(tmp_path, capl
 
 def test_a_run_that_had_ended_goes_on_after_its_last_step(tmp_path):
     ended = train(tmp_path / "ended", 1, 10)
-    nothing = {name: values[:0] for name, values in rows_of(11).items()}
-    ended.add(11, nothing, {"loss_validation": -6.0})  # measured at the end, before a step that isn't made
-    ended.flush()
+    # Measured at the end, before a step that isn't made
+    ended.add([rows_of(11, 0)], [{"step": 11, "loss_validation": -6.0}])
     assert ended.read()[1]["loss_validation"].iloc[-1] == -6.0 and ended.read()[0]["step"].max() == 10
     assert_equal(train(tmp_path / "ended", 11, 20).read(), train(tmp_path / "whole", 1, 20).read())
 
@@ -146,8 +148,7 @@ def test_runs_of_one_folder_do_not_meet(tmp_path):
     stores = [ShapleyStore(tmp_path, TRAINED) for _ in range(2)]
     for step in range(1, 5):
         for number, store in enumerate(stores):
-            store.add(step, rows_of(10 * number + step), {})
-            store.flush()
+            store.add([rows_of(10 * number + step).assign(step=step)], [{"step": step}])
     for number, store in enumerate(stores):
         found = read_run(tmp_path / "shapley" / store.run)
         assert_equal(found, store.read())
@@ -166,26 +167,20 @@ def test_a_name_that_is_no_run_is_refused(tmp_path):
 
 def test_values_and_their_tokens_come_back_as_they_were(tmp_path):
     store = ShapleyStore(tmp_path, TRAINED)
-    rows = {
+    columns = {
+        "step": [3, 3],
         "id": np.array(["a", "b"], dtype=object),
         "tokens": np.array([2, 3]),
         "value": np.array([0.1, -1e-300]),
         "token_values": [np.array([0.05, 0.05]), None],
         "value_safety": np.array([1.0, np.nan]),
     }
-    store.add(3, rows, {"lr": 0.1, "loss_validation": 1 / 3})
-    store.flush()
+    store.add([pd.DataFrame(columns)], [{"step": 3, "lr": 0.1, "loss_validation": 1 / 3}])
     frame, steps, _ = read_run(tmp_path)
     assert frame["id"].tolist() == ["a", "b"] and frame["tokens"].tolist() == [2, 3]
     assert frame["value"].tolist() == [0.1, -1e-300] and frame["value_safety"][0] == 1.0
     assert list(frame["token_values"][0]) == [0.05, 0.05] and frame["token_values"][1] is None
     assert steps.to_dict("records") == [{"step": 3, "lr": 0.1, "loss_validation": 1 / 3}]
-
-
-def test_a_step_twice_is_refused(tmp_path):
-    store = train(tmp_path, 1, 4)
-    with pytest.raises(ValueError, match="after 4, got 4"):
-        store.add(4, rows_of(4), {})
 
 
 @pytest.mark.parametrize("steps", [["one"], [1, "two"]])
