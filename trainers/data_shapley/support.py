@@ -52,6 +52,8 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
         raise _refuse(
             "DataParallel, whose replicas are gone after each forward pass", "`torchrun`, which makes it DDP"
         )
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise _refuse("layers on several devices, each of which knows a part of the scores", "DDP or FSDP2")
     parallel: Any = getattr(trainer.accelerator, "parallelism_config", None)
     for kind in ("tp", "cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:

@@ -49,6 +49,7 @@ SEGFORMER = {
     "decoder_hidden_size": 8,
 }
 MAMBA = {"vocab_size": 50, "hidden_size": 16, "state_size": 8, "num_hidden_layers": 2}
+BERT = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "decoder_start_token_id": 0}
 WHISPER = {
     "vocab_size": 50,
@@ -96,6 +97,7 @@ MODELS = {
     "Swinv2": ("ImageClassification", STAGES),
     "Wav2Vec2": ("SequenceClassification", SPEECH),
     "SEW": ("SequenceClassification", {**SPEECH, "squeeze_factor": 2}),
+    "Bert": ("MultipleChoice", {**BERT, "hidden_size": 16}),
     "Whisper": ("ConditionalGeneration", WHISPER),
     "T5": ("ConditionalGeneration", {**T5, "num_heads": 4}),
     "Mamba2": ("CausalLM", {**MAMBA, "expand": 2, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
@@ -136,7 +138,11 @@ def make(name):
     inputs = {model.main_input_name: torch.randn(shapes.get(model.main_input_name, (9, 4)))}
     if model.main_input_name == "input_ids":
         inputs = {"input_ids": ids}
+    if kind == "MultipleChoice":
+        inputs = {"input_ids": torch.randint(3, 49, (9, 3, 4))}
+        inputs["attention_mask"] = (torch.arange(4) < torch.tensor([[2], [4], [3]])).long().expand(9, 3, 4)
     labels = {"SemanticSegmentation": torch.randint(0, 2, (9, 8, 8)), "ImageClassification": torch.arange(9) % 2}
+    labels["MultipleChoice"] = torch.arange(9) % 3
     inputs["labels"] = labels.get(kind, torch.arange(9) % 2 if kind == "SequenceClassification" else ids)
     return model, [{key: value[row] for key, value in inputs.items()} for row in range(9)]
 

@@ -96,6 +96,13 @@ def test_sharded_parameters_have_the_values_of_whole_ones(full, tmp_path):
     assert [number for number, _, _ in whole] == [2, 3]
 
 
+def spread():
+    """A model whose layers are on two devices."""
+    model = tiny_llama()
+    model.lm_head.to("meta")
+    return model
+
+
 def trainer_with(**settings):
     found = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": tiny_llama(), **settings}
     found |= {"callback_handler": SimpleNamespace(callbacks=[]), "model_wrapped": found["model"]}
@@ -113,6 +120,7 @@ def trainer_with(**settings):
         ({"parallel": SimpleNamespace(cp_size=2)}, "tensor, context or sequence parallelism"),
         ({"is_fsdp_enabled": True}, "FSDP other than version 2"),
         ({"liger": True}, "Liger's fused loss"),
+        ({"model": spread()}, "layers on several devices"),
     ],
 )
 def test_what_hides_scores_is_refused_with_the_reason(settings, reason):

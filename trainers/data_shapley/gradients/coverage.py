@@ -61,7 +61,7 @@ def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Param
             merged.parameters += group.parameters
             merged.names += group.names
         merged.modules.append(tapped.index)
-        merged.names += [f"{tapped.name}.{name}" for name in tapped.parameters]
+        merged.names += [f"{tapped.name}.{name}".lstrip(".") for name in tapped.parameters]
         merged.parameters += [index for index in mine if index not in merged.parameters]
         groups.append(merged)
     return groups
@@ -296,7 +296,11 @@ def _leave_out(gaps: Sequence[Group], total: int, active: int, taps: Taps) -> No
         why = [taps.misfits[index] for index in group.modules if index in taps.misfits]
         silent = [taps.modules[index].name for index in group.modules if index not in taps.fired]
         if not why and silent:
-            why = [f"{silent[0]} is used without being called, as by a fused output layer or compiled code"]
+            why = [
+                f"{silent[0]} is used without being called, as by a fused output layer or compiled code"
+                if silent[0]
+                else "the model's own, for which all of it would have to be run again"
+            ]
         other = (
             "used outside of the module they belong to, or their gradient was changed by more than one factor for "
             "all, as clipping by value does"

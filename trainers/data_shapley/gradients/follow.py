@@ -1,6 +1,6 @@
 """Outputs that rows have in common, as those of position embeddings, followed to where they meet the rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,13 @@ class InCommon(torch.Tensor):
 
     plain: torch.Tensor
     step: Step
-    batch: int
+    sizes: Sequence[int]  # of what rows are apart in
 
     @classmethod
-    def of(cls, plain: torch.Tensor, step: Step, batch: int) -> "InCommon":
+    def of(cls, plain: torch.Tensor, step: Step, sizes: Sequence[int]) -> "InCommon":
         """The tensor itself, under watch."""
         made = plain.as_subclass(cls)
-        made.plain, made.step, made.batch = plain, step, batch
+        made.plain, made.step, made.sizes = plain, step, sizes
         return made
 
     @classmethod
@@ -71,14 +71,14 @@ class InCommon(torch.Tensor):
         result = func(*replace(args, plain), **replace(kwargs, plain))
         if not torch.is_grad_enabled():
             return result
-        batch = watched[0].batch
+        sizes = watched[0].sizes
         alone = isinstance(result, torch.Tensor)
         results = [result] if alone else list(result) if isinstance(result, (tuple, list)) else []
         function = _out_of_place(func)
         if function is None or not any(isinstance(value, torch.Tensor) and value.requires_grad for value in results):
             return result
         met = any(
-            isinstance(value, torch.Tensor) and not isinstance(value, cls) and value.dim() and len(value) == batch
+            isinstance(value, torch.Tensor) and not isinstance(value, cls) and value.dim() and len(value) in sizes
             for value in leaves((args, kwargs))
         )
         kept = replace((args, kwargs), _node)
@@ -86,21 +86,21 @@ class InCommon(torch.Tensor):
         for place, value in enumerate(results):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 step = Step(function, kept[0], kept[1], None if alone else place)
-                if met and value.dim() and len(value) == batch:
+                if met and value.dim() and len(value) in sizes:
                     for source in step.sources():
                         value = source.tap(source, step, value)
                 else:
-                    value = cls.of(value, step, batch)
+                    value = cls.of(value, step, sizes)
             found.append(value)
         if alone:
             return found[0]
         return type(result)(*found) if hasattr(result, "_fields") else type(result)(found)
 
 
-def begin(output: torch.Tensor, source: Shared, batch: int) -> InCommon:
+def begin(output: torch.Tensor, source: Shared, sizes: Sequence[int]) -> InCommon:
     """The output of a module, under watch from here on; it may depend on others that are."""
     before = output.step if isinstance(output, InCommon) else plain(output).detach()
-    return InCommon.of(plain(output), Step(torch.add, (before, source), {}), batch)
+    return InCommon.of(plain(output), Step(torch.add, (before, source), {}), sizes)
 
 
 def plain(value: Any) -> Any:

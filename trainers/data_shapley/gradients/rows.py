@@ -29,6 +29,8 @@ class RowLayout:
             Tokens with a label, else tokens, else 1.
         mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
             False where there is padding.
+        texts (`int`, *optional*, defaults to 1):
+            In one input, as the choices of a question are.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class RowLayout:
     segments: torch.Tensor | None
     tokens: torch.Tensor
     mask: torch.Tensor | None = None
+    texts: int = 1
 
     def owner(self) -> torch.Tensor:
         """(`torch.Tensor` of shape `(batch * length,)`): the row of each token."""
@@ -60,11 +63,15 @@ class RowLayout:
             return True
         if not shape:
             return False
+        if self.texts > 1 and not is_embedding and shape[0] == self.batch * self.texts:
+            return True
         if shape[0] == self.batch and not (len(shape) == 1 and self.length not in (None, 1) and is_embedding):
             return True
         if len(shape) == 1 and self.length is not None:
             return count == self.batch * self.length or not is_embedding and count % (self.batch * self.length) == 0
-        return not is_embedding and len(shape) > 1 and shape[0] % self.batch == 0
+        # The texts of each row in turn
+        whole = not is_embedding or self.length is not None and count == self.batch * self.length
+        return whole and len(shape) > 1 and shape[0] % self.batch == 0
 
     def sum_rows(self, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -90,7 +97,8 @@ def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
     if main is None:
         main = next(iter(tensors.values()))
     batch = main.shape[0]
-    length = main.shape[1] if is_text and main.dim() > 1 else None
+    texts = main.shape[1:-1].numel() if is_text and not main.is_floating_point() else 1
+    length = texts * main.shape[-1 if texts > 1 else 1] if is_text and main.dim() > 1 else None
     segments = None
     if batch < rows:
         segments = _segments(tensors, rows)
@@ -99,10 +107,12 @@ def find_layout(inputs: Mapping[str, object], rows: int) -> RowLayout:
             f"Expected the model to get a multiple of the {rows} rows the data loader yielded, got {batch} inputs: "
             "which input belongs to which row is unknown."
         )
-    layout = RowLayout(rows, batch, length, segments, torch.ones(rows, dtype=torch.long, device=main.device))
+    layout = RowLayout(
+        rows, batch, length, segments, torch.ones(rows, dtype=torch.long, device=main.device), None, texts
+    )
     mask = tensors.get("attention_mask")
-    if length is not None and mask is not None and mask.shape == (batch, length):
-        layout.mask = mask.bool()
+    if length is not None and mask is not None and mask.numel() == batch * length:
+        layout.mask = mask.view(batch, length).bool()
     layout.tokens = _count_tokens(layout, tensors, main if is_text else None)
     return layout
 
@@ -143,5 +153,5 @@ def _count_tokens(layout: RowLayout, tensors: Mapping[str, torch.Tensor], ids: t
     elif layout.mask is not None:
         counted = layout.mask.unsqueeze(-1)
     else:
-        counted = torch.ones(*ids.shape[:2], 1, dtype=torch.bool, device=ids.device)
+        counted = torch.ones(layout.batch, layout.length or 1, 1, dtype=torch.bool, device=ids.device)
     return layout.sum_rows(counted.long())[:, 0]

@@ -268,7 +268,7 @@ class _Hook:
             source = follow.Shared(
                 functools.partial(self._join, call), output.shape, {"dtype": output.dtype, "device": output.device}
             )
-            return follow.begin(output, source, layout.batch)
+            return follow.begin(output, source, (layout.batch, layout.batch * layout.texts))
         if tapped.index in taps.unordered or not layout.fits(shape, isinstance(tapped.module, nn.Embedding)):
             taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
             return output
