@@ -104,7 +104,8 @@ def wrap_training_step(trainer: Any, keys: RowKeys, score: weakref.WeakMethod) -
     """
     The trainer's `training_step` takes the rows off its batch and trains within `score(rows)`, as long as the callback
     whose method this is lives and belongs to the trainer. No hook is on the model outside of it, so that none survives
-    an interruption whose traceback keeps all of this alive. Returns what gives back the trainer and the loader.
+    an interruption whose traceback keeps all of this alive; `_prepare_inputs`, which could take rows off as well, does
+    not see where a step ends and is called in evaluation, too. Returns what gives back the trainer and the loader.
     """
     training_step = trainer.training_step
 

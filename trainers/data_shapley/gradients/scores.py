@@ -33,8 +33,7 @@ class TappedModule:
     index: int
     kind: str  # "linear", "conv1d", "embedding", "norm", "scale" or "other"
     directions: list[dict[str, Direction]] = field(default_factory=list)  # of each target, by parameter
-    starts_at_zero: bool | None = None  # whether a scale's output is zero where its weight is, once it is known
-    is_rms: bool | None = None  # whether a scale is an RMSNorm, once it is known
+    is_rms: bool = False  # whether a scale was seen to be an RMSNorm
 
 
 def find_tapped(model: nn.Module) -> list[TappedModule]:
@@ -87,7 +86,7 @@ def _kind(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
         return "conv1d"
     if plain and forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
         return "embedding"
-    if plain and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
+    if plain and forward in (nn.LayerNorm.forward, nn.modules.batchnorm._BatchNorm.forward):
         return "norm"
     has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
     if has_eps and set(parameters) == {"weight"} and parameters["weight"].dim() == 1:  # an RMSNorm, as it seems
@@ -139,12 +138,14 @@ def token_scores(
 
 def _derivative(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
     """Of a module's output along a direction of its parameters."""
+    alone = len(call.args) + len(call.kwargs) == 1
+    x: Any = first_input(call.args, call.kwargs) if alone else None
     if tapped.kind == "embedding":
-        moved = F.embedding(first_input(call.args, call.kwargs), dense(directions["weight"]))
+        moved = F.embedding(x, dense(directions["weight"]))
     elif tapped.kind == "norm":
-        moved = _norm_output(tapped.module, first_input(call.args, call.kwargs), directions)
-    elif tapped.kind == "scale":
-        moved = _scaled(tapped, directions, call)
+        moved = _norm_output(tapped.module, x, directions)
+    elif tapped.kind == "scale" and alone and (factor := _rms_factor(tapped, directions, x)) is not None:
+        moved = x * factor.unsqueeze(-1) * dense(directions["weight"])
     else:
         moved = _jvp(tapped, directions, call)
     if isinstance(tapped.module, nn.Embedding) and tapped.module.padding_idx is not None:
@@ -199,9 +200,9 @@ def fast_scores(
     """
     u, bias = directions.get("weight"), directions.get("bias")
     if tapped.kind not in ("linear", "conv1d"):  # a scale, or what seemed to be one until its first call was scored
-        u = dense(directions["weight"]).to(wide(b.dtype))
-        factor = rms_factor(tapped, u, x) if tapped.kind == "scale" else None
+        factor = _rms_factor(tapped, directions, x) if tapped.kind == "scale" else None
         if factor is not None:
+            u = dense(directions["weight"]).to(wide(b.dtype))
             return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor).reshape(*shape, -1).sum(-1)
         return token_scores(tapped, directions, Call((x,), {}), b, None).reshape(*shape, -1).sum(-1)
     parts = [] if bias is None else [(b @ dense(bias).to(b.dtype)).to(wide(b.dtype))]
@@ -236,52 +237,34 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
     weight, bias = parts
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(x, module.normalized_shape, weight, module.eps)
     running = (None, None) if module.training else (module.running_mean, module.running_var)
     return F.batch_norm(x, *running, weight, bias, training=running[0] is None, eps=module.eps)  # type: ignore
 
 
-def rms_factor(tapped: TappedModule, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+def _rms_factor(tapped: TappedModule, directions: dict[str, Direction], x: torch.Tensor) -> torch.Tensor | None:
     """
     (`torch.Tensor` of shape `(...)`): what an input times a direction of the weight is multiplied by to be the
     derivative of an RMSNorm: less than running it. `None` if the module's first call shows that it is something else.
     """
-    module: Any = tapped.module
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if tapped.is_rms is False or not isinstance(eps, float) or x.shape[-1] != len(u):
+    module, u = tapped.module, dense(directions["weight"])
+    eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or x.shape[-1] != len(u):
+        tapped.kind = "other"
         return None
     values = x.to(wide(x.dtype))
     factor = (torch.linalg.vector_norm(values, dim=-1).square() / len(u) + eps).rsqrt()
-    if tapped.is_rms is None:
-        moved = _scaled(tapped, {next(iter(tapped.parameters)): u}, Call((x,), {})).to(values.dtype)
+    if not tapped.is_rms:  # it would be affine in its weight
+        u = u.to(tapped.parameters["weight"].dtype)
+        at_u, at_zero = (torch.func.functional_call(module, {"weight": w}, (x,)) for w in (u, torch.zeros_like(u)))
+        moved = (at_u - at_zero).to(values.dtype)
         rough = 1.0 if x.dtype != torch.float64 else 1e-9  # doubles may be normalised in single precision
-        largest = float(moved.abs().max())
-        tapped.is_rms = (
-            tapped.kind == "scale"
-            and moved.shape == x.shape
-            and torch.allclose(values * u * factor[..., None], moved, 2e-2 * rough, 1e-3 * rough * largest)
+        tapped.is_rms = moved.shape == x.shape and torch.allclose(
+            values * u * factor[..., None], moved, 2e-2 * rough, 1e-3 * rough * float(moved.abs().max())
         )
-    return factor if tapped.is_rms else None
-
-
-def _scaled(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
-    """Of a normalisation that is affine in its weight, as all of transformers' are, from its output alone."""
-    (name, parameter), module = next(iter(tapped.parameters.items())), tapped.module
-
-    def run(weight: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(module, {name: weight}, call.args, call.kwargs)
-
-    u = dense(directions[name]).to(parameter.dtype)
-    if tapped.starts_at_zero:
-        return run(u)
-    at_zero = run(torch.zeros_like(u))  # whole, where the parameter is sharded
-    if tapped.starts_at_zero is None:
-        tapped.starts_at_zero = not bool(at_zero.any())
-        if not torch.allclose(run(2 * u) - at_zero, 2 * (run(u) - at_zero), rtol=1e-2, atol=1e-6):
+        if not tapped.is_rms:
             tapped.kind = "other"
-            return _jvp(tapped, directions, call)
-    return run(u) - at_zero
+            return None
+    return factor
 
 
 def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> torch.Tensor:
