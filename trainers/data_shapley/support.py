@@ -140,7 +140,8 @@ def trainer_batches(
     tokenise and mask raw text themselves. `loader` is the training set's, `name` for messages, and `id_column` one
     that validation rows don't need. `ValueError` if the set is empty or its columns aren't the training set's.
     """
-    dataset = _as_dataset(name, dataset)
+    as_listed = not hasattr(loader.dataset, "column_names") and not hasattr(trainer, "_prepare_dataset")
+    dataset = _as_dataset(name, dataset, as_listed)
     if isinstance(dataset, datasets.Dataset):
         if hasattr(trainer, "_prepare_dataset"):
             dataset = _prepare(trainer, name, dataset)
@@ -182,9 +183,9 @@ def loop_batches(
             row = () if isinstance(loader.dataset, IterableDataset) else loader.dataset[0]
             made = all(_is_batch(item, row) for item in dataset)
         if made:
-            batches = [(batch, _count_rows(batch)) for batch in dataset]
+            batches = [(batch, next((len(value) for value in _tensors(batch)), 1)) for batch in dataset]
         else:
-            dataset = dataset if listed and dataset else _as_dataset(name, dataset)
+            dataset = _as_dataset(name, dataset, as_listed=True)
             batches = _collate(name, dataset, loader.collate_fn, batch_size or loader.batch_size or 8)
     return _check_batches(name, batches, model)
 
@@ -252,9 +253,13 @@ def _prepare(trainer: Any, name: str, dataset: datasets.Dataset) -> datasets.Dat
         ) from error
 
 
-def _as_dataset(name: str, dataset: Any) -> Any:
-    """A dataset with a length, of a dataset or a list of rows; anything else is refused."""
-    if isinstance(dataset, list | tuple) and dataset and all(isinstance(row, Mapping) for row in dataset):
+def _as_dataset(name: str, dataset: Any, as_listed: bool) -> Any:
+    """
+    A dataset with a length, of a dataset or a list of rows; anything else is refused. `as_listed`: a list stays one,
+    for collators of rows that are no [`~datasets.Dataset`]'s may want the tensors in them.
+    """
+    listed = isinstance(dataset, list | tuple) and not as_listed
+    if listed and dataset and all(isinstance(row, Mapping) for row in dataset):
         return datasets.Dataset.from_list([dict(row) for row in dataset])
     if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         instead = f"one of its splits, {', '.join(dataset)}: `val_dataset=found[{next(iter(dataset), 'test')!r}]`"
@@ -335,10 +340,6 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
     values: Any = batch.values() if isinstance(batch, Mapping) else batch
     values = values if isinstance(batch, Mapping | list | tuple) else [batch]
     return [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
-
-
-def _count_rows(batch: Any) -> int:
-    return next((len(value) for value in _tensors(batch)), 1)
 
 
 def _take(batch: Any, rows: int, places: list[int]) -> Any:

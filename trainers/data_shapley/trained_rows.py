@@ -176,7 +176,7 @@ def _digests_of_list(rows: Any) -> dict[str, str]:
     some = [rows[place] for place in _places(len(rows))]
     plain = lambda value: value.tolist() if hasattr(value, "tolist") else value  # noqa: E731
     columns = {name: [plain(row.get(name)) for row in some] for name in (some[0] if some else ())}
-    return {name: content_id(values) for name, values in columns.items() if any(v != values[0] for v in values)}
+    return {name: content_id(values) for name, values in columns.items() if len({*map(content_id, values)}) > 1}
 
 
 def _digests(dataset: Dataset) -> dict[str, str]:

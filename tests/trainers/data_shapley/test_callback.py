@@ -82,6 +82,27 @@ def test_a_value_is_learning_rate_times_the_product_of_two_gradients(tmp_path):
         assert line.tokens == 8
 
 
+def test_rows_in_lists_reach_the_collator_as_they_are(tmp_path):
+    """One that stacks tensors, as for detection, where a label is a dictionary of them."""
+
+    def rows(count, seed):
+        return [
+            {"input_ids": torch.tensor(row["input_ids"]), "labels": {"of": torch.tensor(row["labels"])}}
+            for row in token_rows(count, seed)
+        ]
+
+    def collate(rows):
+        ids, labels = ([row["input_ids"] for row in rows], [row["labels"]["of"] for row in rows])
+        return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
+
+    shapley, plain = InRunDataShapleyCallback(rows(5, 9), 1), InRunDataShapleyCallback(token_rows(5, 9), 1)
+    trainer = make(tmp_path / "a", callbacks=[shapley], rows=rows(12, 0))
+    trainer.data_collator = collate
+    trainer.train()
+    make(tmp_path / "b", callbacks=[plain]).train()
+    assert shapley.result.values().equals(plain.result.values())
+
+
 def test_values_add_up_to_the_fall_of_the_validation_loss(tmp_path):
     shapley = callback(targets={"other": token_rows(3, seed=4)})
     trainer = make(tmp_path, lora(tiny_llama()).double(), [shapley], max_steps=10, learning_rate=1e-5)
