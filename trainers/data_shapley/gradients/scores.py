@@ -275,7 +275,8 @@ def _jvp(tapped: TappedModule, directions: dict[str, Direction], call: Call) -> 
     args, kwargs = follow.replace((call.args, call.kwargs), lambda value: None if isinstance(value, Cache) else value)
     # The other parameters as copies of their own, for parametrisations set them in place
     frozen = {name: nn.Parameter(parameter.data, requires_grad=False) for name, parameter in module.named_parameters()}
-    primals = {name: parameter.detach() for name, parameter in tapped.parameters.items()}
+    # Those that the module has at present, which FSDP gathers for its passes
+    primals = {name: module.get_parameter(name).detach() for name in tapped.parameters}
     tangents = {name: dense(directions[name]).to(primals[name].dtype) for name in primals}
 
     def run(values: dict[str, torch.Tensor]) -> torch.Tensor:  # a tied parameter of a child is the child's
