@@ -197,6 +197,27 @@ def test_modules_that_take_no_tensor_or_a_list_are_exact():
     assert first_step(loop(model)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_last_state_of_a_recurrent_layer_is_exact(caplog):
+    """It begins with a dimension of layers: rows meet it in the loss, as single numbers."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.LSTM(1, 2, batch_first=True), nn.Linear(2, 1)
+
+        def forward(self, x):
+            _, (state, _) = self.layer(x[..., None])
+            return self.out(state[-1])[:, 0]
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1][:, 0]).square().mean()
+
+    torch.manual_seed(0)
+    model = Model()
+    expected = exact_first_step(model, loss=loss)
+    assert first_step(loop(model, loss=loss)) == pytest.approx(expected, rel=1e-6) and "leave out" not in caplog.text
+
+
 def test_outputs_may_be_changed_in_place():
     class Model(nn.Module):
         def __init__(self):

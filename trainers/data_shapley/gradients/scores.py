@@ -224,7 +224,8 @@ def fast_scores(
 
 def _sum_product(left: torch.Tensor, right: torch.Tensor, leading: int | None = None) -> torch.Tensor:
     product = left.to(wide(left.dtype)) * right.to(wide(right.dtype))
-    return product.flatten(leading if leading is not None else product.dim() - 1).sum(-1)
+    leading = product.dim() - 1 if leading is None else leading
+    return product.flatten(leading).sum(-1) if leading < product.dim() else product
 
 
 def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direction]) -> torch.Tensor:
