@@ -27,16 +27,18 @@ class RowKeys:
 
     def __init__(self, loader: Any, id_column: str | None = None) -> None:
         self._base: DataLoader = getattr(loader, "base_dataloader", loader)
-        self._dataset, self._collate = self._base.dataset, self._base.collate_fn
-        counted = not isinstance(self._dataset, IterableDataset)
-        if counted:
-            _set_dataset(self._base, _NumberedDataset(self._dataset))
-        self._base.collate_fn = _RowCollator(self._collate, counted, id_column)
+        dataset, collate = self._before = self._base.dataset, self._base.collate_fn
+        counted = not isinstance(dataset, IterableDataset)
+        self._set(_NumberedDataset(dataset) if counted else dataset, _RowCollator(collate, counted, id_column))
 
     def close(self) -> None:
         """Make the loader what it was."""
-        self._base.collate_fn = self._collate
-        _set_dataset(self._base, self._dataset)
+        self._set(*self._before)
+
+    def _set(self, dataset: Any, collate: Any) -> None:
+        vars(self._base)["dataset"] = dataset  # which DataLoader.__setattr__ allows only in its constructor
+        self._base.collate_fn = collate
+        self._base._iterator = None  # of persistent workers, who have copies of what was there before
 
 
 def take_rows(batch: Any) -> tuple[Any, list[int] | list[str] | None]:
@@ -209,7 +211,3 @@ def _hash(value: Any, digest: Any) -> None:
             _hash(item, digest)
     else:
         _hash(repr(value), digest)
-
-
-def _set_dataset(loader: DataLoader, dataset: Any) -> None:
-    loader.__dict__["dataset"] = dataset  # which DataLoader.__setattr__ allows only in its constructor

@@ -116,6 +116,28 @@ def test_values_equal_gradients_of_single_rows():
     assert shapley.result.rows.sort_values("index")["value"].tolist() == pytest.approx(expected, rel=1e-9)
 
 
+def test_workers_that_persist_number_rows_for_as_long_as_the_loop_is_scored():
+    """They have copies of the data set and the collator, from before, of the loop and of after it."""
+    rows = TensorDataset(torch.arange(6.0)[:, None])
+    loader = DataLoader(rows, batch_size=2, num_workers=1, persistent_workers=True)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def loss_of(model, batch):
+        return model(batch[0]).square().mean()
+
+    before = [batch[0].tolist() for batch in loader]
+    with InRunDataShapleyCallback.attach(
+        model, optimizer, loader, rows, refresh_every=1, compute_loss=loss_of
+    ) as shapley:
+        for batch in loader:
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert shapley.result.rows["index"].tolist() == list(range(6))
+    assert [batch[0].tolist() for batch in loader] == before
+
+
 def test_a_loop_has_values_for_each_validation_row():
     """Of a linear model, `lr <grad l_i, grad l_v>` by hand: rows of one entry, l = (w x)^2."""
     train, validation, weight, lr = [1.0, 2.0, -1.0, 0.5], [1.0, 3.0], 2.0, 0.01
