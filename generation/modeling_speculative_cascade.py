@@ -100,8 +100,8 @@ class SpeculativeCascadeForCausalLM(
                 "two repository names or folders."
             )
         for half in (large, small):
-            if not isinstance(half, (str, PreTrainedModel)):
-                raise TypeError(f"Expected a repository name, a folder or a model, got {half!r}.")
+            if not (isinstance(half, (str, PreTrainedModel)) or hasattr(half, "peft_config")):
+                raise TypeError(f"Expected a repository name, a folder or a model, got {half!r:.80}.")
             if getattr(half, "reads_states", False) and not hasattr(half, "_card"):
                 raise TypeError("An EAGLE-3 head stays in a repository of its own: `enable_cascade(large, head)`.")
         references = {}
@@ -118,6 +118,11 @@ class SpeculativeCascadeForCausalLM(
             else half
             for half, revision in ((large, large_revision), (small, small_revision))
         ]
+        if any(hasattr(half, "peft_config") or getattr(half, "_hf_peft_config_loaded", False) for half in halves):
+            raise TypeError(
+                "A composite is saved as two plain models, got one with adapters. Pass what its `merge_and_unload()` "
+                "returns, or use `enable_cascade(large, small)`, which takes adapters."
+            )
         options = {name: kwargs[name] for name in ("cache_dir", "token", "trust_remote_code") if name in kwargs}
         if not same_vocabulary(*halves, **options):
             raise ValueError(

@@ -1,9 +1,11 @@
 """The composite model: one repository or two references, saved, loaded, pushed."""
 
+import copy
 import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -109,6 +111,10 @@ def test_bad_input(halves, composite, tmp_path):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small, cascade_rule="nope")
     with pytest.raises(TypeError, match="Expected a repository name, a folder or a model, got 3"):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(3, small)
+    adapted = get_peft_model(copy.deepcopy(small), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="two plain models, got one with adapters"):
+        SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, adapted)
+    SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, adapted.merge_and_unload())
     with pytest.raises(TypeError, match="as_reference"):
         SpeculativeCascadeForCausalLM.from_cascade_pretrained(large, small, as_reference=True)
     with pytest.raises(ValueError, match="`small` is missing"):
