@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationMixin
-from transformers.cache_utils import DynamicLayer
 
 from .cache_argument import cache_inputs, forward_parameters
 
@@ -132,15 +131,13 @@ class CachedDecoder:
         masks = {"full_attention": allowed | own_slot}
         if self.window is not None:
             masks["sliding_attention"] = (allowed & (keys > queries - self.window)) | own_slot
-        masks = {name: self._for_kernel(mask[:, None]) for name, mask in masks.items()}
+        if self.model.config.get_text_config(decoder=True)._attn_implementation == "eager":  # it adds its mask
+            least, dtype = torch.finfo(self.model.dtype).min, self.model.dtype
+            masks = {
+                name: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least) for name, mask in masks.items()
+            }
+        masks = {name: mask[:, None] for name, mask in masks.items()}
         return masks if len(self.layer_types) > 1 else masks[self.layer_types[0]]
-
-    def _for_kernel(self, mask: torch.Tensor) -> torch.Tensor:
-        if self.model.config.get_text_config(decoder=True)._attn_implementation != "eager":
-            return mask
-        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(self.model.dtype).min
-        )
 
     def keep(self, kept: torch.Tensor, needed: int) -> None:
         """Turns the last slots into holes where `kept` (`(batch, n)`, boolean) is false; drops all but `needed`."""
@@ -298,13 +295,6 @@ def position_limit(model) -> int | None:
     known = config.model_type in ("mpt", "ctrl")  # whose tables are no parameters
     known |= any(0 <= len(table) - limit <= 2 for table in tables if words is None or table is not words.weight)
     return limit if known else None
-
-
-def why_not_resumed(cache) -> str | None:
-    """Why [`CachedDecoder`] can't go on from a key-value cache: one clause."""
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return "it goes on from the cache that it returned itself, not from one that forgets what leaves a window"
-    return None
 
 
 def reads_states(model) -> bool:

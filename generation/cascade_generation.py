@@ -6,7 +6,8 @@ import threading
 import weakref
 
 import torch
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from .assisted_cascade import AssistedCall, CascadeScores, DraftRecorder, EveryToken, check_rule_needs_no_q
 from .batched_cascade import BatchedCascade
@@ -17,7 +18,6 @@ from .cached_decoder import (
     same_vocabulary,
     why_no_states,
     why_not_batched,
-    why_not_resumed,
 )
 from .cascade_call import (
     CASCADE_DEFAULTS,
@@ -189,7 +189,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         **model_kwargs,
     ):
         options = CascadeOptions(*(getattr(generation_config, name) for name in CASCADE_DEFAULTS))
-        generation_config.max_length = int(generation_config.max_length)  # `generate` takes 16.0, too
+        # a criterion of the user's takes the place of `generate`'s own; and a length may be 16.0
+        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        generation_config.max_length = int(min(limits, default=generation_config.max_length))
         reason = why_not_rewindable(logits_processor, input_ids)
         if reason is not None:
             raise ValueError(reason)
@@ -209,26 +211,21 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
         obstacle = self._batched_obstacle(
             pair, input_ids, positions, one_vocabulary, generation_config, synced_gpus, model_kwargs
         )
-        backend = options.backend
+        if options.backend == "assisted":
+            obstacle = obstacle or "it was told to be the loop of transformers"
         alone = assistant_model is None and generation_config.assistant_early_exit is None
-        if (alone or reads_states(assistant_model)) and (obstacle is not None or backend == "assisted"):
+        if (alone or reads_states(assistant_model)) and obstacle is not None:
             drafts = "A cascade without a small model" if alone else "A draft that reads the large model's states"
             raise ValueError(
-                f"{drafts} needs the batched loop, which can't serve this call: "
-                f"{obstacle or 'it was told to be the loop of transformers'}. Leave `cascade_backend` out, or pass "
-                "`assistant_model=small`, another small model."
+                f"{drafts} needs the batched loop, which can't serve this call: {obstacle}. Leave `cascade_backend` "
+                "out, or pass `assistant_model=small`, another small model."
             )
-        if obstacle is not None and (backend == "batched" or batch_size > 1):
+        if obstacle is not None and (options.backend == "batched" or batch_size > 1):
             raise ValueError(
                 f"A batch of {batch_size} can't be served by the batched cascade: {obstacle}. Pass one prompt at a "
                 'time and `cascade_backend="assisted"` (for a pipeline: `batch_size=1`).'
             )
-        if backend == "assisted" and batch_size > 1:
-            raise ValueError(
-                f'`cascade_backend="assisted"` serves one prompt at a time, got a batch of {batch_size}. Leave '
-                "`cascade_backend` out."
-            )
-        if obstacle is None and backend != "assisted":
+        if obstacle is None:
             if streamer is not None and batch_size > 1:
                 raise ValueError(f"A streamer follows one sequence, got a batch of {batch_size}.")
             loop = BatchedCascade(
@@ -286,10 +283,9 @@ class SpeculativeCascadeGenerationMixin(GenerationMixin):
             if not torch.equal(torch.where(ours < 0, ours, given.to(ours)), ours):
                 return "it counts positions from 0 in each row, unlike the `position_ids` given"
         cache = find_cache(model_kwargs)
-        if cache is not None and cache.get_seq_length() > 0:
-            reason = why_not_resumed(cache)
-            if reason is not None:
-                return reason
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled and not all(type(layer) is DynamicLayer for layer in cache.layers):
+            return "it goes on from the cache that it returned itself, not from one that forgets what leaves a window"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "it keeps no attentions or hidden states"
         for model in pair:

@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from .cascade_call import end_tokens, padding_token
+from .cascade_call import padding_token
 
 
 WARPERS = tuple(cls for name, cls in vars(logits_process).items() if name.endswith("LogitsWarper"))
@@ -237,15 +237,9 @@ class RowCriteria:
     they may keep something for each of its rows, once every row that goes on is as long.
     """
 
-    def __init__(self, criteria, batch_size: int, config):
-        ends = set(end_tokens(config))  # what the config asks for is seen without them
-        others = [
-            c
-            for c in criteria
-            if not (isinstance(c, EosTokenCriteria) and set(c.eos_token_id.tolist()) == ends)
-            and not (isinstance(c, MaxLengthCriteria) and c.max_length >= config.max_length)
-        ]
-        single = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, MaxTimeCriteria)
+    def __init__(self, criteria, batch_size: int):
+        others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        single = (StopStringCriteria, MaxTimeCriteria)
         self.of_a_row = [c for c in others if batch_size == 1 or isinstance(c, single)]
         self.of_the_batch = [c for c in others if c not in self.of_a_row]
         self.asked = 0  # up to how many new tokens the criteria of the batch were asked
@@ -265,8 +259,10 @@ class RowTexts:
     def __init__(self, input_ids: torch.Tensor, stopping_criteria, config, vocab_size: int):
         batch_size, self.prompt_length = input_ids.shape
         self.config, self.vocab_size = config, vocab_size
-        self.criteria = RowCriteria(stopping_criteria, batch_size, config)
-        self.eos = torch.tensor(end_tokens(config), dtype=torch.long, device=input_ids.device)
+        self.criteria = RowCriteria(stopping_criteria, batch_size)
+        # not those of the config: a criterion of the user's takes the place of `generate`'s own
+        ends = [c.eos_token_id.to(input_ids) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        self.eos = torch.cat([input_ids.new_zeros(0), *ends])
         self.pad = padding_token(config) or 0
         # one column more, for what is not written
         self.sequences = torch.full((batch_size, config.max_length + 1), self.pad, device=input_ids.device)

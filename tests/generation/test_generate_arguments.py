@@ -58,11 +58,15 @@ def test_four_turns_from_the_caches_that_came_back(models, backend, inputs, alon
 
 
 @pytest.mark.parametrize(("backend", "inputs"), LOOPS)
-@pytest.mark.parametrize("criterion", [EosTokenCriteria(torch.tensor([3, 19])), MaxLengthCriteria(11)])
-def test_criteria_of_the_kinds_that_generate_makes_itself(models, criterion, backend, inputs):
-    call = {**GREEDY, "stopping_criteria": StoppingCriteriaList([criterion])}
+@pytest.mark.parametrize(
+    "criterion", [EosTokenCriteria(torch.tensor([3, 19])), MaxLengthCriteria(11), MaxLengthCriteria(29)]
+)
+@pytest.mark.parametrize("eos", [None, 32])
+def test_criteria_of_the_kinds_that_generate_makes_itself(models, criterion, eos, backend, inputs):
+    """They take the place of `generate`'s own, also where these would stop earlier."""
+    call = {**GREEDY, "stopping_criteria": StoppingCriteriaList([criterion]), "eos_token_id": eos}
     plain = models[0].generate(**inputs, **call)
-    assert not torch.equal(plain, models[0].generate(**inputs, **GREEDY))
+    assert eos or plain.shape != models[0].generate(**inputs, **GREEDY).shape or (plain[:, -1] == 0).any()
     assert torch.equal(enable_cascade(*models).generate(**inputs, **call, cascade_backend=backend), plain)
 
 
