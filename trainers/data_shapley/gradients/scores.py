@@ -232,7 +232,7 @@ def _norm_output(module: nn.Module, x: torch.Tensor, directions: dict[str, Direc
     """Output of a normalisation whose weight and bias are the direction: it is linear in both."""
     parts: list[torch.Tensor | None] = []
     for name in ("weight", "bias"):
-        own = getattr(module, name, None)  # whose type autocast lets differ from the input's
+        own: Any = getattr(module, name, None)  # whose type autocast lets differ from the input's
         given = dense(directions[name]) if name in directions else None if own is None else x.new_zeros(own.shape)
         parts.append(None if given is None else given.to(own.dtype))
     weight, bias = parts

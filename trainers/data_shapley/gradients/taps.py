@@ -243,7 +243,8 @@ class _Hook:
             apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
             if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
                 return _Tap.apply(output, self, layout, taps.read(tapped, x), None, x)
-        call = Call(*follow.replace((args, kwargs), follow.plain), autocast_type(layout.tokens.device))
+        args, kwargs = follow.replace((args, kwargs), follow.plain)
+        call = Call(args, kwargs, autocast_type(layout.tokens.device))
         if isinstance(output, torch.Tensor):
             return self._behind(output, call)
         if not isinstance(output, (tuple, list, dict)):
