@@ -11,12 +11,9 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
-import functools
 import gc
 import logging
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -56,39 +53,6 @@ def elsewhere(tmp_path_factory):
     found = (path for path in root.glob("[!.]*") if path.suffix != ".egg-info")  # which an install leaves, too
     left = sorted(path.name for path in found if path.name not in before)
     assert not left, f"the tests left {left} in {root}: let them write under tmp_path"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def drawn_fingerprints(request):
-    """`datasets` pickles each function and tokenizer for the name of a cache: where none is read a draw is as good."""
-    from datasets.fingerprint import Hasher
-
-    if "deep_safety" in request.path.parts:  # whose reference is kept under the name of the rows
-        yield
-        return
-    with mock.patch.object(Hasher, "update", lambda self, value: self.m.update(os.urandom(8))):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def what_never_changes():
-    """
-    Without an accelerator torch keeps each seed for later, with a printed stack, and is asked whether one records at
-    each forward; whether PEFT is there accelerate reads from its metadata several times a step.
-    """
-    import torch
-    from accelerate.utils import imports, modeling
-    from transformers.utils import import_utils
-
-    with ExitStack() as patches:
-        peft = functools.cache(imports.is_peft_available)
-        patches.enter_context(mock.patch.object(modeling, "is_peft_available", peft))
-        if not torch.accelerator.is_available():
-            recording = mock.patch.object(import_utils, "is_cuda_stream_capturing", lambda: False, create=True)
-            patches.enter_context(recording)
-            for device in ("cuda", "xpu", "mtia"):
-                patches.enter_context(mock.patch(f"torch.{device}.manual_seed_all"))
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
