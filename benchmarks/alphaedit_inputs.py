@@ -25,9 +25,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with the data; left out: the project's own text")
     parser.add_argument("--edits", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=20_000, help="of text for the statistics")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[28, 8, 1])
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[28, 8], help="longest targets that one state brings about"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    return parse(parser, edits=2, tokens=2000, chunks=[28, 1])
+    return parse(parser, edits=2, tokens=2000, chunks=[28, 8])
 
 
 PARTS = ["sentences", "no subject", "chat", "corrections"]
@@ -128,7 +130,7 @@ def sentences(lab: Lab) -> list[dict[str, Any]]:
         ids = lab.tokenizer(sentence)["input_ids"][:LENGTH]
         facts.append(EditRequest("{} is known all over the world for", fact.subject, lab.tokenizer.decode(ids)))
     facts = facts[: lab.args.edits]
-    return [{"tokens a state": chunk} | lab.measure(facts, chunk_length=chunk) for chunk in lab.args.chunks]
+    return [{"chunk_length": chunk} | lab.measure(facts, chunk_length=chunk) for chunk in lab.args.chunks]
 
 
 def no_subject(lab: Lab) -> list[dict[str, Any]]:

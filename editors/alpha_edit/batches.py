@@ -96,6 +96,17 @@ class EditBatch:
         """Residuals and factor of each layer."""
         return {layer: (self.residuals[layer], factor) for layer, factor in self.factors.items()}
 
+    @property
+    def owners(self) -> torch.Tensor:
+        """For each key the index of its request."""
+        # A request has a key for each of its target states, which are zero beyond these.
+        return self.states.view(len(self.requests), -1, self.states.shape[-1]).any(-1).nonzero()[:, 0]
+
+    @property
+    def without_subject(self) -> torch.Tensor:
+        """For each key whether it is of a prompt without a subject."""
+        return torch.tensor([request.subject is None for request in self.requests])[self.owners]
+
     def report(self, others: Sequence["EditBatch"], **columns: list[float]) -> None:
         """Make the rows of its report, of a column's value for each edit and of collisions with other batches."""
         columns["collision"] = self.collisions(others)
@@ -134,9 +145,7 @@ class EditBatch:
 
     def collisions(self, others: Sequence["EditBatch"]) -> list[float]:
         """For each edit the largest |cosine| of its key with that of another one, over layers."""
-        # A request has a key for each of its target states, which are zero beyond these.
-        states = self.states.view(len(self.requests), -1, self.states.shape[-1])
-        owner = states.any(-1).nonzero()[:, 0]
+        owner = self.owners
         worst = torch.zeros(len(owner))
         for layer, keys in self.keys.items():
             every = torch.cat([keys, *(other.keys[layer] for other in others)], 1)

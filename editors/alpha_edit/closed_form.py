@@ -5,6 +5,7 @@ from torch.nn.functional import pad
 
 
 PAPERS_THRESHOLD = 2e-2  # eigenvalues of at least this are preserved
+_WEAK = 0.01  # of a key's squared norm outside of the preserved directions
 _MASSIVE = 100.0  # times the median squared norm: such keys are multiplied in float64
 
 
@@ -43,6 +44,7 @@ class EditedKeys:
 
     by the push-through identity. P Kp and the Cholesky factor of Kp^T P Kp + l2 I stay from batch to batch, so a batch
     costs one system of as many equations as it has keys. With more keys than d the same is solved in d dimensions.
+    Each key may have a ridge of its own on that diagonal: the smaller, the closer its residual is reached.
 
     MEMIT's R K^T (S + Kp Kp^T + K K^T)^-1 (equation 14 of https://huggingface.co/papers/2210.07229, with previous
     keys) is the same of the keys L^-1 K, S = L L^T, with nothing preserved and l2 = 1, times L^-1.
@@ -59,29 +61,37 @@ class EditedKeys:
     def __init__(self, preserved: torch.Tensor, l2: float, cholesky: torch.Tensor | None = None) -> None:
         self.preserved, self.l2, self.whitening, self._count = preserved, l2, cholesky, 0
         self._projected = preserved.new_zeros(0, len(preserved))  # (P Kp)^T, with room for more rows
+        self._ridge = preserved.new_zeros(0)  # of the same rows
         self._cholesky = preserved.new_zeros(0, 0)  # of the same rows, while they are no more than d
 
-    def add(self, keys: torch.Tensor) -> torch.Tensor:
+    def add(self, keys: torch.Tensor, weak: torch.Tensor | None = None) -> torch.Tensor:
         """
         The factor, of shape `(n, d)`, of an update at new keys K of shape `(d, n)`, which then count to the earlier
-        edits. Raises `ValueError` when the system is singular; the keys are not added then.
+        edits. `weak`, n booleans, are keys whose ridge is at most a hundredth of their squared norm outside of the
+        preserved directions. Raises `ValueError` when the system is singular; the keys are not added then.
         """
         old, new = self._count, self._count + keys.shape[1]
         if new > len(self._projected):
             self._projected = pad(self._projected, (0, 0, 0, 2 * new - len(self._projected)))
+            self._ridge = pad(self._ridge, (0, 2 * new - len(self._ridge)))
             room = min(2 * new, len(keys)) - len(self._cholesky)
             self._cholesky = pad(self._cholesky, (0, room, 0, room))
         if self.whitening is not None:
             keys = torch.linalg.solve_triangular(self.whitening, keys, upper=False)
         self._projected[old:new] = project_out(keys, self.preserved).T
         earlier, projected = self._projected[:old], self._projected[old:new]
+        ridge = self._ridge[old:new].fill_(self.l2)
+        if weak is not None:
+            ridge[weak] = (_WEAK * projected[weak].square().sum(1)).clamp_max(self.l2)
         if new > len(keys):
-            gram = self._projected[:new].T @ self._projected[:new]
-            factor = torch.cholesky_solve(projected.T, _cholesky_of_ridge(gram, self.l2)).T
+            ridges = self._ridge[:new, None]
+            weight = torch.where(ridges < self.l2, self.l2 / ridges, 1.0)
+            gram = self._projected[:new].T @ (weight * self._projected[:new])
+            factor = torch.cholesky_solve((weight[old:] * projected).T, _cholesky_of_ridge(gram, self.l2)).T
         else:
             triangle = self._cholesky[:old, :old]
             below = torch.linalg.solve_triangular(triangle, earlier @ projected.T, upper=False)
-            corner = _cholesky_of_ridge(projected @ projected.T - below.T @ below, self.l2)
+            corner = _cholesky_of_ridge(projected @ projected.T - below.T @ below, ridge)
             own = torch.cholesky_inverse(corner)
             factor = own @ projected - torch.linalg.solve_triangular(triangle.T, below @ own, upper=True).T @ earlier
             self._cholesky[old:new, :old], self._cholesky[old:new, old:new] = below.T, corner
@@ -159,12 +169,13 @@ def low_rank_factors(delta: torch.Tensor, rank: int | None = None) -> tuple[torc
     return left[:, :rank] * values[:rank], right[:rank]
 
 
-def _cholesky_of_ridge(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+def _cholesky_of_ridge(gram: torch.Tensor, ridge: torch.Tensor | float) -> torch.Tensor:
     gram.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.any() or not torch.isfinite(factor).all():
         raise ValueError(
             f"Expected a system of {len(gram)} equations that can be solved, got a singular or non-finite one. Raise "
-            f"the ridge (`l2`, now {ridge:g}), or look for two edits with the same keys and for statistics with NaN."
+            f"the ridge (`l2`, now {torch.as_tensor(ridge).max():g}), or look for two edits with the same keys and "
+            "for statistics with NaN."
         )
     return factor

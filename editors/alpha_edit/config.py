@@ -47,7 +47,8 @@ class AlphaEditConfig:
         nullspace_rank (`int`, *optional*):
             Instead: number of directions preserved.
         l2 (`float`, *optional*, defaults to 10.0):
-            Ridge of `"alphaedit"` and `"ridge"`.
+            Ridge of `"alphaedit"` and `"ridge"`, in squared units of a key. Without a subject it is at most a
+            hundredth of what can be edited of the key: that of a last word such as "is" is small.
         moment_weight (`float`, *optional*, defaults to 15000.0):
             Weight of the second moment in `"memit"` and `"memit_seq"`; the MEMIT paper's lambda.
         learning_rate (`float`, *optional*, defaults to 0.5):
@@ -76,8 +77,8 @@ class AlphaEditConfig:
             Prompts are turns of a chat, by the tokenizer's chat template, and targets are answers to them. The report
             asks in the same form, and so does [`~hf_iclr.editors.alpha_edit.evaluate_edits`] with `chat_template`.
         chunk_length (`int`, *optional*, defaults to 8):
-            Longest part of a target, in tokens, that one state has to bring about; longer targets have one for each
-            part, at the token before it. For sentences 1 did best.
+            Longest target, in tokens, that the state at the subject has to bring about alone; longer ones have a state
+            for each of their tokens, at the token before it.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
         optimization_dtype (`str`, *optional*, defaults to `"auto"`):

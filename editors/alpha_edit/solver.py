@@ -122,7 +122,7 @@ class EditSolver:
         contexts = _Rows(self.setup.model, [row for request in rows for row in request[1:]])
         for number, projection in enumerate(self.setup.projections):
             layer, weight = projection.index, self._weights[projection.index]
-            keys, reached = self._read(plain, contexts, projection)
+            keys, reached = self._read(plain, contexts, projection, batch.without_subject)
             residuals = ((wanted.to(reached) - reached) / (len(self.setup.projections) - number)).double().T
             keys = keys.double().T.cpu()
             factor = self._factor(layer, keys, before, batch)
@@ -176,9 +176,9 @@ class EditSolver:
         edited.keep_first(sum(batch.keys[layer].shape[1] for batch in batches[:common]))
         del batches[common:]
         for other in before[common:]:
-            edited.add(other.keys[layer].double())
+            edited.add(other.keys[layer].double(), other.without_subject)
             batches.append(other)
-        factor = edited.add(keys)
+        factor = edited.add(keys, batch.without_subject)
         batches.append(batch)
         return factor if preserved is None or config.solver == "alphaedit" else project_out(factor.T, preserved).T
 
@@ -216,11 +216,12 @@ class EditSolver:
         return float(squared.sqrt() / original.double().norm().cpu())
 
     def _read(
-        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection
+        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection, without_subject: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Keys of one layer, (n, d), at each edited token of each request: half of each is the plain prompt's, half the
-        mean over contexts; and the last edited layer's present output on the plain prompts, (n, hidden_size).
+        mean over contexts, but without a subject all is the plain prompt's, as the last token's key is another in each
+        context; and the last edited layer's present output on the plain prompts, (n, hidden_size).
         """
         last, key = self.setup.projections[-1], {"key": (projection.module, "input")}
         found = plain.read(projection, last.layer, key | {"out": (last.target, "output")})
@@ -230,7 +231,7 @@ class EditSolver:
             return keys, reached
         others = contexts.read(projection, projection.layer, key)["key"]
         means = [torch.stack(others[i : i + each]).mean(0) for i in range(0, len(others), each)]
-        return (keys + torch.cat(means)) / 2, reached
+        return torch.where(without_subject.to(keys.device)[:, None], keys, (keys + torch.cat(means)) / 2), reached
 
 
 class _Rows:

@@ -73,6 +73,23 @@ def test_more_keys_than_dimensions(system):
     torch.testing.assert_close(update, dense_official(keys, previous @ previous.T, basis, wanted, 0.5))
 
 
+@pytest.mark.parametrize("num_previous", [0, 3, 30])
+def test_keys_with_a_ridge_of_their_own(system, num_previous):
+    """Weighted least squares: the update X has the least sum over keys of |r - X P k|^2 / ridge, and |X|^2."""
+    basis, (_, keys, _), (_, wanted, _) = system
+    previous = torch.randn(WIDTH, num_previous, dtype=torch.float64)
+    weak = torch.tensor([True, False, False, True])
+    edited = EditedKeys(basis, 2.0)
+    edited.add(previous)
+    update = wanted @ edited.add(keys, weak)
+    projected = keys - basis @ (basis.T @ keys)
+    ridge = torch.where(weak, 0.01 * projected.square().sum(0), 2.0)
+    both = torch.cat([previous - basis @ (basis.T @ previous), projected], 1)
+    weights = 1 / torch.cat([torch.full((num_previous,), 2.0), ridge])
+    left = (both * weights) @ both.T + torch.eye(WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(update, torch.linalg.solve(left, (projected / ridge) @ wanted.T).T)
+
+
 def test_nothing_preserved_is_ridge_and_all_preserved_is_no_update(system):
     _, (keys, *_), (wanted, *_) = system
     empty = keys[:, :0]

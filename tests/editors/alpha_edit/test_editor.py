@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_iclr.editors.alpha_edit import (
+    AlphaEditConfig,
     AlphaEditor,
     EditRequest,
     KeyStatistics,
@@ -438,26 +439,50 @@ def target_probability(model, ids, start):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_5_text"])
-def test_a_long_target_is_said_with_a_state_for_each_part_of_it(model_type, word_tokenizer):
-    """Twelve tokens, eight states in all; a short target beside it; what stays is made anew when one is removed."""
+def test_a_long_target_is_said_with_a_state_for_each_of_its_tokens(model_type, word_tokenizer):
+    """
+    Twelve tokens, by one state and, as by default, by twelve; a short target beside it; what stays is made anew when
+    one is removed.
+    """
     long = EditRequest("w1 w2 {}", "w3 w4", " ".join(f"w{i}" for i in range(20, 32)))
     layers = [2] if model_type == "gemma2" else [2, 3]
     settings = STRONG | {"layers": layers, "num_steps": 30, "context_templates": ["{}", "w9 {}"]}
     reached = {}
-    for chunk in (12, 2):
+    for chunk, states in ((12, 1), (AlphaEditConfig.chunk_length, 12)):
         editor = make_editor(word_tokenizer, model_type, chunk_length=chunk, **settings)
         report = editor.edit([long, ENDING[1]], progress=False)
         ids = word_tokenizer(f"{long.text} {long.target_new}")["input_ids"]
         assert report.edits[0]["p_after"] == pytest.approx(target_probability(editor.model, ids, 4), rel=1e-3)
-        reached[chunk] = report.edits[0]["p_after"]
-        assert all(keys.shape[1] == 12 // chunk + 1 for keys in editor.batches[0].keys.values())
-    assert reached[2] > 1.5 * reached[12]
+        reached[states] = report.edits[0]["p_after"]
+        assert all(keys.shape[1] == states + 1 for keys in editor.batches[0].keys.values())
+    assert reached[12] > 1.5 * reached[1]
     with_both = weights_of(editor)
     editor.remove(ENDING[1].id)
     alone = weights_of(editor)
     assert any(not torch.equal(with_both[layer], alone[layer]) for layer in layers)
     editor.undo()
     assert editor.edits == []
+
+
+def test_a_prompt_without_a_subject_is_edited_though_its_key_is_small(word_tokenizer):
+    """The paper's ridge of ten squared units of a key is far more than these keys have."""
+    reached = {}
+    for request in (ENDING[0], EditRequest(ENDING[0].text, None, ENDING[0].target_new)):
+        editor = make_editor(word_tokenizer, **STRONG | {"l2": 10.0})
+        (row,) = editor.edit([request], progress=False).edits
+        reached[request.subject] = row["p_after"]
+        alone = make_editor(word_tokenizer, **STRONG | {"l2": 10.0, "context_templates": ["{}"]})
+        alone.edit([request], progress=False)
+        keys = [each.batches[0].keys[2] for each in (editor, alone)]
+        assert torch.allclose(*keys, rtol=1e-4, atol=1e-6) == (request.subject is None)  # contexts leave it alone
+        later = EditRequest("w11 w12 w13", None, "w15")
+        editor.edit([later], progress=False)
+        editor.remove(request.id)  # what stays is made anew, as if it had been the first
+        other = make_editor(word_tokenizer, **STRONG | {"l2": 10.0})
+        other.edit([later], progress=False)
+        for layer, weight in weights_of(editor).items():
+            torch.testing.assert_close(weight, weights_of(other)[layer], rtol=1e-3, atol=1e-4)
+    assert reached[None] > 0.5 > 10 * reached["w3 w4"]
 
 
 def test_chat_turns_are_edited_and_reported_as_they_are_asked(word_tokenizer):
