@@ -464,25 +464,24 @@ def test_a_long_target_is_said_with_a_state_for_each_of_its_tokens(model_type, w
     assert editor.edits == []
 
 
-def test_a_prompt_without_a_subject_is_edited_though_its_key_is_small(word_tokenizer):
-    """The paper's ridge of ten squared units of a key is far more than these keys have."""
+def test_a_prompt_without_a_subject_is_edited_though_its_key_is_small(tmp_path, word_tokenizer):
+    """However large the ridge is beside its key, as that of ten is beside those of a real model."""
     reached = {}
     for request in (ENDING[0], EditRequest(ENDING[0].text, None, ENDING[0].target_new)):
-        editor = make_editor(word_tokenizer, **STRONG | {"l2": 10.0})
+        editor = make_editor(word_tokenizer, **STRONG | {"l2": 1e4})
         (row,) = editor.edit([request], progress=False).edits
         reached[request.subject] = row["p_after"]
-        alone = make_editor(word_tokenizer, **STRONG | {"l2": 10.0, "context_templates": ["{}"]})
+        alone = make_editor(word_tokenizer, **STRONG | {"l2": 1e4, "context_templates": ["{}"]})
         alone.edit([request], progress=False)
         keys = [each.batches[0].keys[2] for each in (editor, alone)]
         assert torch.allclose(*keys, rtol=1e-4, atol=1e-6) == (request.subject is None)  # contexts leave it alone
-        later = EditRequest("w11 w12 w13", None, "w15")
-        editor.edit([later], progress=False)
-        editor.remove(request.id)  # what stays is made anew, as if it had been the first
-        other = make_editor(word_tokenizer, **STRONG | {"l2": 10.0})
-        other.edit([later], progress=False)
-        for layer, weight in weights_of(editor).items():
-            torch.testing.assert_close(weight, weights_of(other)[layer], rtol=1e-3, atol=1e-4)
-    assert reached[None] > 0.5 > 10 * reached["w3 w4"]
+    assert reached[None] > 0.3 > 5 * reached["w3 w4"], reached
+    editor.save_pretrained(tmp_path)
+    again = AlphaEditor.from_pretrained(tmp_path, model=tiny_model("llama"), tokenizer=word_tokenizer)
+    for each in (editor, again):
+        each.edit([EditRequest("w11 w12 w13", None, "w15")], progress=False)
+    for layer, weight in weights_of(editor).items():
+        torch.testing.assert_close(weights_of(again)[layer], weight)
 
 
 def test_chat_turns_are_edited_and_reported_as_they_are_asked(word_tokenizer):
