@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
 
     large, tokenizer = load_demo_model()
-    texts = docstrings(400)
+    texts = docstrings(200)
     texts, for_draft = texts[:128], texts[128:]
     if args.draft:
         small = AutoModelForCausalLM.from_pretrained(args.draft, dtype=large.dtype).eval()
