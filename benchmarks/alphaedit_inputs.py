@@ -36,11 +36,11 @@ PARTS = ["sentences", "no subject", "chat", "corrections"]
 if __name__ == "__main__":  # before the imports that take seconds
     ARGUMENTS = arguments()
 
-import pandas as pd
 import torch
 from datasets import Dataset
 
 from common.edit_data import load_edit_data
+from common.report import print_table
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
 from hf_iclr.editors.alpha_edit import evaluate_edits, perplexity
 from hf_iclr.tour.demo.facts import demo_requests
@@ -142,7 +142,11 @@ def no_subject(lab: Lab) -> list[dict[str, Any]]:
         )
         for fact in facts
     ]  # fmt: skip
-    return [{"edited at": "the subject"} | lab.measure(facts), {"edited at": "the last token"} | lab.measure(bare)]
+    return [
+        {"edited at": "the subject"} | lab.measure(facts),
+        {"edited at": "the last token"} | lab.measure(bare),
+        {"edited at": "the last token, in five contexts"} | lab.measure(bare, num_contexts=5),
+    ]
 
 
 def chat(lab: Lab) -> list[dict[str, Any]]:
@@ -197,8 +201,8 @@ def main(args: argparse.Namespace) -> None:
     tables = {}
     for part in args.parts:
         tables[part] = run[part](lab)
-        table = pd.DataFrame(tables[part]).to_string(index=False, float_format="{:.3f}".format)
-        print(f"\n## {part}\n\n{table}", flush=True)
+        print(f"\n## {part}\n", flush=True)
+        print_table(list(tables[part][0]), [list(row.values()) for row in tables[part]])
     write_json(args.out / "results.json", tables)
 
 
