@@ -26,10 +26,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=20_000, help="of text for the statistics")
     parser.add_argument(
-        "--chunks", type=int, nargs="+", default=[28, 8], help="longest targets that one state brings about"
+        "--chunks", type=int, nargs="+", default=[28, 8, 1], help="tokens that one state brings about at most"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    return parse(parser, edits=2, tokens=2000, chunks=[28, 8])
+    return parse(parser, edits=2, tokens=2000, chunks=[28, 1])
 
 
 PARTS = ["sentences", "no subject", "chat", "corrections"]

@@ -77,8 +77,8 @@ class AlphaEditConfig:
             Prompts are turns of a chat, by the tokenizer's chat template, and targets are answers to them. The report
             asks in the same form, and so does [`~hf_iclr.editors.alpha_edit.evaluate_edits`] with `chat_template`.
         chunk_length (`int`, *optional*, defaults to 8):
-            Longest target, in tokens, that the state at the subject has to bring about alone; longer ones have a state
-            for each of their tokens, at the token before it.
+            Longest part of a target, in tokens, that one state has to bring about; longer targets have one for each
+            part, at the token before it. For sentences 1 did best.
         optimization_batch_size (`int`, *optional*, defaults to 25):
             Requests whose target states are sought at once.
         optimization_dtype (`str`, *optional*, defaults to `"auto"`):

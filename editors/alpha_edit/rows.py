@@ -32,7 +32,7 @@ class EditRow:
     ids: list[int]  # tokens of context, prompt and target
     subject: int  # position of the subject's last token
     start: int  # position of the target's first token; len(ids) when there is no target
-    later: tuple[int, ...] = ()  # positions of the tokens before a long target's further tokens
+    later: tuple[int, ...] = ()  # positions of the tokens before the target's further chunks
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -160,13 +160,11 @@ def encode_in_contexts(
         encode_request(tokenizer, request.prompt, request.subject, request.target_new, context, config.chat_template)
         for context in config.context_templates or ["{}"]
     ]
-    count = len(rows[0].ids) - rows[0].start
-    if count <= config.chunk_length:
-        return rows
-    targets = [(row.start, len(row.ids) - row.start) for row in rows]  # a context may cut the target otherwise
+    length = len(rows[0].ids) - rows[0].start
+    count = -(-length // config.chunk_length)  # chunks, of like length
+    chunks = [(len(row.ids) - row.start, row) for row in rows]
     return [
-        replace(row, later=tuple(start + length * k // count - 1 for k in range(1, count)))
-        for row, (start, length) in zip(rows, targets, strict=True)
+        replace(row, later=tuple(row.start + own * k // count - 1 for k in range(1, count))) for own, row in chunks
     ]
 
 

@@ -32,7 +32,7 @@ _WORTH_HALVING = 2**16  # entries of a matrix
 class TargetStates:
     """Target states of n requests."""
 
-    # (n, hidden_size), float32; (n, places, hidden_size) where a target is long, zero beyond a request's
+    # (n, hidden_size), float32; (n, places, hidden_size) where a target is in several chunks, zero beyond a request's
     states: torch.Tensor
     losses: torch.Tensor  # (n,): the last loss, in nats per target token
     steps: torch.Tensor  # (n,): steps taken
@@ -54,8 +54,8 @@ def find_target_states(
     once. A step runs the layers above on the tokens from there on, with logits at the target's positions only, and
     requests that are done leave the batch.
 
-    A target of more than `config.chunk_length` tokens has a move for each token, at the one before it, and all of them
-    are sought together (https://huggingface.co/papers/2502.05628 seeks moves of chunks one after the other).
+    A target of more than `config.chunk_length` tokens has a move for each chunk, at the token before it, and all of
+    them are sought together (https://huggingface.co/papers/2502.05628 seeks them one after the other).
 
     The model is in evaluation mode, `projections` are those that are edited, and the result is in the order of the
     requests.

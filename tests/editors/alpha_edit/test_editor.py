@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_iclr.editors.alpha_edit import (
-    AlphaEditConfig,
     AlphaEditor,
     EditRequest,
     KeyStatistics,
@@ -439,23 +438,20 @@ def target_probability(model, ids, start):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_5_text"])
-def test_a_long_target_is_said_with_a_state_for_each_of_its_tokens(model_type, word_tokenizer):
-    """
-    Twelve tokens, by one state and, as by default, by twelve; a short target beside it; what stays is made anew when
-    one is removed.
-    """
+def test_a_long_target_is_said_with_a_state_for_each_part_of_it(model_type, word_tokenizer):
+    """Twelve tokens, eight states in all; a short target beside it; what stays is made anew when one is removed."""
     long = EditRequest("w1 w2 {}", "w3 w4", " ".join(f"w{i}" for i in range(20, 32)))
     layers = [2] if model_type == "gemma2" else [2, 3]
     settings = STRONG | {"layers": layers, "num_steps": 30, "context_templates": ["{}", "w9 {}"]}
     reached = {}
-    for chunk, states in ((12, 1), (AlphaEditConfig.chunk_length, 12)):
+    for chunk in (12, 2):
         editor = make_editor(word_tokenizer, model_type, chunk_length=chunk, **settings)
         report = editor.edit([long, ENDING[1]], progress=False)
         ids = word_tokenizer(f"{long.text} {long.target_new}")["input_ids"]
         assert report.edits[0]["p_after"] == pytest.approx(target_probability(editor.model, ids, 4), rel=1e-3)
-        reached[states] = report.edits[0]["p_after"]
-        assert all(keys.shape[1] == states + 1 for keys in editor.batches[0].keys.values())
-    assert reached[12] > 1.5 * reached[1]
+        reached[chunk] = report.edits[0]["p_after"]
+        assert all(keys.shape[1] == 12 // chunk + 1 for keys in editor.batches[0].keys.values())
+    assert reached[2] > 1.5 * reached[12]
     with_both = weights_of(editor)
     editor.remove(ENDING[1].id)
     alone = weights_of(editor)

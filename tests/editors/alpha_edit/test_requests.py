@@ -209,12 +209,12 @@ def test_white_space_around_a_turn_is_what_the_chat_template_makes_of_it(trim, b
         assert tokenizer.decode(row.ids[: row.subject + 1]).endswith(request.subject or "she?")
 
 
-def test_a_long_target_has_a_place_for_each_of_its_tokens(word_tokenizer):
-    request = EditRequest("w1 {} w2", "w3", "w10 w11 w12 w13 w14")
+def test_a_long_target_is_cut_into_parts_of_like_length(word_tokenizer):
+    request = EditRequest("w1 {} w2", "w3", " ".join(f"w{i}" for i in range(10, 21)))
     rows = encode_in_contexts(
         word_tokenizer, request, AlphaEditConfig(context_templates=["{}", "w9 {}"], chunk_length=4)
     )
-    assert [row.places for row in rows] == [(1, 3, 4, 5, 6), (2, 4, 5, 6, 7)] and [row.start for row in rows] == [3, 4]
+    assert [row.places for row in rows] == [(1, 5, 9), (2, 6, 10)] and [row.start for row in rows] == [3, 4]
     short = encode_in_contexts(
         word_tokenizer, EditRequest("w1 {} w2", "w3", "w4 w5 w6 w7"), AlphaEditConfig(chunk_length=4)
     )
