@@ -36,11 +36,12 @@ PARTS = ["sentences", "no subject", "chat", "corrections"]
 if __name__ == "__main__":  # before the imports that take seconds
     ARGUMENTS = arguments()
 
+import pandas as pd
 import torch
 from datasets import Dataset
 
 from common.edit_data import load_edit_data
-from common.report import print_table
+from common.report import print_frame
 from hf_iclr import AlphaEditConfig, AlphaEditor, EditRequest, KeyStatistics
 from hf_iclr.editors.alpha_edit import evaluate_edits, perplexity
 from hf_iclr.tour.demo.facts import demo_requests
@@ -202,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
     for part in args.parts:
         tables[part] = run[part](lab)
         print(f"\n## {part}\n", flush=True)
-        print_table(list(tables[part][0]), [list(row.values()) for row in tables[part]])
+        print_frame(pd.DataFrame(tables[part]))
     write_json(args.out / "results.json", tables)
 
 
