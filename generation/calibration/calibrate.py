@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -248,7 +248,7 @@ class _Run:
     call: dict[str, Any]
     batch_size: int
     seed: int
-    costs: CascadeCosts | None = None
+    costs: CascadeCosts = field(init=False)
 
     def generate(self, texts: list[Text], alpha: float) -> tuple[list[Text], pd.DataFrame]:
         """Continues the prompts of `texts`; the counts of each."""
