@@ -291,10 +291,9 @@ class BatchedCascade:
         """π, deferred mass and TV(π, p) at positions from `start` (a number, or one a row) after the text's end."""
         strict = None
         if self.options.strict_prefix:
-            index = (self.texts.produced[self.rows] + start)[:, None] + torch.arange(
-                p.probs.shape[1], device=q.probs.device
-            )
-            strict = index < self.options.strict_prefix
+            first = (self.texts.produced[self.rows] + start)[:, None]
+            columns = torch.arange(p.probs.shape[1], device=p.probs.device)
+            strict = first + columns < self.options.strict_prefix
         return decide(self.options.rule, self.options.alpha, q, p, self.greedy, strict)
 
     def _accept(self, drafts, siblings, q, p, lengths):

@@ -99,8 +99,10 @@ class EditBatch:
     @property
     def owners(self) -> torch.Tensor:
         """For each key the index of its request."""
-        # A request has a key for each of its target states, which are zero beyond these.
-        return self.states.view(len(self.requests), -1, self.states.shape[-1]).any(-1).nonzero()[:, 0]
+        # A request has a key for each of its target states, at least one, and they are zero beyond these.
+        has_key = self.states.view(len(self.requests), -1, self.states.shape[-1]).any(-1)
+        has_key[:, 0] = True
+        return has_key.nonzero()[:, 0]
 
     @property
     def without_subject(self) -> torch.Tensor:

@@ -118,15 +118,14 @@ class EditSolver:
         ]
         places = [len(request[0].places) for request in rows]
         wanted = torch.cat([own.view(-1, own.shape[-1])[:n] for own, n in zip(states, places, strict=True)])
-        bare = torch.tensor([r.subject is None for r, n in zip(requests, places, strict=True) for _ in range(n)])
         plain = _Rows(self.setup.model, [row[0] for row in rows])
         contexts = _Rows(self.setup.model, [row for request in rows for row in request[1:]])
         for number, projection in enumerate(self.setup.projections):
             layer, weight = projection.index, self._weights[projection.index]
-            keys, reached = self._read(plain, contexts, projection, bare)
+            keys, reached = self._read(plain, contexts, projection, batch.without_subject)
             residuals = ((wanted.to(reached) - reached) / (len(self.setup.projections) - number)).double().T
             keys = keys.double().T.cpu()
-            factor = self._factor(layer, keys, bare, before, batch)
+            factor = self._factor(layer, keys, before, batch)
             residuals = residuals.cpu()
             if not (residuals.isfinite().all() and factor.isfinite().all()):
                 raise ValueError(
@@ -167,13 +166,8 @@ class EditSolver:
             redone.append(new)
         return redone
 
-    def _factor(
-        self, layer: int, keys: torch.Tensor, bare: torch.Tensor, before: list[EditBatch], batch: EditBatch
-    ) -> torch.Tensor:
-        """
-        The update's factor at keys that are `bare` of a subject or not. Keys of the batches that the last solve has in
-        common with this one stay.
-        """
+    def _factor(self, layer: int, keys: torch.Tensor, before: list[EditBatch], batch: EditBatch) -> torch.Tensor:
+        """The update's factor. Keys of the batches that the last solve has in common with this one stay."""
         config, preserved = self.setup.config, self.setup.preserved.get(layer)
         batches, edited = self._solved.get(layer) or self._solved.setdefault(layer, ([], self._no_keys(layer, keys)))
         before, common = [] if config.solver == "memit" else before, 0
@@ -184,7 +178,7 @@ class EditSolver:
         for other in before[common:]:
             edited.add(other.keys[layer].double(), other.without_subject)
             batches.append(other)
-        factor = edited.add(keys, bare)
+        factor = edited.add(keys, batch.without_subject)
         batches.append(batch)
         return factor if preserved is None or config.solver == "alphaedit" else project_out(factor.T, preserved).T
 
@@ -222,7 +216,7 @@ class EditSolver:
         return float(squared.sqrt() / original.double().norm().cpu())
 
     def _read(
-        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection, bare: torch.Tensor
+        self, plain: "_Rows", contexts: "_Rows", projection: DownProjection, without_subject: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Keys of one layer, (n, d), at each edited token of each request: half of each is the plain prompt's, half the
@@ -237,7 +231,7 @@ class EditSolver:
             return keys, reached
         others = contexts.read(projection, projection.layer, key)["key"]
         means = [torch.stack(others[i : i + each]).mean(0) for i in range(0, len(others), each)]
-        return torch.where(bare.to(keys.device)[:, None], keys, (keys + torch.cat(means)) / 2), reached
+        return torch.where(without_subject.to(keys.device)[:, None], keys, (keys + torch.cat(means)) / 2), reached
 
 
 class _Rows:
