@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
         "--draft", help="folder of a draft model; without it, one is built from the texts (closed form)"
     )
     parser.add_argument("--rule", default="token_v3")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens read, and generated in each check")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens read, and generated in each check")
     parser.add_argument("--sweep-prompts", type=int, default=4)
     return parse(parser, max_tokens=128, sweep_prompts=1)
 
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     for target in TARGETS:
         begin = time.perf_counter()
         result = calibrate_cascade(
-            model, texts, target, tokenizer=tokenizer, max_tokens=args.max_tokens, batch_size=16, **SAMPLING
+            model, texts, target, tokenizer=tokenizer, max_tokens=args.max_tokens, batch_size=32, **SAMPLING
         )
         row = {
             "target": result.target,

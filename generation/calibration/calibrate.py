@@ -32,7 +32,7 @@ from .texts import Text, split_texts
 logger = logging.getLogger(__name__)
 
 TARGETS = ("deferral_rate", "acceptance", "speedup")
-_ROUNDS = 3  # of correction on the cascade's own text
+_ROUNDS = 5  # of correction on the cascade's own text, at most
 _TIMED_TEXTS = 3
 _RATES = {
     "deferral_rate": ("deferred", "new_tokens"),
@@ -120,7 +120,7 @@ def calibrate_cascade(
 
     Both models read half of the texts once, which gives the rates at every alpha: a quantile of the positions' scores
     for threshold rules, a bisection for the others. The cascade then continues prompts of that half; reading these
-    continuations corrects alpha for the shift from the given text to its own, up to three times. What is reported as
+    continuations corrects alpha for the shift from the given text to its own, up to five times. What is reported as
     `measured` comes from prompts of the other half.
 
     Args:
@@ -205,17 +205,22 @@ def calibrate_cascade(
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
     predicted, measured, error = run.rate(name, run.expect(texts, alpha)), None, None
     if check:
+        before, promised, power = 0.0, 0.0, 1.0
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
             texts = read_texts(model, small, generated, rule, config)
             expected = run.expect(texts, alpha)
-            # Reading the texts doesn't see all (end of text inside drafts, schedules): it changes the rate by a
-            # factor.
-            rate, known = run.measure(name, counts, expected)[0], run.rate(name, expected)
-            factor = rate / known if known else 1.0
+            rate, read = run.measure(name, counts, expected)[0], run.rate(name, expected)
             logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
-            alpha = run.solve(texts, name, value / factor, strict=False)
-            predicted = factor * run.rate(name, run.expect(texts, alpha))
+            # Reading the texts doesn't see all (end of text inside drafts, schedules): it changes the rate by a
+            # factor. And another alpha writes another text: rates move by a power of what one text promises.
+            factor = rate / read if rate and read else 1.0
+            if before and rate and promised and abs(step := math.log(promised / before)) > 0.05:
+                power = min(max(math.log(rate / before) / step, 0.5), 4.0)
+            wanted = (value / rate) ** (1 / power) if rate else value
+            alpha = run.solve(texts, name, read * wanted if rate and read else value, strict=False)
+            before, promised = rate, factor * run.rate(name, run.expect(texts, alpha))
+            predicted = rate * (promised / rate) ** power if rate else promised
             if abs(rate / value - 1) < 0.02:
                 break
         _, counts = run.generate(halves[1], alpha)
