@@ -156,6 +156,8 @@ def bound(claim: Run) -> str:
 
 
 def number(values: list[float]) -> str:
+    if not values:
+        return "nothing"
     low, high = (f"{value:.10g}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 

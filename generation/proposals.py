@@ -88,8 +88,8 @@ class Plan(NamedTuple):
 class DraftLength:
     """
     Chooses the draft length of each round, how many siblings its first draft has, and whether the small model drafts
-    or only what was looked up in the text is tried, so that tokens come quickest: none at all where drafts don't pay.
-    (A rule still has its say about such a token.)
+    or only what was looked up in the text is tried, so that tokens come quickest: none at all where drafts don't
+    promise to pay. (A rule still has its say about such a token.)
 
     A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens; with n
     siblings of the first, of which each is accepted with probability b when its turn comes, (1 - a) (1 - (1 - b)^n)
@@ -111,6 +111,7 @@ class DraftLength:
     MEASURED = (0, 1, 4)
     LONGEST, MOST_SIBLINGS = 16, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
+    PREMIUM = 0.05  # how much quicker drafts must promise to be: costs are known from a few rounds only
 
     def __init__(self, large, small, kind: tuple, measure: Callable[[], RoundCosts]):
         pairs = _round_costs.setdefault(large, weakref.WeakKeyDictionary())
@@ -168,6 +169,7 @@ class DraftLength:
         seconds = np.interp(lengths, known, [costs.rounds[length] for length in known])
         slope = (costs.rounds[known[-1]] - costs.rounds[known[-2]]) / (known[-1] - known[-2])
         seconds += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
+        seconds[0] /= 1 + self.PREMIUM
         tokens, siblings = np.zeros((self.LONGEST + 1, 1)), np.arange(1)
         for size in set(sizes):
             accepted, refused = self._looked_up.get(size, (acceptance or 0.0, 1 - (acceptance or 0.0)))

@@ -65,6 +65,13 @@ def test_drafts_that_never_pay_are_never_made(models):
     assert found[0] == 4 and set(found[1:]) == {0}  # with the prompt, which is read anyway, drafts are nearly free
 
 
+@pytest.mark.parametrize("cost, length", [(1.94, 0), (1.86, 1)])
+def test_drafts_must_promise_a_gain_that_timings_can_tell(models, cost, length):
+    """All that are drafted are kept: one draft is 3 % quicker than none at a cost of 1.94, and 7 % at 1.86."""
+    models[1].config.expected_acceptance = 1 / 0.6
+    assert set(chosen(models, {0: 1.0, 1: cost, 2: 3.0, 4: 5.0}, 1.0)[1:]) == {length}
+
+
 def test_length_follows_the_costs(models):
     """At acceptance 1/2, γ drafts give 2 - 2^-γ tokens: 1.5 at cost 1.1, 1.75 at 1.2 (best), 1.94 at 1.6."""
     found = chosen(models, {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.6}, 0.5, rounds=400)
@@ -73,7 +80,7 @@ def test_length_follows_the_costs(models):
 
 def test_a_draft_says_what_acceptance_to_expect(models):
     costs = {0: 1.0, 1: 1.5, 2: 2.0, 4: 3.0}
-    for expected, drafts in ((0.9, True), (0.2, False)):
+    for expected, drafts in ((1.0, True), (0.2, False)):
         models[1].config.expected_acceptance = expected
         length = DraftLength(*models, ("test",), lambda: RoundCosts(costs, 1.0, 0.0))
         assert length.next() == Plan(4)  # the prompt's round
