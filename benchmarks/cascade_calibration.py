@@ -45,7 +45,7 @@ from hf_iclr.generation.calibration.calibrate import calibrate_cascade, write_al
 from hf_iclr.generation.calibration.sweep import mean_log_probability, sweep_cascade
 from hf_iclr.generation.calibration.teacher_forcing import prepare_config
 from hf_iclr.models import pad_rows
-from hf_iclr.tour.demo.language_model import load_demo_model
+from hf_iclr.tour.demo.language_model import fastest_dtype, load_demo_model
 
 
 TARGETS = ({"deferral_rate": 0.3}, {"acceptance": 0.5}, {"speedup": 1.3})
@@ -105,21 +105,23 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
 
-    large, tokenizer = load_demo_model()
-    texts = docstrings(200)
-    texts, for_draft = texts[:128], texts[128:]
+    large, tokenizer = load_demo_model(fastest_dtype())
+    texts = docstrings(328)
+    texts, for_draft = texts[72:], texts[:72]
     if args.draft:
         small = AutoModelForCausalLM.from_pretrained(args.draft, dtype=large.dtype).eval()
     else:
-        small = build_draft_model(large, tokenizer, for_draft)
+        small = build_draft_model(large.float(), tokenizer, for_draft).to(fastest_dtype())
+        large.to(fastest_dtype())
     model = enable_cascade(large, small, cascade_rule=args.rule)
 
     results = []
     for target in TARGETS:
         begin = time.perf_counter()
         result = calibrate_cascade(
-            model, texts, target, tokenizer=tokenizer, max_tokens=args.max_tokens, batch_size=32, **SAMPLING
-        )
+            model, texts, target, tokenizer=tokenizer, max_tokens=args.max_tokens, max_new_tokens=32, batch_size=32,
+            **SAMPLING,
+        )  # fmt: skip
         row = {
             "target": result.target,
             "value": result.value,

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -203,24 +204,27 @@ def calibrate_cascade(
     texts = read_texts(model, small, halves[0], rule, config)
     alpha = teacher_forced = run.solve(texts, name, value, strict=True)
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
-    predicted, measured, error = run.rate(name, run.expect(texts, alpha)), None, None
+    predicted, measured, error = run.read(texts, name, alpha), None, None
     if check:
-        before, promised, power = 0.0, 0.0, 1.0
+        below = above = None  # the nearest alphas and rates around the wanted one
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
             texts = read_texts(model, small, generated, rule, config)
-            expected = run.expect(texts, alpha)
-            rate, read = run.measure(name, counts, expected)[0], run.rate(name, expected)
+            rate, read = run.measure(name, counts, run.expect(texts, alpha))[0], partial(run.read, texts, name)
             logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
-            # Reading the texts doesn't see all (end of text inside drafts, schedules): it changes the rate by a
-            # factor. And another alpha writes another text: rates move by a power of what one text promises.
-            factor = rate / read if rate and read else 1.0
-            if before and rate and promised and abs(step := math.log(promised / before)) > 0.05:
-                power = min(max(math.log(rate / before) / step, 0.5), 4.0)
-            wanted = (value / rate) ** (1 / power) if rate else value
-            alpha = run.solve(texts, name, read * wanted if rate and read else value, strict=False)
-            before, promised = rate, factor * run.rate(name, run.expect(texts, alpha))
-            predicted = rate * (promised / rate) ** power if rate else promised
+            if rate <= value and (below is None or rate > below[1]):
+                below = alpha, rate
+            if rate > value and (above is None or rate < above[1]):
+                above = alpha, rate
+            # Reading the texts doesn't see all (end of text inside drafts, schedules), and another alpha writes
+            # another text: rates between two that were measured are in proportion to what is read.
+            if below and above and read(below[0]) != read(above[0]):
+                scale = (above[1] - below[1]) / (read(above[0]) - read(below[0]))
+                offset = below[1] - scale * read(below[0])
+            else:
+                scale, offset = (rate / read(alpha) if rate and read(alpha) else 1.0), 0.0
+            alpha = run.solve(texts, name, (value - offset) / scale, strict=False)
+            predicted = scale * read(alpha) + offset
             if abs(rate / value - 1) < 0.02:
                 break
         _, counts = run.generate(halves[1], alpha)
@@ -301,6 +305,10 @@ class _Run:
         above, below = _RATES[name]
         return counts[above] / counts[below]
 
+    def read(self, texts: TeacherForcedTexts, name: str, alpha: float) -> float:
+        """A rate that texts show at `alpha`."""
+        return float(self.rate(name, self.expect(texts, alpha)))
+
     def measure(self, name: str, counts: pd.DataFrame, expected: pd.Series) -> tuple[float, float]:
         """
         A rate over all prompts, and its standard error by leaving out one prompt at a time. Forwards that the small
@@ -315,10 +323,7 @@ class _Run:
 
     def solve(self, texts: TeacherForcedTexts, name: str, value: float, strict: bool) -> float:
         """The alpha that gives `value`; the nearest one if none does, or with `strict` a `ValueError`."""
-
-        def rate(alpha):
-            return float(self.rate(name, self.expect(texts, alpha)))
-
+        rate = partial(self.read, texts, name)
         (low, below), (high, above) = sorted((rate(alpha), float(alpha)) for alpha in texts.alphas[[0, -1]])
         if not low <= value <= high:
             nearest, alpha = min((low, below), (high, above), key=lambda end: abs(end[0] - value))
