@@ -111,6 +111,7 @@ class DraftLength:
     MEASURED = (0, 1, 4)
     LONGEST, MOST_SIBLINGS = 16, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
+    LEAD = 4  # tokens by which a row may be ahead of the others and still count: a call lasts as long as its slowest
     PREMIUM = 0.05  # how much quicker drafts must promise to be: costs are known from a few rounds only
 
     def __init__(self, large, small, kind: tuple, measure: Callable[[], RoundCosts]):
@@ -134,8 +135,11 @@ class DraftLength:
         """What rounds cost, if it is known by now."""
         return self._known.get(self._kind)
 
-    def next(self, sizes: Sequence[int] = (0,)) -> Plan:
-        """The plan of the next round, where so many tokens of each row agree with an earlier place of its text."""
+    def next(self, sizes: Sequence[int] = (0,), ahead: int = 0) -> Plan:
+        """
+        The plan of the next round, where so many tokens of each row agree with an earlier place of its text; of rows
+        that are `ahead` of these more tokens are no use.
+        """
         if self._begins:  # nearly free: the large model reads the prompt in that round
             self._begins = False
             return Plan(4, 0, self._small)
@@ -151,16 +155,16 @@ class DraftLength:
             self._retry, drafts = self._quickest((0,), 0.95)[0].gamma > 0, False
         if not drafts and not any(sizes):
             return Plan(0, 0, False)
-        plans = [self._quickest(sizes, None)] if any(sizes) or not drafts else []
+        plans = [self._quickest(sizes, None, ahead)] if any(sizes) or not drafts else []
         if drafts and not all(sizes):
-            plans.append(self._quickest(sizes, self._acceptance))
+            plans.append(self._quickest(sizes, self._acceptance, ahead))
         return max(plans, key=lambda plan: plan[1])[0]
 
     @property
     def _acceptance(self) -> float:
         return self._accepted / (self._accepted + self._rejected)
 
-    def _quickest(self, sizes: Sequence[int], acceptance: float | None) -> tuple[Plan, float]:
+    def _quickest(self, sizes: Sequence[int], acceptance: float | None, ahead: int = 0) -> tuple[Plan, float]:
         """The best plan, and its tokens a second; without an `acceptance` the small model has a rest."""
         if self._kind not in self._known:  # not before: a call may end in its first round
             self._known[self._kind] = self._measure()
@@ -170,7 +174,7 @@ class DraftLength:
         slope = (costs.rounds[known[-1]] - costs.rounds[known[-2]]) / (known[-1] - known[-2])
         seconds += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
         seconds[0] /= 1 + self.PREMIUM
-        tokens, siblings = np.zeros((self.LONGEST + 1, 1)), np.arange(1)
+        tokens, siblings = np.full((self.LONGEST + 1, 1), float(ahead)), np.arange(1)
         for size in set(sizes):
             accepted, refused = self._looked_up.get(size, (acceptance or 0.0, 1 - (acceptance or 0.0)))
             a = min(accepted / (accepted + refused), 0.999)

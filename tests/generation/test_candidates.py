@@ -41,7 +41,7 @@ def rounds(monkeypatch):
 
     def plan(*pairs):
         turns, taken = itertools.cycle(pairs), []
-        monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(*next(turns)))
+        monkeypatch.setattr(DraftLength, "next", lambda self, *_: Plan(*next(turns)))
         monkeypatch.setattr(
             DraftLength, "record", lambda self, plan, _, __, nodes, ___: taken.append(max(nodes) > plan.gamma)
         )

@@ -5,7 +5,7 @@ import torch
 
 from hf_iclr import enable_cascade
 from hf_iclr.generation import batched_cascade
-from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts
+from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts, TextLookup
 from tests.generation.toy import (
     GREEDY,
     RAGGED_PROMPTS,
@@ -70,6 +70,35 @@ def test_drafts_must_promise_a_gain_that_timings_can_tell(models, cost, length):
     """All that are drafted are kept: one draft is 3 % quicker than none at a cost of 1.94, and 7 % at 1.86."""
     models[1].config.expected_acceptance = 1 / 0.6
     assert set(chosen(models, {0: 1.0, 1: cost, 2: 3.0, 4: 5.0}, 1.0)[1:]) == {length}
+
+
+def test_rows_that_are_ahead_do_not_count(models):
+    """One row that copies gives up to 5 tokens a round at 1.6 of the cost; beside seven rows that go on alone, 12."""
+    for ahead, copies in ((0, True), (7, False)):
+        length = DraftLength(*models, ("test",), lambda: RoundCosts({0: 1.0, 1: 1.3, 4: 1.6}, 1.0, 0.0))
+        length.next([8], ahead)
+        assert (length.next([8], ahead).gamma > 0) == copies
+
+
+def test_a_row_is_ahead_of_the_others_by_more_than_four_tokens(models, monkeypatch):
+    """Row 0 alone copies, and keeps it: with 5 tokens against 1 it counts, with 10 against 2 it does not."""
+    asked = []
+
+    def copy_four(self, sizes, ahead):
+        asked.append((len(sizes), ahead))
+        return Plan(4, 0, False)
+
+    monkeypatch.setattr(DraftLength, "next", copy_four)
+    monkeypatch.setattr(DraftLength, "record", lambda *_: None)
+    monkeypatch.setattr(TextLookup, "sizes", lambda self: [8, 0, 0] if len(self.texts) == 3 else [0, 0])
+    large = models[0]
+    monkeypatch.setattr(TextLookup, "drafts", lambda self, sizes, count: 3 * [known[len(self.texts[0]) - 3 :][:count]])
+    inputs = left_padded([[1, 2, 3]] + [[2, 4, 1]] * 2)
+    settings = {**GREEDY, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    known = [*large.generate(**inputs, **settings)[0, 3:].tolist(), 0, 0, 0, 0]
+    enable_cascade(large).generate(**inputs, **settings)
+    assert asked[:4] == [(3, 0), (3, 0), (2, 1), (2, 1)]
+    assert asked[-1] == (2, 0)  # row 0 has ended
 
 
 def test_length_follows_the_costs(models):
@@ -173,7 +202,7 @@ def test_a_length_that_is_named_is_kept(models, backend):
 def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
     """Plain speculative decoding is the large model throughout, alpha = 1 the small one, also without drafts."""
     lengths = [1, 0, 0, 0, 2, 2] + [1] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(lengths[next(self.asked)]))
+    monkeypatch.setattr(DraftLength, "next", lambda self, *_: Plan(lengths[next(self.asked)]))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
     monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     large, small = models[0], tiny_llama(2)
@@ -187,7 +216,7 @@ def test_rounds_without_drafts_keep_to_the_rule(models, monkeypatch):
 def test_draft_reads_what_it_missed(models, monkeypatch):
     """After rounds without drafts, q is still the small model's own: a copy of the large model accepts everything."""
     lengths = [1, 0, 0, 0, 2, 2, 0, 0] + [3] * 20
-    monkeypatch.setattr(DraftLength, "next", lambda self, sizes: Plan(lengths[next(self.asked)]))
+    monkeypatch.setattr(DraftLength, "next", lambda self, *_: Plan(lengths[next(self.asked)]))
     monkeypatch.setattr(DraftLength, "_forget", lambda self, weight: setattr(self, "asked", iter(range(99))))
     monkeypatch.setattr(DraftLength, "record", lambda *_: None)
     cascade = enable_cascade(models[0], models[0])
