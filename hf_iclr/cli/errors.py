@@ -56,6 +56,8 @@ def sentence(error: Exception) -> str:
     text = textwrap.shorten(said, 1000, placeholder=" ...")
     if type(error).__name__ == "ChildFailedError":  # of torchrun, with a page of its own
         return "Expected every process to end well, one failed: what it said stands above."
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):  # Python's own has a number in front
+        return f"Expected a file or folder at {error.filename}, found none."
     if isinstance(error, KeyError):
         return f"Expected a column or key {text}, got none of that name."
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

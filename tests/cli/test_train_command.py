@@ -137,7 +137,7 @@ def test_of_annotations_only_the_accepted_count(folders, tmp_path):
         ({"num_frames": "four"}, "invalid int value: 'four'"),
         ({"model": "./nothing-here"}, "nothing-here"),
         ("a: [", "YAML or JSON"),
-        (None, "No such file"),
+        (None, "Expected a file or folder at"),
     ],
 )
 def test_what_is_wrong_gets_a_sentence(model, folders, tmp_path, settings, words):
