@@ -87,7 +87,7 @@ class BatchedCascade:
         limits = [position_limit(half) or 99 for half in (model, assistant) if half is not None]
         if self.large.switch is not None and self.large.switch.dynamic:  # it keeps the rotation of what was measured
             limits.append(self.large.switch.length)
-        if options.schedule == "auto" and min(limits) > 48:
+        if options.schedule == "auto" and min(limits) > 56:
             warpers = self.processors.of_scores
             kind = (batch_size, self.greedy, options.rule == "spec", str(device), model.dtype)
             kind = (*kind, *map(type, warpers))

@@ -65,6 +65,7 @@ class TextLookup:
         return found
 
 
+_MOST_TURNS = 4  # of timing each kind of round
 # Of a large model, a small one and the kind of call: what rounds cost.
 _round_costs: "weakref.WeakKeyDictionary[object, weakref.WeakKeyDictionary]" = weakref.WeakKeyDictionary()
 
@@ -215,6 +216,11 @@ class DraftLength:
             self._misses = self.MEMORY * self._misses + sum(tries) - hits + refused * plan.siblings
 
 
+def _agree(seconds: list[float]) -> bool:
+    least, second = sorted(seconds)[:2]
+    return second < 1.03 * least
+
+
 def measure_rounds(loop, assistant) -> RoundCosts:
     """
     What rounds of a [`BatchedCascade`] with the small model `assistant` cost, after a short text in as many rows. They
@@ -233,15 +239,19 @@ def measure_rounds(loop, assistant) -> RoundCosts:
         one = type(loop)(loop.large.model, assistant, *call, options)
         one.measured = True
         one._round()  # reads the text
-        for one.gamma, one.siblings in 2 * kinds:
-            before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
-            one._round()
-            one.emitted.tolist()  # waits for the device
-            seconds[one.gamma, one.siblings].append(time.perf_counter() - begin)
-            if one.gamma and one.small is not None:
-                drafts.append((one.small.seconds - before) / one.gamma)
+        # until the two least of each agree, or the machine is found too busy for that
+        while (turn := len(seconds[kinds[0]])) < 2 or turn < _MOST_TURNS and not all(map(_agree, seconds.values())):
+            for one.gamma, one.siblings in kinds:
+                before, begin = 0.0 if one.small is None else one.small.seconds, time.perf_counter()
+                one._round()
+                one.emitted.tolist()  # waits for the device
+                seconds[one.gamma, one.siblings].append(time.perf_counter() - begin)
+                if one.gamma and one.small is not None:
+                    drafts.append((one.small.seconds - before) / one.gamma)
     least = {kind: min(values) for kind, values in seconds.items()}
     # the difference of two timings, but at least a hundredth of a round
-    sibling = (least.popitem()[1] - least[1, 0]) / DraftLength.MOST_SIBLINGS
-    rounds = dict(zip(DraftLength.MEASURED, itertools.accumulate(least.values(), max), strict=True))
-    return RoundCosts(rounds, max(sibling, 0.01 * rounds[0]), min(drafts, default=0.0))
+    draft, sibling = min(drafts, default=0.0), (least.popitem()[1] - least[1, 0]) / DraftLength.MOST_SIBLINGS
+    # a busy machine only adds time: no round takes longer than a longer one, nor drafts less than the small model does
+    shortest = [*itertools.accumulate(reversed(least.values()), min)][::-1]
+    rounds = [max(own, shortest[0] + draft * gamma) for own, gamma in zip(shortest, DraftLength.MEASURED, strict=True)]
+    return RoundCosts(dict(zip(DraftLength.MEASURED, rounds, strict=True)), max(sibling, 0.01 * rounds[0]), draft)

@@ -206,16 +206,13 @@ def calibrate_cascade(
     logger.info("The given texts suggest %s alpha=%.4g for %s=%g.", rule, alpha, name, value)
     predicted, measured, error = run.read(texts, name, alpha), None, None
     if check:
-        below = above = None  # the nearest alphas and rates around the wanted one
+        below = above = None  # the newest alphas and rates around the wanted one
         for _ in range(_ROUNDS):
             generated, counts = run.generate(halves[0], alpha)
             texts = read_texts(model, small, generated, rule, config)
             rate, read = run.measure(name, counts, run.expect(texts, alpha))[0], partial(run.read, texts, name)
             logger.info("%s alpha=%.4g gives %s=%.4g on its own text, wanted %g.", rule, alpha, name, rate, value)
-            if rate <= value and (below is None or rate > below[1]):
-                below = alpha, rate
-            if rate > value and (above is None or rate < above[1]):
-                above = alpha, rate
+            below, above = ((alpha, rate), above) if rate <= value else (below, (alpha, rate))
             # Reading the texts doesn't see all (end of text inside drafts, schedules), and another alpha writes
             # another text: rates between two that were measured are in proportion to what is read.
             if below and above and read(below[0]) != read(above[0]):

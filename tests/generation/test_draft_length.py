@@ -1,11 +1,13 @@
 """Draft lengths that are chosen as tokens come quickest."""
 
+import time
+
 import pytest
 import torch
 
 from hf_iclr import enable_cascade
 from hf_iclr.generation import batched_cascade
-from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts, TextLookup
+from hf_iclr.generation.proposals import DraftLength, Plan, RoundCosts, TextLookup, measure_rounds
 from tests.generation.toy import (
     GREEDY,
     RAGGED_PROMPTS,
@@ -130,6 +132,35 @@ def test_costs_are_measured_once(models):
         assert len(calls) == made  # a call that ends in its first round pays nothing
         length.next()
     assert len(calls) == 2
+
+
+def test_costs_are_those_of_a_machine_that_is_not_busy(models, monkeypatch):
+    """
+    On a clock that forwards alone move: a draft takes 1 ms, verifying one token 10 ms, several 12. Something else runs
+    in the first two rounds without drafts, for 50 and 80 ms: the others would seem to take less.
+    """
+    small = models[1]
+    now, forwards = [0.0], [-99]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def tick(module, _, kwargs, __):
+        forwards[0] += module is not small
+        busy = {2: 0.05, 6: 0.08}.get(forwards[0], 0.0) if module is not small else 0.0  # the first reads the text
+        now[0] += busy + (0.001 if module is small else 0.010 if kwargs["input_ids"].shape[1] == 1 else 0.012)
+
+    def measure(*args):
+        forwards[0] = 0
+        return measure_rounds(*args)
+
+    monkeypatch.setattr(batched_cascade, "measure_rounds", measure)
+    cascade = enable_cascade(*models)
+    for model in (cascade, small):
+        model.register_forward_hook(tick, with_kwargs=True)
+    cascade.generate(torch.tensor([[1, 2, 3]]), do_sample=True, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert forwards[0] >= 1 + 3 * 4
+    costs = cascade.cascade_statistics.round_seconds
+    assert [costs[0], costs[4]] == pytest.approx([0.010, 0.016], abs=1e-9)
+    assert costs[1] == pytest.approx(0.013, abs=1e-9)
 
 
 def test_measuring_uses_up_no_random_number(models):
