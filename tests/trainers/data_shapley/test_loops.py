@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import DebertaV2Config, DebertaV2Model, default_data_collator
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
+from hf_iclr.trainers.data_shapley.gradients.thin import ThinDirections
 from tests.trainers.data_shapley.gradients.test_taps import check, scored, with_lora
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import losses, tiny_llama
@@ -364,17 +365,24 @@ def test_a_batch_norm_that_is_not_trained_on_its_batch_is_exact(caplog):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_shares_inputs_within_a_layer_only(use_reentrant):
+def test_checkpointing_keeps_only_what_is_thin_of_inputs(use_reentrant):
     torch.manual_seed(0)
     model = with_lora(tiny_llama(num_hidden_layers=4), r=1).train()  # whose directions are thin
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     ids = torch.randint(1, 49, (4, 12))
-    batch = {"input_ids": ids, "labels": ids}
-    taps, _, _ = scored(model, batch, 4, lambda model, batch: model(**batch).loss)
-    shared = list(taps._inputs.values())
-    assert shared and max(len(each.readers) for each in shared) == 3  # queries, keys and values
-    assert all(each._x is None for each in shared)
+    batch, kept = {"input_ids": ids, "labels": ids}, []
+    score = ThinDirections.score
+
+    def keep(thin, right, b, shape):
+        kept.append(right)
+        return score(thin, right, b, shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThinDirections, "score", keep)
+        taps, _, _ = scored(model, batch, 4, lambda model, batch: model(**batch).loss)
+    assert kept and all(right.shape[-1] == 1 for right in kept)
+    assert taps.scores.abs().sum() > 0 and taps.products._x is None
 
 
 def test_clipping_scales_values_as_it_does_gradients(tmp_path):

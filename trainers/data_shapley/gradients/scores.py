@@ -113,12 +113,10 @@ def token_scores(
     directions: dict[str, Direction],
     call: Call,
     b: torch.Tensor,
-    product: torch.Tensor | None,
 ) -> torch.Tensor:
     """
     Directional derivative of the loss along one direction, of shape `(batch, ...)` and at least in float32, from the
-    gradient `b` of the loss by the output, of shape `(batch, ..., channels)`; `product` is the input of a linear layer
-    times its thin direction.
+    gradient `b` of the loss by the output, of shape `(batch, ..., channels)`.
     """
     if call.through is not None:
         moved = _derivative(tapped, directions, call)
@@ -127,7 +125,7 @@ def token_scores(
         return _sum_product(b, moved.to(b.dtype), max(b.dim() - 1, 1))
     u = directions.get("weight")
     if tapped.kind in ("linear", "conv1d"):
-        return fast_scores(tapped, directions, first_input(call.args, call.kwargs), b, product, b.shape[:-1])
+        return fast_scores(tapped, directions, first_input(call.args, call.kwargs), b, b.shape[:-1])
     if tapped.kind == "embedding" and isinstance(u, LowRank):
         x = first_input(call.args, call.kwargs)
         scores = _sum_product(b @ u.right.T.to(b.dtype), F.embedding(x, u.left).to(b.dtype))
@@ -175,23 +173,11 @@ def count_leading(tapped: TappedModule, output: torch.Tensor) -> int:
     return max(output.dim() - 1, 1)
 
 
-def thin_rows(tapped: TappedModule, directions: dict[str, Direction]) -> torch.Tensor | None:
-    """What a linear layer's input is multiplied by first, `(few, inputs)`, where that is far narrower than it is."""
-    u = directions.get("weight")
-    if u is None or tapped.kind not in ("linear", "conv1d"):
-        return None
-    if isinstance(u, LowRank):
-        return u.right if tapped.kind == "linear" else u.left.T
-    weight = u if tapped.kind == "linear" else u.T
-    return weight if 8 * weight.shape[0] <= weight.shape[1] else None
-
-
 def fast_scores(
     tapped: TappedModule,
     directions: dict[str, Direction],
     x: torch.Tensor,
     b: torch.Tensor,
-    product: torch.Tensor | None,
     shape: Sequence[int],
 ) -> torch.Tensor:
     """
@@ -204,17 +190,16 @@ def fast_scores(
         if factor is not None:
             u = dense(directions["weight"]).to(wide(b.dtype))
             return (((b.to(u.dtype) * x.to(u.dtype)) @ u) * factor).reshape(*shape, -1).sum(-1)
-        return token_scores(tapped, directions, Call((x,), {}), b, None).reshape(*shape, -1).sum(-1)
+        return token_scores(tapped, directions, Call((x,), {}), b).reshape(*shape, -1).sum(-1)
     parts = [] if bias is None else [(b @ dense(bias).to(b.dtype)).to(wide(b.dtype))]
     if u is not None:
         right: torch.Tensor
+        x = x.to(b.dtype)
         if isinstance(u, LowRank):
-            assert product is not None
-            left, right = b @ (u.left if tapped.kind == "linear" else u.right.T).to(b.dtype), product
-        elif product is not None:
-            left, right = b, product
+            before, after = (u.right.T, u.left) if tapped.kind == "linear" else (u.left, u.right.T)
+            left, right = b @ after.to(b.dtype), x @ before.to(b.dtype)
         else:
-            weight, x = (u if tapped.kind == "linear" else u.T).to(b.dtype), x.to(b.dtype)
+            weight = (u if tapped.kind == "linear" else u.T).to(b.dtype)
             narrow = weight.shape[0] <= weight.shape[1]
             left, right = (b, F.linear(x, weight)) if narrow else (b @ weight, x)
         parts.append(left.to(wide(left.dtype)) * right.to(wide(right.dtype)))

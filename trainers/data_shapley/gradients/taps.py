@@ -3,14 +3,12 @@
 import functools
 import itertools
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,9 +23,9 @@ from .scores import (
     fast_scores,
     find_tapped,
     first_input,
-    thin_rows,
     token_scores,
 )
+from .thin import ThinDirections, ThinLayer, ThinProducts
 
 
 _FAST = ("linear", "conv1d", "scale")  # kinds of modules that are scored from their one input
@@ -70,14 +68,17 @@ class Taps:
         self.tokens: torch.Tensor | None = None
         self.weights: list[float] = [1.0] * len(self.modules)
         self.model = model
-        self._inputs: dict[int, _SharedInput] = {}  # of this micro-batch, by identity
+        self.products = ThinProducts()
+        self._hooks: dict[int, _Hook] = {}
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Hook all modules that are not excluded, and those around them that may have to stand in for them."""
         for tapped in self.modules:
             if tapped.index not in self.excluded:
-                hook = _Hook(self, tapped)
+                hook = self._hooks.get(tapped.index)
+                if hook is None or hook.tapped is not tapped:
+                    hook = self._hooks[tapped.index] = _Hook(self, tapped)
                 self._handles.append(tapped.module.register_forward_hook(hook, with_kwargs=True))
         for around in self.around:
             self._handles.append(around.module.register_forward_pre_hook(around.before))
@@ -89,6 +90,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.products.clear()
 
     def hears(self) -> bool:
         """Whether this forward pass is tapped."""
@@ -106,7 +108,7 @@ class Taps:
     def start(self, layout: RowLayout, targets: int, with_tokens: bool = False) -> None:
         """Begin a micro-batch of these rows."""
         self.layout = layout
-        self._inputs.clear()
+        self.products.clear()
         device = layout.tokens.device
         dtype = wide(next(iter(self.modules[0].parameters.values())).dtype)
         self._scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
@@ -114,17 +116,6 @@ class Taps:
         self.tokens = None
         if with_tokens and layout.length is not None:
             self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
-
-    def read(self, tapped: TappedModule, x: torch.Tensor) -> "_SharedInput | None":
-        """Note that a linear layer reads this tensor, if it will be multiplied by a thin direction."""
-        if not any(thin_rows(tapped, directions) is not None for directions in tapped.directions):
-            return None
-        shared = self._inputs.get(id(x))
-        if shared is None or shared.tensor() is not x:  # another that was freed had its identity
-            shared = self._inputs[id(x)] = _SharedInput(x)
-        shared.readers.append(tapped)
-        shared.to_come += 1
-        return shared
 
     @property
     def scores(self) -> torch.Tensor:
@@ -135,43 +126,45 @@ class Taps:
             self._found.clear()
         return self._scores
 
-    def score(
-        self,
-        tapped: TappedModule,
-        layout: RowLayout,
-        call: Call,
-        b: torch.Tensor,
-        shared: "_SharedInput | None",
-        fast: bool = False,
-    ) -> None:
+    def score(self, tapped: TappedModule, layout: RowLayout, call: Call, b: torch.Tensor, fast: bool = False) -> None:
         """
         Add the scores of one call of a module, from its inputs and the gradient of its output. `fast`: of a module
         that is scored from its one input.
         """
         began = time.perf_counter()
-        self.low_precision = self.low_precision or b.dtype in (torch.bfloat16, torch.float16)
-        whole = fast and self.tokens is None and layout.segments is None  # rows can be summed at once
+        whole = fast and self.sums_rows(layout)
         shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
-        products: Sequence[torch.Tensor | None] = [None] * len(tapped.directions)
         self.on = False  # modules may be run again
         try:
-            if shared is not None:
-                products = shared.products(tapped, first_input(call.args, call.kwargs), b.dtype)
             with torch.autocast(b.device.type, call.autocast) if call.autocast else nullcontext():
                 by_target = [
-                    fast_scores(tapped, which, call.args[0], b, product, shape)
+                    fast_scores(tapped, which, call.args[0], b, shape)
                     if fast
-                    else token_scores(tapped, which, call, b, product)
-                    for which, product in zip(tapped.directions, products, strict=True)
+                    else token_scores(tapped, which, call, b)
+                    for which in tapped.directions
                 ]
         except (NotImplementedError, RuntimeError) as error:
-            self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
+            self.fail(tapped, error)
             return
         finally:
             self.on = True
             self.seconds += time.perf_counter() - began
+        self.keep(tapped, layout, torch.stack(by_target, dim=-1), b.dtype, whole)
+
+    def sums_rows(self, layout: RowLayout) -> bool:
+        """Whether the positions of a row may be summed at once."""
+        return self.tokens is None and layout.segments is None
+
+    def fail(self, tapped: TappedModule, error: Exception) -> None:
+        """Note that a module could not be scored."""
+        self.misfits[tapped.index] = f"its derivative can't be computed ({str(error).splitlines()[0]})"
+
+    def keep(
+        self, tapped: TappedModule, layout: RowLayout, scores: torch.Tensor, dtype: torch.dtype, whole: bool
+    ) -> None:
+        """Add scores of positions, or of whole rows, from a gradient of this type."""
+        self.low_precision = self.low_precision or dtype in (torch.bfloat16, torch.float16)
         self.fired.add(tapped.index)
-        scores = by_target[0].unsqueeze(-1) if len(by_target) == 1 else torch.stack(by_target, dim=-1)
         if whole:
             self._found.append((tapped.index, scores))
             return
@@ -180,51 +173,11 @@ class Taps:
             self.tokens += self.weights[tapped.index] * scores.view(self.tokens.shape)
 
 
-class _SharedInput:
-    """
-    A tensor that several linear layers read, as those of queries, keys and values do. Its products with their thin
-    directions, and with those of all targets, are taken at once, which costs little more than one of them.
-    """
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.tensor = weakref.ref(x)
-        self.readers: list[TappedModule] = []
-        self.to_come = 0  # scores
-        self._place: Any = None
-        self._x: torch.Tensor | None = None
-        self._found: dict[tuple[int, int], torch.Tensor] = {}
-
-    def products(self, tapped: TappedModule, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """By target, what `token_scores` needs of the input; `None` where the direction is not thin."""
-        place = (x.data_ptr(), x.shape, x.stride(), dtype)
-        if self._x is None or self._place != place:
-            # While the tensor is kept, no other can be in its place.
-            self._place, self._x = place, x
-            self._found = self._multiply(x.to(dtype)) if x.is_floating_point() else {}
-        found = [self._found.get((tapped.index, target)) for target in range(len(tapped.directions))]
-        self.to_come -= 1
-        if self.to_come <= 0:
-            self._x, self._found = None, {}
-        return found
-
-    def _multiply(self, x: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
-        thin = {
-            (tapped.index, target): rows.to(x.dtype)
-            for tapped in self.readers
-            for target, directions in enumerate(tapped.directions)
-            if (rows := thin_rows(tapped, directions)) is not None and rows.shape[1] == x.shape[-1]
-        }
-        if not thin:
-            return {}
-        sizes = [len(rows) for rows in thin.values()]
-        return dict(zip(thin, F.linear(x, torch.cat(list(thin.values()))).split(sizes, dim=-1), strict=True))
-
-
 class _Hook:
     """Forward hook of one module: puts a tap behind its output."""
 
     def __init__(self, taps: Taps, tapped: TappedModule) -> None:
-        self.taps, self.tapped = taps, tapped
+        self.taps, self.tapped, self.layer = taps, tapped, ThinLayer(tapped)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         began = time.perf_counter()
@@ -242,7 +195,12 @@ class _Hook:
             in_common = layout.segments is None and layout.batch > 1 and len(shape) > 0 and shape[0] == 1
             apart = not in_common and tapped.index not in taps.unordered and tapped.index not in taps.common
             if apart and len(args) + len(kwargs) == 1 and type(x) is torch.Tensor and layout.fits(shape, False):
-                return _Tap.apply(output, self, layout, taps.read(tapped, x), None, x)
+                thin, node = self.layer.point(output.dtype), output.grad_fn
+                if thin is None or node is None:
+                    return _Tap.apply(output, self, layout, None, x)
+                right = taps.products.of(self.layer, x, output.dtype)
+                node.register_prehook(functools.partial(self._score_thin, layout, thin, right, output.output_nr))
+                return None
         args, kwargs = follow.replace((args, kwargs), follow.plain)
         call = Call(args, kwargs, autocast_type(layout.tokens.device))
         if isinstance(output, torch.Tensor):
@@ -257,6 +215,31 @@ class _Hook:
             return self._behind(value, replace(call, place=place)) if isinstance(value, torch.Tensor) else value
 
         return follow.replace(output, tap)
+
+    def _score_thin(
+        self,
+        layout: RowLayout,
+        thin: ThinDirections,
+        right: torch.Tensor,
+        place: int,
+        gradients: Sequence[torch.Tensor | None],
+    ) -> None:
+        """
+        Hook of the node that made an output, before it passes on the output's gradient: a node of our own costs several
+        times as much. What it keeps of the input is thin, so that checkpoints need not recompute it: of one that isn't,
+        a product, else what the layer keeps for the gradient of its weight.
+        """
+        taps, b = self.taps, gradients[place]
+        if not taps.on or b is None:
+            return
+        began = time.perf_counter()
+        whole = taps.sums_rows(layout)
+        try:
+            scores = thin.score(right, b.detach(), (layout.batch,) if whole else b.shape[:-1])
+            taps.keep(self.tapped, layout, scores, b.dtype, whole)
+        except (NotImplementedError, RuntimeError) as error:
+            taps.fail(self.tapped, error)
+        taps.seconds += time.perf_counter() - began
 
     def _behind(self, output: torch.Tensor, call: Call) -> torch.Tensor:
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
@@ -273,17 +256,16 @@ class _Hook:
         if tapped.index in taps.unordered or not layout.fits(shape, isinstance(tapped.module, nn.Embedding)):
             taps.misfits[tapped.index] = f"its output of shape {tuple(shape)} can't be split into rows"
             return output
-        shared = taps.read(tapped, first_input(call.args, call.kwargs)) if tapped.kind in _FAST else None
-        return self._tap(output, call, shared)
+        return self._tap(output, call)
 
     def _join(self, call: Call, source: follow.Shared, step: follow.Step, output: torch.Tensor) -> torch.Tensor:
-        return self._tap(output, replace(call, through=functools.partial(step.replay, source)), None)
+        return self._tap(output, replace(call, through=functools.partial(step.replay, source)))
 
-    def _tap(self, output: torch.Tensor, call: Call, shared: "_SharedInput | None") -> torch.Tensor:
+    def _tap(self, output: torch.Tensor, call: Call) -> torch.Tensor:
         tensors = [value for value in follow.leaves((call.args, call.kwargs)) if isinstance(value, torch.Tensor)]
         hole = lambda value: _Hole if isinstance(value, torch.Tensor) else value  # noqa: E731
         args, kwargs = follow.replace((call.args, call.kwargs), hole)
-        return _Tap.apply(output, self, self.taps.layout, shared, replace(call, args=args, kwargs=kwargs), *tensors)
+        return _Tap.apply(output, self, self.taps.layout, replace(call, args=args, kwargs=kwargs), *tensors)
 
 
 class _Around:
@@ -326,11 +308,10 @@ class _Tap(torch.autograd.Function):
         output: torch.Tensor,
         hook: _Hook,
         layout: RowLayout,
-        shared: _SharedInput | None,
         call: Call | None,
         *tensors: torch.Tensor,
     ):
-        ctx.hook, ctx.layout, ctx.shared, ctx.call = hook, layout, shared, call
+        ctx.hook, ctx.layout, ctx.call = hook, layout, call
         ctx.save_for_backward(*tensors)
         # Not a view, which could not be changed in place. What a module needs of its output again can't be changed in
         # place without us either, so the memory may be shared.
@@ -348,7 +329,7 @@ class _Tap(torch.autograd.Function):
                 args, kwargs = follow.replace((ctx.call.args, ctx.call.kwargs), fill)
                 call = replace(ctx.call, args=args, kwargs=kwargs)
             with torch.no_grad():  # gradients are on in a pass that is going to be differentiated
-                ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, ctx.shared, fast=ctx.call is None)
+                ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, fast=ctx.call is None)
         return (b, *[None] * (len(ctx.needs_input_grad) - 1))
 
 

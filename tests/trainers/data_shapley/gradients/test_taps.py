@@ -17,10 +17,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from hf_iclr.trainers.data_shapley.gradients import taps as shapley_taps
 from hf_iclr.trainers.data_shapley.gradients.direction import inner, sketch
 from hf_iclr.trainers.data_shapley.gradients.rows import find_layout
 from hf_iclr.trainers.data_shapley.gradients.taps import Taps
+from hf_iclr.trainers.data_shapley.gradients.thin import ThinProducts
 from tests.trainers.tiny import tiny_llama
 
 
@@ -127,17 +127,75 @@ def test_scores_of_language_models_are_those_of_each_row_alone(name, dtype):
 
 
 def test_layers_that_read_one_tensor_are_scored_by_one_product(monkeypatch):
-    multiplied, multiply = [], shapley_taps._SharedInput._multiply
+    """From the second pass on: queries, keys and values; gate and up; output; down, in each block."""
+    columns, take = [], ThinProducts.of
 
-    def counting(shared, x):
-        multiplied.append(len(shared.readers))
-        return multiply(shared, x)
+    def counting(products, layer, x, dtype):
+        known = dict(products._found)
+        right = take(products, layer, x, dtype)
+        if layer.thin.before is not None and id(layer) not in known:
+            columns.append(right._base.shape[-1] if right._is_view() else right.shape[-1])
+        return right
 
-    monkeypatch.setattr(shapley_taps._SharedInput, "_multiply", counting)
-    model = with_lora(tiny_llama(), r=1)
-    check(model, token_batch(), lm_loss(40))
-    # in each block: queries, keys and values; gate and up; output and down; second factors have no thin direction
-    assert sorted(multiplied) == sorted(model.config.num_hidden_layers * [3, 2, 1, 1])
+    monkeypatch.setattr(ThinProducts, "of", counting)
+    model, batch, loss_of = with_lora(tiny_llama(), r=1).double().train(), token_batch(), lm_loss(40)
+    taps, parameters, directions = scored(model, batch, 6, loss_of)
+    blocks, first = model.config.num_hidden_layers, taps.scores.sum(0)[:, 0]
+    assert columns == blocks * 7 * [1]
+    torch.testing.assert_close(first, row_by_row(model, batch, 6, parameters, directions, loss_of))
+    for seed in (3, 4, 4):  # with other directions, of which products must be those of
+        columns.clear()
+        _, directions = point(taps, seed)
+        taps.start(find_layout(batch, 6), 1)
+        taps.attach()
+        taps.on = True
+        loss_of(model, batch).backward()
+        taps.detach()
+        assert columns == blocks * [3, 1, 2, 1]
+        torch.testing.assert_close(
+            taps.scores.sum(0)[:, 0],
+            row_by_row(model, batch, 6, parameters, directions, loss_of),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+
+
+def test_layers_that_stop_to_read_one_tensor_are_multiplied_alone():
+    """Also one whose tensor was changed in place since another has read it."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.mode = nn.Linear(16, 2), nn.Linear(16, 2), "same"
+
+        def forward(self, x):
+            x = x * 1
+            found = self.first(x.clone() if self.mode == "changed" else x)
+            if self.mode == "alone":
+                return found.square().sum()
+            if self.mode == "changed":
+                self.second(x)
+                x.mul_(2)
+            return (found * self.second(x)).sum()
+
+    torch.manual_seed(0)
+    model, batch = Two().double().train(), {"x": torch.randn(3, 16).double()}
+    loss_of = lambda model, batch: model(**batch)  # noqa: E731
+    taps = Taps(model)
+    parameters, directions = point(taps)
+    for mode in ("same", "same", "alone", "same", "changed", "changed", "same"):
+        model.mode = mode
+        taps.start(find_layout(batch, 3), 1)
+        taps.attach()
+        taps.on = True
+        loss_of(model, batch).backward()
+        taps.detach()
+        torch.testing.assert_close(
+            taps.scores.sum(0)[:, 0],
+            row_by_row(model, batch, 3, parameters, directions, loss_of),
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
 
 def test_bfloat16_scores_are_as_good_as_bfloat16_gradients():
