@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -356,6 +357,7 @@ class InRunDataShapleyCallback(TrainerCallback):
         checkpoint: Path | None = None,
         **run: Any,
     ) -> None:
+        began = time.perf_counter()
         support.check_model(model)
         batches = {name: make_batches(name, dataset) for name, dataset in self.datasets.items()}
         if self.per_target_rows:
@@ -370,6 +372,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             tensors = records.resume(checkpoint, step)
             if "counts" in tensors:
                 engine.taps.excluded = engine.targets.unpack(tensors)
+        engine.meter.add(time.perf_counter() - began)
         # Only now that nothing is refused any more, for this lets go of an earlier run's values
         self._engine, self._records = engine, records
 

@@ -24,6 +24,7 @@ from .gradients.direction import (
     unpack_directions,
     validation_gradient,
 )
+from .gradients.meter import Meter
 from .gradients.schedule import RefreshSchedule
 from .gradients.scores import TappedModule
 
@@ -130,25 +131,22 @@ class TargetDirections:
         """Where a parameter stands in the list of those that are trained."""
         return self._position[id(parameter)]
 
-    def refresh(self, step: int, scoring: float = 0.0) -> bool:
+    def refresh(self, step: int, meter: Meter | None = None, scored: bool = True) -> bool:
         """
         Measure losses before a step, if it is time to, and point the taps along their gradients; whether it did.
-        `scoring`: seconds so far in which rows were scored.
+        `meter`: of what is spent beside the training, `scored`: whether the step will have values.
         """
-        places = self.schedule.begin(step, bool(self.found), scoring)
+        meter = meter or Meter()
+        places = self.schedule.begin(step, bool(self.found), meter.seconds, scored)
         if places is None:
             return False
         began = time.perf_counter()
         self._measure(step, places)
-        self.schedule.took(time.perf_counter() - began, len(places), scoring)
+        self.schedule.took(time.perf_counter() - began, len(places), meter.seconds)
         return True
 
     def _measure(self, step: int, places: list[int]) -> None:
         self.refreshed += 1
-        scales = [
-            preconditioner(self.optimizer, group, parameter)
-            for parameter, group in zip(self.parameters, self.groups, strict=True)
-        ]
         share = self.schedule.share(len(places))
         before, self.found = self.found, []
         generator = torch.Generator().manual_seed(self.settings.seed + step)
@@ -165,7 +163,8 @@ class TargetDirections:
             kept = total = shared = old = new = 0.0
             directions: list[Direction] = []
             for index, gradient in enumerate(found):
-                direction: Any = gradient.mul_(scales[index])
+                scale = preconditioner(self.optimizer, self.groups[index], self.parameters[index])
+                direction: Any = gradient.mul_(scale)
                 if before:
                     shared += float(inner(before[which][index], direction))
                     old += float(squared_norm(before[which][index]))

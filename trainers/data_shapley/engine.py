@@ -15,8 +15,9 @@ from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
 from .gradients.direction import warn_of_other_rule
 from .gradients.fused_head import tap_fused_head
+from .gradients.meter import metered
 from .gradients.rows import RowLayout, belongs_to, find_layout
-from .gradients.scores import TappedModule, split_by_rate
+from .gradients.scores import split_by_rate
 from .gradients.taps import Taps
 from .store import StepValues
 
@@ -39,7 +40,8 @@ class ShapleyEngine:
     From the beginning of a step to its values.
 
     Model and optimizer come without DDP's and accelerate's wrappers; `batches` are those of each validation set and
-    their number of rows, the same in every process; `compute_loss(model, batch)` is the mean loss of a batch's rows.
+    their number of rows, the same in every process; `compute_loss(model, batch)` is the mean loss of a batch's rows;
+    `meter` counts the time of all that a training without values would not do.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ShapleyEngine:
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
         self.param_groups = [groups[id(parameter)] for parameter in self.parameters]
         self.taps = Taps(model)
+        self.meter = self.taps.meter
         self.taps.modules = split_by_rate(self.taps.modules, groups)
         if not self.taps.modules:
             raise ValueError(
@@ -66,6 +69,7 @@ class ShapleyEngine:
             model, optimizer, batches, compute_loss, settings, self.parameters, self.param_groups, self.taps.modules
         )
         self.names = self.targets.names
+        self._positions = [self.targets.position(next(iter(t.parameters.values()))) for t in self.taps.modules]
         self._rows_are_known = self._rule_is_known = self._is_checked = False
         self._lost: set[str] = set()  # why steps had no values
         self.micro: list[_MicroBatch] = []  # of this step
@@ -79,6 +83,7 @@ class ShapleyEngine:
 
     # Before the step
 
+    @metered
     def begin_step(self, step: int) -> None:
         """Prepare to score optimizer step number `step`, counted from 1."""
         self.close_step()
@@ -86,13 +91,12 @@ class ShapleyEngine:
         if not self._rule_is_known and self.optimizer.state:
             self._rule_is_known = True
             warn_of_other_rule(self.optimizer, self.parameters)
-        if self._is_warming_up():
-            return
-        self._fresh = self.targets.refresh(step, self.taps.seconds)
-        self.open = True
+        self.open = not self._is_warming_up()
+        self._fresh = self.targets.refresh(step, self.meter, self.open)
         self.taps.fired.clear()
         self.taps.misfits.clear()
 
+    @metered
     def attach(self) -> None:
         """Hook the model, if the step is scored and it isn't yet."""
         if self.open and not self._hooks:
@@ -103,6 +107,7 @@ class ShapleyEngine:
             self.taps.attach()
             self.taps.on = True
 
+    @metered
     def detach(self) -> None:
         """Remove all hooks."""
         self.taps.detach()
@@ -115,6 +120,7 @@ class ShapleyEngine:
         self.detach()
         self.open = False
 
+    @metered
     def begin_micro_batch(self, ids: Sequence[Any], batch: Any = None) -> None:
         """The next forward and backward passes are about these rows, of a batch that a loop has fetched."""
         if self.open:
@@ -126,11 +132,11 @@ class ShapleyEngine:
             self.micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
 
+    @metered
     def _see_inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.micro and model.training and torch.is_grad_enabled()):
             return
         inputs = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
-        self.taps.weights = [self._learning_rate(tapped) for tapped in self.taps.modules]
         micro = self.micro[-1]
         if micro.layout is not None:
             self.taps.layout = find_layout(inputs, len(micro.ids))
@@ -150,10 +156,12 @@ class ShapleyEngine:
             self._rows_are_known = found is not None
             self.taps.unordered, self.taps.common = found or (set(), set())
         wanted = not self.settings.token_values_for.isdisjoint(micro.ids)
+        self.taps.weights = self._learning_rates() if wanted else []
         self.taps.start(micro.layout, len(self.names), wanted)
 
     # After the backward passes
 
+    @metered
     def finish_step(self, scaler: Any = None) -> None:
         """
         Turn scores into values, once gradients are as the optimizer will use them; `scaler` multiplied an fp16 loss.
@@ -194,9 +202,7 @@ class ShapleyEngine:
                 self._lost.add(why)
             return
         factor = clip / scale / (dist.get_world_size() if dist.is_initialized() else 1)
-        rates = torch.tensor(
-            [self._learning_rate(tapped) for tapped in self.taps.modules], dtype=scores.dtype, device=scores.device
-        )
+        rates = torch.tensor(self._learning_rates(), dtype=scores.dtype, device=scores.device)
         for index in self.taps.excluded:
             rates[index] = 0
         values = torch.einsum("mrk,m->rk", scores, rates).double().cpu().numpy() * factor
@@ -224,6 +230,7 @@ class ShapleyEngine:
         )
         self.micro = []
 
+    @metered
     def commit(self) -> StepValues | None:
         """The optimizer has made its step: what its rows were worth, `None` if it was not scored."""
         found, self.pending = self.pending, None
@@ -271,8 +278,9 @@ class ShapleyEngine:
             return False
         return max(steps, default=0.0) < max(self.settings.adam_warmup, 1)
 
-    def _learning_rate(self, tapped: TappedModule) -> float:
-        return float(self.param_groups[self.targets.position(next(iter(tapped.parameters.values())))]["lr"])
+    def _learning_rates(self) -> list[float]:
+        """Of each tapped module."""
+        return [float(self.param_groups[position]["lr"]) for position in self._positions]
 
     def _store_scores(self) -> None:
         if not self.micro or self.micro[-1].layout is None:

@@ -46,6 +46,7 @@ class Group:
     modules: list[int]
     parameters: list[int]  # positions in the list of trainable parameters
     names: list[str]
+    size: int = 0  # elements of the parameters
 
 
 def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Parameter]) -> list[Group]:
@@ -64,6 +65,8 @@ def group_modules(modules: Sequence[TappedModule], parameters: Sequence[nn.Param
         merged.names += [f"{tapped.name}.{name}".lstrip(".") for name in tapped.parameters]
         merged.parameters += [index for index in mine if index not in merged.parameters]
         groups.append(merged)
+    for group in groups:
+        group.size = sum(parameters[index].numel() for index in group.parameters)
     return groups
 
 
@@ -124,10 +127,10 @@ def check_scores(
         of `<G, u>` that is scored, by the absolute values of the groups' parts, `None` unless `all_groups`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    places = [(index, module) for index, group in enumerate(groups) for module in group.modules]
-    members = torch.zeros(len(groups), len(scores), dtype=torch.float64, device=scores.device)
-    members[tuple(torch.tensor(places).T)] = 1
-    sums = members @ torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()
+    places, members = zip(*((index, m) for index, group in enumerate(groups) for m in group.modules), strict=True)
+    of_modules = torch.stack([scores.sum(1), scores.abs().sum(1)], dim=1).double()[torch.tensor(members)]
+    owner = torch.tensor(places, device=scores.device)
+    sums = of_modules.new_zeros(len(groups), 2).index_add_(0, owner, of_modules)
     if world > 1:
         dist.all_reduce(sums)
     expected, sizes = (sums.cpu().numpy() / world / scale).T
@@ -163,7 +166,7 @@ def check_scores(
             active[gaps] = False
         size = np.abs(gradient).sum()
         share = float(np.abs(gradient[active]).sum() / size) if size else 1.0
-    few = _few(groups, taps.excluded, expected, parameters)
+    few = _few(groups, taps.excluded, expected)
     ratio = clip_factor(measure(few), expected[few])
     rounding = 2 * max(torch.finfo(parameter.dtype).eps for parameter in parameters)
     if abs(ratio - 1) * np.abs(expected[few]).sum() <= rounding * sizes[few].sum():
@@ -171,14 +174,11 @@ def check_scores(
     return applied_factor(ratio, scale), share
 
 
-def _few(
-    groups: Sequence[Group], excluded: set[int], expected: np.ndarray, parameters: Sequence[nn.Parameter]
-) -> list[int]:
+def _few(groups: Sequence[Group], excluded: set[int], expected: np.ndarray) -> list[int]:
     """The smallest groups that hold a hundredth of what is scored, eight at least: clipping is alike for all."""
-    sizes = [sum(parameters[index].numel() for index in group.parameters) for group in groups]
     known = [place for place, group in enumerate(groups) if expected[place] and not excluded.issuperset(group.modules)]
-    known.sort(key=lambda place: sizes[place])
-    held = np.cumsum([sizes[place] for place in known])
+    known.sort(key=lambda place: groups[place].size)
+    held = np.cumsum([groups[place].size for place in known])
     enough = int(np.searchsorted(held, held[-1] / 100)) + 1 if known else 0
     return known[: max(enough, 8)] or [0]
 
@@ -205,7 +205,8 @@ def find_unordered(
         return None
     some, rotated = {**inputs, **tensors}, {**inputs, **{name: value.roll(1, 0) for name, value in tensors.items()}}
     batch = min(layout.batch, _ROTATED)
-    once, moved = (_outputs(model, taps, given, batch, 0) for given in (some, rotated))
+    signs = _Signs()
+    once, moved = (_outputs(model, taps, given, batch, 0, signs) for given in (some, rotated))
     if not all(torch.isfinite(call.print) for calls in (*once.values(), *moved.values()) for call in calls):
         return None
     unordered, common = set(), set()
@@ -218,7 +219,7 @@ def find_unordered(
         elif not all(one.turns_into(then) for one, then in pairs):
             unordered.add(index)
     if unordered | common:  # or random
-        again = _outputs(model, taps, some, batch, 1)
+        again = _outputs(model, taps, some, batch, 1, signs)
         fixed = {
             index
             for index in unordered | common
@@ -243,10 +244,9 @@ class _Output:
     rounding: float = 0.0
 
     @classmethod
-    def of(cls, output: torch.Tensor, batch: int) -> "_Output":
+    def of(cls, output: torch.Tensor, batch: int, signs: "_Signs") -> "_Output":
         wide = output.detach().double().flatten()
-        # With signs, so that what all rows have in common, as a bias, does not outweigh in what they differ
-        weights = torch.arange(1, len(wide) + 1, dtype=torch.float64, device=wide.device).sin_()
+        weights = signs(len(wide), wide.device)
         if not (output.dim() and len(output) % batch == 0):
             return cls(None, wide @ weights)
         parts = wide.view(batch, -1)
@@ -262,15 +262,30 @@ class _Output:
         return bool((first - then).abs().max() <= tolerance)
 
 
+class _Signs:
+    """
+    Weights with signs, so that what all rows have in common, as a bias, does not outweigh in what they differ; made
+    once for the largest output, for sines take longer than all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._known = torch.zeros(0, dtype=torch.float64)
+
+    def __call__(self, count: int, device: torch.device) -> torch.Tensor:
+        if len(self._known) < count or self._known.device != device:
+            self._known = torch.arange(1, count + 1, dtype=torch.float64, device=device).sin_()
+        return self._known[:count]
+
+
 def _outputs(
-    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int
+    model: nn.Module, taps: Taps, inputs: Mapping[str, Any], batch: int, seed: int, signs: _Signs
 ) -> dict[int, list[_Output]]:
     """Of each call of each module, its tensors."""
     found: dict[int, list[_Output]] = {tapped.index: [] for tapped in taps.modules}
 
     def keep(index: int, output: Any) -> None:
         tensors = [value for value in leaves(output) if isinstance(value, torch.Tensor)]
-        found[index] += [_Output.of(value, batch) for value in tensors if value.is_floating_point()]
+        found[index] += [_Output.of(value, batch, signs) for value in tensors if value.is_floating_point()]
 
     handles = [
         tapped.module.register_forward_hook(lambda _, __, output, index=tapped.index: keep(index, output))

@@ -83,7 +83,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
         second = state.get("max_exp_avg_sq", second) if group.get("amsgrad") else second
         correction = 1 - group["betas"][1] ** float(state["step"])
         second = whole(second)
-        return (second > 0) / ((second / correction).sqrt() + group["eps"])
+        return (second / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(second > 0)  # in one tensor
     momentum = group.get("momentum", 0.0)
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 

@@ -33,10 +33,12 @@ def tap_fused_head(taps: Taps, output: Any) -> None:
     head, known = heads[0], (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets, log_z)
     settings, dtype = node.kernel_args, node.compute_dtype
 
-    @torch.no_grad()
     def score(gradients: Sequence[torch.Tensor | None]) -> None:
-        if not taps.on:
-            return
+        if taps.on:
+            with taps.meter, torch.no_grad():
+                add(gradients)
+
+    def add(gradients: Sequence[torch.Tensor | None]) -> None:
         of_log_probs, of_entropy = (None if found is None else found.float() for found in gradients[:2])
         scores = _scores(head, known, of_log_probs, of_entropy, settings, dtype).to(taps.scores.dtype)
         taps.fired.add(head.index)

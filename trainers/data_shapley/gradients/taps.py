@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from . import follow
 from .direction import wide
+from .meter import Meter
 from .rows import RowLayout
 from .scores import (
     Call,
@@ -49,12 +49,12 @@ class Taps:
         around: modules that score those in them whose parameters they use without calling them.
         unordered, common: modules whose output isn't laid out by rows; whose output rows have in common.
         low_precision: whether some gradients are in half precision, as under autocast.
-        seconds: spent in hooks and in scoring so far; of devices that work on their own, what it takes to tell them.
+        meter: of the time spent in hooks and in scoring.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_tapped(model)
-        self.on, self.low_precision, self.seconds = False, False, 0.0
+        self.on, self.low_precision, self.meter = False, False, Meter()
         self.excluded: set[int] = set()
         self.fired: set[int] = set()
         self.misfits: dict[int, str] = {}
@@ -131,7 +131,6 @@ class Taps:
         Add the scores of one call of a module, from its inputs and the gradient of its output. `fast`: of a module
         that is scored from its one input.
         """
-        began = time.perf_counter()
         whole = fast and self.sums_rows(layout)
         shape: Sequence[int] = (layout.batch,) if whole else b.shape[:-1]
         self.on = False  # modules may be run again
@@ -148,7 +147,6 @@ class Taps:
             return
         finally:
             self.on = True
-            self.seconds += time.perf_counter() - began
         self.keep(tapped, layout, torch.stack(by_target, dim=-1), b.dtype, whole)
 
     def sums_rows(self, layout: RowLayout) -> bool:
@@ -180,11 +178,9 @@ class _Hook:
         self.taps, self.tapped, self.layer = taps, tapped, ThinLayer(tapped)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        began = time.perf_counter()
-        self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
-        watched = self._watch(args, kwargs, output) if self.taps.hears() else None
-        self.taps.seconds += time.perf_counter() - began
-        return watched
+        with self.taps.meter:
+            self.taps.heard.add(self.tapped.index)  # in checkpoints also without gradients
+            return self._watch(args, kwargs, output) if self.taps.hears() else None
 
     def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
@@ -225,21 +221,19 @@ class _Hook:
         gradients: Sequence[torch.Tensor | None],
     ) -> None:
         """
-        Hook of the node that made an output, before it passes on the output's gradient: a node of our own costs several
-        times as much. What it keeps of the input is thin, so that checkpoints need not recompute it: of one that isn't,
-        a product, else what the layer keeps for the gradient of its weight.
+        Hook of the node that made an output, before it passes on the output's gradient: a node of our own costs more.
+        What it keeps of the input is thin, so that checkpoints need not recompute it: of one that isn't, a product.
         """
         taps, b = self.taps, gradients[place]
         if not taps.on or b is None:
             return
-        began = time.perf_counter()
-        whole = taps.sums_rows(layout)
-        try:
-            scores = thin.score(right, b.detach(), (layout.batch,) if whole else b.shape[:-1])
-            taps.keep(self.tapped, layout, scores, b.dtype, whole)
-        except (NotImplementedError, RuntimeError) as error:
-            taps.fail(self.tapped, error)
-        taps.seconds += time.perf_counter() - began
+        with taps.meter:
+            whole = taps.sums_rows(layout)
+            try:
+                scores = thin.score(right, b.detach(), (layout.batch,) if whole else b.shape[:-1])
+                taps.keep(self.tapped, layout, scores, b.dtype, whole)
+            except (NotImplementedError, RuntimeError) as error:
+                taps.fail(self.tapped, error)
 
     def _behind(self, output: torch.Tensor, call: Call) -> torch.Tensor:
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout
@@ -328,7 +322,7 @@ class _Tap(torch.autograd.Function):
                 fill = lambda value: next(saved) if value is _Hole else value  # noqa: E731
                 args, kwargs = follow.replace((ctx.call.args, ctx.call.kwargs), fill)
                 call = replace(ctx.call, args=args, kwargs=kwargs)
-            with torch.no_grad():  # gradients are on in a pass that is going to be differentiated
+            with ctx.hook.taps.meter, torch.no_grad():  # gradients are on in a pass that is going to be differentiated
                 ctx.hook.taps.score(ctx.hook.tapped, ctx.layout, call, b, fast=ctx.call is None)
         return (b, *[None] * (len(ctx.needs_input_grad) - 1))
 

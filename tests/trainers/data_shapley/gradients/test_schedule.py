@@ -10,45 +10,75 @@ from hf_iclr.trainers.data_shapley.gradients.schedule import SCORING, RefreshSch
 
 
 class Clock:
-    """Steps of one second and what scoring takes, batches of a quarter."""
+    """
+    Steps of one second and what scoring takes, of which a part can be counted, batches of a quarter, and checks before
+    the first step with values.
+    """
 
-    def __init__(self, monkeypatch, scoring=SCORING):
-        self.now, self.scoring, self.scored = 0.0, scoring, 0.0
+    def __init__(self, monkeypatch, scoring=SCORING, counted=1.0, checks=0.0):
+        self.now, self.scoring, self.counted, self.checks = 0.0, scoring, counted, checks
+        self.spent = self.extra = 0.0
         monkeypatch.setattr(schedules.time, "perf_counter", lambda: self.now)
 
-    def run(self, schedule, steps, known=False, start=1):
+    def run(self, schedule, steps, known=False, start=1, unscored=0):
         """What is measured in which step."""
         found = {}
         for step in range(start, start + steps):
-            places = schedule.begin(step, known, self.scored)
+            scored = step > unscored
+            places = schedule.begin(step, known, self.spent, scored)
             if places is not None:
+                self.pass_(0.25 * len(places) + (0.0 if known else self.checks))
+                schedule.took(0.25 * len(places), len(places), self.spent)
                 known, found[step] = True, places
-                self.now += 0.25 * len(places)
-                schedule.took(0.25 * len(places), len(places), self.scored)
-            self.now += 1.0 + self.scoring
-            self.scored += self.scoring
+            self.now += 1.0
+            if scored:
+                self.pass_(self.scoring, self.counted)
         return found
+
+    def pass_(self, seconds, counted=1.0):
+        self.now += seconds
+        self.extra += seconds
+        self.spent += counted * seconds
 
 
 def test_a_fixed_interval_takes_the_whole_set():
     schedule = RefreshSchedule(3, 0.05, batches=2, steps=100, batch_share=1.0)
     assert [step for step in range(1, 8) if schedule.begin(step, step > 1) == [0, 1]] == [1, 4, 7]
+    assert schedule.begin(10, True, scored=False) is None
 
 
-@pytest.mark.parametrize("steps", [100, 400, 4000])
+@pytest.mark.parametrize("steps", [60, 100, 400, 4000])
 @pytest.mark.parametrize("cost", [0.03, 0.05, 0.2])
 @pytest.mark.parametrize("scoring", [0.001, SCORING, 0.5])
-def test_scoring_and_passes_cost_what_is_allowed_and_no_more(scoring, steps, cost, monkeypatch, caplog):
+@pytest.mark.parametrize("checks", [0.0, 0.6])
+def test_scoring_and_passes_cost_what_is_allowed_and_no_more(checks, scoring, steps, cost, monkeypatch, caplog):
     schedule = RefreshSchedule(None, cost, batches=25, steps=steps, batch_share=0.25)
-    found = Clock(monkeypatch, scoring).run(schedule, steps)
-    budget = (cost - min(scoring, 0.9 * cost)) * steps
-    first = 0.25 * 4 / 3 * len(found[1])  # with the last losses
-    seconds = first + 0.25 * (sum(map(len, found.values())) - len(found[1]))
-    assert seconds <= max(budget, first)  # which is chosen before scoring is timed
-    assert seconds > 0.6 * budget - 0.25  # an interval is a whole number of steps
+    clock = Clock(monkeypatch, scoring, checks=checks)
+    found = clock.run(schedule, steps)
+    first = 0.25 * len(found[1])
+    all_in = clock.extra + first / 3  # the last losses
+    unavoidable = 4 / 3 * first + checks + scoring * steps  # the first direction is chosen before any is counted
+    if scoring < 0.9 * cost:
+        assert all_in <= max(cost * steps, unavoidable) + 1e-6
+        assert all_in > (scoring + 0.6 * (cost - scoring)) * steps - 0.25  # an interval is a whole number of steps
+        assert unavoidable <= cost * steps + 1e-6 or len(found[1]) == 1
+    else:
+        assert all_in <= unavoidable + 0.1 * cost * steps + 1e-6
     taken = [place for places in found.values() for place in places]
     assert taken == [index % 25 for index in range(len(taken))]  # in turn
     assert ("can't be kept: scoring the rows" in caplog.text) == (scoring > 0.9 * cost)
+
+
+def test_steps_without_values_tell_what_hooks_can_not_count(monkeypatch, caplog):
+    """Half of what scoring takes is seen by nobody: with such steps the cost is kept, and without them it can't be."""
+    extra = []
+    for unscored in (20, 0):
+        schedule = RefreshSchedule(None, 0.1, batches=25, steps=400, batch_share=0.25)
+        clock = Clock(monkeypatch, scoring=0.06, counted=0.5)
+        found = clock.run(schedule, 400, unscored=unscored)
+        extra.append(clock.extra + 0.25 * len(found[unscored + 1]) / 3)
+    assert extra[0] <= 0.1 * 400 < extra[1]
+    assert extra[0] > 0.9 * 0.1 * 400 and not caplog.text
 
 
 def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypatch):
