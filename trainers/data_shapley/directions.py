@@ -18,7 +18,7 @@ from .gradients.direction import (
     dense,
     inner,
     pack_directions,
-    preconditioner,
+    precondition,
     sketch,
     squared_norm,
     unpack_directions,
@@ -163,8 +163,7 @@ class TargetDirections:
             kept = total = shared = old = new = 0.0
             directions: list[Direction] = []
             for index, gradient in enumerate(found):
-                scale = preconditioner(self.optimizer, self.groups[index], self.parameters[index])
-                direction: Any = gradient.mul_(scale)
+                direction: Any = precondition(gradient, self.optimizer, self.groups[index], self.parameters[index])
                 if before:
                     shared += float(inner(before[which][index], direction))
                     old += float(squared_norm(before[which][index]))

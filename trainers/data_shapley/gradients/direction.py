@@ -23,6 +23,9 @@ from hf_iclr.trainers.measuring import forked_random
 logger = logging.getLogger(__name__)
 
 
+_CACHED = 2**16  # elements
+
+
 @dataclass
 class LowRank:
     """`left @ right`, of shapes `(rows, rank)` and `(rank, columns)`."""
@@ -42,7 +45,7 @@ def sketch(matrix: torch.Tensor, rank: int, generator: torch.Generator) -> LowRa
     wide = matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
     start = torch.randn(wide.shape[1], rank, generator=generator).to(wide)
     basis = _orthonormal(wide @ start)
-    basis = _orthonormal(wide @ _orthonormal(wide.T @ basis))
+    basis = _orthonormal(wide @ _orthonormal(wide.T @ basis), times=2)
     right = (basis.T @ wide).to(matrix.dtype)
     return LowRank(contiguous_clone(basis.to(matrix.dtype)), contiguous_clone(right))
 
@@ -65,12 +68,16 @@ def dense(direction: Direction) -> torch.Tensor:
 def squared_norm(direction: Direction) -> torch.Tensor:
     """(`torch.Tensor` scalar): the squared Frobenius norm; the left factor is orthonormal."""
     tensor = direction.right if isinstance(direction, LowRank) else direction
-    return tensor.to(wide(tensor.dtype)).square().sum()
+    parts = [part.to(wide(part.dtype)).square().sum() for (part,) in _blocks(tensor)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
+def precondition(
+    gradient: torch.Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter
+) -> torch.Tensor:
     """
-    What an optimiser multiplies a gradient by over time, apart from the learning rate, element by element.
+    Multiply a gradient, in place, by what an optimiser multiplies it by over time, apart from the learning rate,
+    element by element.
 
     Adam divides by the root of the second moment as it was before the step (https://huggingface.co/papers/2602.00329),
     `D = 1 / (sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps)`, 0 where there has been no gradient yet. Its first moment hands
@@ -82,10 +89,20 @@ def preconditioner(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     if second is not None and "betas" in group:
         second = state.get("max_exp_avg_sq", second) if group.get("amsgrad") else second
         correction = 1 - group["betas"][1] ** float(state["step"])
-        second = whole(second)
-        return (second / correction).sqrt_().add_(group["eps"]).reciprocal_().mul_(second > 0)  # in one tensor
+        for part, of_part in _blocks(gradient, whole(second)):
+            root = (of_part / correction).sqrt_()
+            part.mul_(root.add_(group["eps"]).reciprocal_().mul_(of_part.sign()))
+        return gradient
     momentum = group.get("momentum", 0.0)
-    return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
+    return gradient.mul_((1 - group.get("dampening", 0.0)) / (1 - momentum)) if momentum else gradient
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Parts along the first dimension that stay in the cache of a processor; on other devices, all at once."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _CACHED:
+        return iter([tensors])
+    return zip(*(tensor.split(max(_CACHED * len(first) // first.numel(), 1)) for tensor in tensors), strict=True)
 
 
 def _second_moment(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> torch.Tensor | None:
@@ -243,10 +260,10 @@ def untouched(model: nn.Module, device: torch.device, seed: int) -> Iterator[Non
             np.random.set_state(states[1])
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """Cholesky-QR, twice; Householder's where columns depend on one another."""
+def _orthonormal(columns: torch.Tensor, times: int = 1) -> torch.Tensor:
+    """Cholesky-QR, twice where it must be to the last bits; Householder's where columns depend on one another."""
     wide = columns.double()
-    for _ in range(2):
+    for _ in range(times):
         factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
         if failed or factor.diagonal().min() <= 1e-5 * factor.diagonal().max():
             return torch.linalg.qr(columns.double()).Q.to(columns.dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_iclr.trainers.data_shapley.gradients.direction import preconditioner
+from hf_iclr.trainers.data_shapley.gradients.direction import precondition
 
 
 class AdamW8bit(torch.optim.SGD):
@@ -27,12 +27,14 @@ def test_the_second_moment_is_read_block_by_block():
     state = {"step": 3, "state1": torch.zeros(30, 20), "state2": second}
     optimizer.state[weight] = state
     expected = 1 / (second / (1 - 0.99**3)).sqrt()
-    torch.testing.assert_close(preconditioner(optimizer, group, weight), expected)
+    torch.testing.assert_close(precondition(torch.ones_like(weight), optimizer, group, weight), expected)
     state["state2"], state["qmap2"], state["absmax2"] = quantised(second)
-    torch.testing.assert_close(preconditioner(optimizer, group, weight), expected, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(
+        precondition(torch.ones_like(weight), optimizer, group, weight), expected, rtol=1e-2, atol=1e-4
+    )
     state["absmax2"] = state["absmax2"][:2]
     with pytest.raises(ValueError, match="Expected the 8-bit moments of AdamW8bit in blocks"):
-        preconditioner(optimizer, group, weight)
+        precondition(torch.ones_like(weight), optimizer, group, weight)
 
 
 def test_those_of_bitsandbytes_itself():
@@ -47,6 +49,6 @@ def test_those_of_bitsandbytes_itself():
         exact.grad = weight.grad.clone()
         eight.step()
         whole.step()
-    found = preconditioner(eight, eight.param_groups[0], weight)
-    expected = preconditioner(whole, whole.param_groups[0], exact)
+    found = precondition(torch.ones_like(weight), eight, eight.param_groups[0], weight)
+    expected = precondition(torch.ones_like(exact), whole, whole.param_groups[0], exact)
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.95

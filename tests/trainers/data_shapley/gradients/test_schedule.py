@@ -1,12 +1,16 @@
 """When the direction is refreshed, and that a running one is the mean of its batches."""
 
+import time
+
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
 
 from hf_iclr.trainers.data_shapley.directions import EngineSettings
 from hf_iclr.trainers.data_shapley.engine import ShapleyEngine
 from hf_iclr.trainers.data_shapley.gradients import schedule as schedules
 from hf_iclr.trainers.data_shapley.gradients.schedule import SCORING, RefreshSchedule
+from tests.trainers.data_shapley.test_callback import callback, make
 
 
 class Clock:
@@ -79,6 +83,35 @@ def test_steps_without_values_tell_what_hooks_can_not_count(monkeypatch, caplog)
         extra.append(clock.extra + 0.25 * len(found[unscored + 1]) / 3)
     assert extra[0] <= 0.1 * 400 < extra[1]
     assert extra[0] > 0.9 * 0.1 * 400 and not caplog.text
+
+
+def test_all_that_is_beside_the_training_is_counted_and_nothing_else(tmp_path, monkeypatch):
+    """By a clock that only losses move: those of validation batches by 100, the training's by 1."""
+    now, calls, seen = [0], [], []
+
+    def loss_of(model, batch):
+        now[0] += 100
+        calls.append(model.training)
+        return model(**batch).loss
+
+    class Training(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            now[0] += 1
+            return super().compute_loss(*args, **kwargs)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append((shapley._engine.meter.seconds, len(calls), now[0]))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    shapley = callback(compute_loss=loss_of, refresh_every=2)
+    trainer = make(tmp_path, callbacks=[Look(), shapley], trainer_class=Training, max_steps=4, save_strategy="no")
+    trainer.train()
+    passes = [count for _, count, _ in seen]
+    assert passes[0] > 2 and passes[0] == passes[1] < passes[2] == passes[3]  # checks, too, and two refreshes
+    assert [(spent, clock) for spent, _, clock in seen] == [
+        (100 * count, 100 * count + step) for step, count in enumerate(passes, 1)
+    ]
 
 
 def test_a_resumed_run_refreshes_at_the_same_steps_though_it_is_slower(monkeypatch):
