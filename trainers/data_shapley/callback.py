@@ -76,7 +76,7 @@ class InRunDataShapleyCallback(TrainerCallback):
             Column with the rows' own ids. The trainer must keep it: `remove_unused_columns=False`.
         cost (`float`, *optional*, defaults to 0.05):
             Share of the training's time for all of this: the direction begins with as many validation batches as half
-            of it pays for, then takes in one after the other, as often as steps and scoring, once timed, allow.
+            of it pays for, then takes in one after the other, as often as what is left allows once scoring is timed.
         adam_warmup (`int`, *optional*, defaults to 20):
             Steps of Adam before the first values: its second moment is not known yet.
         min_scored_share (`float`, *optional*, defaults to 0.8):
