@@ -1,4 +1,5 @@
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def test_check_corrects_what_the_texts_do_not_show(model, dataset, word_tokenize
     result = calibrate(model, dataset, {"deferral_rate": 0.5}, word_tokenizer, rule="diff", strict_prefix=10)
     assert abs(result.relative_error) < 0.1
     assert result.alpha > result.teacher_forced_alpha + 0.02
+
+
+def test_rates_that_move_more_than_texts_show(model, dataset, word_tokenizer, monkeypatch):
+    """Measured is the square of what is read: by the last measurement alone, .3 and 1 would follow each other."""
+    squared = lambda self, name, counts, expected: (self.rate(name, expected) ** 2, 0.01)  # noqa: E731
+    monkeypatch.setattr(sys.modules[calibrate_cascade.__module__]._Run, "measure", squared)
+    result = calibrate(model, dataset, {"deferral_rate": 0.3}, word_tokenizer)
+    assert abs(result.relative_error) < 0.1
+    assert result.predicted == pytest.approx(result.measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
