@@ -1,6 +1,5 @@
 """The speculative cascade loop for a batch of prompts (algorithm 4 of https://huggingface.co/papers/2405.19261)."""
 
-import statistics
 import time
 
 import torch
@@ -146,11 +145,7 @@ class BatchedCascade:
 
     def _round(self) -> None:
         sizes = [0] * len(self.rows) if self.lookup is None else self.lookup.sizes()
-        plan = Plan(int(self.gamma), self.siblings)
-        if self.draft_length is not None:
-            pace = statistics.median_low(self.written) + DraftLength.LEAD
-            behind = [size for size, written in zip(sizes, self.written, strict=True) if written <= pace]
-            plan = self.draft_length.next(behind, len(sizes) - len(behind))
+        plan = Plan(int(self.gamma), self.siblings) if self.draft_length is None else self.draft_length.next(sizes)
         # before it has read the prompt for a draft that reads its states, the large model writes, whatever the rule
         alone = self.large.keep_states and self.small.blind
         small = plan.small and self.small is not None and not alone and not all(sizes)

@@ -92,12 +92,14 @@ class DraftLength:
     or only what was looked up in the text is tried, so that tokens come quickest: none at all where drafts don't
     promise to pay. (A rule still has its say about such a token.)
 
-    A round with γ drafts of which each is accepted with probability a gives (1 - a^(γ+1)) / (1 - a) tokens; with n
-    siblings of the first, of which each is accepted with probability b when its turn comes, (1 - a) (1 - (1 - b)^n)
-    more. All are those of the call so far, old rounds counting less and less; what was looked up has an a of its own
-    for each number of tokens that agreed. Where drafts of the small model are given up they are tried again after a
-    while, as the text may have become an easier one. What rounds cost is measured once for two models and that many
-    rows, and kept: the choice then depends on the tokens alone, and a seed gives the same text again.
+    What counts is the mean number of rounds that rows take, as a call lasts as long as its slowest row: that one row
+    copies is little help to seven others. A round with γ drafts of which each is accepted with probability a gives (1
+    - a^(γ+1)) / (1 - a) tokens; with n siblings of the first, of which each is accepted with probability b when its
+    turn comes, (1 - a) (1 - (1 - b)^n) more. All are those of the call so far, old rounds counting less and less; what
+    was looked up has an a of its own for each number of tokens that agreed. Where drafts of the small model are given
+    up they are tried again after a while, as the text may have become an easier one. What rounds cost is measured once
+    for two models and that many rows, and kept: the choice then depends on the tokens alone, and a seed gives the same
+    text again.
 
     Args:
         large, small ([`~transformers.PreTrainedModel`]):
@@ -112,7 +114,6 @@ class DraftLength:
     MEASURED = (0, 1, 4)
     LONGEST, MOST_SIBLINGS = 16, 4
     MEMORY, WEIGHT, PAUSE = 0.95, 4.0, 32
-    LEAD = 4  # tokens by which a row may be ahead of the others and still count: a call lasts as long as its slowest
     PREMIUM = 0.05  # how much quicker drafts must promise to be: costs are known from a few rounds only
 
     def __init__(self, large, small, kind: tuple, measure: Callable[[], RoundCosts]):
@@ -136,11 +137,8 @@ class DraftLength:
         """What rounds cost, if it is known by now."""
         return self._known.get(self._kind)
 
-    def next(self, sizes: Sequence[int] = (0,), ahead: int = 0) -> Plan:
-        """
-        The plan of the next round, where so many tokens of each row agree with an earlier place of its text; of rows
-        that are `ahead` of these more tokens are no use.
-        """
+    def next(self, sizes: Sequence[int] = (0,)) -> Plan:
+        """The plan of the next round, where so many tokens of each row agree with an earlier place of its text."""
         if self._begins:  # nearly free: the large model reads the prompt in that round
             self._begins = False
             return Plan(4, 0, self._small)
@@ -156,16 +154,16 @@ class DraftLength:
             self._retry, drafts = self._quickest((0,), 0.95)[0].gamma > 0, False
         if not drafts and not any(sizes):
             return Plan(0, 0, False)
-        plans = [self._quickest(sizes, None, ahead)] if any(sizes) or not drafts else []
+        plans = [self._quickest(sizes, None)] if any(sizes) or not drafts else []
         if drafts and not all(sizes):
-            plans.append(self._quickest(sizes, self._acceptance, ahead))
+            plans.append(self._quickest(sizes, self._acceptance))
         return max(plans, key=lambda plan: plan[1])[0]
 
     @property
     def _acceptance(self) -> float:
         return self._accepted / (self._accepted + self._rejected)
 
-    def _quickest(self, sizes: Sequence[int], acceptance: float | None, ahead: int = 0) -> tuple[Plan, float]:
+    def _quickest(self, sizes: Sequence[int], acceptance: float | None) -> tuple[Plan, float]:
         """The best plan, and its tokens a second; without an `acceptance` the small model has a rest."""
         if self._kind not in self._known:  # not before: a call may end in its first round
             self._known[self._kind] = self._measure()
@@ -175,19 +173,20 @@ class DraftLength:
         slope = (costs.rounds[known[-1]] - costs.rounds[known[-2]]) / (known[-1] - known[-2])
         seconds += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
         seconds[0] /= 1 + self.PREMIUM
-        tokens, siblings = np.full((self.LONGEST + 1, 1), float(ahead)), np.arange(1)
+        gain = 0.0  # tokens of the siblings
+        if acceptance is None:
+            seconds = (seconds - costs.draft * lengths)[:, None]
+        else:
+            siblings, drafts = np.arange(self.MOST_SIBLINGS + 1), np.minimum(lengths, 1)[:, None]
+            gain = drafts * (1 - acceptance) * (1 - (self._misses / (self._hits + self._misses)) ** siblings)
+            seconds = seconds[:, None] + drafts * costs.sibling * siblings
+        rounds = np.zeros_like(seconds)  # that all rows together take for a token each
         for size in set(sizes):
             accepted, refused = self._looked_up.get(size, (acceptance or 0.0, 1 - (acceptance or 0.0)))
             a = min(accepted / (accepted + refused), 0.999)
-            tokens = tokens + list(sizes).count(size) * ((1 - a ** (lengths + 1)) / (1 - a))[:, None]
-        if acceptance is None:
-            seconds = seconds - costs.draft * lengths
-        else:
-            siblings, drafts = np.arange(self.MOST_SIBLINGS + 1), np.minimum(lengths, 1)[:, None]
-            hit = 1 - (self._misses / (self._hits + self._misses)) ** siblings
-            tokens = tokens + list(sizes).count(0) * drafts * (1 - acceptance) * hit
-            seconds = seconds[:, None] + drafts * costs.sibling * siblings
-        rate = tokens / seconds.reshape(len(lengths), -1)
+            tokens = ((1 - a ** (lengths + 1)) / (1 - a))[:, None] + (0.0 if size else gain)
+            rounds = rounds + list(sizes).count(size) / tokens
+        rate = len(sizes) ** 2 / (rounds * seconds)
         gamma, others = np.unravel_index(rate.argmax(), rate.shape)
         return Plan(int(gamma), int(others), acceptance is not None and int(gamma) > 0), float(rate.max())
 
