@@ -173,7 +173,7 @@ class DraftLength:
         slope = (costs.rounds[known[-1]] - costs.rounds[known[-2]]) / (known[-1] - known[-2])
         seconds += np.maximum(lengths - known[-1], 0) * max(slope, 0.0)
         seconds[0] /= 1 + self.PREMIUM
-        gain = 0.0  # tokens of the siblings
+        gain = np.zeros((1, 1))  # tokens of the siblings
         if acceptance is None:
             seconds = (seconds - costs.draft * lengths)[:, None]
         else:
@@ -184,7 +184,7 @@ class DraftLength:
         for size in set(sizes):
             accepted, refused = self._looked_up.get(size, (acceptance or 0.0, 1 - (acceptance or 0.0)))
             a = min(accepted / (accepted + refused), 0.999)
-            tokens = ((1 - a ** (lengths + 1)) / (1 - a))[:, None] + (0.0 if size else gain)
+            tokens = ((1 - a ** (lengths + 1)) / (1 - a))[:, None] + (0 if size else gain)
             rounds = rounds + list(sizes).count(size) / tokens
         rate = len(sizes) ** 2 / (rounds * seconds)
         gamma, others = np.unravel_index(rate.argmax(), rate.shape)
