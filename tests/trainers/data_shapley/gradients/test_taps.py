@@ -126,6 +126,15 @@ def test_scores_of_language_models_are_those_of_each_row_alone(name, dtype):
     check(model, batch, lm_loss(count), 1e-9 if dtype == torch.float64 else 1e-5)
 
 
+def score_again(taps, model, batch, rows, loss_of):
+    """One more step along the directions that the taps point to."""
+    taps.start(find_layout(batch, rows), 1)
+    taps.attach()
+    taps.on = True
+    loss_of(model, batch).backward()
+    taps.detach()
+
+
 def test_layers_that_read_one_tensor_are_scored_by_one_product(monkeypatch):
     """From the second pass on: queries, keys and values; gate and up; output; down, in each block."""
     columns, take = [], ThinProducts.of
@@ -146,18 +155,10 @@ def test_layers_that_read_one_tensor_are_scored_by_one_product(monkeypatch):
     for seed in (3, 4, 4):  # with other directions, of which products must be those of
         columns.clear()
         _, directions = point(taps, seed)
-        taps.start(find_layout(batch, 6), 1)
-        taps.attach()
-        taps.on = True
-        loss_of(model, batch).backward()
-        taps.detach()
+        score_again(taps, model, batch, 6, loss_of)
         assert columns == blocks * [3, 1, 2, 1]
-        torch.testing.assert_close(
-            taps.scores.sum(0)[:, 0],
-            row_by_row(model, batch, 6, parameters, directions, loss_of),
-            rtol=1e-9,
-            atol=1e-12,
-        )
+        expected = row_by_row(model, batch, 6, parameters, directions, loss_of)
+        torch.testing.assert_close(taps.scores.sum(0)[:, 0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_layers_that_stop_to_read_one_tensor_are_multiplied_alone():
@@ -185,17 +186,9 @@ def test_layers_that_stop_to_read_one_tensor_are_multiplied_alone():
     parameters, directions = point(taps)
     for mode in ("same", "same", "alone", "same", "changed", "changed", "same"):
         model.mode = mode
-        taps.start(find_layout(batch, 3), 1)
-        taps.attach()
-        taps.on = True
-        loss_of(model, batch).backward()
-        taps.detach()
-        torch.testing.assert_close(
-            taps.scores.sum(0)[:, 0],
-            row_by_row(model, batch, 3, parameters, directions, loss_of),
-            rtol=1e-9,
-            atol=1e-12,
-        )
+        score_again(taps, model, batch, 3, loss_of)
+        expected = row_by_row(model, batch, 3, parameters, directions, loss_of)
+        torch.testing.assert_close(taps.scores.sum(0)[:, 0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_bfloat16_scores_are_as_good_as_bfloat16_gradients():
