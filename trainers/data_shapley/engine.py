@@ -13,12 +13,13 @@ from torch import nn
 
 from .directions import EngineSettings, TargetDirections
 from .gradients.coverage import check_scores, check_uncompiled, find_unordered, group_modules
-from .gradients.direction import warn_of_other_rule
+from .gradients.direction import is_partitioned, warn_of_other_rule
 from .gradients.fused_head import tap_fused_head
 from .gradients.meter import metered
 from .gradients.rows import RowLayout, belongs_to, find_layout
 from .gradients.scores import split_by_rate
 from .gradients.taps import Taps
+from .gradients.zero import ZeroOptimizer
 from .store import StepValues
 
 
@@ -39,15 +40,15 @@ class ShapleyEngine:
     """
     From the beginning of a step to its values.
 
-    Model and optimizer come without DDP's and accelerate's wrappers; `batches` are those of each validation set and
-    their number of rows, the same in every process; `compute_loss(model, batch)` is the mean loss of a batch's rows;
-    `meter` counts the time of all that a training without values would not do.
+    Model and optimizer, or a [`ZeroOptimizer`], come without DDP's and accelerate's wrappers; `batches` are those of
+    each validation set and their number of rows, the same in every process; `compute_loss(model, batch)` is the mean
+    loss of a batch's rows; `meter` counts the time of all that a training without values would not do.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         batches: dict[str, list[tuple[Any, int]]],
         compute_loss: Callable[[nn.Module, Any], torch.Tensor],
         settings: EngineSettings,
@@ -104,6 +105,8 @@ class ShapleyEngine:
                 self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
                 self.model.register_forward_hook(lambda model, args, output: tap_fused_head(self.taps, output)),
             ]
+            if isinstance(self.optimizer, ZeroOptimizer):
+                self._hooks.append(self.optimizer.register_step_pre_hook(self.finish_step))
             self.taps.attach()
             self.taps.on = True
 
@@ -127,7 +130,7 @@ class ShapleyEngine:
             if self._to_compare:
                 self._fetched = [*self._fetched[:1], *self._fetched[1:][-1:], batch]
             self._store_scores()
-            if self.micro and all(parameter.grad is None for parameter in self.parameters):
+            if self.micro and self._has_no_gradient():
                 self.micro = []  # the loop has thrown their gradients away
             self.micro.append(_MicroBatch(list(ids)))
             self.taps.layout = None
@@ -180,9 +183,7 @@ class ShapleyEngine:
                 "loader. Give `attach` the model and the data loader of the loop, and call the model outside of "
                 "functions that torch.compile has compiled."
             )
-        if any(parameter.grad is None for parameter in self.parameters) and all(
-            p.grad is None for p in self.parameters
-        ):
+        if self._has_no_gradient():
             raise ValueError("Expected gradients before the optimizer's step, got none: values can't be checked.")
         scores = torch.cat([batch.scores for batch in micro], dim=1)  # type: ignore[misc]
         scale = 1.0 if scaler is None else scaler.get_scale()
@@ -236,6 +237,8 @@ class ShapleyEngine:
         found, self.pending = self.pending, None
         if found is None:
             return None
+        if isinstance(self.optimizer, ZeroOptimizer):
+            _scale(found, self.optimizer.clip_factor())
         totals = torch.from_numpy(found.values.sum(0))
         if dist.is_initialized():
             device = self.parameters[0].device
@@ -282,11 +285,22 @@ class ShapleyEngine:
         """Of each tapped module."""
         return [float(self.param_groups[position]["lr"]) for position in self._positions]
 
+    def _has_no_gradient(self) -> bool:
+        return all(p.grad is None and not is_partitioned(p) for p in self.parameters)
+
     def _store_scores(self) -> None:
         if not self.micro or self.micro[-1].layout is None:
             return
         micro = self.micro[-1]
         micro.scores, micro.token_scores = self.taps.scores, self.taps.tokens
+
+
+def _scale(found: StepValues, factor: float) -> None:
+    found.values *= factor
+    found.record["clip_factor"] *= factor
+    for values in found.token_values:
+        for of_target in values or ():
+            of_target *= factor
 
 
 def _token_values(

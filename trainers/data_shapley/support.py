@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from .gradients.coverage import check_uncompiled
+from .gradients.coverage import check_uncompiled, refusal
 from .gradients.direction import is_sharded, untouched
 from .identity import RowKeys, take_rows
 from .store import VALIDATION
@@ -43,27 +43,25 @@ def check_trainer(trainer: Trainer, callback_class: type) -> None:
     args, model = trainer.args, trainer.model
     check_uncompiled(trainer.model_wrapped)
     if hasattr(trainer, "reward_funcs"):
-        raise _refuse(f"{type(trainer).__name__}, which writes its rows as it trains", "SFTTrainer or DPOTrainer")
+        raise refusal(f"{type(trainer).__name__}, which writes its rows as it trains", "SFTTrainer or DPOTrainer")
     if getattr(args, "packing", False) and args.packing_strategy == "wrapped":
-        raise _refuse("packing_strategy='wrapped', which cuts texts into pieces", "`packing_strategy='bfd'`")
-    if trainer.is_deepspeed_enabled:
-        raise _refuse("DeepSpeed, which keeps the gradients that values are checked against to itself", "DDP")
+        raise refusal("packing_strategy='wrapped', which cuts texts into pieces", "`packing_strategy='bfd'`")
     if args.n_gpu > 1:
-        raise _refuse(
+        raise refusal(
             "DataParallel, whose replicas are gone after each forward pass", "`torchrun`, which makes it DDP"
         )
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise _refuse("layers on several devices, each of which knows a part of the scores", "DDP or FSDP2")
+        raise refusal("layers on several devices, each of which knows a part of the scores", "DDP or FSDP2")
     parallel: Any = getattr(trainer.accelerator, "parallelism_config", None)
     for kind in ("tp", "cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_size", 1) > 1:
-            raise _refuse("tensor, context or sequence parallelism, which divides rows among processes", "DDP")
+            raise refusal("tensor, context or sequence parallelism, which divides rows among processes", "DDP")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     full = any(".lora_" not in name for name in trained)
     if trainer.is_fsdp_enabled and not is_sharded(model):
-        raise _refuse("FSDP other than version 2", "FSDP2 or DDP")
+        raise refusal("FSDP other than version 2", "FSDP2 or DDP")
     if args.use_liger_kernel and full:
-        raise _refuse("Liger's fused loss with the output layer trained, which is never called", "LoRA")
+        raise refusal("Liger's fused loss with the output layer trained, which is never called", "LoRA")
 
 
 def check_loop(model: Any, optimizer: Any, output_dir: Any) -> None:
@@ -83,7 +81,7 @@ def check_loop(model: Any, optimizer: Any, output_dir: Any) -> None:
 def check_model(model: nn.Module) -> None:
     """Raise a `ValueError` with the reason if the rows of a model's batches could not be scored."""
     if any("lora_magnitude_vector" in name for name, p in model.named_parameters() if p.requires_grad):
-        raise _refuse("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
+        raise refusal("DoRA, whose magnitudes mix all rows' directions", "LoRA without `use_dora`")
 
 
 def calling_trainer() -> tuple[Trainer, str | None]:
@@ -394,7 +392,3 @@ def _count_labels(trainer: Trainer, batch: Mapping[str, Any]) -> torch.Tensor | 
         labels = labels[..., 1:]
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
     return labels.ne(-100).sum() * processes  # by which `Trainer.compute_loss` multiplies
-
-
-def _refuse(what: str, instead: str) -> ValueError:
-    return ValueError(f"InRunDataShapleyCallback can't score rows with {what}. Use {instead}.")

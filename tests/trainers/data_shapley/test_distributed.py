@@ -104,7 +104,12 @@ def spread():
 
 
 def trainer_with(**settings):
-    found = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": tiny_llama(), **settings}
+    found = {
+        "is_deepspeed_enabled": "deepspeed" in settings,
+        "is_fsdp_enabled": False,
+        "model": tiny_llama(),
+        **settings,
+    }
     found |= {"callback_handler": SimpleNamespace(callbacks=[]), "model_wrapped": found["model"]}
     args = SimpleNamespace(n_gpu=found.pop("n_gpu", 1), use_liger_kernel=found.pop("liger", False))
     parallel = SimpleNamespace(tp_size=1, cp_size=1, sp_size=1) if "parallel" not in found else found.pop("parallel")
@@ -114,7 +119,6 @@ def trainer_with(**settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed, which keeps the gradients"),
         ({"n_gpu": 2}, "DataParallel, whose replicas"),
         ({"parallel": SimpleNamespace(tp_size=2)}, "tensor, context or sequence parallelism"),
         ({"parallel": SimpleNamespace(cp_size=2)}, "tensor, context or sequence parallelism"),

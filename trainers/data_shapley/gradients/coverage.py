@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.utils import is_compiled_module
 from torch import nn
 
-from .direction import Direction, inner, is_sharded, untouched, whole
+from .direction import Direction, applied_gradient, inner, is_sharded, untouched
 from .follow import leaves
 from .rows import RowLayout
 from .scores import TappedModule
@@ -25,6 +25,11 @@ _ROTATED = 4  # rows that are enough to see whether outputs move along
 
 # Attributes of functions that torch.compile and torch.compiler.disable have returned; those of the latter have both
 _COMPILED, _NOT_COMPILED = "_torchdynamo_orig_callable", "_torchdynamo_disable"
+
+
+def refusal(what: str, instead: str) -> ValueError:
+    """That rows of such a set-up can't be scored, and what to use."""
+    return ValueError(f"InRunDataShapleyCallback can't score rows with {what}. Use {instead}.")
 
 
 def check_uncompiled(model: nn.Module) -> None:
@@ -140,9 +145,9 @@ def check_scores(
         found = [
             sum(
                 (
-                    inner(directions[index], whole(grad))
+                    inner(directions[index], grad)
                     for index in groups[group].parameters
-                    if (grad := parameters[index].grad) is not None
+                    if (grad := applied_gradient(parameters[index])) is not None
                 ),
                 zero,
             )

@@ -175,6 +175,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def applied_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """All of the gradient that a parameter has after the backward pass, the mean of all processes."""
+    if is_partitioned(parameter):
+        return parameter.get_full_hp_grad()  # type: ignore[attr-defined]
+    return None if parameter.grad is None else whole(parameter.grad)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed takes its gradient and divides it among processes."""
+    return hasattr(parameter, "get_full_hp_grad")
+
+
 def validation_gradient(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
