@@ -105,8 +105,7 @@ class Engine:
             optimizer=adam, bit16_groups=own, single_partition_of_fp32_groups=flat, linked={}
         )
         for parameter in itertools.chain(*own):
-            parameter.get_full_hp_grad = lambda p=parameter: self.gradients[p]
-            parameter.get_full_hp_param = lambda name, p=parameter: self.optimizer.linked[p][name]
+            parameter.get_full_hp_grad = True  # by which such parameters are known
 
     def gradient_clipping(self):
         return self.clip
@@ -162,7 +161,9 @@ def steps_of(zero, monkeypatch):
         engine = Engine(groups, clip=0.5)
         adam, flat = ZeroOptimizer(engine), engine.optimizer.optimizer
         module = SimpleNamespace(
-            lazy_init_hp_params_optimizer_state=lambda *group: link(*group, engine.optimizer.linked)
+            safe_get_full_grad=lambda p: engine.gradients[p],
+            safe_get_full_optimizer_state=lambda p, name: engine.optimizer.linked[p][name],
+            lazy_init_hp_params_optimizer_state=lambda *group: link(*group, engine.optimizer.linked),
         )
         monkeypatch.setitem(sys.modules, "deepspeed.utils", module)
     batches = [default_data_collator(list(token_rows(4, seed=seed))) for seed in range(5)]

@@ -1,6 +1,7 @@
 """Along which direction a row's gradient lowers a validation loss: its gradient, preconditioned, perhaps sketched."""
 
 import copy
+import importlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -178,7 +179,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def applied_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     """All of the gradient that a parameter has after the backward pass, the mean of all processes."""
     if is_partitioned(parameter):
-        return parameter.get_full_hp_grad()  # type: ignore[attr-defined]
+        return importlib.import_module("deepspeed.utils").safe_get_full_grad(parameter)
     return None if parameter.grad is None else whole(parameter.grad)
 
 
