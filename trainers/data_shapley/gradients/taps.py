@@ -28,6 +28,7 @@ from .scores import (
 from .thin import ThinDirections, ThinLayer, ThinProducts
 
 
+_AT_ONCE = 64  # thin layers whose products are summed one after the other, and not between large ones out of cache
 _FAST = ("linear", "conv1d", "scale")  # kinds of modules that are scored from their one input
 
 
@@ -65,6 +66,7 @@ class Taps:
         self.layout: RowLayout | None = None
         self._scores = torch.empty(0)
         self._found: list[tuple[int, torch.Tensor]] = []  # by input, not yet in them
+        self.later: list[tuple[Any, ...]] = []  # of thin layers, not yet summed
         self.tokens: torch.Tensor | None = None
         self.weights: list[float] = [1.0] * len(self.modules)
         self.model = model
@@ -113,12 +115,25 @@ class Taps:
         dtype = wide(next(iter(self.modules[0].parameters.values())).dtype)
         self._scores = torch.zeros(len(self.modules), layout.rows, targets, dtype=dtype, device=device)
         self._found.clear()
+        self.later.clear()
         self.tokens = None
         if with_tokens and layout.length is not None:
             self.tokens = torch.zeros(layout.batch, layout.length, targets, dtype=dtype, device=device)
 
+    def catch_up(self) -> None:
+        """Sum the products of thin layers."""
+        later, self.later = self.later, []
+        for tapped, layout, thin, right, left, biased, whole in later:
+            try:
+                scores = thin.score(right, left, biased, (layout.batch,) if whole else left.shape[:-1])
+            except RuntimeError as error:
+                self.fail(tapped, error)
+            else:
+                self.keep(tapped, layout, scores, left.dtype, whole)
+
     @property
     def scores(self) -> torch.Tensor:
+        self.catch_up()
         if self._found:  # put together once, for each of them is a few numbers
             places, parts = zip(*self._found, strict=True)
             rows = torch.stack(parts).view(len(parts), -1, *self._scores.shape[1:]).sum(1).to(self._scores.dtype)
@@ -230,10 +245,11 @@ class _Hook:
         with taps.meter:
             whole = taps.sums_rows(layout)
             try:
-                scores = thin.score(right, b.detach(), (layout.batch,) if whole else b.shape[:-1])
-                taps.keep(self.tapped, layout, scores, b.dtype, whole)
+                taps.later.append((self.tapped, layout, thin, right, *thin.project(b.detach()), whole))
             except (NotImplementedError, RuntimeError) as error:
                 taps.fail(self.tapped, error)
+            if len(taps.later) >= _AT_ONCE:
+                taps.catch_up()
 
     def _behind(self, output: torch.Tensor, call: Call) -> torch.Tensor:
         taps, tapped, layout = self.taps, self.tapped, self.taps.layout

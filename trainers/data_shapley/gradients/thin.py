@@ -34,12 +34,18 @@ class ThinDirections:
             biases = [dense(directions["bias"]) for directions in tapped.directions]
             self.bias = torch.stack(biases, dim=1).to(dtype)
 
-    def score(self, right: torch.Tensor, b: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    def project(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What [`~ThinDirections.score`] needs of a gradient: `b @ after`, and `b @ bias`."""
+        left = b if self.after is None else b @ self.after
+        return left, None if self.bias is None else b @ self.bias
+
+    def score(
+        self, right: torch.Tensor, left: torch.Tensor, biased: torch.Tensor | None, shape: Sequence[int]
+    ) -> torch.Tensor:
         """
         (`torch.Tensor` of shape `(*shape, targets)`): `right` is `x @ before`, the shape that of positions, or
         `(batch,)` for sums over the positions of an input.
         """
-        left = b if self.after is None else b @ self.after
         total = wide(left.dtype)
         if left.dtype is not total:
             left, right = left.to(total), right.to(total)
@@ -51,8 +57,8 @@ class ThinDirections:
                 for part, factor in ((left, self.after), (right, self.before))
             )
             scores = (left * right).sum((-3, -1))
-        if self.bias is not None:
-            scores = scores + (b @ self.bias).to(total).reshape(*shape, -1, self.targets).sum(-2)
+        if biased is not None:
+            scores = scores + biased.to(total).reshape(*shape, -1, self.targets).sum(-2)
         return scores
 
 
