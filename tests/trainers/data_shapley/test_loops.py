@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import DebertaV2Config, DebertaV2Model, default_data_collator
 
 from hf_iclr.trainers.data_shapley.callback import InRunDataShapleyCallback
-from hf_iclr.trainers.data_shapley.gradients.thin import ThinDirections
+from hf_iclr.trainers.data_shapley.gradients.thin import ThinProducts
 from tests.trainers.data_shapley.gradients.test_taps import check, scored, with_lora
 from tests.trainers.data_shapley.test_callback import callback, make, token_rows
 from tests.trainers.tiny import losses, tiny_llama
@@ -372,14 +372,14 @@ def test_checkpointing_keeps_only_what_is_thin_of_inputs(use_reentrant):
     model.enable_input_require_grads()
     ids = torch.randint(1, 49, (4, 12))
     batch, kept = {"input_ids": ids, "labels": ids}, []
-    score = ThinDirections.score
+    of = ThinProducts.of
 
-    def keep(thin, right, b, shape):
-        kept.append(right)
-        return score(thin, right, b, shape)
+    def keep(*call):
+        kept.append(of(*call))
+        return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThinDirections, "score", keep)
+        patch.setattr(ThinProducts, "of", keep)
         taps, _, _ = scored(model, batch, 4, lambda model, batch: model(**batch).loss)
     assert kept and all(right.shape[-1] == 1 for right in kept)
     assert taps.scores.abs().sum() > 0 and taps.products._x is None
