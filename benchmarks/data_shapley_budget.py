@@ -19,9 +19,13 @@ import time
 from common.arguments import make_parser, parse, write_json
 
 
+# LoRA of rank 16 on all linear layers; of PEFT's defaults, rank 8 on queries and values; all parameters
+ADAPTERS = {"LoRA": {"r": 16, "target_modules": "all-linear"}, "LoRA by default": {}, "full": None}
+
+
 def arguments() -> argparse.Namespace:
     parser = make_parser(__file__, __doc__)
-    parser.add_argument("--kinds", nargs="+", choices=("LoRA", "full"), default=("LoRA", "full"))
+    parser.add_argument("--kinds", nargs="+", choices=tuple(ADAPTERS), default=("LoRA", "full"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=32, help="of a row")
     parser.add_argument("--rows", type=int, default=16, help="of a step")
@@ -83,8 +87,8 @@ def blocks(count: int, tokens: int, tokenizer, seed: int) -> Dataset:
 def make_trainer(kind: str, rows: Dataset, callbacks: list[TrainerCallback], args: argparse.Namespace) -> Trainer:
     set_seed(args.seed)
     model, _ = load_demo_model(torch.float32)
-    if kind == "LoRA":
-        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if (adapter := ADAPTERS[kind]) is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter))
     settings = TrainingArguments(
         str(args.out / "run"), max_steps=args.steps, per_device_train_batch_size=args.rows, learning_rate=args.lr,
         optim="adamw_torch", lr_scheduler_type="constant", seed=args.seed, use_cpu=True, report_to="none",
