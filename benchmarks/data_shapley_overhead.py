@@ -244,9 +244,7 @@ def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.Dat
                 "step (s)": statistics.median(times),
                 "ratio": ratio,
                 "ratio of medians": statistics.median(times) / statistics.median(base),
-                "counted": 1 + statistics.median(scored.counted[1:]) / statistics.median(base)
-                if name == mine
-                else None,
+                "counted": counted if name == mine else None,
                 "refresh, one row (s)": refresh if name == mine else None,
                 "with refresh": ratio + refresh / REFRESH_EVERY / statistics.median(base) if name == mine else None,
                 "direction (MB)": variants[name].direction_bytes() / 1e6 if name == mine else None,
