@@ -18,7 +18,7 @@ from hf_iclr.trainers.measuring import log_beside
 from . import support
 from .directions import EngineSettings
 from .engine import ShapleyEngine
-from .gradients.zero import ZeroOptimizer
+from .gradients.zero import optimizer_of
 from .identity import RowKeys, check_loader, watched_loop
 from .result import DataShapleyResult
 from .store import VALIDATION, RunRecords
@@ -188,17 +188,17 @@ class InRunDataShapleyCallback(TrainerCallback):
                 f"Expected more than adam_warmup={self._warmup} steps, got {state.max_steps}: no row would get a "
                 f"value. Type `adam_warmup={state.max_steps // 10}`, say."
             )
-        size = self.settings.batch_size or args.per_device_eval_batch_size
-        known: dict[str, Any] = {"batch_size": size, "id_column": self.id_column}
-        batches = functools.partial(support.trainer_batches, trainer, loader, **known)
+        batch_size = self.settings.batch_size or args.per_device_eval_batch_size
+        batches = functools.partial(
+            support.trainer_batches, trainer, loader, batch_size=batch_size, id_column=self.id_column
+        )
         compute_loss = self.compute_loss or functools.partial(support.trainer_loss, trainer)
         trained = TrainedRows.of(trainer.train_dataset, loader.dataset, self.id_column)
         checkpoint = Path(resumed or Path(args.output_dir, f"checkpoint-{state.global_step}"))
         rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         run = {"seed": args.seed, "steps": state.max_steps, "rows_per_step": rows_per_step}
         model, at = trainer.accelerator.unwrap_model(trainer.model), (state.global_step, checkpoint)
-        optimizer = ZeroOptimizer(trainer.deepspeed) if trainer.is_deepspeed_enabled else kwargs["optimizer"]
-        self._start(model, optimizer, batches, compute_loss, trained, Path(args.output_dir), *at, **run)
+        self._start(model, optimizer_of(trainer), batches, compute_loss, trained, Path(args.output_dir), *at, **run)
         keys, score = RowKeys(loader, self.id_column), weakref.WeakMethod(self._scoring)
         self._restore = weakref.finalize(self, support.wrap_training_step(trainer, keys, score))
 
@@ -365,7 +365,6 @@ class InRunDataShapleyCallback(TrainerCallback):
             rows = self.datasets[VALIDATION]
             batches |= support.single_rows(make_batches(VALIDATION, rows, batch_size=1), rows)
         records = RunRecords(folder, trained, list(batches), bool(self.settings.token_values_for))
-        optimizer = getattr(optimizer, "optimizer", optimizer)
         engine = ShapleyEngine(model, optimizer, batches, compute_loss, replace(self.settings, **run))
         for name, found in batches.items():
             support.check_mean(model, compute_loss, found, name)

@@ -104,12 +104,7 @@ def spread():
 
 
 def trainer_with(**settings):
-    found = {
-        "is_deepspeed_enabled": "deepspeed" in settings,
-        "is_fsdp_enabled": False,
-        "model": tiny_llama(),
-        **settings,
-    }
+    found = {"is_fsdp_enabled": False, "model": tiny_llama(), **settings}
     found |= {"callback_handler": SimpleNamespace(callbacks=[]), "model_wrapped": found["model"]}
     args = SimpleNamespace(n_gpu=found.pop("n_gpu", 1), use_liger_kernel=found.pop("liger", False))
     parallel = SimpleNamespace(tp_size=1, cp_size=1, sp_size=1) if "parallel" not in found else found.pop("parallel")

@@ -159,7 +159,7 @@ def steps_of(zero, monkeypatch):
     adam = torch.optim.AdamW(groups)
     if zero:
         engine = Engine(groups, clip=0.5)
-        adam, flat = ZeroOptimizer(engine), engine.optimizer.optimizer
+        adam = ZeroOptimizer(engine)
         module = SimpleNamespace(
             safe_get_full_grad=lambda p: engine.gradients[p],
             safe_get_full_optimizer_state=lambda p, name: engine.optimizer.linked[p][name],
@@ -179,16 +179,14 @@ def steps_of(zero, monkeypatch):
         if zero:
             engine.backward(loss)
             assert "step" not in vars(engine)
-            for group in flat.param_groups:
-                group["lr"] *= 0.5
         else:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             shapley.finish_step()
             adam.step()
             adam.zero_grad()
-            for group in adam.param_groups:
-                group["lr"] *= 0.5
+        for group in (engine.optimizer.optimizer if zero else adam).param_groups:
+            group["lr"] *= 0.5
         found.append(shapley.commit())
     return found
 

@@ -123,7 +123,8 @@ class Taps:
     def catch_up(self) -> None:
         """Sum the products of thin layers."""
         later, self.later = self.later, []
-        for tapped, layout, thin, right, left, biased, whole in later:
+        for tapped, layout, thin, right, left, biased in later:
+            whole = self.sums_rows(layout)
             try:
                 scores = thin.score(right, left, biased, (layout.batch,) if whole else left.shape[:-1])
             except RuntimeError as error:
@@ -243,9 +244,8 @@ class _Hook:
         if not taps.on or b is None:
             return
         with taps.meter:
-            whole = taps.sums_rows(layout)
             try:
-                taps.later.append((self.tapped, layout, thin, right, *thin.project(b.detach()), whole))
+                taps.later.append((self.tapped, layout, thin, right, *thin.project(b.detach())))
             except (NotImplementedError, RuntimeError) as error:
                 taps.fail(self.tapped, error)
             if len(taps.later) >= _AT_ONCE:

@@ -13,6 +13,13 @@ from .coverage import refusal
 _MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
+def optimizer_of(trainer: Any) -> Any:
+    """The trainer's optimizer without accelerate's wrapper, DeepSpeed's as a [`ZeroOptimizer`]."""
+    if trainer.is_deepspeed_enabled:
+        return ZeroOptimizer(trainer.deepspeed)
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
 class ZeroOptimizer:
     """
     The optimizer of a DeepSpeed engine as if it were PyTorch's: groups hold the model's parameters rather than flat
