@@ -17,11 +17,8 @@ import threading
 import time
 from types import SimpleNamespace
 
+from common.adapters import ADAPTERS
 from common.arguments import make_parser, parse, write_json
-
-
-# LoRA of rank 16 on all linear layers; of PEFT's defaults, rank 8 on queries and values; all parameters
-ADAPTERS = {"LoRA": {"r": 16, "target_modules": "all-linear"}, "LoRA by default": {}, "full": None}
 
 
 def arguments() -> argparse.Namespace:

@@ -15,11 +15,8 @@ import functools
 import statistics
 import time
 
+from common.adapters import ADAPTERS
 from common.arguments import make_parser, parse, write_json
-
-
-# LoRA of rank 16 on all linear layers; of PEFT's defaults, rank 8 on queries and values; all parameters
-KINDS = ("LoRA", "LoRA by default", "full")
 
 
 def arguments() -> argparse.Namespace:
@@ -27,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=tuple(ADAPTERS), default=tuple(ADAPTERS))
     parser.add_argument("--optimizers", nargs="+", choices=("SGD", "AdamW"), default=("SGD", "AdamW"))
     parser.add_argument("--skip-times", action="store_true", help="count operations only")
     parser.add_argument("--skip-flops", action="store_true", help="measure times only")
@@ -55,7 +52,6 @@ from hf_iclr.trainers.data_shapley.gradients.taps import Taps
 BARS = {"LoRA": 1.02, "LoRA by default": 1.02, "full, sketch": 1.05}
 FLOP_BARS = {"LoRA": 1.005, "full, sketch": 1.02}
 REFRESH_EVERY = 20
-ALL_LINEAR = {"r": 16, "target_modules": "all-linear"}
 LLAMAS = {
     "SmolLM2-135M": {
         "vocab_size": 49152,
@@ -215,8 +211,8 @@ def flops(function) -> int:
 def measure_times(kind: str, optimizer: str, args: argparse.Namespace) -> pd.DataFrame:
     table = []
     model, _ = load_demo_model(torch.float32)
-    if kind != "full":
-        model = with_lora(model, **(ALL_LINEAR if kind == "LoRA" else {}))
+    if (adapter := ADAPTERS[kind]) is not None:
+        model = with_lora(model, **adapter)
     batch = rows(args.rows, args.tokens, model.config.vocab_size)
     val = rows(1, args.tokens, model.config.vocab_size)
     plain = Plain(model, batch, val, optimizer)
@@ -273,7 +269,7 @@ def count_flops(name: str, settings: dict, tokens: int) -> list[dict]:
         for layers in (1, 2):
             with torch.device("meta"):
                 model = meta_model(name, {**settings, "num_hidden_layers": layers})
-                model = with_lora(model, **ALL_LINEAR) if kind == "LoRA" else model
+                model = with_lora(model, **ADAPTERS[kind]) if kind == "LoRA" else model
                 batch = {"input_ids": torch.zeros(4, tokens, dtype=torch.long)}
                 batch["labels"] = batch["input_ids"]
                 counts[0][layers - 1] = flops(functools.partial(meta_plain, model, batch))
